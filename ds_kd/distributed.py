@@ -1,0 +1,159 @@
+"""Ranks: who is in the job, how they meet, and sums over all of them.
+
+The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; `srun` sets SLURM_*
+instead, which DeepSpeed does not read; plain `python` sets nothing and is a world of one. `start` makes them all look alike.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place in the job.
+
+    `host_group` carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer must not make the host
+    wait for the GPU's queue, as an NCCL collective followed by `.item()` would.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    backend: str
+    host_group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """`gpu[03-05,9],cpu1` → `gpu03`: SLURM's compressed host list, first entry."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
+    assert match is not None
+    prefix, ranges = match.groups()
+    return prefix + (re.split(r"[,-]", ranges)[0] if ranges else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _fill_environment() -> None:
+    """Give RANK & co. their values from SLURM, or those of a world of one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"] = env["SLURM_PROCID"]
+        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        env.setdefault("MASTER_ADDR", _first_slurm_host(nodes))
+        # Every task must name the same port without talking first: derive it from the job's number.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    elif "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        env["MASTER_PORT"] = str(_free_port())
+    env.setdefault("LOCAL_RANK", "0")
+
+
+def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
+    """Join the job and return this process's `World`.
+
+    Args:
+        backend: `nccl` or `gloo`; `nccl` on a machine without CUDA becomes `gloo` (the caller says so to the user).
+        timeout_minutes: how long a collective may wait for a missing rank.
+    """
+    _fill_environment()
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    cuda = torch.cuda.is_available()
+    backend = backend if cuda or backend != "nccl" else "gloo"
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    else:
+        # On CPU every init_distributed compiles and loads a shared-memory op which ZeRO never calls: it needs a compiler,
+        # costs a minute the first time, and a lock left by a killed process hangs all later runs.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():
+        timeout = timedelta(minutes=timeout_minutes)
+        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    return World(
+        rank=dist.get_rank(),
+        size=dist.get_world_size(),
+        local_rank=local_rank,
+        device=torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu"),
+        backend=backend,
+        host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
+    )
+
+
+def stop() -> None:
+    """Leave the job together; without this a rank that ends early can abort the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torch.Tensor:
+    """Elementwise sum over all ranks.
+
+    Args:
+        values: numbers on the host, or a tensor on the device (which stays there, without a host sync).
+
+    Returns:
+        A tensor of the same shape: fp64 for host numbers (integers are exact to 2⁵³), the given dtype for a tensor.
+    """
+    if isinstance(values, torch.Tensor):
+        total = values.clone()
+        if world.size > 1:
+            dist.all_reduce(total)
+        return total
+    total = torch.tensor(list(values), dtype=torch.float64)
+    if world.size > 1:
+        dist.all_reduce(total, group=world.host_group)
+    return total
+
+
+def on_rank0(function: Callable[[], T], world: World) -> T:
+    """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all ranks too."""
+    box: list = [None, None]
+    if world.is_main:
+        try:
+            box[0] = function()
+        except Exception as error:  # carried to every rank: nobody may be left waiting in a collective
+            box[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(box, src=0, group=world.host_group)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]
+
+
+def rank0_first(function: Callable[[], T], world: World) -> T:
+    """Run `function` on rank 0, then on the others: caches on a shared disk are written once."""
+    kept: list[T] = []
+    on_rank0(lambda: kept.append(function()), world)
+    return kept[0] if kept else function()
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier(group=world.host_group)

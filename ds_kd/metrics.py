@@ -1,0 +1,129 @@
+"""One dict per step → console, `metrics.jsonl`, TensorBoard and, where asked for, Weights & Biases. Rank 0 only."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+_GIB = 2**30
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory of this rank so far, GiB: the allocator's on a GPU, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _GIB
+    import resource
+
+    # Linux counts in KiB, macOS in bytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+
+
+class Metrics:
+    """Where a run's numbers go.
+
+    Args:
+        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files.
+        tensorboard: write events.
+        config_text: the resolved YAML, shown as text in TensorBoard.
+        wandb: keyword arguments of `wandb.init`, or None.
+        total_steps: of the run, for the console.
+        out: console.
+
+    Raises:
+        ValueError: `wandb` is asked for and not installed.
+    """
+
+    def __init__(
+        self,
+        directory: Path | None,
+        tensorboard: bool = True,
+        config_text: str = "",
+        wandb: dict[str, Any] | None = None,
+        total_steps: int = 0,
+        out: TextIO | None = None,
+    ):
+        self.total_steps, self.out = total_steps, out or sys.stdout
+        self._file: TextIO | None = None
+        self._writer: Any = None
+        self._wandb: Any = None
+        self._started = time.monotonic()
+        self._first_step: int | None = None
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            # One line per record, written through at once: a killed run keeps all it logged.
+            self._file = (directory / "metrics.jsonl").open("a", buffering=1)
+            if tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._writer = SummaryWriter(str(directory))
+                self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
+        if wandb is not None:
+            try:
+                import wandb as client
+            except ImportError:
+                raise ValueError(
+                    "wandb: the package is not installed; pip install wandb, or remove the section"
+                ) from None
+            self._wandb = client.init(**wandb)
+
+    def say(self, text: str) -> None:
+        print(text, file=self.out, flush=True)
+
+    def train(self, step: int, values: dict[str, float]) -> None:
+        """Record a training step; `values` by tag."""
+        self._record(step, values)
+        self.say(self._line(step, values))
+
+    def validation(self, step: int, values: dict[str, float]) -> None:
+        """Record a validation; tags get the prefix `val_`."""
+        self._record(step, {f"val_{tag}": value for tag, value in values.items()})
+        shown = "  ".join(
+            f"{label} {values[tag]:.4f}"
+            for label, tag in (
+                ("loss", "loss"),
+                ("ce", "ce_loss"),
+                ("kd", "kd_loss"),
+                ("top-1 agreement", "top1_agreement"),
+            )
+        )
+        self.say(f"validation after step {step}: {shown}")
+
+    def close(self) -> None:
+        for sink in (self._file, self._writer):
+            if sink is not None:
+                sink.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+    def _line(self, step: int, v: dict[str, float]) -> str:
+        width = len(str(self.total_steps))
+        return (
+            f"step {step:>{width}}/{self.total_steps}  loss {v['train_loss']:8.4f}  ce {v['ce_loss']:8.4f}  "
+            f"kd {v['kd_loss']:8.4f}  lr {v['learning_rate']:.2e}  grad {v['grad_norm']:8.3f}  "
+            f"{v['tokens_per_sec']:8.0f} tok/s  left {self._time_left(step)}"
+        )
+
+    def _time_left(self, step: int) -> str:
+        now = time.monotonic()
+        if self._first_step is None:
+            self._first_step, self._started = step, now
+            return "  --:--"
+        seconds = (now - self._started) / (step - self._first_step) * (self.total_steps - step)
+        minutes, seconds = divmod(int(seconds), 60)
+        hours, minutes = divmod(minutes, 60)
+        return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,233 @@
+"""The two models: loaded under ZeRO-3, split into body and head.
+
+A causal language model is a body (tokens → hidden states) and a head (hidden states → logits). `[tokens, vocab]` logits are by far
+the largest tensors of a distillation step, so neither model ever returns them: the teacher returns hidden states at the
+supervised positions, and the student's head module is *called with the loss*. Calling the module, rather than touching
+its weight, is what makes ZeRO-3 gather the (perhaps tied) weight for forward and backward.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_kd.losses import DistillationLoss, Head
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+#: Head settings of HF configs that change the logits in a way `Head` computes.
+_SCALE, _INVERSE_SCALE, _SOFTCAP = "logit_scale", "logits_scaling", "final_logit_softcapping"
+_PROBE_TOKENS = 8
+
+
+@contextmanager
+def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
+    """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
+
+    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last one created wins; two
+    models with two configurations must therefore each be loaded inside a block of their own.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if zero_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    keep_alive = HfDeepSpeedConfig(zero_config)
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and leaves)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+        yield
+
+
+class _Split(nn.Module):
+    """An HF causal language model seen as body and head; `model` stays the plain HF module."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        config = model.config.get_text_config()
+        self._scale = getattr(config, _SCALE, None) or 1.0 / (
+            getattr(config, _INVERSE_SCALE, None) or 1.0
+        )
+        self._softcap = getattr(config, _SOFTCAP, None)
+        if model.get_output_embeddings() is None:
+            raise ValueError(f"{type(model).__name__} has no language-model head to distil")
+        _call_head_with_loss(model.get_output_embeddings())
+
+    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+        """Hidden states at the supervised positions, `[rows, hidden]`."""
+        # Right padding under a causal mask never reaches a real token, so no attention mask is built; explicit positions
+        # keep transformers from deriving them.
+        ids = batch["input_ids"]
+        positions = batch.get("position_ids")
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        hidden = out.last_hidden_state
+        return hidden.flatten(0, 1).index_select(0, batch["rows"])
+
+    def head(self) -> Head:
+        """The head's present parameters (whole only while gathered)."""
+        module = self.model.get_output_embeddings()
+        return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
+
+    def _probe(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(largest difference between transformers' logits and ours, largest logit); for `check_head`."""
+        expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+        output_head = self.model.get_output_embeddings()
+        got = output_head(self._hidden(batch), loss=lambda h: self.head().logits(h))
+        return (got - expected).float().abs().max(), expected.float().abs().max()
+
+
+class Teacher(_Split):
+    """`teacher(batch)` → hidden states at supervised positions `[rows, hidden]`; frozen, in eval mode for ever."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__(model)
+        self.requires_grad_(False)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    def forward(self, batch: dict[str, Any], probe: bool = False) -> Any:
+        return self._probe(batch) if probe else self._hidden(batch)
+
+
+class Student(_Split):
+    """`student(batch, target)` → (loss, sums), see `DistillationLoss`.
+
+    Args:
+        model: the HF model to train.
+        loss: from hidden states and heads to the weighted sum.
+        teacher: whose head turns `target` into logits; None at `kd_ratio` 0.
+    """
+
+    def __init__(self, model: nn.Module, loss: DistillationLoss, teacher: Teacher | None = None):
+        super().__init__(model)
+        self.loss = loss
+        # Held in a tuple so that the teacher does not become a submodule of the student.
+        self._teacher = (teacher,)
+
+    def forward(
+        self, batch: dict[str, Any], target: Tensor | None = None, probe: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        if probe:
+            return self._probe(batch)
+        hidden = self._hidden(batch)
+        output_head = self.model.get_output_embeddings()
+        if target is None:
+            return output_head(hidden, loss=lambda h: self.loss(h, self.head(), batch["targets"]))
+        (teacher,) = self._teacher
+        assert teacher is not None
+        with gathered([p for p in teacher.model.get_output_embeddings().parameters()]):
+            return output_head(
+                hidden,
+                loss=lambda h: self.loss(
+                    h, self.head(), batch["targets"], target, teacher.head()
+                ),
+            )
+
+
+def _call_head_with_loss(head: nn.Module) -> None:
+    """Let `head(hidden, loss=f)` return `f(hidden)` with the head's weight gathered; `head(hidden)` stays what it was."""
+    plain = head.forward
+
+    def forward(self: nn.Module, hidden: Tensor, loss: Callable | None = None) -> Any:
+        return plain(hidden) if loss is None else loss(hidden)
+
+    head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]
+
+
+def check_head(engine: Any, device: torch.device, name: str) -> None:
+    """Refuse a model whose head does more than `Head` computes.
+
+    Runs a few tokens through the model as transformers defines it and through body + `Head`: whatever a new architecture
+    does between hidden states and logits shows as a difference, without a list of architectures.
+
+    Args:
+        engine: of a `Student` or `Teacher` (a collective call).
+        device: where the probe goes.
+        name: of the model, for the message.
+
+    Raises:
+        ValueError: the two differ.
+    """
+    training = engine.training
+    engine.eval()
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None]
+    rows = torch.arange(_PROBE_TOKENS, device=device)
+    with torch.no_grad():
+        error, scale = engine({"input_ids": ids, "rows": rows}, probe=True)
+    engine.train(training)
+    # bf16 rounding of the logits stays far below; a forgotten scale or cap does not.
+    if not error.item() <= 0.05 * scale.item() + 1e-3:
+        raise ValueError(
+            f"{name}: {type(engine.module.model).__name__} computes its logits in a way this loss does not know "
+            f"(largest difference {error.item():.3g} on a probe). Use a model with a linear head."
+        )
+
+
+def vocabulary(tokenizer: Any) -> dict[str, int]:
+    """Token → id, added tokens included."""
+    return dict(tokenizer.get_vocab())
+
+
+def common_vocab_size(
+    student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int
+) -> int | None:
+    """How many rows of the two heads may be compared; None where they are alike and nothing needs leaving out.
+
+    Heads are often padded to different sizes over one tokenizer (Qwen: 151936 and 152064 rows). The padding rows stand for
+    no token: they are left out of both distributions, never filled with zeros (a zero logit is probability).
+
+    Args:
+        student_tokenizer, teacher_tokenizer: must map the same tokens to the same ids.
+        student_rows, teacher_rows: rows of the two heads.
+
+    Raises:
+        ValueError: the maps differ, or a head has fewer rows than the tokenizer has ids; names both and the first difference.
+    """
+    student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
+    names = (
+        f"the student's tokenizer ({student_tokenizer.name_or_path}, {len(student)} tokens) and "
+        f"the teacher's ({teacher_tokenizer.name_or_path}, {len(teacher)} tokens)"
+    )
+    if student != teacher:
+        ids = lambda token: (min(student.get(token, 1 << 62), teacher.get(token, 1 << 62)), token)  # noqa: E731
+        differing = (t for t in student.keys() | teacher.keys() if student.get(t) != teacher.get(t))
+        first = min(differing, key=ids)
+        raise ValueError(
+            f"{names} differ: token {first!r} is {student.get(first, 'absent')} for the student and "
+            f"{teacher.get(first, 'absent')} for the teacher. Distillation compares the models token by token: "
+            "choose a student and a teacher of one family."
+        )
+    if student_rows == teacher_rows:
+        return None
+    size = max(student.values()) + 1
+    if size > min(student_rows, teacher_rows):
+        raise ValueError(
+            f"{names} have ids up to {size - 1}, but the heads have {student_rows} (student) and {teacher_rows} "
+            "(teacher) rows: resize the smaller model's embeddings to its tokenizer first."
+        )
+    return size

@@ -1,0 +1,274 @@
+"""From a config to a `Trainer`. With `launch/kd.py` the only reader of the config: below this, components take plain values."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_kd import engines, models
+from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
+from ds_kd.config import ConfigError, RunConfig, Target, check_world, instantiate, problem
+from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
+from ds_kd.distributed import World, rank0_first
+from ds_kd.losses import DistillationLoss
+from ds_kd.metrics import Metrics
+from ds_kd.schedule import Schedule
+from ds_kd.state import TrainState, seed_rank
+from ds_kd.trainer import Trainer
+
+
+def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
+    """Build everything a run needs.
+
+    Args:
+        cfg: a checked config.
+        world: this process's place in the job.
+        allow: prefixes of `_target_` names opened on the command line.
+
+    Raises:
+        ConfigError: something the config names does not exist or does not fit; names the key.
+    """
+    check_world(cfg, world.size)
+    seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+    distils = cfg.kd_ratio > 0
+    tokenizer = _tokenizer(cfg.model, world)
+    loader, sampler = _loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
+    validation = None
+    if cfg.validation_dataset is not None:
+        validation, _ = _loader(
+            cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, allow, False
+        )
+    schedule = Schedule(
+        sampler.steps_per_epoch,
+        cfg.step_scheduler.num_epochs,
+        cfg.step_scheduler.max_steps,
+        cfg.step_scheduler.val_every_steps,
+        cfg.step_scheduler.ckpt_every_steps,
+    )
+    teacher = _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
+    student = _student(cfg, teacher, tokenizer, schedule, world, allow)
+    metrics = _metrics(cfg, schedule) if world.is_main else None
+    return Trainer(
+        student=student,
+        teacher=teacher,
+        loader=loader,
+        validation_loader=validation,
+        kd_ratio=cfg.kd_ratio,
+        schedule=schedule,
+        metrics=metrics,
+        checkpointer=_checkpointer(cfg, tokenizer, world),
+        state=TrainState(),
+        world=world,
+        validate_first=cfg.step_scheduler.val_at_start,
+    )
+
+
+def _as_config_error(key: str, given: Any, function: Callable[[], Any], expected: str) -> Any:
+    """Run `function`; what it refuses with ValueError or OSError becomes a ConfigError of `key`."""
+    try:
+        return function()
+    except (ValueError, OSError) as error:
+        raise ConfigError([problem(key, given, expected, str(error).strip().splitlines()[0])]) from error
+
+
+def _path(target: Target) -> str:
+    return str(target.kwargs["pretrained_model_name_or_path"])
+
+
+def _tokenizer(target: Target, world: World) -> Any:
+    from transformers import AutoTokenizer
+
+    names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
+    kwargs = {name: target.kwargs[name] for name in names if name in target.kwargs}
+    tokenizer = _as_config_error(
+        f"{target.key}.pretrained_model_name_or_path",
+        _path(target),
+        lambda: rank0_first(lambda: AutoTokenizer.from_pretrained(_path(target), **kwargs), world),
+        "a Hugging Face model with its tokenizer: a directory, or a hub id and a network",
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def _load_model(target: Target, zero: dict[str, Any], allow: tuple[str, ...]) -> Any:
+    """The HF model, sharded while it loads."""
+    kwargs = dict(target.kwargs)
+    name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
+    name = str(name).removeprefix("torch.")
+    target = Target(target.target, {**kwargs, "dtype": models.DTYPES.get(name, name)}, target.key)
+    with models.zero3_init(zero):
+        return _as_config_error(
+            f"{target.key}.pretrained_model_name_or_path",
+            _path(target),
+            lambda: instantiate(target, allow),
+            "a Hugging Face causal language model: a directory, or a hub id and a network",
+        )
+
+
+def _dtype(target: Target) -> torch.dtype | None:
+    """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
+    name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
+    return models.DTYPES.get(name.removeprefix("torch."))
+
+
+def _engine_config(
+    cfg: RunConfig, target: Target, zero: dict[str, Any], world: World, clip: float | None
+) -> dict[str, Any]:
+    steps = cfg.step_scheduler
+    dtype = _dtype(target)
+    if dtype is None:
+        from transformers import AutoConfig
+
+        dtype = getattr(AutoConfig.from_pretrained(_path(target)), "dtype", None) or torch.float32
+    accumulation = steps.global_batch_size // (steps.local_batch_size * world.size)
+    return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+
+
+def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...]) -> Any:
+    key = "deepspeed.teacher"
+    source = cfg.deepspeed.teacher
+    zero = _as_config_error(
+        key, source, lambda: engines.load_zero_config(source, key, (0, 3)), "a ZeRO stage 3 configuration"
+    )
+    config = _engine_config(cfg, target, zero, world, None)
+    module = models.Teacher(_load_model(target, config, allow))
+    engine = engines.build_teacher(module, config)
+    _as_config_error(
+        target.key, _path(target), lambda: models.check_head(engine, world.device, target.key), "a linear head"
+    )
+    return engine
+
+
+def _student(
+    cfg: RunConfig,
+    teacher: Any | None,
+    tokenizer: Any,
+    schedule: Schedule,
+    world: World,
+    allow: tuple[str, ...],
+) -> Any:
+    key = "deepspeed.student"
+    source = cfg.deepspeed.student
+    zero = _as_config_error(
+        key, source, lambda: engines.load_zero_config(source, key), "a ZeRO stage 3 configuration"
+    )
+    config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
+    model = _load_model(cfg.model, config, allow)
+    if cfg.distributed.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    vocab_size = None
+    if teacher is not None:
+        assert cfg.teacher_model is not None
+        teacher_tokenizer = _tokenizer(cfg.teacher_model, world)
+        rows = [m.config.get_text_config().vocab_size for m in (model, teacher.module.model)]
+        vocab_size = _as_config_error(
+            "teacher_model",
+            _path(cfg.teacher_model),
+            lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
+            "a teacher with the student's tokenizer",
+        )
+    loss = DistillationLoss(
+        instantiate(cfg.loss_fn, allow), instantiate(cfg.kd_loss_fn, allow), cfg.kd_ratio, vocab_size
+    )
+    module = models.Student(model, loss, teacher.module if teacher is not None else None)
+    engine = _as_config_error(
+        "optimizer",
+        cfg.optimizer.target,
+        lambda: engines.build_student(
+            module,
+            config,
+            lambda parameters: instantiate(cfg.optimizer, allow, params=parameters),
+            _lr_scheduler(cfg, schedule),
+        ),
+        "an element-wise optimizer",
+    )
+    _as_config_error(
+        "model", _path(cfg.model), lambda: models.check_head(engine, world.device, "model"), "a linear head"
+    )
+    engine.train()
+    return engine
+
+
+def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | None:
+    wanted = cfg.lr_scheduler
+    if wanted is None:
+        return None
+    from transformers import get_scheduler
+
+    warmup = wanted.num_warmup_steps
+    if wanted.warmup_ratio is not None:
+        warmup = round(wanted.warmup_ratio * schedule.total_steps)
+    return functools.partial(
+        _make_scheduler, get_scheduler, wanted.name, warmup, schedule.total_steps, wanted.scheduler_specific_kwargs
+    )
+
+
+def _make_scheduler(get: Callable, name: str, warmup: int, total: int, extra: dict, optimizer: Any) -> Any:
+    return get(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=extra or None
+    )
+
+
+def _loader(
+    cfg: RunConfig,
+    dataset: Target,
+    loader: Target,
+    tokenizer: Any,
+    world: World,
+    allow: tuple[str, ...],
+    training: bool,
+) -> tuple[Any, GlobalBatchSampler]:
+    """The data set, cut into this rank's micro-batches."""
+    rows = _as_config_error(
+        dataset.key,
+        dataset.target,
+        lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
+        "a data set",
+    )
+    steps = cfg.step_scheduler
+    kwargs = dict(loader.kwargs)
+    local = int(kwargs.pop("batch_size", steps.local_batch_size)) if not training else steps.local_batch_size
+    kwargs.pop("batch_size", None)
+    sampler = GlobalBatchSampler(
+        len(rows),
+        steps.global_batch_size if training else local * world.size,
+        local,
+        world.rank,
+        world.size,
+        shuffle=bool(kwargs.pop("shuffle", False)),
+        seed=cfg.rng.seed,
+        drop_last=bool(kwargs.pop("drop_last", False)),
+    )
+    built = instantiate(
+        Target(loader.target, kwargs, loader.key), allow, dataset=WithFiller(rows), batch_sampler=sampler
+    )
+    return built, sampler
+
+
+def _metrics(cfg: RunConfig, schedule: Schedule) -> Metrics:
+    directory = Path(cfg.tensorboard_dir)
+    return Metrics(directory, cfg.tensorboard.enabled, cfg.text, cfg.wandb, schedule.total_steps)
+
+
+def _checkpointer(cfg: RunConfig, tokenizer: Any, world: World) -> Checkpointer | None:
+    wanted = cfg.checkpoint
+    if not wanted.enabled:
+        return None
+    directory = Path(wanted.checkpoint_dir)
+    os.makedirs(directory, exist_ok=True)
+    return Checkpointer(directory, world, tokenizer, wanted.save_consolidated, wanted.keep_last)
+
+
+def closing_message(cfg: RunConfig) -> str:
+    """Where the result is and what to type next."""
+    directory = Path(cfg.checkpoint.checkpoint_dir)
+    if cfg.checkpoint.save_consolidated == "false":
+        student = f"python launch/export.py {directory / LATEST} OUT   writes the student for transformers"
+    else:
+        student = f"student: {directory / FINAL} (AutoModelForCausalLM.from_pretrained loads it)"
+    return f"checkpoint: {directory / LATEST}\n{student}"

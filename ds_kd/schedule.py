@@ -1,0 +1,46 @@
+"""When things happen, counted in optimizer steps: validate, checkpoint, stop. Nothing here knows a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A run's calendar; steps are numbered from 1, as they are logged.
+
+    Args:
+        steps_per_epoch: optimizer steps in one pass over the data, the last (perhaps partial) global batch included.
+        num_epochs: passes over the data.
+        max_steps: stop after this many steps even within an epoch; None leaves it to `num_epochs`.
+        val_every_steps: validate after every that many steps; None only at the end.
+        ckpt_every_steps: save after every that many steps; None only at the end.
+    """
+
+    steps_per_epoch: int
+    num_epochs: int = 1
+    max_steps: int | None = None
+    val_every_steps: int | None = None
+    ckpt_every_steps: int | None = None
+
+    @property
+    def total_steps(self) -> int:
+        whole = self.steps_per_epoch * self.num_epochs
+        return whole if self.max_steps is None else min(whole, self.max_steps)
+
+    def position(self, steps_done: int) -> tuple[int, int]:
+        """(epoch, steps of it already done) after `steps_done` steps."""
+        return divmod(steps_done, self.steps_per_epoch)
+
+    def is_last(self, step: int) -> bool:
+        return step >= self.total_steps
+
+    def validates(self, step: int) -> bool:
+        return self.is_last(step) or _due(step, self.val_every_steps)
+
+    def saves(self, step: int) -> bool:
+        return self.is_last(step) or _due(step, self.ckpt_every_steps)
+
+
+def _due(step: int, every: int | None) -> bool:
+    return every is not None and step % every == 0

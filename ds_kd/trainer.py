@@ -1,0 +1,189 @@
+"""The algorithm: one optimizer step, and the loop around it.
+
+Per step, over all micro-batches and ranks,
+
+    n    = number of supervised tokens
+    loss = ( (1 - α)·Σ CE  +  α·T²·Σ KL(teacher ‖ student) ) / n
+
+where α and T live in the student's loss (`DistillationLoss`): it takes its gradients on the weighted sum.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ds_kd.checkpoint import Checkpointer
+from ds_kd.distributed import World, sum_over_ranks
+from ds_kd.losses import SUMS
+from ds_kd.metrics import Metrics, memory_gib
+from ds_kd.schedule import Schedule
+from ds_kd.state import TrainState
+
+Batch = dict[str, Any]
+
+
+class TrainingError(RuntimeError):
+    """The run cannot go on; the message says why and which samples were involved."""
+
+
+@dataclass
+class Trainer:
+    """Everything a run needs, built.
+
+    Args:
+        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher at `kd_ratio` 0.
+        loader: micro-batches of this rank; its `batch_sampler` is a `GlobalBatchSampler`.
+        validation_loader: likewise, or None.
+        kd_ratio: α, only to name what a logged loss is made of.
+        schedule: when to validate, save, stop.
+        metrics: where numbers go (None on ranks that do not log).
+        checkpointer: saves and restores; None keeps nothing.
+        state: counters, restored on resume.
+        world: ranks.
+        validate_first: validate before the first step of a fresh run.
+    """
+
+    student: Any
+    teacher: Any | None
+    loader: Any
+    validation_loader: Any | None
+    kd_ratio: float
+    schedule: Schedule
+    metrics: Metrics | None
+    checkpointer: Checkpointer | None
+    state: TrainState
+    world: World
+    validate_first: bool = False
+
+    def train(self) -> None:
+        """Run the schedule from the present state to its end.
+
+        Raises:
+            TrainingError: a step without any supervised token, or a loss or gradient that is not finite.
+        """
+        if self.validate_first and self.state.step == 0:
+            self.validate()
+        for micro_batches in self._steps():
+            started = time.perf_counter()
+            labels, tokens = self._count(micro_batches)
+            sums = torch.zeros(len(SUMS), device=self.world.device)
+            for batch in micro_batches:
+                batch = self._to_device(batch)
+                # The teacher goes first: its outputs die with the micro-batch, the student's graph lives until backward.
+                target = self.teacher(batch) if self.teacher is not None else None
+                loss, parts = self.student(batch, target)
+                # ZeRO averages gradients over ranks: times world undoes it, over n makes the global token mean.
+                self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
+                sums += parts
+            means = self._means(sums, labels)
+            self._check_finite(means["loss"], "loss", micro_batches)
+            lr = self.student.get_lr()[0]
+            self.student.step()
+            norm = float(self.student.get_global_grad_norm() or 0.0)
+            self._check_finite(norm, "gradient norm", micro_batches)
+            self._advance(labels, tokens)
+            self._log(means, lr, norm, tokens / (time.perf_counter() - started))
+            if self.schedule.validates(self.state.step):
+                self.validate()
+            if self.checkpointer is not None and self.schedule.saves(self.state.step):
+                self.checkpointer.save(self.student, self.state, self.schedule.is_last(self.state.step))
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float] | None:
+        """Means over every supervised token of the validation data, all ranks; logged, and returned."""
+        if self.validation_loader is None:
+            return None
+        started = time.perf_counter()
+        self.student.eval()
+        sums = torch.zeros(len(SUMS), device=self.world.device)
+        labels, tokens = 0, 0
+        for batch in self.validation_loader:
+            labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
+            batch = self._to_device(batch)
+            target = self.teacher(batch) if self.teacher is not None else None
+            _, parts = self.student(batch, target)
+            sums += parts
+        self.student.train()
+        labels, tokens = (int(x) for x in sum_over_ranks([labels, tokens], self.world))
+        if labels == 0:
+            raise TrainingError(
+                "validation_dataset: no sample has a supervised token; look at seq_length, truncation and the answers"
+            )
+        means = self._means(sums, labels)
+        means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
+        means["memory"] = memory_gib(self.world.device)
+        if self.metrics is not None:
+            self.metrics.validation(self.state.step, means)
+        return means
+
+    def _steps(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each remaining step, from wherever the state says the run is."""
+        sampler = self.loader.batch_sampler
+        while not self.schedule.is_last(self.state.step):
+            epoch, done = self.schedule.position(self.state.step)
+            sampler.seek(epoch, done)  # before the iterator exists: it reads its position once, when made
+            batches = iter(self.loader)
+            for step_in_epoch in range(done, self.schedule.steps_per_epoch):
+                if self.schedule.is_last(self.state.step):
+                    return
+                yield [next(batches) for _ in range(sampler.micro_batches(step_in_epoch))]
+
+    def _count(self, micro_batches: list[Batch]) -> tuple[int, int]:
+        """(supervised tokens, real tokens) of this step over all ranks, before its first forward."""
+        here = [sum(b[name] for b in micro_batches) for name in ("num_labels", "num_tokens")]
+        labels, tokens = (int(x) for x in sum_over_ranks(here, self.world))
+        if labels == 0:
+            raise TrainingError(
+                f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
+                f"{_ids(micro_batches)}); look at seq_length, truncation and the answers of these samples"
+            )
+        return labels, tokens
+
+    def _to_device(self, batch: Batch) -> Batch:
+        device = self.world.device
+        return {
+            name: value.to(device, non_blocking=True)
+            for name, value in batch.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+    def _means(self, sums: torch.Tensor, labels: int) -> dict[str, float]:
+        """Global token means by name; `loss` is the optimised quantity."""
+        totals = sum_over_ranks(sums, self.world).tolist()
+        means = {name: total / labels for name, total in zip(SUMS, totals, strict=True)}
+        alpha = self.kd_ratio if self.teacher is not None else 0.0
+        # 0·NaN is NaN: a part that is not optimised must not decide whether the loss is finite.
+        parts = [(1.0 - alpha, means["ce_loss"]), (alpha, means["kd_loss"])]
+        return {"loss": sum(weight * mean for weight, mean in parts if weight > 0), **means}
+
+    def _check_finite(self, value: float, what: str, micro_batches: list[Batch]) -> None:
+        # The value is a sum over ranks: every rank sees the same one and stops at the same place.
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by this step. Samples here: "
+                f"{_ids(micro_batches)}. Lower optimizer.lr, set clip_grad_norm, or look at these samples."
+            )
+
+    def _advance(self, labels: int, tokens: int) -> None:
+        self.state.step += 1
+        self.state.labels += labels
+        self.state.tokens += tokens
+
+    def _log(self, means: dict[str, float], lr: float, norm: float, tokens_per_sec: float) -> None:
+        if self.metrics is None:
+            return
+        values = {"train_loss": means["loss"], **{name: means[name] for name in SUMS}}
+        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": tokens_per_sec}
+        values["memory"] = memory_gib(self.world.device)
+        self.metrics.train(self.state.step, values)
+
+
+def _ids(micro_batches: list[Batch]) -> str:
+    ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
+    return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

@@ -1,0 +1,106 @@
+"""Distil a student under a teacher, as one YAML describes it.
+
+    deepspeed launch/kd.py --config cfg.yaml [key.sub=value …]     every GPU of this machine
+    python launch/kd.py --config cfg.yaml …                        one rank
+    torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
+
+Exit code: 0 done, 1 the run failed, 2 the config or the command is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.config import ConfigError, load
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="kd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="the run")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="YAML values; null drops a section")
+    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's and transformers' own messages")
+    parser.add_argument(
+        "--allow-targets",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="let _target_ name code under this prefix (and trust_remote_code), for this run",
+    )
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    return parser.parse_intermixed_args(argv)
+
+
+def quiet() -> None:
+    """Switch other libraries' chatter off; their errors stay."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)
+
+
+def run(args: argparse.Namespace) -> int:
+    cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
+    if not args.verbose:
+        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
+        quiet()
+    from ds_kd import distributed, recipe
+
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    say = print if world.is_main else lambda *_: None
+    for note in cfg.notes:
+        say(note)
+    if world.backend != cfg.dist_env.backend:
+        say(f"dist_env.backend: {cfg.dist_env.backend} needs CUDA, which this machine lacks; using {world.backend}")
+    started = time.monotonic()
+    trainer = recipe.build(cfg, world, tuple(args.allow_targets))
+    say(f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, ready in "
+        f"{time.monotonic() - started:.0f} s")
+    if trainer.checkpointer is not None:
+        found = trainer.checkpointer.resume(trainer.student, trainer.state)
+        if found is not None:
+            say(f"resumed from {found} at step {trainer.state.step}")
+    trainer.train()
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    if trainer.checkpointer is not None:
+        say(recipe.closing_message(cfg))
+    distributed.stop()
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return run(args)
+    except ConfigError as error:
+        message, code = str(error), 2
+    except Exception as error:
+        # The project's own errors are for users: one message. Anything else is a bug and keeps its traceback.
+        if not type(error).__module__.startswith("ds_kd."):
+            raise
+        message, code = str(error), 1
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\n{message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,145 @@
+"""One optimizer step under real ZeRO-3 equals plain PyTorch, however the batch was cut."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.ranks import run_ranks
+
+# (micro-batches per rank, samples per micro-batch)
+SPLITS = [(1, 6), (2, 3), (6, 1)]
+RATIOS = [0.0, 0.5, 1.0]
+TEMPERATURE = 2.0
+# Samples 3, 4, 5 have no label: a whole masked micro-batch for 2×3 (on one rank of two), three of them for 6×1.
+MASKED = (3, 4, 5)
+
+
+def build(world, paths, rows, accumulation, local, alpha, optimizer, temperature=TEMPERATURE, **extra):
+    """A real Trainer over `rows` from the saved student and teacher."""
+    from torchdata.stateful_dataloader import StatefulDataLoader
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd import engines, models
+    from ds_kd.data.collate import default_collater
+    from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
+    from ds_kd.losses import DistillationLoss, KDLoss, MaskedCrossEntropy
+    from ds_kd.metrics import Metrics
+    from ds_kd.schedule import Schedule
+    from ds_kd.state import TrainState
+    from ds_kd.trainer import Trainer
+
+    config = engines.engine_config(
+        engines.load_zero_config(None, "deepspeed.student"), torch.float32, local, accumulation, None
+    )
+
+    def load(path):
+        with models.zero3_init(config):
+            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+
+    teacher = None
+    if alpha > 0:
+        teacher = engines.build_teacher(models.Teacher(load(paths["teacher"])), copy.deepcopy(config))
+    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(temperature=temperature), alpha)
+    module = models.Student(load(paths["student"]), loss, teacher.module if teacher else None)
+    student = engines.build_student(module, config, optimizer)
+    sampler = GlobalBatchSampler(
+        len(rows), accumulation * local * world.size, local, world.rank, world.size
+    )
+    loader = StatefulDataLoader(WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater)
+    schedule = Schedule(sampler.steps_per_epoch, **extra)
+    metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
+    return Trainer(
+        student, teacher, loader, loader, alpha, schedule, metrics, None, TrainState(), world
+    )
+
+
+def weights(engine, master: bool = False):
+    """The student's whole parameters by HF name, on every rank."""
+    import deepspeed
+
+    out = {}
+    for name, parameter in engine.module.model.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter]):
+            out[name] = parameter.detach().clone()
+    return out
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=1.0)
+
+
+def compare_with_plain_pytorch(world, directory, paths):
+    from transformers import AutoModelForCausalLM
+
+    teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"])
+    errors = {}
+    for alpha, (accumulation, local) in itertools.product(RATIOS, SPLITS):
+        rows = tiny.samples(accumulation * local * world.size, seed=world.size, masked=MASKED)
+        trainer = build(world, paths, rows, accumulation, local, alpha, sgd)
+        before = None if trainer.teacher is None else weights(trainer.teacher)
+        logged = trainer.validate()
+        trainer.train()
+        reference = AutoModelForCausalLM.from_pretrained(paths["student"])
+        loss, ce, kd = tiny.reference_means(reference, teacher, rows, alpha, TEMPERATURE)
+        loss.backward()
+        moved = max(p.grad.abs().max().item() for p in reference.parameters())
+        got = weights(trainer.student)
+        error = max(
+            (got[n] - (p - p.grad)).abs().max().item() for n, p in reference.named_parameters()
+        )
+        parts = [abs(logged["loss"] - loss.item()), abs(logged["ce_loss"] - ce.item())]
+        if alpha > 0:
+            parts.append(abs(logged["kd_loss"] - kd.item()))
+        case = {"error": error, "moved": moved, "logged": max(parts)}
+        case["validated"] = trainer.validate()["loss"] < logged["loss"]
+        if before is not None:
+            after = weights(trainer.teacher)
+            case["teacher_same"] = all(torch.equal(before[n], after[n]) for n in before)
+            case["teacher_state"] = hasattr(trainer.teacher.optimizer, "optimizer")
+            case["teacher_grad"] = any(p.grad is not None for p in trainer.teacher.parameters())
+            case["teacher_training"] = trainer.teacher.module.model.training
+        errors[f"{accumulation}x{local} alpha={alpha}"] = case
+    return errors
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    return {
+        "student": str(tiny.llama(root / "student", seed=1)),
+        "teacher": str(tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)),
+    }
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def cases(request, paths, tmp_path_factory):
+    return run_ranks(
+        compare_with_plain_pytorch, request.param, tmp_path_factory.mktemp("ranks"), paths
+    )[0]
+
+
+def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
+    # lr 1 SGD: the parameter difference is the gradient difference.
+    assert len(cases) == len(SPLITS) * len(RATIOS)
+    for name, case in cases.items():
+        assert case["moved"] > 0.05, f"{name}: the reference hardly moves, so this would prove nothing"
+        assert case["error"] <= 1e-6, f"{name}: {case}"
+
+
+def test_logged_losses_are_the_optimised_token_means(cases):
+    # fp32 sums of about 60 tokens: 1e-5 is rounding.
+    assert all(case["logged"] <= 1e-5 for case in cases.values()), cases
+
+
+def test_teacher_is_frozen_and_carries_no_optimizer(cases):
+    with_teacher = [case for case in cases.values() if "teacher_same" in case]
+    assert len(with_teacher) == 6
+    for case in with_teacher:
+        assert case["teacher_same"] and not case["teacher_state"]
+        assert not case["teacher_grad"] and not case["teacher_training"]

@@ -1,0 +1,59 @@
+"""Run a function on several gloo ranks of this machine, with a hard time limit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from ds_kd.distributed import _free_port
+
+
+def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, args: tuple) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        DS_ACCELERATOR="cpu",
+        DEEPSPEED_LOG_LEVEL="error",
+    )
+    try:
+        import torch
+
+        from ds_kd import distributed
+
+        torch.set_num_threads(1)
+        world = distributed.start("gloo", timeout_minutes=1)
+        result = worker(world, Path(directory), *args)
+        (Path(directory) / f"result{rank}.json").write_text(json.dumps(result))
+        distributed.stop()
+    except BaseException:
+        (Path(directory) / f"error{rank}.txt").write_text(traceback.format_exc())
+        raise
+
+
+def run_ranks(worker: Callable, size: int, directory: Path, *args, seconds: float = 240) -> list:
+    """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank order."""
+    context = multiprocessing.get_context("spawn")
+    port = _free_port()
+    ranks = [
+        context.Process(target=_rank, args=(worker, r, size, port, str(directory), args)) for r in range(size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + seconds
+    for process in ranks:
+        process.join(max(0.1, deadline - time.monotonic()))
+    hung = [process for process in ranks if process.is_alive()]
+    for process in hung:
+        process.kill()
+    errors = [path.read_text() for path in sorted(directory.glob("error*.txt"))]
+    assert not errors, "\n".join(errors)
+    assert not hung, f"{len(hung)} of {size} ranks still ran after {seconds} s"
+    return [json.loads((directory / f"result{r}.json").read_text()) for r in range(size)]

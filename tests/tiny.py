@@ -1,0 +1,84 @@
+"""Tiny real models, tokenizers and samples, made on the spot: no network, no files kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+VOCAB = 96
+
+
+def tokenizer(path: Path, size: int = VOCAB, words: list[str] | None = None):
+    """A word-level tokenizer with eos and pad, saved at `path`."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = words or ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in range(size - 3))]
+    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=core, unk_token="<unk>", eos_token="<eos>", pad_token="<pad>"
+    )
+    fast.save_pretrained(path)
+    return fast
+
+
+def llama(
+    path: Path, layers: int = 2, hidden: int = 32, vocab: int = VOCAB, tie: bool = True, seed: int = 0
+) -> Path:
+    """A random Llama and the tokenizer above, saved at `path`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=tie,
+        initializer_range=0.2,  # wide enough that models differ clearly
+        pad_token_id=2,
+        eos_token_id=1,
+        bos_token_id=None,
+    )
+    LlamaForCausalLM(config).save_pretrained(path)
+    tokenizer(path)
+    return path
+
+
+def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dict]:
+    """Random token samples of unequal lengths and label counts; those in `masked` have no label at all."""
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for i in range(count):
+        length = int(torch.randint(5, 14, (1,), generator=generator))
+        ids = torch.randint(3, VOCAB, (length + 1,), generator=generator).tolist()
+        prompt = int(torch.randint(1, length, (1,), generator=generator))
+        labels = [-100] * prompt + ids[1 + prompt :]
+        if i in masked:
+            labels = [-100] * length
+        made.append({"input_ids": ids[:-1], "labels": labels, "sample_id": f"s{i}"})
+    return made
+
+
+def reference_means(student, teacher, rows: list[dict], alpha: float, temperature: float):
+    """The step's loss as the formula says it, one sample at a time, full logits, plain PyTorch.
+
+    Returns (weighted loss, CE, KD), each the mean over all valid tokens.
+    """
+    ce = kd = 0.0
+    n = sum(label != -100 for row in rows for label in row["labels"])
+    for row in rows:
+        ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+        z_s = student(input_ids=ids).logits[0].float()
+        with torch.no_grad():
+            z_t = teacher(input_ids=ids).logits[0].float()
+        for i in (labels != -100).nonzero().flatten().tolist():
+            ce = ce - torch.log_softmax(z_s[i], -1)[labels[i]]
+            log_p, log_q = (torch.log_softmax(z[i] / temperature, -1) for z in (z_t, z_s))
+            kd = kd + temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+    return ((1 - alpha) * ce + alpha * kd) / n, ce / n, kd / n
