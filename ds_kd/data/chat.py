@@ -1,0 +1,117 @@
+"""Text → token ids and the mask of supervised tokens, and the one label shift of the project.
+
+What is supervised follows NeMo-AutoModel: in plain form everything after the prompt's tokens; in chat form everything an assistant turn
+adds to the rendered conversation (header and closing tokens included), or what the template marks with `{% generation %}`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_kd.data.source import load_rows, tokenize
+from ds_kd.losses import IGNORE_INDEX
+
+
+def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
+    """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
+
+    Masked by position, never by token id, so that EOS stays trainable where it is also the padding token.
+
+    Args:
+        ids: tokens of one sample.
+        mask: which of them are supervised.
+        seq_length: cut to so many positions; None keeps all.
+    """
+    labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
+    return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
+
+
+def tokenize_prompt_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
+    """Plain form: `prompt + answer` with the tokenizer's special tokens; supervised after the prompt's tokens."""
+    ids = tokenizer(prompt + answer)["input_ids"]
+    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    bos = tokenizer.bos_token_id
+    start = len(prompt_ids) + (bos is not None and ids[:1] == [bos] and prompt_ids[:1] != [bos])
+    return ids, [i >= start for i in range(len(ids))]
+
+
+def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+    """Chat form: the tokenizer's template; supervised are the assistant's turns.
+
+    Raises:
+        ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens cannot be found.
+    """
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError("a conversation without an assistant turn has nothing to learn")
+    if "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template:
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
+    ids = _render(tokenizer, messages)
+    mask = [False] * len(ids)
+    for turn, message in enumerate(messages):
+        if message["role"] == "assistant":
+            start, end = (_prefix(tokenizer, messages[:k], ids) for k in (turn, turn + 1))
+            mask[start:end] = [True] * (end - start)
+    return ids, mask
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+
+
+def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> int:
+    """How many tokens of the whole conversation the first messages take."""
+    if not messages:
+        return 0
+    part = _render(tokenizer, messages)
+    # A template may close a conversation with a token that a further message replaces.
+    if part and part[-1] == tokenizer.eos_token_id and ids[: len(part)] != part:
+        part = part[:-1]
+    if ids[: len(part)] != part:
+        raise ValueError(
+            f"the chat template of {tokenizer.name_or_path} renders the first {len(messages)} messages differently inside the "
+            "whole conversation, so the assistant's tokens cannot be found; use a template with {% generation %} marks"
+        )
+    return len(part)
+
+
+def use_template(tokenizer: Any, chat_template: str | None) -> None:
+    """Give the tokenizer another template: Jinja text, or the path of a file holding it."""
+    if chat_template is not None:
+        is_file = "{" not in chat_template and Path(chat_template).is_file()
+        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+
+
+def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:
+    """`seq_length` where truncation is on (True or a Hugging Face strategy name), else None."""
+    return None if truncation in (False, None, "do_not_truncate") else seq_length
+
+
+def ChatDataset(  # a class in NeMo-AutoModel, hence the name
+    path_or_dataset_id: str,
+    tokenizer: Any,
+    split: str = "train",
+    seq_length: int | None = None,
+    truncation: bool | str = False,
+    limit_dataset_samples: int | None = None,
+    chat_template: str | None = None,
+) -> Any:
+    """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant turn is supervised.
+
+    Raises:
+        ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat template.
+    """
+    use_template(tokenizer, chat_template)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{tokenizer.name_or_path} has no chat template; give chat_template: a Jinja file or text")
+    rows = load_rows(path_or_dataset_id, split, ("messages",), limit_dataset_samples)
+    length = cut_length(seq_length, truncation)
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        try:
+            return shift(*tokenize_chat(tokenizer, row["messages"]), length)
+        except ValueError as error:
+            raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None
+
+    return tokenize(rows, sample)

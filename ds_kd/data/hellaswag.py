@@ -1,0 +1,47 @@
+"""HellaSwag as text to learn from: the context and its right ending."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.data.chat import shift
+from ds_kd.data.source import load_rows, tokenize
+
+
+def HellaSwag(  # a class in NeMo-AutoModel, hence the name
+    path_or_dataset: str,
+    tokenizer: Any,
+    split: str = "train",
+    num_samples_limit: int | None = None,
+    pad_to_max_length: bool = False,
+) -> Any:
+    """Rows with `ctx`, `endings` and `label` → samples whose gold ending is supervised.
+
+    Context and ending are tokenised apart and joined, as in NeMo-AutoModel.
+
+    Args:
+        path_or_dataset, split: see `load_rows`.
+        tokenizer: of the student.
+        num_samples_limit: keep the first so many rows.
+        pad_to_max_length: accepted; padding is the collater's work and changes no result.
+
+    Raises:
+        ValueError: the data cannot be had, has other columns, or a label names no ending.
+    """
+    rows = load_rows(path_or_dataset, split, ("ctx", "endings", "label"), num_samples_limit)
+    special = set(tokenizer.all_special_ids)
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        try:
+            ending = row["endings"][int(row["label"])]
+        except (ValueError, TypeError, IndexError):
+            raise ValueError(
+                f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of {len(row['endings'])} endings "
+                "(a test split has no labels)"
+            ) from None
+        context, target = (tokenizer(text)["input_ids"] for text in (row["ctx"], ending))
+        context = context[:-1] if context and context[-1] in special else context
+        target = target[1:] if target and target[0] in special else target
+        return shift(context + target, [False] * len(context) + [True] * len(target))
+
+    return tokenize(rows, sample)

@@ -1,0 +1,108 @@
+"""Which samples each rank sees, and when.
+
+The order of global batches is a pure function of (seed, epoch): not of the number of ranks, nor of how a global batch is cut into
+micro-batches. The position in the data is therefore one number, and resuming is arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+FILLER = -1
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """Micro-batches (lists of indices) of one rank.
+
+    Global batch `k` is `order[k·G : (k+1)·G]`; its micro-batch `m` on rank `r` is the `r`-th run of `L` samples in its
+    `m`-th run of `L·W`. The last, partial global batch is kept: every rank gets the same number of micro-batches, and a rank
+    with no sample left gets `[FILLER]`, because ZeRO-3's collectives need every rank in every forward.
+
+    Args:
+        num_samples: in the data set.
+        global_batch_size: G, samples per optimizer step over all ranks.
+        local_batch_size: L, samples per micro-batch and rank.
+        rank, world_size: r and W.
+        shuffle: a new permutation each epoch, else the data set's order.
+        seed: of the permutations.
+        drop_last: leave out the last, partial global batch.
+
+    Raises:
+        ValueError: no samples, or G is not a multiple of L·W.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        global_batch_size: int,
+        local_batch_size: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+    ):
+        if global_batch_size % (local_batch_size * world_size):
+            raise ValueError(
+                f"global_batch_size {global_batch_size} is not a multiple of local_batch_size {local_batch_size} × "
+                f"{world_size} ranks"
+            )
+        usable = num_samples - num_samples % global_batch_size if drop_last else num_samples
+        if usable < 1:
+            raise ValueError(f"{num_samples} samples make no global batch of {global_batch_size}")
+        self.num_samples, self.usable = num_samples, usable
+        self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
+        self.rank, self.world_size = rank, world_size
+        self.shuffle, self.seed = shuffle, seed
+        self._epoch, self._step = 0, 0
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-self.usable // self.global_batch_size)
+
+    def seek(self, epoch: int, step_in_epoch: int) -> None:
+        """Where the next `iter()` starts."""
+        self._epoch, self._step = epoch, step_in_epoch
+
+    def micro_batches(self, step_in_epoch: int) -> int:
+        """How many micro-batches that step has, the same on every rank."""
+        left = min(self.usable - step_in_epoch * self.global_batch_size, self.global_batch_size)
+        return -(-left // (self.local_batch_size * self.world_size))
+
+    def order(self, epoch: int) -> list[int]:
+        """Indices in the order of this epoch, all ranks."""
+        if not self.shuffle:
+            return list(range(self.usable))
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        return torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, first = self.order(self._epoch), self._step
+        width = self.local_batch_size * self.world_size
+        for step in range(first, self.steps_per_epoch):
+            batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]
+            for start in range(0, len(batch), width):
+                mine = start + self.rank * self.local_batch_size
+                yield batch[mine : mine + self.local_batch_size] or [FILLER]
+
+    def __len__(self) -> int:
+        return sum(self.micro_batches(step) for step in range(self.steps_per_epoch))
+
+
+class WithFiller(Dataset):
+    """A data set that also serves `FILLER`: one token, no label, no sample id; it adds an exact zero to the loss."""
+
+    def __init__(self, dataset: Sequence[dict[str, Any]] | Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if index == FILLER:
+            return {"input_ids": [0], "labels": [-100]}
+        return self.dataset[index]

@@ -1,0 +1,78 @@
+"""Where rows come from: the hub, a local file, or a directory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
+
+
+def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | None = None) -> Any:
+    """Rows of one split as a `datasets.Dataset`.
+
+    Args:
+        source: a local .json, .jsonl or .parquet file (it serves whatever split is named), a directory of splits or one
+            written by `save_to_disk`, or a hub id.
+        split: `train`, or a slice such as `train[:100]`.
+        columns: that the rows must have.
+        limit: keep the first so many rows.
+
+    Raises:
+        ValueError: nothing there, not readable, no such split, columns missing, no rows; names the source.
+    """
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"the sample limit must be an integer ≥ 1, got {limit!r}")
+    try:
+        rows = _load(source, split)
+    except Exception as error:  # datasets raises its own kinds for bad content, unknown splits and a missing network
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{source!r}, split {split!r}: {reason}") from error
+    missing = [column for column in columns if column not in rows.column_names]
+    if missing:
+        raise ValueError(
+            f"{source!r}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}, needed {', '.join(columns)}"
+        )
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    if len(rows) == 0:
+        raise ValueError(f"{source!r}, split {split!r}: no rows")
+    return rows
+
+
+def _load(source: str, split: str) -> Any:
+    import datasets
+
+    path = Path(source)
+    if path.suffix in _FORMATS:
+        if not path.is_file():
+            raise FileNotFoundError("no such file")
+        files = {split.split("[")[0]: str(path)}
+        return datasets.load_dataset(_FORMATS[path.suffix], data_files=files, split=split)
+    if (path / "dataset_dict.json").is_file():
+        return datasets.load_from_disk(path)[split]
+    if (path / "state.json").is_file():
+        return datasets.load_from_disk(path)
+    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
+        raise FileNotFoundError("no such file or directory; give a .json, .jsonl or .parquet file, or a hub id")
+    try:
+        return datasets.load_dataset(source, split=split)
+    except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
+        if path.is_dir():
+            raise
+        raise ConnectionError(
+            "not on this machine, and the hub does not give it; without a network give a local .json, .jsonl or .parquet file"
+        ) from error
+
+
+def tokenize(rows: Any, function: Any) -> Any:
+    """`function(row) -> sample` over all rows, cached by `datasets`; `sample_id` is the row's own id where it has one."""
+    id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+        return {**function(row, index), "sample_id": str(row[id_column] if id_column else index)}
+
+    workers = min(4, os.cpu_count() or 1) if len(rows) >= _MULTIPROCESS_FROM else None
+    return rows.map(sample, with_indices=True, remove_columns=rows.column_names, num_proc=workers)

@@ -1,0 +1,67 @@
+"""SQuAD: extractive question answering, in the prompt of NeMo-AutoModel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.data.chat import cut_length, shift, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.source import load_rows, tokenize
+from ds_kd.losses import IGNORE_INDEX
+
+
+def make_squad_dataset(
+    tokenizer: Any,
+    seq_length: int | None = None,
+    limit_dataset_samples: int | None = None,
+    fp8: bool = False,
+    split: str = "train",
+    dataset_name: str = "rajpurkar/squad",
+    padding: bool | str = False,
+    truncation: bool | str = False,
+    chat_template: str | None = None,
+) -> Any:
+    """Rows with `context`, `question` and `answers.text` → samples whose answer is supervised.
+
+    A tokenizer with a chat template gets a user turn (the prompt) and an assistant turn (the answer); one without gets prompt
+    and answer as running text. The answer is the first of `answers.text`, stripped, or empty where there is none.
+
+    Args:
+        tokenizer: of the student.
+        seq_length: for `truncation` and `padding: max_length`, in positions.
+        limit_dataset_samples: keep the first so many rows.
+        fp8: only False.
+        split, dataset_name: see `load_rows`.
+        padding: `max_length` pads every sample to `seq_length`; anything else leaves it to the collater.
+        truncation: true cuts samples to `seq_length`.
+        chat_template: Jinja text or file in place of the tokenizer's own.
+
+    Raises:
+        ValueError: the data cannot be had or has other columns; `fp8`, or `padding`/`truncation` without `seq_length`.
+    """
+    if fp8:
+        raise ValueError("fp8: true is not offered; remove it and choose torch_dtype: bf16")
+    if seq_length is None and (padding == "max_length" or cut_length(1, truncation)):
+        raise ValueError("padding: max_length and truncation need seq_length: an integer")
+    use_template(tokenizer, chat_template)
+    rows = load_rows(dataset_name, split, ("context", "question", "answers"), limit_dataset_samples)
+    length = cut_length(seq_length, truncation)
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+        prompt = f"Context: {row['context']} Question: {row['question']} Answer: "
+        try:
+            texts = row["answers"]["text"]
+        except (TypeError, KeyError):
+            raise ValueError(f"{dataset_name!r}, row {index}: answers has no list `text`") from None
+        answer = texts[0].strip() if texts else ""
+        if tokenizer.chat_template is None:
+            made = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
+        else:
+            turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+            made = shift(*tokenize_chat(tokenizer, turns), length)
+        if padding == "max_length" and seq_length is not None:
+            short = max(0, seq_length - len(made["input_ids"]))
+            made["input_ids"] = made["input_ids"] + [tokenizer.pad_token_id or tokenizer.eos_token_id or 0] * short
+            made["labels"] = made["labels"] + [IGNORE_INDEX] * short
+        return made
+
+    return tokenize(rows, sample)
