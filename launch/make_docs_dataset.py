@@ -72,7 +72,7 @@ def paragraphs(text: str) -> list[str]:
 
 def sentences(paragraph: str) -> list[str]:
     """Split after a full stop that a capital letter or a quoted name follows."""
-    parts = re.split(r"(?<=[a-z0-9\)\"”][.!?])\s+(?=[A-Z\"“*])", paragraph)
+    parts = re.split(r"(?<=[a-z0-9\)\"”][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[A-Z\"“*])", paragraph)
     return [part for part in parts if part]
 
 
@@ -135,8 +135,9 @@ def name_only_in(index: int, run: list[str], subject: str) -> str | None:
     """A name which, in the context `run`, sentence `index` alone mentions."""
     others = " ".join([subject, *run[:index], *run[index + 1 :]])
     for quoted, plain in re.findall(r"[\"“`']([A-Za-z_][\w.]*(?:\(\))?)[\"”`']|\b(\w+_\w+)\b", run[index]):
-        if (quoted or plain) not in others:
-            return str(quoted or plain)
+        name = str(quoted or plain)
+        if len(name) > 2 and name not in others:
+            return name
     return None
 
 
@@ -158,7 +159,8 @@ def rows_of(subject: str, title: str, run: list[str], opening: str | None) -> li
     candidates = [
         (*question(subject, run, i, opening), answer)
         for i, answer in enumerate(run)
-        if low <= words(answer) <= high and answer[-1] in ".!?" and context.count(answer) == 1
+        if low <= words(answer) <= high and not answer[0].islower() and answer[-1] in ".!?"
+        and context.count(answer) == 1
     ]
     candidates.sort(key=lambda c: (c[0], -words(c[2]), c[1]))
     rows = []
