@@ -234,6 +234,7 @@ def _loader(
     kwargs = dict(loader.kwargs)
     local = int(kwargs.pop("batch_size", steps.local_batch_size)) if not training else steps.local_batch_size
     kwargs.pop("batch_size", None)
+    kwargs.setdefault("collate_fn", "ds_kd.data.collate.default_collater")
     sampler = GlobalBatchSampler(
         len(rows),
         steps.global_batch_size if training else local * world.size,

@@ -1,9 +1,10 @@
-"""Say what a distillation run achieved: the numbers of its log, and one question put to teacher and student.
+"""Say what a distillation run achieved: its log's numbers, and a question put to teacher and student.
 
-    python launch/compare.py --teacher DIR --before DIR --student DIR --data validation.jsonl --metrics metrics.jsonl
+    python launch/compare.py --teacher DIR --before DIR --student DIR \\
+        --data validation.jsonl --metrics metrics.jsonl
 
-`--before` is the student the run started from, `--student` the one it wrote. Exit code 2 where a file is missing or holds
-no validation.
+`--before` is the student the run started from, `--student` the one it wrote. Exit code 2 where a
+file is missing or holds no validation.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
     for key, label in SHOWN:
         if key in first and key in last:
             was, now = first[key], last[key]
-            fell = f"   {100 * (now / was - 1):+.0f} %" if was else ""
+            is_loss = key.endswith("_loss") and was
+            fell = f"   {100 * (now / was - 1):+.0f} %" if is_loss else ""
             lines.append(f"  {label:<20} {was:9.4f}  → {now:8.4f}{fell}")
     speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]
     if speeds:
-        lines.append(f"speed: {statistics.median(speeds):.0f} tokens/s (median over {len(speeds)} steps)")
+        median = statistics.median(speeds)
+        lines.append(f"speed: {median:.0f} tokens/s (median of {len(speeds)} steps)")
     return lines
 
 
@@ -74,12 +77,14 @@ def answer(directory: Path, row: dict[str, Any]) -> str:
             turn, add_generation_prompt=True, return_dict=True, return_tensors="pt"
         )
     out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    new = out[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def quiet() -> None:
     """Switch other libraries' chatter off; their errors stay."""
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")  # transformers imports deepspeed where it is installed
+    # transformers imports deepspeed where it is installed.
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -87,7 +92,8 @@ def quiet() -> None:
 
 
 def show(label: str, text: str) -> None:
-    print(textwrap.fill(text or "(nothing)", 110, initial_indent=f"  {label:<16}", subsequent_indent=" " * 18))
+    first, rest = f"  {label:<16}", " " * 18
+    print(textwrap.fill(text or "(nothing)", 110, initial_indent=first, subsequent_indent=rest))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -99,7 +105,8 @@ def run(args: argparse.Namespace) -> None:
     if not 0 <= args.row < len(rows):
         raise CompareError(f"--row {args.row}: {args.data} has {len(rows)} rows")
     print("\n".join(summary(read_lines(args.metrics))))
-    print(f"student: {args.student}\n\na held-out question, answered greedily in at most {NEW_TOKENS} tokens")
+    print(f"student: {args.student}\n")
+    print(f"a held-out question, answered greedily in at most {NEW_TOKENS} tokens")
     quiet()
     row = rows[args.row]
     show("question", row["question"])
@@ -116,9 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", type=Path, required=True)
     parser.add_argument("--student", type=Path, required=True, help="the distilled model")
     parser.add_argument("--before", type=Path, help="the model distillation started from")
-    parser.add_argument("--data", type=Path, required=True, help="held-out rows in SQuAD's schema, JSON lines")
+    parser.add_argument("--data", type=Path, required=True, help="held-out rows, SQuAD's schema")
     parser.add_argument("--metrics", type=Path, required=True, help="the run's metrics.jsonl")
-    parser.add_argument("--row", type=int, default=0, help="which row of --data to ask about, from 0")
+    parser.add_argument("--row", type=int, default=0, help="of --data, to ask about; from 0")
     try:
         run(parser.parse_args(argv))
     except CompareError as error:

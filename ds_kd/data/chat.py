@@ -6,11 +6,15 @@ adds to the rendered conversation (header and closing tokens included), or what 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from ds_kd.data.source import load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
+
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
@@ -42,12 +46,14 @@ def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[
     Raises:
         ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens cannot be found.
     """
+    if not all(message.get("role") and message.get("content") is not None for message in messages):
+        raise ValueError("every message needs a `role` and a `content`")
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
-    if "generation %}" in tokenizer.chat_template or "generation -%}" in tokenizer.chat_template:
-        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
-        return out["input_ids"], [bool(m) for m in out["assistant_masks"]]
-    ids = _render(tokenizer, messages)
+    if _GENERATION.search(tokenizer.get_chat_template()):
+        out = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+    ids = list(_render(tokenizer, messages)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -56,15 +62,20 @@ def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[
     return ids, mask
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    return list(tokenizer.apply_chat_template(messages, return_dict=True)["input_ids"])
+def _render(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+    from jinja2 import TemplateError
+
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
+    except TemplateError as error:  # templates refuse what they do not know: a system turn, two user turns in a row
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
 def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> int:
     """How many tokens of the whole conversation the first messages take."""
     if not messages:
         return 0
-    part = _render(tokenizer, messages)
+    part = list(_render(tokenizer, messages)["input_ids"])
     # A template may close a conversation with a token that a further message replaces.
     if part and part[-1] == tokenizer.eos_token_id and ids[: len(part)] != part:
         part = part[:-1]
@@ -77,10 +88,19 @@ def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> i
 
 
 def use_template(tokenizer: Any, chat_template: str | None) -> None:
-    """Give the tokenizer another template: Jinja text, or the path of a file holding it."""
-    if chat_template is not None:
-        is_file = "{" not in chat_template and Path(chat_template).is_file()
-        tokenizer.chat_template = Path(chat_template).read_text() if is_file else chat_template
+    """Give the tokenizer another template: Jinja text, or the path of a file holding it.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if chat_template is None:
+        return
+    if "{" in chat_template:
+        tokenizer.chat_template = chat_template
+    elif Path(chat_template).is_file():
+        tokenizer.chat_template = Path(chat_template).read_text()
+    else:  # as a template it would render every conversation to its own name
+        raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
 
 
 def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:

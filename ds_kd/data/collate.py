@@ -19,7 +19,7 @@ def default_collater(
 
     Args:
         samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and, but for a filler,
-            `sample_id`.
+            `sample_id`; `num_tokens` where some of the tokens are padding already.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
         pad_token_id: put where there is no token.
 
@@ -45,6 +45,6 @@ def default_collater(
         "rows": rows,
         "targets": flat[rows],
         "num_labels": len(rows),
-        "num_tokens": sum(len(sample["input_ids"]) for sample in real),
+        "num_tokens": sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real),
         "sample_ids": [str(sample["sample_id"]) for sample in real],
     }

@@ -14,6 +14,7 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     split: str = "train",
     num_samples_limit: int | None = None,
     pad_to_max_length: bool = False,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Rows with `ctx`, `endings` and `label` → samples whose gold ending is supervised.
 
@@ -24,16 +25,22 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
         tokenizer: of the student.
         num_samples_limit: keep the first so many rows.
         pad_to_max_length: accepted; padding is the collater's work and changes no result.
+        trust_remote_code: only False; `datasets` no longer runs a data set's own code.
 
     Raises:
-        ValueError: the data cannot be had, has other columns, or a label names no ending.
+        ValueError: the data cannot be had, has other columns, or a label names no ending; `trust_remote_code`.
     """
+    if trust_remote_code:
+        raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
     rows = load_rows(path_or_dataset, split, ("ctx", "endings", "label"), num_samples_limit)
     special = set(tokenizer.all_special_ids)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            ending = row["endings"][int(row["label"])]
+            label = int(row["label"])
+            if label < 0:  # a test split may carry -1, which Python would read as the last ending
+                raise IndexError
+            ending = row["endings"][label]
         except (ValueError, TypeError, IndexError):
             raise ValueError(
                 f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of {len(row['endings'])} endings "

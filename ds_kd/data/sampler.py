@@ -46,6 +46,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         drop_last: bool = False,
     ):
+        if min(global_batch_size, local_batch_size, world_size) < 1:
+            raise ValueError(
+                f"global_batch_size {global_batch_size}, local_batch_size {local_batch_size} and the number of ranks "
+                f"{world_size} must be at least 1"
+            )
         if global_batch_size % (local_batch_size * world_size):
             raise ValueError(
                 f"global_batch_size {global_batch_size} is not a multiple of local_batch_size {local_batch_size} × "
@@ -81,7 +86,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, first = self.order(self._epoch), self._step
+        # A generator's body runs at its first `next`: the position is taken here, so that a later `seek` leaves it alone.
+        return self._from(self._epoch, self._step)
+
+    def _from(self, epoch: int, first: int) -> Iterator[list[int]]:
+        order = self.order(epoch)
         width = self.local_batch_size * self.world_size
         for step in range(first, self.steps_per_epoch):
             batch = order[step * self.global_batch_size : (step + 1) * self.global_batch_size]

@@ -28,8 +28,7 @@ def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | No
     try:
         rows = _load(source, split)
     except Exception as error:  # datasets raises its own kinds for bad content, unknown splits and a missing network
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{source!r}, split {split!r}: {reason}") from error
+        raise ValueError(f"{source!r}, split {split!r}: {_reason(error)}") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
@@ -52,9 +51,9 @@ def _load(source: str, split: str) -> Any:
         files = {split.split("[")[0]: str(path)}
         return datasets.load_dataset(_FORMATS[path.suffix], data_files=files, split=split)
     if (path / "dataset_dict.json").is_file():
-        return datasets.load_from_disk(path)[split]
+        return _slice(datasets.load_from_disk(path), split)
     if (path / "state.json").is_file():
-        return datasets.load_from_disk(path)
+        return _slice({split.split("[")[0]: datasets.load_from_disk(path)}, split)
     if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
         raise FileNotFoundError("no such file or directory; give a .json, .jsonl or .parquet file, or a hub id")
     try:
@@ -65,6 +64,26 @@ def _load(source: str, split: str) -> Any:
         raise ConnectionError(
             "not on this machine, and the hub does not give it; without a network give a local .json, .jsonl or .parquet file"
         ) from error
+
+
+def _slice(splits: Any, split: str) -> Any:
+    """`train`, `train[:10]` or `train[10%:]` of data sets that are already open."""
+    import datasets
+
+    lengths = {name: len(rows) for name, rows in splits.items()}
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    return datasets.concatenate_datasets(
+        [splits[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to)) for p in parts]
+    )
+
+
+def _reason(error: BaseException) -> str:
+    """One line: `datasets` wraps what was wrong with the content in an error that only says that there was one."""
+    while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, StopIteration):
+        return "no rows"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def tokenize(rows: Any, function: Any) -> Any:

@@ -46,7 +46,7 @@ def make_squad_dataset(
     rows = load_rows(dataset_name, split, ("context", "question", "answers"), limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
+    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         prompt = f"Context: {row['context']} Question: {row['question']} Answer: "
         try:
             texts = row["answers"]["text"]
@@ -54,11 +54,12 @@ def make_squad_dataset(
             raise ValueError(f"{dataset_name!r}, row {index}: answers has no list `text`") from None
         answer = texts[0].strip() if texts else ""
         if tokenizer.chat_template is None:
-            made = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
+            made: dict[str, Any] = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
         else:
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             made = shift(*tokenize_chat(tokenizer, turns), length)
         if padding == "max_length" and seq_length is not None:
+            made["num_tokens"] = len(made["input_ids"])
             short = max(0, seq_length - len(made["input_ids"]))
             made["input_ids"] = made["input_ids"] + [tokenizer.pad_token_id or tokenizer.eos_token_id or 0] * short
             made["labels"] = made["labels"] + [IGNORE_INDEX] * short
