@@ -1,4 +1,4 @@
-"""Say what a distillation run achieved: its log's numbers, and a question put to teacher and student.
+"""Say what a distillation run achieved: its log's numbers, and a question put to both models.
 
     python launch/compare.py --teacher DIR --before DIR --student DIR \\
         --data validation.jsonl --metrics metrics.jsonl

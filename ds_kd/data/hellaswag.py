@@ -28,7 +28,8 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
         trust_remote_code: only False; `datasets` no longer runs a data set's own code.
 
     Raises:
-        ValueError: the data cannot be had, has other columns, or a label names no ending; `trust_remote_code`.
+        ValueError: the data cannot be had, has other columns, or a label names no ending;
+            `trust_remote_code`.
     """
     if trust_remote_code:
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
@@ -43,8 +44,8 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
             ending = row["endings"][label]
         except (ValueError, TypeError, IndexError):
             raise ValueError(
-                f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of {len(row['endings'])} endings "
-                "(a test split has no labels)"
+                f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of "
+                f"{len(row['endings'])} endings (a test split has no labels)"
             ) from None
         context, target = (tokenizer(text)["input_ids"] for text in (row["ctx"], ending))
         context = context[:-1] if context and context[-1] in special else context

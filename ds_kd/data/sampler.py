@@ -1,7 +1,8 @@
 """Which samples each rank sees, and when.
 
-The order of global batches is a pure function of (seed, epoch): not of the number of ranks, nor of how a global batch is cut into
-micro-batches. The position in the data is therefore one number, and resuming is arithmetic.
+The order of global batches is a pure function of (seed, epoch): not of the number of ranks, nor of
+how a global batch is cut into micro-batches. The position in the data is therefore one number, and
+resuming is arithmetic.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ FILLER = -1
 class GlobalBatchSampler(Sampler[list[int]]):
     """Micro-batches (lists of indices) of one rank.
 
-    Global batch `k` is `order[k·G : (k+1)·G]`; its micro-batch `m` on rank `r` is the `r`-th run of `L` samples in its
-    `m`-th run of `L·W`. The last, partial global batch is kept: every rank gets the same number of micro-batches, and a rank
-    with no sample left gets `[FILLER]`, because ZeRO-3's collectives need every rank in every forward.
+    Global batch `k` is `order[k·G : (k+1)·G]`; its micro-batch `m` on rank `r` is the `r`-th run of
+    `L` samples in its `m`-th run of `L·W`. The last, partial global batch is kept: every rank gets
+    the same number of micro-batches, and a rank with no sample left gets `[FILLER]`, because
+    ZeRO-3's collectives need every rank in every forward.
 
     Args:
         num_samples: in the data set.
@@ -48,13 +50,13 @@ class GlobalBatchSampler(Sampler[list[int]]):
     ):
         if min(global_batch_size, local_batch_size, world_size) < 1:
             raise ValueError(
-                f"global_batch_size {global_batch_size}, local_batch_size {local_batch_size} and the number of ranks "
-                f"{world_size} must be at least 1"
+                f"global_batch_size {global_batch_size}, local_batch_size {local_batch_size} and "
+                f"the number of ranks {world_size} must be at least 1"
             )
         if global_batch_size % (local_batch_size * world_size):
             raise ValueError(
-                f"global_batch_size {global_batch_size} is not a multiple of local_batch_size {local_batch_size} × "
-                f"{world_size} ranks"
+                f"global_batch_size {global_batch_size} is not a multiple of "
+                f"local_batch_size {local_batch_size} × {world_size} ranks"
             )
         usable = num_samples - num_samples % global_batch_size if drop_last else num_samples
         if usable < 1:
@@ -86,7 +88,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator's body runs at its first `next`: the position is taken here, so that a later `seek` leaves it alone.
+        # A generator's body runs at its first `next`: the position is taken here, so that a later
+        # `seek` leaves it alone.
         return self._from(self._epoch, self._step)
 
     def _from(self, epoch: int, first: int) -> Iterator[list[int]]:
@@ -103,7 +106,10 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class WithFiller(Dataset):
-    """A data set that also serves `FILLER`: one token, no label, no sample id; it adds an exact zero to the loss."""
+    """A data set that also serves `FILLER`: one token, no label, no sample id.
+
+    It adds an exact zero to the loss.
+    """
 
     def __init__(self, dataset: Sequence[dict[str, Any]] | Any):
         self.dataset = dataset

@@ -14,25 +14,28 @@ def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | No
     """Rows of one split as a `datasets.Dataset`.
 
     Args:
-        source: a local .json, .jsonl or .parquet file (it serves whatever split is named), a directory of splits or one
-            written by `save_to_disk`, or a hub id.
+        source: a local .json, .jsonl or .parquet file (it serves whatever split is named), a
+            directory of splits or one written by `save_to_disk`, or a hub id.
         split: `train`, or a slice such as `train[:100]`.
         columns: that the rows must have.
         limit: keep the first so many rows.
 
     Raises:
-        ValueError: nothing there, not readable, no such split, columns missing, no rows; names the source.
+        ValueError: nothing there, not readable, no such split, columns missing, no rows; names the
+            source.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"the sample limit must be an integer ≥ 1, got {limit!r}")
     try:
         rows = _load(source, split)
-    except Exception as error:  # datasets raises its own kinds for bad content, unknown splits and a missing network
+    # datasets raises its own kinds for bad content, unknown splits and a missing network
+    except Exception as error:
         raise ValueError(f"{source!r}, split {split!r}: {_reason(error)}") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
-            f"{source!r}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}, needed {', '.join(columns)}"
+            f"{source!r}: no column {', '.join(missing)}; found {', '.join(rows.column_names)}, "
+            f"needed {', '.join(columns)}"
         )
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
@@ -54,15 +57,20 @@ def _load(source: str, split: str) -> Any:
         return _slice(datasets.load_from_disk(path), split)
     if (path / "state.json").is_file():
         return _slice({split.split("[")[0]: datasets.load_from_disk(path)}, split)
-    if not path.is_dir() and (path.is_absolute() or source.startswith(".") or source.count("/") > 1):
-        raise FileNotFoundError("no such file or directory; give a .json, .jsonl or .parquet file, or a hub id")
+    if not path.is_dir() and (
+        path.is_absolute() or source.startswith(".") or source.count("/") > 1
+    ):
+        raise FileNotFoundError(
+            "no such file or directory; give a .json, .jsonl or .parquet file, or a hub id"
+        )
     try:
         return datasets.load_dataset(source, split=split)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
         if path.is_dir():
             raise
         raise ConnectionError(
-            "not on this machine, and the hub does not give it; without a network give a local .json, .jsonl or .parquet file"
+            "not on this machine, and the hub does not give it; without a network give a local "
+            ".json, .jsonl or .parquet file"
         ) from error
 
 
@@ -73,12 +81,12 @@ def _slice(splits: Any, split: str) -> Any:
     lengths = {name: len(rows) for name, rows in splits.items()}
     parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
     return datasets.concatenate_datasets(
-        [splits[p.splitname].select(range(p.from_ or 0, lengths[p.splitname] if p.to is None else p.to)) for p in parts]
+        [splits[part.splitname].select(range(part.from_, part.to)) for part in parts]
     )
 
 
 def _reason(error: BaseException) -> str:
-    """One line: `datasets` wraps what was wrong with the content in an error that only says that there was one."""
+    """One line. `datasets` wraps what was wrong in an error that only says that there was one."""
     while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):
@@ -87,7 +95,10 @@ def _reason(error: BaseException) -> str:
 
 
 def tokenize(rows: Any, function: Any) -> Any:
-    """`function(row) -> sample` over all rows, cached by `datasets`; `sample_id` is the row's own id where it has one."""
+    """`function(row, index) -> sample` over all rows, cached by `datasets`.
+
+    `sample_id` is the row's own `id` or `ind` where it has one, else its index.
+    """
     id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -22,8 +22,9 @@ def make_squad_dataset(
 ) -> Any:
     """Rows with `context`, `question` and `answers.text` → samples whose answer is supervised.
 
-    A tokenizer with a chat template gets a user turn (the prompt) and an assistant turn (the answer); one without gets prompt
-    and answer as running text. The answer is the first of `answers.text`, stripped, or empty where there is none.
+    A tokenizer with a chat template gets a user turn (the prompt) and an assistant turn (the
+    answer); one without gets prompt and answer as running text. The answer is the first of
+    `answers.text`, stripped, or empty where there is none.
 
     Args:
         tokenizer: of the student.
@@ -31,12 +32,14 @@ def make_squad_dataset(
         limit_dataset_samples: keep the first so many rows.
         fp8: only False.
         split, dataset_name: see `load_rows`.
-        padding: `max_length` pads every sample to `seq_length`; anything else leaves it to the collater.
+        padding: `max_length` pads every sample to `seq_length`; anything else leaves it to the
+            collater.
         truncation: true cuts samples to `seq_length`.
         chat_template: Jinja text or file in place of the tokenizer's own.
 
     Raises:
-        ValueError: the data cannot be had or has other columns; `fp8`, or `padding`/`truncation` without `seq_length`.
+        ValueError: the data cannot be had or has other columns; `fp8`, or `padding`/`truncation`
+            without `seq_length`.
     """
     if fp8:
         raise ValueError("fp8: true is not offered; remove it and choose torch_dtype: bf16")
@@ -61,7 +64,9 @@ def make_squad_dataset(
         if padding == "max_length" and seq_length is not None:
             made["num_tokens"] = len(made["input_ids"])
             short = max(0, seq_length - len(made["input_ids"]))
-            made["input_ids"] = made["input_ids"] + [tokenizer.pad_token_id or tokenizer.eos_token_id or 0] * short
+            made["input_ids"] = (
+                made["input_ids"] + [tokenizer.pad_token_id or tokenizer.eos_token_id or 0] * short
+            )
             made["labels"] = made["labels"] + [IGNORE_INDEX] * short
         return made
 

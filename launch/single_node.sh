@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Run a distillation on this machine, one rank per GPU.
+#
+#     bash launch/single_node.sh CONFIG [key.sub=value …]
+#     NPROC=2 bash launch/single_node.sh CONFIG               so many ranks; on a CPU the default is 1
+#     CUDA_VISIBLE_DEVICES=2,3 bash launch/single_node.sh …   these GPUs (leave NPROC unset)
+#     DRY_RUN=1 bash launch/single_node.sh …                  print the command, run nothing
+set -euo pipefail
+
+NPROC=${NPROC:-}
+VENV=${VENV:-.venv}
+DRY_RUN=${DRY_RUN:-0}
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+config=${1:?usage: bash launch/single_node.sh CONFIG [key.sub=value …]}
+shift
+[ -f "$config" ] || { echo "single_node.sh: no file $config" >&2 && exit 2; }
+case $VENV in /*) ;; *) VENV=$repo/$VENV ;; esac
+if [ -x "$VENV/bin/deepspeed" ]; then
+  PATH=$VENV/bin:$PATH
+fi
+export PATH
+
+# nproc alone would answer with OMP_NUM_THREADS where that is set.
+cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
+if [ -z "$NPROC" ] && ! has_gpu; then
+  NPROC=1
+fi
+# Without a count the launcher takes all GPUs and heeds CUDA_VISIBLE_DEVICES; with one it ignores that variable.
+count=()
+if [ -n "$NPROC" ]; then
+  count=(--num_accelerators "$NPROC")
+  # Unset, every rank would start as many threads as the machine has cores.
+  threads=$(($(cores) / NPROC))
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+fi
+
+command=(deepspeed "${count[@]}" "$repo/launch/kd.py" --config "$config" "$@")
+if [ "$DRY_RUN" != 0 ]; then
+  printf '%q ' "${command[@]}"
+  echo
+  exit 0
+fi
+exec "${command[@]}"
