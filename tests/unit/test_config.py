@@ -1,0 +1,121 @@
+"""A config either loads as written or says everything that is wrong with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_kd.config import ConfigError, bind, check_world, load, resolve
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted((ROOT / "ds_configs" / "runs").glob("*.yaml"))
+GUIDE = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+SEED = ROOT.parent / "shared" / "seed" / "knowledge-distillation-guide.md"
+
+
+def test_the_guides_yaml_is_kept_byte_for_byte():
+    if not SEED.exists():
+        pytest.skip("the guide itself (shared/seed) is not on this machine")
+    block = SEED.read_text().split("```yaml\n")[1].split("```")[0]
+    assert GUIDE.read_text() == block
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_every_shipped_run_loads_and_binds(path):
+    cfg = load(path)
+    bind(cfg.optimizer, params=[])
+    bind(cfg.loss_fn)
+    bind(cfg.kd_loss_fn)
+    for dataset in (cfg.dataset, cfg.validation_dataset):
+        if dataset is not None:
+            bind(dataset, tokenizer=None)
+    for loader in (cfg.dataloader, cfg.validation_dataloader):
+        bind(loader, dataset=None, batch_sampler=None)
+    bind(cfg.model)
+
+
+def test_all_problems_are_reported_at_once():
+    overrides = [
+        "step_scheduler.global_batchsize=3",
+        "step_scheduler.local_batch_size=zero",
+        "kd_ratio=2",
+        "distributed.tp_size=2",
+        "model.torch_dtype=fp16",
+        "peft={dim: 3}",
+        "optimizer._target_=torch.optim.Adafactor",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, overrides)
+    text = str(caught.value)
+    assert len(caught.value.problems) == len(overrides)
+    for part in ("did you mean step_scheduler.global_batch_size?", "'zero', expected an integer ≥ 1",
+                 "kd_ratio: got 2", "distributed.tp_size", "write torch_dtype: bf16", "peft: LoRA", "AdamW"):  # fmt: skip
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    "section", ["peft", "packed_sequence", "slurm", "separate_meshes", "compile", "offload_teacher_model"]
+)
+def test_sections_of_later_work_are_refused_with_a_sentence(section):
+    with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
+        load(GUIDE, [f"{section}={{a: 1}}"])
+
+
+def test_an_override_reads_yaml_values_and_null_drops_a_section():
+    cfg = load(GUIDE, ["validation_dataset=null", "optimizer.betas=[0.8, 0.9]", "clip_grad_norm.max_norm=2"])
+    assert cfg.validation_dataset is None
+    assert cfg.optimizer.kwargs["betas"] == [0.8, 0.9] and cfg.optimizer.kwargs["eps"] == 1e-8
+    assert cfg.clip_grad_norm == 2.0
+
+
+@pytest.mark.parametrize("bad", ["no_equals", "=3", "a..b=1"])
+def test_a_malformed_override_is_refused(bad):
+    with pytest.raises(ConfigError, match=r"key\.sub=value"):
+        load(GUIDE, [bad])
+
+
+@pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"\xff\xfe\x00"])
+def test_a_broken_file_is_a_config_error(tmp_path, content):
+    path = tmp_path / "x.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError):
+        load(path)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nothing\.yaml: cannot be read"):
+        load(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["os.system", "subprocess.run", "builtins.eval", "torch.load", "torch.hub.load", "torch.os.system",
+     "transformers.utils.os.system", "ds_kd.losses.torch.os.system", "ds_kd.losses.F", "ds_kd.losses.SUMS",
+     "ds_kd.config.importlib.import_module", "file.py:attr", "ds_kd.losses.KDLoss.__init__"],
+)  # fmt: skip
+def test_names_outside_the_list_are_refused(name):
+    with pytest.raises(ConfigError):
+        resolve(name)
+
+
+def test_a_prefix_opened_on_the_command_line_resolves():
+    assert resolve("math.floor", allow=("math",))(2.5) == 2
+
+
+def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
+    cfg = load(GUIDE, ["kd_loss_fn.temprature=2"])
+    with pytest.raises(ConfigError, match=r"kd_loss_fn: .*temprature.*takes ignore_index, temperature"):
+        bind(cfg.kd_loss_fn)
+
+
+def test_batch_sizes_that_do_not_fit_the_ranks_name_one_that_would():
+    cfg = load(GUIDE, ["step_scheduler.global_batch_size=32", "step_scheduler.local_batch_size=4"])
+    with pytest.raises(ConfigError, match="3 ranks = 12; write 36"):
+        check_world(cfg, 3)
+
+
+def test_a_teacher_is_needed_unless_kd_ratio_is_0():
+    with pytest.raises(ConfigError, match="teacher_model: missing"):
+        load(GUIDE, ["teacher_model=null"])
+    assert load(GUIDE, ["teacher_model=null", "kd_ratio=0"]).teacher_model is None
