@@ -90,8 +90,8 @@ def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> i
     if ids[: len(part)] != part:
         raise ValueError(
             f"the chat template of {tokenizer.name_or_path} renders the first {len(messages)} "
-            "messages differently inside the whole conversation, so the assistant's tokens cannot be "
-            "found; use a template with {% generation %} marks"
+            "messages differently inside the whole conversation, so the assistant's tokens cannot "
+            "be found; use a template with {% generation %} marks"
         )
     return len(part)
 

@@ -22,7 +22,8 @@ needs_real_rows = pytest.mark.skipif(not SHARED.is_dir(), reason=f"no real rows 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}> {{ m.content }} <eos> {% endfor %}"
 MARKED = (
     "{% for m in messages %}<{{ m.role }}> {% if m.role == 'assistant' %}"
-    "{% generation %}{{ m.content }} <eos>{% endgeneration %} {% else %}{{ m.content }} <eos> {% endif %}{% endfor %}"
+    "{% generation %}{{ m.content }} <eos>"
+    "{% endgeneration %} {% else %}{{ m.content }} <eos> {% endif %}{% endfor %}"
 )
 WORDS = ["<unk>", "<bos>", "<eos>", "<system>", "<user>", "<assistant>", "a", "b", "c", "d"]
 UNK, BOS, EOS, SYSTEM, USER, ASSISTANT, A, B, C, D = range(len(WORDS))
@@ -270,6 +271,17 @@ def test_squad_prompt_and_answer_in_chat_form(tmp_path):
         "labels": [-100] * 6 + [ASSISTANT, C, EOS],
         "sample_id": "0",
     }
+
+
+def test_the_answer_is_stripped(tmp_path):
+    path = write(tmp_path / "q.jsonl", [squad_row(texts=["  c "])])
+    tells = (
+        "{% for m in messages %}{{ 'd' if m.role == 'assistant' and m.content != 'c' else 'a' }} "
+    )
+    data = make_squad_dataset(
+        make_tokenizer(), dataset_name=path, chat_template=tells + "{% endfor %}"
+    )
+    assert supervised(data[0]) == [A]  # the template saw exactly "c"
 
 
 def test_a_question_without_an_answer_supervises_nothing_and_is_kept(tmp_path):

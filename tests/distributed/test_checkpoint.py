@@ -1,0 +1,153 @@
+"""Saving, resuming, exporting and damage, on two ranks in one launch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.parity.test_step import build, weights
+from tests.ranks import run_ranks
+
+TOKENS = torch.arange(3, 15)[None]
+
+
+def adam(parameters):
+    return torch.optim.Adam(parameters, lr=1e-2, eps=1e-4)
+
+
+def trainer(world, paths, directory, steps, every=2):
+    from ds_kd.checkpoint import Checkpointer
+
+    rows = tiny.samples(11, seed=5)  # 3 steps an epoch, the last one partial
+    made = build(world, paths, rows, 1, 2, 0.5, adam, num_epochs=9, max_steps=steps, ckpt_every_steps=every)
+    made.loader.batch_sampler.shuffle = True
+    made.checkpointer = Checkpointer(
+        directory, world, tiny.tokenizer(directory.parent / "tokenizer"), "every", say=lambda *_: None
+    )
+    return made
+
+
+def train(world, paths, directory, steps, every=2):
+    directory.mkdir(exist_ok=True)
+    made = trainer(world, paths, directory, steps, every)
+    found = made.checkpointer.resume(made.student, made.state)
+    made.train()
+    return made, None if found is None else found.name
+
+
+def whole_logits(engine):
+    import deepspeed
+
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(engine.module.model.parameters())):
+        return engine.module.model(input_ids=TOKENS, use_cache=False).logits.clone()
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def save_resume_export_damage(world, root, paths):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ds_kd.checkpoint import CheckpointError, ShardWriter, export_checkpoint
+    from ds_kd.distributed import barrier, on_rank0
+
+    out = {}
+    straight, _ = train(world, paths, root / "straight", 7)
+    expected = weights(straight.student)
+
+    train(world, paths, root / "cut", 4)  # 4 steps: in the middle of the second epoch
+    resumed, found = train(world, paths, root / "cut", 7)
+    out["found"] = found
+    out["resumed_equal"] = same(expected, weights(resumed.student))
+    out["state"] = [resumed.state.step, resumed.state.labels == straight.state.labels]
+
+    final = root / "cut" / "final"
+    loaded = AutoModelForCausalLM.from_pretrained(final)
+    out["export_equal"] = same(expected, dict(loaded.named_parameters()))
+    with torch.no_grad():
+        error = (loaded(input_ids=TOKENS).logits - whole_logits(resumed.student)).abs().max()
+    out["export_logits"] = error.item()
+    out["tied"] = loaded.lm_head.weight is loaded.model.embed_tokens.weight
+    out["tokenizer"] = len(AutoTokenizer.from_pretrained(final))
+
+    on_rank0(lambda: export_checkpoint(root / "cut" / "LATEST", root / "offline"), world)
+    offline = AutoModelForCausalLM.from_pretrained(root / "offline")
+    out["offline_equal"] = same(expected, dict(offline.named_parameters()))
+
+    def split():
+        (root / "shards").mkdir()
+        loaded.config.save_pretrained(root / "shards")
+        writer = ShardWriter(root / "shards", shard_bytes=20_000)
+        for name, parameter in loaded.named_parameters():
+            writer.add(name, parameter.detach())
+        writer.close()
+
+    on_rank0(split, world)
+    out["shards"] = len(list((root / "shards").glob("model-*.safetensors")))
+    sharded = AutoModelForCausalLM.from_pretrained(root / "shards")
+    out["shards_equal"] = same(expected, dict(sharded.named_parameters()))
+
+    def flip():
+        victim = next((root / "cut" / "step_0000007" / "engine").glob("*optim_states.pt"))
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 1
+        victim.write_bytes(content)
+
+    on_rank0(flip, world)
+    again = trainer(world, paths, root / "cut", 7)
+    out["after_damage"] = again.checkpointer.resume(again.student, again.state).name
+    out["set_aside"] = sorted(p.name for p in (root / "cut").glob("bad.*"))
+
+    def spoil():
+        for checkpoint in (root / "cut").glob("step_*"):
+            (checkpoint / "manifest.json").unlink()
+
+    on_rank0(spoil, world)
+    try:
+        again.checkpointer.resume(again.student, again.state)
+        out["all_bad"] = ""
+    except CheckpointError as error:
+        out["all_bad"] = str(error)
+    barrier(world)
+    return out
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    root = tmp_path_factory.mktemp("checkpoint")
+    paths = {
+        "student": str(tiny.llama(root / "student", seed=1)),
+        "teacher": str(tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)),
+    }
+    return run_ranks(save_resume_export_damage, 2, root, paths)[0]
+
+
+def test_save_and_resume_in_mid_epoch_equals_the_uninterrupted_run_bitwise(result):
+    assert result["found"] == "step_0000004"
+    assert result["resumed_equal"]
+    assert result["state"] == [7, True]
+
+
+def test_exported_student_loads_in_transformers_and_gives_the_engines_logits(result):
+    assert result["export_equal"] and result["tied"] and result["tokenizer"] == tiny.VOCAB
+    # The same weights through the same code, under ZeRO's hooks or without: rounding only.
+    assert result["export_logits"] <= 1e-6
+
+
+def test_export_script_rebuilds_the_student_from_the_shards_alone(result):
+    assert result["offline_equal"]
+
+
+def test_sharded_export_loads_whole(result):
+    assert result["shards"] > 1 and result["shards_equal"]
+
+
+def test_a_flipped_bit_sets_the_checkpoint_aside_and_the_one_before_is_used(result):
+    assert result["after_damage"] == "step_0000006"
+    assert result["set_aside"] == ["bad.step_0000007"]
+
+
+def test_no_good_checkpoint_is_an_error_and_never_a_fresh_start(result):
+    assert "none of 3 checkpoints is whole" in result["all_bad"]

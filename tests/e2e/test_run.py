@@ -1,0 +1,129 @@
+"""The real command: `deepspeed launch/kd.py` with the guide's own YAML, tiny models and local data."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_kd.distributed import _free_port
+from tests import tiny
+
+ROOT = Path(__file__).parents[2]
+GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
+
+
+def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def kd(*overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    start = [sys.executable]
+    if ranks > 1:
+        start = ["deepspeed", "--master_port", str(_free_port()), "--num_accelerators", str(ranks)]
+    return run([*start, "launch/kd.py", "--config", GUIDE, *overrides])
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    made = tmp_path_factory.mktemp("e2e")
+    tiny.llama(made / "student", seed=1)
+    tiny.llama(made / "teacher", layers=3, hidden=64, tie=False, seed=2)
+    squad = [
+        {"id": f"q{i}", "context": f"w{i} w5 w9", "question": "w7 w8", "answers": {"text": [f"w{i} w3"]}}
+        for i in range(22)
+    ]
+    swag = [{"ind": i, "ctx": f"w{i} w4", "endings": ["w1 w2", "w3"], "label": str(i % 2)} for i in range(5)]
+    for name, rows in (("squad", squad), ("swag", swag)):
+        (made / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return made
+
+
+@pytest.fixture(scope="module")
+def overrides(root):
+    return [
+        f"model.pretrained_model_name_or_path={root / 'student'}",
+        f"teacher_model.pretrained_model_name_or_path={root / 'teacher'}",
+        f"dataset.dataset_name={root / 'squad.jsonl'}",
+        f"validation_dataset.path_or_dataset={root / 'swag.jsonl'}",
+        f"checkpoint.checkpoint_dir={root / 'run'}",
+        "step_scheduler.global_batch_size=8",
+        "optimizer.lr=0.01",
+        "checkpoint.save_consolidated=true",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides):
+    """Two launches of one command: the first stops early, the second goes on to the end (2 epochs of 3 steps)."""
+    first = kd(*overrides, "step_scheduler.max_steps=2")
+    second = kd(*overrides)
+    return first, second
+
+
+def test_the_guides_yaml_runs_under_the_deepspeed_launcher(finished, root):
+    first, second = finished
+    assert first.returncode == 0, first.stdout + first.stderr
+    assert second.returncode == 0, second.stdout + second.stderr
+    assert "using gloo" in first.stdout and "ZeRO-3 takes its place" in first.stdout
+    assert "step 2/2" in first.stdout and "step 6/6" in second.stdout
+
+
+def test_the_same_command_resumes(finished):
+    assert "resumed from" in finished[1].stdout and "at step 2" in finished[1].stdout
+    assert "step 2/6" not in finished[1].stdout
+
+
+def test_metrics_and_events_are_complete(finished, root):
+    records = [json.loads(line) for line in (root / "run/tensorboard/metrics.jsonl").read_text().splitlines()]
+    train = [r for r in records if "train_loss" in r]
+    assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
+    tags = {"train_loss", "kd_loss", "ce_loss", "learning_rate", "tokens_per_sec", "grad_norm",
+            "top1_agreement", "teacher_entropy", "memory"}  # fmt: skip
+    assert tags <= set(train[0])
+    assert {"val_loss", "val_kd_loss", "val_ce_loss", "val_top1_agreement"} <= set(records[-1])
+    # the logged loss is the optimised one
+    assert train[0]["train_loss"] == pytest.approx(0.5 * train[0]["ce_loss"] + 0.5 * train[0]["kd_loss"])
+    assert train[-1]["train_loss"] < train[0]["train_loss"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(root / "run/tensorboard"))
+    events.Reload()
+    assert tags <= set(events.Tags()["scalars"])
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
+def test_final_loads_as_the_guide_shows(finished, root):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(root / "run/final")
+    assert str(model.dtype) == "torch.bfloat16"
+    ids = AutoTokenizer.from_pretrained(root / "run/final")("w1 w5", return_tensors="pt").input_ids
+    assert model.generate(ids, max_new_tokens=3).shape[1] >= 3
+    assert (root / "run/LATEST").resolve().name == "step_0000006"
+
+
+def test_a_users_mistakes_exit_2_without_a_traceback(overrides, root):
+    bad = kd(*overrides, "optimizer._target_=os.system", "kd_ratio=7", ranks=1)
+    missing = kd(*overrides, f"dataset.dataset_name={root / 'nothing.jsonl'}", ranks=1)
+    for result, words in ((bad, ("kd_ratio", "os.system")), (missing, ("dataset", "nothing.jsonl"))):
+        assert result.returncode == 2, result.stderr
+        assert "Traceback" not in result.stderr
+        assert all(word in result.stderr for word in words), result.stderr
+
+
+def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
+    result = kd(
+        *overrides, "kd_ratio=0", "teacher_model=null", "validation_dataset=null", "model.torch_dtype=fp32",
+        f"checkpoint.checkpoint_dir={root / 'plain'}", "checkpoint.save_consolidated=false", ranks=1,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
