@@ -1,10 +1,12 @@
-"""Which names a config may use: NeMo-AutoModel's, translated; a short list of others; and what is refused, with its remedy."""
+"""Which names a config may use: NeMo-AutoModel's, translated; a short list of others; and what is
+refused, with its remedy."""
 
 _NEMO = "nemo_automodel.components."
+_MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 
 #: NeMo-AutoModel's name → the name that takes its place here.
 ALIASES = {
-    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": "transformers.AutoModelForCausalLM.from_pretrained",
+    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
     _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.MaskedCrossEntropy",
     _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.KDLoss",
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",
@@ -15,8 +17,11 @@ ALIASES = {
 
 #: Names outside ds_kd that a run needs. Exact: a whole `torch.*` would admit `torch.hub.load`.
 ALLOWED = {
-    *(f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adagrad", "Adamax", "RMSprop")),
-    "transformers.AutoModelForCausalLM.from_pretrained",
+    *(
+        f"torch.optim.{name}"
+        for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adagrad", "Adamax", "RMSprop")
+    ),
+    _MODEL,
     "torchdata.stateful_dataloader.StatefulDataLoader",
     "deepspeed.ops.adam.FusedAdam",
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
@@ -24,19 +29,26 @@ ALLOWED = {
 
 #: Names somebody will try, and what to write instead.
 UNSUPPORTED = {
-    "torch.optim.Adafactor": "it looks at whole matrices and ZeRO-3 gives it flat shards; write torch.optim.AdamW",
-    "torch.optim.Muon": "it looks at whole matrices and ZeRO-3 gives it flat shards; write torch.optim.AdamW",
+    "torch.optim.Adafactor": "it looks at whole matrices and ZeRO-3 gives it flat shards; "
+    "write torch.optim.AdamW",
+    "torch.optim.Muon": "it looks at whole matrices and ZeRO-3 gives it flat shards; write "
+    "torch.optim.AdamW",
     "torch.optim.LBFGS": "it needs a closure and whole vectors; write torch.optim.AdamW",
 }
 
 #: Sections of the schema that belong to later work: refused, never silently ignored.
 REFUSED_SECTIONS = {
     "peft": "LoRA is not supported yet; remove the section to train all weights",
-    "packed_sequence": "packing is not supported yet; remove the section, batches are padded to their longest sample",
-    "slurm": "submitting from the YAML is not supported yet; remove the section and use sbatch launch/slurm.sh",
+    "packed_sequence": "packing is not supported yet; remove the section, batches are padded "
+    "to their longest sample",
+    "slurm": "submitting from the YAML is not supported yet; remove the section and use sbatch "
+    "launch/slurm.sh",
     "compile": "torch.compile is not supported yet; remove the section",
-    "offload_teacher_model": "remove it and set deepspeed.teacher: ds_configs/zero/teacher_zero3_offload.json",
-    "separate_meshes": "student and teacher share all ranks here; remove it and teacher_distributed",
-    "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards the teacher)",
+    "offload_teacher_model": "remove it and set deepspeed.teacher: "
+    "ds_configs/zero/teacher_zero3_offload.json",
+    "separate_meshes": "student and teacher share all ranks here; remove it and "
+    "teacher_distributed",
+    "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
+    "the teacher)",
     "quantization": "quantised training is not supported; remove the section",
 }

@@ -1,18 +1,23 @@
 """What survives the process.
 
     checkpoint_dir/
-        step_0000200/           one checkpoint: written aside as .saving.step_…, verified, then renamed; never seen half
+        step_0000200/           one checkpoint: written aside as .saving.step_…, verified, then
+        renamed; never seen half
             engine/             DeepSpeed's shards: weights, optimizer, LR schedule
             state.json          TrainState, world size
             rng_rank0.pt …      random-number generators of each rank
-            model/              Hugging Face config and tokenizer; with consolidated weights a loadable model
+            model/              Hugging Face config and tokenizer; with consolidated weights a
+            loadable model
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
         final  -> step_0000200/model    the newest consolidated student
 
-The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule), `TrainState` (from which the position
-in the data follows) and every rank's RNG. DeepSpeed alone would write its `latest` before other ranks have finished, load
-flipped bytes without a word, and start from step 0 when `latest` is missing; hence the manifest and the rename.
+The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
+`TrainState` (from which the position
+in the data follows) and every rank's RNG. DeepSpeed alone would write its `latest` before other
+ranks have finished, load
+flipped bytes without a word, and start from step 0 when `latest` is missing; hence the manifest and
+the rename.
 """
 
 from __future__ import annotations
@@ -47,7 +52,8 @@ class ShardWriter:
     """Writes tensors one at a time into Hugging Face safetensors shards, holding at most one shard.
 
     Args:
-        directory: where `model.safetensors`, or `model-0000i-of-0000n.safetensors` and its index, go.
+        directory: where `model.safetensors`, or `model-0000i-of-0000n.safetensors` and its index,
+            go.
         shard_bytes: a shard is closed before it would grow beyond this.
     """
 
@@ -91,9 +97,11 @@ class ShardWriter:
 
 
 def export_student(engine: Any, directory: Path, world: World) -> None:
-    """Write the engine's student as Hugging Face safetensors, parameter by parameter (a collective).
+    """Write the engine's student as Hugging Face safetensors, parameter by parameter (a
+    collective).
 
-    Rank 0 holds one shard above its training memory. Tied weights are written once; transformers ties them on loading.
+    Rank 0 holds one shard above its training memory. Tied weights are written once; transformers
+    ties them on loading.
     """
     model = engine.module.model
     writer = ShardWriter(directory) if world.is_main else None
@@ -123,11 +131,15 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
 
     if not (checkpoint / MANIFEST).is_file():
         raise CheckpointError(
-            f"{checkpoint}: no {MANIFEST} here; give a step_… directory or {LATEST} inside checkpoint.checkpoint_dir"
+            f"{checkpoint}: no {MANIFEST} here; give a step_… directory or {LATEST} inside "
+            f"checkpoint.checkpoint_dir"
         )
     verify(checkpoint)
     shutil.copytree(
-        checkpoint / MODEL, out, dirs_exist_ok=True, ignore=lambda _, names: [n for n in names if "safetensors" in n]
+        checkpoint / MODEL,
+        out,
+        dirs_exist_ok=True,
+        ignore=lambda _, names: [n for n in names if "safetensors" in n],
     )
     dtype = AutoConfig.from_pretrained(out).dtype or torch.float32
     with trusted_pickles():
@@ -145,7 +157,8 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
 def trusted_pickles() -> Iterator[None]:
     """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
 
-    DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch overrules it.
+    DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch
+    overrules it.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -203,7 +216,8 @@ class Checkpointer:
         directory: `checkpoint.checkpoint_dir`.
         world: ranks; all methods are collective.
         tokenizer: saved beside the model.
-        save_consolidated: `final` exports the student with the last checkpoint, `every` with each, `false` with none.
+        save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
+            `false` with none.
         keep_last: how many checkpoints stay; None keeps all.
         say: prints on rank 0.
     """
@@ -224,7 +238,9 @@ class Checkpointer:
         """Write one checkpoint; when this returns, it is whole and `LATEST` names it."""
         target = self.directory / f"step_{state.step:07d}"
         aside = self.directory / f".saving.{target.name}"
-        consolidate = self.save_consolidated == "every" or (self.save_consolidated == "final" and is_last)
+        consolidate = self.save_consolidated == "every" or (
+            self.save_consolidated == "final" and is_last
+        )
         on_rank0(lambda: _fresh(aside / MODEL), self.world)
         engine.save_checkpoint(str(aside), tag=ENGINE, save_latest=False)
         torch.save(rng_state(), aside / f"rng_rank{self.world.rank}.pt")
@@ -240,7 +256,8 @@ class Checkpointer:
         """Restore the newest good checkpoint; None when there is none at all.
 
         Raises:
-            CheckpointError: checkpoints exist and none is good, or this one was saved by another number of ranks.
+            CheckpointError: checkpoints exist and none is good, or this one was saved by another
+                number of ranks.
         """
         found = on_rank0(self._newest_good, self.world)
         if found is None:
@@ -248,8 +265,10 @@ class Checkpointer:
         saved = json.loads((found / STATE).read_text())
         if saved["world_size"] != self.world.size:
             raise CheckpointError(
-                f"{found} was saved by {saved['world_size']} ranks and this run has {self.world.size}; start it with "
-                f"{saved['world_size']}, or give checkpoint.checkpoint_dir another directory to start anew"
+                f"{found} was saved by {saved['world_size']} ranks and this run has "
+                f"{self.world.size}; start it with "
+                f"{saved['world_size']}, or give checkpoint.checkpoint_dir another directory "
+                f"to start anew"
             )
         with trusted_pickles():
             loaded, _ = engine.load_checkpoint(str(found), tag=ENGINE)
@@ -277,7 +296,9 @@ class Checkpointer:
         dist.all_gather_object(parts, part, group=self.world.host_group)
         return {name: digest for part in parts for name, digest in part.items()}
 
-    def _publish(self, aside: Path, target: Path, files: dict[str, Any], consolidated: bool) -> None:
+    def _publish(
+        self, aside: Path, target: Path, files: dict[str, Any], consolidated: bool
+    ) -> None:
         (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
         _fsync(aside / MANIFEST)
         if target.exists():
@@ -314,10 +335,14 @@ class Checkpointer:
                 bad = checkpoint.with_name(f"bad.{checkpoint.name}")
                 shutil.rmtree(bad, ignore_errors=True)
                 checkpoint.rename(bad)
-                self.say(f"checkpoint {checkpoint.name} is damaged and was set aside as {bad.name}: {error}")
+                self.say(
+                    f"checkpoint {checkpoint.name} is damaged and was set aside as {bad.name}: "
+                    f"{error}"
+                )
         if candidates:
             raise CheckpointError(
-                f"{self.directory}: none of {len(candidates)} checkpoints is whole; they are kept as bad.step_…. "
+                f"{self.directory}: none of {len(candidates)} checkpoints is whole; they are "
+                f"kept as bad.step_…. "
                 "Give checkpoint.checkpoint_dir another directory to start anew."
             )
         return None
@@ -343,4 +368,3 @@ def _point(link: Path, target: str) -> None:
     fresh.symlink_to(target)
     fresh.replace(link)
     _fsync(link.parent)
-

@@ -1,6 +1,7 @@
 """The config: YAML + overrides → a checked, typed `RunConfig`, and dotted names → objects.
 
-Everything that is wrong is reported at once, before a model is loaded: the key, what was given, what was expected, what to type next.
+Everything that is wrong is reported at once, before a model is loaded: the key, what was given,
+what was expected, what to type next.
 The schema below is the documentation: `python -m ds_kd.config` prints it as the README's table.
 """
 
@@ -48,7 +49,8 @@ class Target:
 
 
 def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
-    """A documented field: `kind` is int, number, bool, str, mapping, target, section, choice or any."""
+    """A documented field: `kind` is int, number, bool, str, mapping, target, section, choice or
+    any."""
     meta = {"doc": doc, "kind": kind, **bounds}
     if isinstance(default, type):
         return field(default_factory=default, metadata=meta)
@@ -61,15 +63,26 @@ class StepScheduler:
     local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
     num_epochs: int = key(1, "passes over the training data", "int", low=1)
     max_steps: int | None = key(None, "stop after so many optimizer steps", "int", low=1)
-    val_every_steps: int | None = key(None, "validate every so many optimizer steps, and after the last", "int", low=1)
-    ckpt_every_steps: int | None = key(None, "checkpoint every so many optimizer steps, and after the last", "int", low=1)
+    val_every_steps: int | None = key(
+        None, "validate every so many optimizer steps, and after the last", "int", low=1
+    )
+    ckpt_every_steps: int | None = key(
+        None, "checkpoint every so many optimizer steps, and after the last", "int", low=1
+    )
     val_at_start: bool = key(False, "validate before the first step too", "bool")
 
 
 @dataclass
 class DistEnv:
-    backend: str = key("nccl", "collective library; nccl becomes gloo where there is no CUDA", "choice", among=("nccl", "gloo"))
-    timeout_minutes: float = key(10.0, "how long a collective waits for a missing rank", "number", above=0)
+    backend: str = key(
+        "nccl",
+        "collective library; nccl becomes gloo where there is no CUDA",
+        "choice",
+        among=("nccl", "gloo"),
+    )
+    timeout_minutes: float = key(
+        10.0, "how long a collective waits for a missing rank", "number", above=0
+    )
 
 
 @dataclass
@@ -82,10 +95,15 @@ class Rng:
 @dataclass
 class Checkpoint:
     enabled: bool = key(True, "save checkpoints and resume from them", "bool")
-    checkpoint_dir: str = key("checkpoints/", "directory of the run; the same directory resumes", "str")
-    model_save_format: str = key("safetensors", "format of the exported student", "choice", among=("safetensors",))
+    checkpoint_dir: str = key(
+        "checkpoints/", "directory of the run; the same directory resumes", "str"
+    )
+    model_save_format: str = key(
+        "safetensors", "format of the exported student", "choice", among=("safetensors",)
+    )
     save_consolidated: str = key(
-        "final", "Hugging Face student: true/final at the end, every with each checkpoint, false not at all",
+        "final", "Hugging Face student: true/final at the end, every with each checkpoint, "
+        "false not at all",
         "choice", among=("false", "true", "final", "every"),
     )  # fmt: skip
     keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
@@ -102,7 +120,9 @@ class Distributed:
     pp_size: int | None = key(None, "only 1", "parallel")
     ep_size: int | None = key(None, "only 1", "parallel")
     sequence_parallel: bool = key(False, "only false", "bool", among=(False,))
-    activation_checkpointing: bool = key(False, "recompute the student's activations in backward", "bool")
+    activation_checkpointing: bool = key(
+        False, "recompute the student's activations in backward", "bool"
+    )
 
 
 @dataclass
@@ -112,20 +132,32 @@ class LRScheduler:
         "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
     ))  # fmt: skip
     num_warmup_steps: int = key(0, "optimizer steps of linear warm-up", "int", low=0)
-    warmup_ratio: float | None = key(None, "warm-up as a share of all steps, in place of num_warmup_steps", "number", low=0, high=1)
+    warmup_ratio: float | None = key(
+        None,
+        "warm-up as a share of all steps, in place of num_warmup_steps",
+        "number",
+        low=0,
+        high=1,
+    )
     scheduler_specific_kwargs: dict = key(dict, "further arguments of that schedule", "mapping")
 
 
 @dataclass
 class DeepSpeed:
-    student: Any = key(None, "ZeRO file (path or mapping) of the student; plain ZeRO-3 by default", "any")
-    teacher: Any = key(None, "ZeRO file (path or mapping) of the teacher; plain ZeRO-3 by default", "any")
+    student: Any = key(
+        None, "ZeRO file (path or mapping) of the student; plain ZeRO-3 by default", "any"
+    )
+    teacher: Any = key(
+        None, "ZeRO file (path or mapping) of the teacher; plain ZeRO-3 by default", "any"
+    )
 
 
 @dataclass
 class TensorBoard:
     enabled: bool = key(True, "write TensorBoard events", "bool")
-    log_dir: str | None = key(None, "of events and metrics.jsonl; <checkpoint_dir>/tensorboard by default", "str")
+    log_dir: str | None = key(
+        None, "of events and metrics.jsonl; <checkpoint_dir>/tensorboard by default", "str"
+    )
 
 
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
@@ -135,25 +167,73 @@ _COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
 
 @dataclass
 class RunConfig:
-    model: Target = key(None, "the student: from_pretrained arguments", "target", target=_MODEL, required=True)
-    teacher_model: Target | None = key(None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=_MODEL)
+    model: Target = key(
+        None, "the student: from_pretrained arguments", "target", target=_MODEL, required=True
+    )
+    teacher_model: Target | None = key(
+        None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=_MODEL
+    )
     dataset: Target = key(None, "training data", "target", required=True)
-    kd_ratio: float = key(0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1)
-    kd_loss_fn: Target = key(None, "distillation loss: temperature, ignore_index, fp32_upcast", "target", target="ds_kd.losses.KDLoss", default={})
-    loss_fn: Target = key(None, "cross-entropy: ignore_index, fp32_upcast", "target", target="ds_kd.losses.MaskedCrossEntropy", default={})
-    optimizer: Target = key(None, "an element-wise optimizer and its arguments", "target", target="torch.optim.AdamW", default={"lr": 1e-5})
-    lr_scheduler: LRScheduler | None = key(None, "learning-rate schedule; constant by default", "section", section=LRScheduler)
-    clip_grad_norm: float | None = key(None, "largest gradient norm: a number or {max_norm: number}; off by default", "clip")
-    step_scheduler: StepScheduler = key(StepScheduler, "batch sizes and when things happen", "section", section=StepScheduler)
-    dataloader: Target = key(None, "loader arguments: collate_fn, shuffle, drop_last, num_workers", "target", target=_LOADER, default=_COLLATE)
-    validation_dataset: Target | None = key(None, "validation data; without it no validation", "target")
-    validation_dataloader: Target = key(None, "likewise for validation; batch_size is local_batch_size by default", "target", target=_LOADER, default=_COLLATE)
+    kd_ratio: float = key(
+        0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1
+    )
+    kd_loss_fn: Target = key(
+        None,
+        "distillation loss: temperature, ignore_index, fp32_upcast",
+        "target",
+        target="ds_kd.losses.KDLoss",
+        default={},
+    )
+    loss_fn: Target = key(
+        None,
+        "cross-entropy: ignore_index, fp32_upcast",
+        "target",
+        target="ds_kd.losses.MaskedCrossEntropy",
+        default={},
+    )
+    optimizer: Target = key(
+        None,
+        "an element-wise optimizer and its arguments",
+        "target",
+        target="torch.optim.AdamW",
+        default={"lr": 1e-5},
+    )
+    lr_scheduler: LRScheduler | None = key(
+        None, "learning-rate schedule; constant by default", "section", section=LRScheduler
+    )
+    clip_grad_norm: float | None = key(
+        None, "largest gradient norm: a number or {max_norm: number}; off by default", "clip"
+    )
+    step_scheduler: StepScheduler = key(
+        StepScheduler, "batch sizes and when things happen", "section", section=StepScheduler
+    )
+    dataloader: Target = key(
+        None,
+        "loader arguments: collate_fn, shuffle, drop_last, num_workers",
+        "target",
+        target=_LOADER,
+        default=_COLLATE,
+    )
+    validation_dataset: Target | None = key(
+        None, "validation data; without it no validation", "target"
+    )
+    validation_dataloader: Target = key(
+        None,
+        "likewise for validation; batch_size is local_batch_size by default",
+        "target",
+        target=_LOADER,
+        default=_COLLATE,
+    )
     dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
     rng: Rng = key(Rng, "random numbers", "section", section=Rng)
     seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0)
     checkpoint: Checkpoint = key(Checkpoint, "what is kept", "section", section=Checkpoint)
-    distributed: Distributed = key(Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed)
-    deepspeed: DeepSpeed = key(DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed)
+    distributed: Distributed = key(
+        Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed
+    )
+    deepspeed: DeepSpeed = key(
+        DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
+    )
     tensorboard: TensorBoard = key(TensorBoard, "logging", "section", section=TensorBoard)
     wandb: dict | None = key(None, "arguments of wandb.init; off by default", "mapping")
     recipe: Any = key(None, "accepted and ignored", "any")
@@ -165,10 +245,13 @@ class RunConfig:
         return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")
 
 
-# ---- reading --------------------------------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------------
+# -------------------
 
 
-def load(path: str | Path, overrides: list[str] | None = None, allow: tuple[str, ...] = ()) -> RunConfig:
+def load(
+    path: str | Path, overrides: list[str] | None = None, allow: tuple[str, ...] = ()
+) -> RunConfig:
     """Read, override, check.
 
     Args:
@@ -186,7 +269,9 @@ def load(path: str | Path, overrides: list[str] | None = None, allow: tuple[str,
     try:
         raw = OmegaConf.load(path)
         if not OmegaConf.is_dict(raw):
-            raise ConfigError([problem(str(path), OmegaConf.to_container(raw), "a mapping of sections")])
+            raise ConfigError(
+                [problem(str(path), OmegaConf.to_container(raw), "a mapping of sections")]
+            )
         for override in overrides or []:
             name, equals, value = override.partition("=")
             if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
@@ -195,7 +280,9 @@ def load(path: str | Path, overrides: list[str] | None = None, allow: tuple[str,
         data = OmegaConf.to_container(raw, resolve=True)
         text = OmegaConf.to_yaml(raw, resolve=True)
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]) from None
+        raise ConfigError(
+            [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
+        ) from None
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from None
     assert isinstance(data, dict)
@@ -223,7 +310,10 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
         cfg.wandb = None
     if data.get("distributed"):
         name = cfg.distributed._target_ or cfg.distributed.strategy or "section"
-        cfg.notes.append(f"distributed: {str(name).rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its place")
+        cfg.notes.append(
+            f"distributed: {str(name).rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its "
+            f"place"
+        )
     return cfg
 
 
@@ -239,7 +329,11 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
         path = f"{prefix}{name}"
         if name not in known:
             near = difflib.get_close_matches(str(name), [*known], n=1)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(known)}"
+            hint = (
+                f"; did you mean {prefix}{near[0]}?"
+                if near
+                else f"; known here: {', '.join(known)}"
+            )
             problems.append(f"{path}: unknown key{hint}")
             continue
         meta = known[name]
@@ -263,7 +357,11 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     """The value in its own type, or None after noting what is wrong."""
     kind, expected = meta["kind"], _expected(meta)
     if kind == "clip":
-        value = value.get("max_norm") if isinstance(value, dict) and set(value) <= {"max_norm"} else value
+        value = (
+            value.get("max_norm")
+            if isinstance(value, dict) and set(value) <= {"max_norm"}
+            else value
+        )
         good = _is_number(value) and value > 0
     elif kind == "parallel":
         good = value == 1 and not isinstance(value, bool)
@@ -277,7 +375,9 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     else:
         good = isinstance(value, {"bool": bool, "str": str, "mapping": dict, "any": object}[kind])
     if good and kind in ("int", "number"):
-        good = meta.get("low", value) <= value <= meta.get("high", value) and value > meta.get("above", value - 1)
+        good = meta.get("low", value) <= value <= meta.get("high", value) and value > meta.get(
+            "above", value - 1
+        )
     if good and kind == "bool":
         good = value in meta.get("among", (value,))
     if not good:
@@ -295,9 +395,14 @@ def _expected(meta: Any) -> str:
     if "among" in meta:
         return " or ".join(str(choice).lower() for choice in meta["among"])
     words = {
-        "int": "an integer", "number": "a number", "bool": "true or false", "str": "text", "mapping": "a mapping",
-        "clip": "a number > 0 or {max_norm: number}", "parallel": "1 (other kinds of parallelism are not supported)",
-    }  # fmt: skip
+        "int": "an integer",
+        "number": "a number",
+        "bool": "true or false",
+        "str": "text",
+        "mapping": "a mapping",
+        "clip": "a number > 0 or {max_norm: number}",
+        "parallel": "1 (no such parallelism here)",
+    }
     text = words.get(kind, kind)
     for name, sign in (("low", "≥"), ("above", ">"), ("high", "≤")):
         if name in meta:
@@ -305,7 +410,9 @@ def _expected(meta: Any) -> str:
     return text
 
 
-def _target(value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: list[str]) -> Target | None:
+def _target(
+    value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: list[str]
+) -> Target | None:
     if value is None:
         if meta.get("required"):
             problems.append(f"{path}: missing; {meta['doc']}")
@@ -332,13 +439,22 @@ def _target(value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: 
 def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
     name = kwargs.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or not name:
-        problems.append(problem(f"{path}.pretrained_model_name_or_path", name, "a directory or a hub id"))
+        problems.append(
+            problem(f"{path}.pretrained_model_name_or_path", name, "a directory or a hub id")
+        )
     for spelling in ("torch_dtype", "dtype"):
         dtype = str(kwargs.get(spelling, "auto")).removeprefix("torch.")
         if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
-            problems.append(problem(f"{path}.{spelling}", dtype, "bf16, fp32 or auto", f"write {spelling}: bf16"))
+            problems.append(
+                problem(
+                    f"{path}.{spelling}", dtype, "bf16, fp32 or auto", f"write {spelling}: bf16"
+                )
+            )
     if kwargs.get("trust_remote_code") and not allow:
-        problems.append(f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets {name} to permit it")
+        problems.append(
+            f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
+            f"{name} to permit it"
+        )
 
 
 def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
@@ -349,7 +465,9 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
             f"a multiple of local_batch_size {steps.local_batch_size}",
         ))  # fmt: skip
     if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
-        problems.append("teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning")
+        problems.append(
+            "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
+        )
     given = (data.get("rng") or {}).get("seed") if isinstance(data.get("rng"), dict) else None
     if cfg.seed is not None and given not in (None, cfg.seed):
         problems.append(f"seed: {cfg.seed} and rng.seed: {given} contradict each other; keep one")
@@ -370,15 +488,23 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
         up = -(-steps.global_batch_size // width) * width
         problems.append(problem(
             "step_scheduler.global_batch_size", steps.global_batch_size,
-            f"a multiple of local_batch_size {steps.local_batch_size} × {world_size} ranks = {width}", f"write {up}",
+            f"a multiple of local_batch_size {steps.local_batch_size} × {world_size} ranks = "
+            f"{width}", f"write {up}",
         ))  # fmt: skip
     if cfg.distributed.dp_size not in (None, world_size):
-        problems.append(problem("distributed.dp_size", cfg.distributed.dp_size, f"none, or the {world_size} ranks started"))
+        problems.append(
+            problem(
+                "distributed.dp_size",
+                cfg.distributed.dp_size,
+                f"none, or the {world_size} ranks started",
+            )
+        )
     if problems:
         raise ConfigError(problems)
 
 
-# ---- names → objects ------------------------------------------------------------------------------------------------
+# ---- names → objects
+# ------------------------------------------------------------------------------------------------
 
 
 def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
@@ -392,7 +518,11 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
     if name in ALLOWED or name.startswith("ds_kd.") or opened:
         return ""
     near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
-    hint = f"did you mean {near[0]}?" if near else f"if you trust it, add --allow-targets {dotted.rpartition('.')[0]}"
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"if you trust it, add --allow-targets {dotted.rpartition('.')[0]}"
+    )
     return f"{dotted!r} is not among the names a config may call; {hint}"
 
 
@@ -400,7 +530,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
     """The object behind a permitted name.
 
     Raises:
-        ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of ds_kd.
+        ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
+            ds_kd.
     """
     if refusal := refuse(dotted, allow):
         raise ConfigError([refusal])
@@ -418,7 +549,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
                 raise ConfigError([f"{dotted!r}: {'.'.join(parts[:split])} has no {part}"])
             found = getattr(found, part)
         if name.startswith("ds_kd.") and (
-            not callable(found) or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name
+            not callable(found)
+            or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name
         ):
             raise ConfigError([f"{dotted!r} is not defined in ds_kd"])
         return found
@@ -461,7 +593,8 @@ def instantiate(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> An
         raise ConfigError([f"{target.key}: {error}"]) from error
 
 
-# ---- documentation --------------------------------------------------------------------------------------------------
+# ---- documentation
+# --------------------------------------------------------------------------------------------------
 
 
 def key_table() -> str:
@@ -474,7 +607,9 @@ def key_table() -> str:
             default = _show(meta.get("default", _default(RunConfig, name)))
         rows.append(f"| `{name}` | {meta['doc']} | {default} |")
         for inner, inner_meta in _keys(section) if section else ():
-            rows.append(f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(_default(section, inner))} |")
+            rows.append(
+                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(_default(section, inner))} |"
+            )
     return "\n".join(rows)
 
 
@@ -484,7 +619,9 @@ def _default(cls: Any, name: str) -> Any:
 
 
 def _show(value: Any) -> str:
-    text = "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    text = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
     return f"`{text}`"
 
 

@@ -1,7 +1,9 @@
 """Ranks: who is in the job, how they meet, and sums over all of them.
 
-The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*; `srun` sets SLURM_*
-instead, which DeepSpeed does not read; plain `python` sets nothing and is a world of one. `start` makes them all look alike.
+The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
+MASTER_*; `srun` sets SLURM_*
+instead, which DeepSpeed does not read; plain `python` sets nothing and is a world of one. `start`
+makes them all look alike.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ T = TypeVar("T")
 class World:
     """This process's place in the job.
 
-    `host_group` carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer must not make the host
+    `host_group` carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
+    must not make the host
     wait for the GPU's queue, as an NCCL collective followed by `.item()` would.
     """
 
@@ -75,7 +78,8 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     """Join the job and return this process's `World`.
 
     Args:
-        backend: `nccl` or `gloo`; `nccl` on a machine without CUDA becomes `gloo` (the caller says so to the user).
+        backend: `nccl` or `gloo`; `nccl` on a machine without CUDA becomes `gloo` (the caller says
+            so to the user).
         timeout_minutes: how long a collective may wait for a missing rank.
     """
     _fill_environment()
@@ -88,7 +92,8 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     if cuda:
         torch.cuda.set_device(local_rank)
     else:
-        # On CPU every init_distributed compiles and loads a shared-memory op which ZeRO never calls: it needs a compiler,
+        # On CPU every init_distributed compiles and loads a shared-memory op which ZeRO never
+        # calls: it needs a compiler,
         # costs a minute the first time, and a lock left by a killed process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
@@ -115,10 +120,12 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torc
     """Elementwise sum over all ranks.
 
     Args:
-        values: numbers on the host, or a tensor on the device (which stays there, without a host sync).
+        values: numbers on the host, or a tensor on the device (which stays there, without a host
+            sync).
 
     Returns:
-        A tensor of the same shape: fp64 for host numbers (integers are exact to 2⁵³), the given dtype for a tensor.
+        A tensor of the same shape: fp64 for host numbers (integers are exact to 2⁵³), the given
+            dtype for a tensor.
     """
     if isinstance(values, torch.Tensor):
         total = values.clone()
@@ -132,12 +139,15 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torc
 
 
 def on_rank0(function: Callable[[], T], world: World) -> T:
-    """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all ranks too."""
+    """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all
+    ranks too."""
     box: list = [None, None]
     if world.is_main:
         try:
             box[0] = function()
-        except Exception as error:  # carried to every rank: nobody may be left waiting in a collective
+        except (
+            Exception
+        ) as error:  # carried to every rank: nobody may be left waiting in a collective
             box[1] = error
     if world.size > 1:
         dist.broadcast_object_list(box, src=0, group=world.host_group)

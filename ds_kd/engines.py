@@ -1,11 +1,15 @@
 """The two DeepSpeed engines.
 
-The student trains in ZeRO-3: parameters, gradients and optimizer states sharded over the ranks. The teacher runs in
-ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist, sharded over the same ranks and gathered layer
+The student trains in ZeRO-3: parameters, gradients and optimizer states sharded over the ranks. The
+teacher runs in
+ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist, sharded over the
+same ranks and gathered layer
 by layer. Both are plain `DeepSpeedEngine`s.
 
-The ZeRO files say where tensors live. Everything that changes the mathematics (batch, accumulation, dtype, clipping) comes from the
-YAML and is written into the engine's configuration here, explicitly: DeepSpeed's own default clips gradients at 1.0.
+The ZeRO files say where tensors live. Everything that changes the mathematics (batch, accumulation,
+dtype, clipping) comes from the
+YAML and is written into the engine's configuration here, explicitly: DeepSpeed's own default clips
+gradients at 1.0.
 """
 
 from __future__ import annotations
@@ -42,19 +46,34 @@ FROM_YAML = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
-#: ZeRO-3 updates flat one-dimensional shards: only optimizers that treat every element alone are right on them.
+#: ZeRO-3 updates flat one-dimensional shards: only optimizers that treat every element alone are
+#: right on them.
 ELEMENTWISE = {
-    "Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adagrad", "Adamax", "RMSprop", "FusedAdam", "DeepSpeedCPUAdam",
-}  # fmt: skip
+    "Adam",
+    "AdamW",
+    "SGD",
+    "NAdam",
+    "RAdam",
+    "Adagrad",
+    "Adamax",
+    "RMSprop",
+    "FusedAdam",
+    "DeepSpeedCPUAdam",
+}
 # Chosen for the teacher where its file does not say: gather ahead, keep small parameters whole.
-_PLAIN_ZERO3 = {"zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}}
+_PLAIN_ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+}
 
 
-def load_zero_config(source: str | dict | None, key: str, stages: tuple[int, ...] = (3,)) -> dict[str, Any]:
+def load_zero_config(
+    source: str | dict | None, key: str, stages: tuple[int, ...] = (3,)
+) -> dict[str, Any]:
     """A ZeRO file (path, inline mapping, or None for plain ZeRO-3) → its checked content.
 
     Raises:
-        ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or one that is not about ZeRO.
+        ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
+            one that is not about ZeRO.
     """
     where = f"{key}: {source}" if isinstance(source, str) else key
     if source is None:
@@ -64,7 +83,8 @@ def load_zero_config(source: str | dict | None, key: str, stages: tuple[int, ...
             source = json.loads(Path(source).read_text())
         except OSError as error:
             raise ValueError(
-                f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON file or an inline mapping"
+                f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON "
+                f"file or an inline mapping"
             ) from None
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not valid JSON: {error}") from None
@@ -76,10 +96,13 @@ def load_zero_config(source: str | dict | None, key: str, stages: tuple[int, ...
             del config[name]
         elif name in FROM_YAML:
             raise ValueError(
-                f"{where}: {name}={config[name]!r} belongs to the YAML ({FROM_YAML[name]}); remove it from the ZeRO file"
+                f"{where}: {name}={config[name]!r} belongs to the YAML ({FROM_YAML[name]}); "
+                f"remove it from the ZeRO file"
             )
         elif name not in ZERO_FILE_KEYS:
-            raise ValueError(f"{where}: {name!r} is not a ZeRO, offload or communication key; remove it")
+            raise ValueError(
+                f"{where}: {name!r} is not a ZeRO, offload or communication key; remove it"
+            )
     zero = config.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"{where}: zero_optimization must be a mapping, got {zero!r}")
@@ -88,7 +111,8 @@ def load_zero_config(source: str | dict | None, key: str, stages: tuple[int, ...
     stage = zero.setdefault("stage", 3)
     if stage not in stages:
         raise ValueError(
-            f"{where}: zero_optimization.stage is {stage!r}, expected {' or '.join(map(str, stages))}"
+            f"{where}: zero_optimization.stage is {stage!r}, expected "
+            f"{' or '.join(map(str, stages))}"
         )
     return config
 
@@ -105,7 +129,8 @@ def engine_config(
         **zero,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        # One engine.step() per optimizer step, however many micro-batches it had (the last of an epoch may have fewer).
+        # One engine.step() per optimizer step, however many micro-batches it had (the last of an
+        # epoch may have fewer).
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -139,7 +164,8 @@ def build_student(
     made = optimizer(parameters)
     if type(made).__name__ not in ELEMENTWISE:
         raise ValueError(
-            f"optimizer: {type(made).__name__} looks at whole matrices, and ZeRO-3 gives it flat shards: its steps would be "
+            f"optimizer: {type(made).__name__} looks at whole matrices, and ZeRO-3 gives it "
+            f"flat shards: its steps would be "
             f"wrong. Use one of {', '.join(sorted(ELEMENTWISE))}."
         )
     engine, *_ = deepspeed.initialize(

@@ -2,14 +2,20 @@
 
     L = (1 - α)·CE(student, labels) + α·T²·KL( softmax(z_t/T) ‖ softmax(z_s/T) )
 
-* **Direction.** KL(teacher ‖ student), the *forward* KL of Hinton et al. (2015): the student must put probability wherever
+* **Direction.** KL(teacher ‖ student), the *forward* KL of Hinton et al. (2015): the student must
+  put probability wherever
   the teacher does. The reverse direction looks alike on paper and trains another model.
-* **T².** d KL/d z_s = (softmax(z_s/T) - softmax(z_t/T))/T, and the difference itself shrinks like 1/T: together 1/T².
-  Multiplying by T² keeps the gradient's scale, hence the learning rate, independent of T (Hinton et al. 2015, section 2).
-* **Sums, not means.** Every loss returns the sum over the valid tokens it was given. A step is cut into micro-batches and
-  ranks with unequal numbers of valid tokens; only sum / global count is independent of how it was cut. The one division
+* **T².** d KL/d z_s = (softmax(z_s/T) - softmax(z_t/T))/T, and the difference itself shrinks like
+  1/T: together 1/T².
+  Multiplying by T² keeps the gradient's scale, hence the learning rate, independent of T (Hinton et
+  al. 2015, section 2).
+* **Sums, not means.** Every loss returns the sum over the valid tokens it was given. A step is cut
+  into micro-batches and
+  ranks with unequal numbers of valid tokens; only sum / global count is independent of how it was
+  cut. The one division
   is the trainer's.
-* **A zero with a graph.** No valid token gives a sum over nothing: exactly 0, still connected to the student, so that
+* **A zero with a graph.** No valid token gives a sum over nothing: exactly 0, still connected to
+  the student, so that
   ZeRO-3's backward collectives run on every rank.
 
 Labels arrive already shifted: `labels[i]` is the token that position `i` must predict.
@@ -25,7 +31,8 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 
-#: What a loss reports beside the differentiable sum, in this order; each is summed over valid tokens.
+#: What a loss reports beside the differentiable sum, in this order; each is summed over valid
+#: tokens.
 SUMS = ("ce_loss", "kd_loss", "top1_agreement", "teacher_entropy")
 
 
@@ -42,7 +49,8 @@ class MaskedCrossEntropy:
         self.fp32_upcast = fp32_upcast
 
     def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`logits` `[tokens, vocab]`, `labels` `[tokens]` int64 → scalar, nats, summed over valid tokens."""
+        """`logits` `[tokens, vocab]`, `labels` `[tokens]` int64 → scalar, nats, summed over valid
+        tokens."""
         if self.fp32_upcast:
             logits = logits.float()
         return F.cross_entropy(logits, labels, ignore_index=self.ignore_index, reduction="sum")
@@ -79,7 +87,8 @@ class KDLoss:
         return F.log_softmax(logits / self.temperature, dim=-1)
 
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Both logits `[tokens, vocab]`, `labels` `[tokens]` int64 (only its mask is used) → scalar, nats."""
+        """Both logits `[tokens, vocab]`, `labels` `[tokens]` int64 (only its mask is used) →
+        scalar, nats."""
         valid = labels != self.ignore_index
         student = self.log_probs(student_logits[valid])
         teacher = self.log_probs(teacher_logits[valid])
@@ -95,7 +104,8 @@ class Head:
     Args:
         weight: `[vocab, hidden]`.
         bias: `[vocab]` or None.
-        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's `logits_scaling`).
+        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's
+            `logits_scaling`).
         softcap: Gemma 2's `final_logit_softcapping`, or None.
     """
 
@@ -105,7 +115,8 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
-        """`hidden` `[tokens, hidden]` → `[tokens, vocab_size]`; rows of the head beyond `vocab_size` are left out."""
+        """`hidden` `[tokens, hidden]` → `[tokens, vocab_size]`; rows of the head beyond
+        `vocab_size` are left out."""
         bias = None if self.bias is None else self.bias[:vocab_size]
         out = F.linear(hidden, self.weight[:vocab_size], bias)
         if self.scale != 1.0:
@@ -121,8 +132,10 @@ class DistillationLoss:
     Args:
         ce: cross-entropy of the student, a sum over valid tokens.
         kd: distillation loss, a sum over valid tokens; it multiplies by T² itself.
-        kd_ratio: α in [0, 1]. At 0 the teacher is not used at all, at 1 the labels' values are not (their mask is).
-        vocab_size: number of ids both models share, where their padded heads differ; None takes the heads as they are.
+        kd_ratio: α in [0, 1]. At 0 the teacher is not used at all, at 1 the labels' values are not
+            (their mask is).
+        vocab_size: number of ids both models share, where their padded heads differ; None takes the
+            heads as they are.
     """
 
     def __init__(
@@ -154,7 +167,8 @@ class DistillationLoss:
             teacher_head: the teacher's head, with `teacher_hidden`.
 
         Returns:
-            The differentiable scalar (nats, summed over valid tokens) and a detached `[4]` fp32 tensor of `SUMS`.
+            The differentiable scalar (nats, summed over valid tokens) and a detached `[4]` fp32
+            tensor of `SUMS`.
         """
         student_logits = student_head.logits(student_hidden, self.vocab_size)
         if teacher_hidden is None or teacher_head is None:

@@ -1,4 +1,5 @@
-"""One dict per step → console, `metrics.jsonl`, TensorBoard and, where asked for, Weights & Biases. Rank 0 only."""
+"""One dict per step → console, `metrics.jsonl`, TensorBoard and, where asked for, Weights & Biases.
+Rank 0 only."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ _GIB = 2**30
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank so far, GiB: the allocator's on a GPU, the process's resident set on a CPU."""
+    """Peak memory of this rank so far, GiB: the allocator's on a GPU, the process's resident set on
+    a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     import resource
@@ -113,7 +115,8 @@ class Metrics:
     def _line(self, step: int, v: dict[str, float]) -> str:
         width = len(str(self.total_steps))
         return (
-            f"step {step:>{width}}/{self.total_steps}  loss {v['train_loss']:8.4f}  ce {v['ce_loss']:8.4f}  "
+            f"step {step:>{width}}/{self.total_steps}  loss {v['train_loss']:8.4f}  ce "
+            f"{v['ce_loss']:8.4f}  "
             f"kd {v['kd_loss']:8.4f}  lr {v['learning_rate']:.2e}  grad {v['grad_norm']:8.3f}  "
             f"{v['tokens_per_sec']:8.0f} tok/s  left {self._time_left(step)}"
         )

@@ -1,8 +1,11 @@
 """The two models: loaded under ZeRO-3, split into body and head.
 
-A causal language model is a body (tokens → hidden states) and a head (hidden states → logits). `[tokens, vocab]` logits are by far
-the largest tensors of a distillation step, so neither model ever returns them: the teacher returns hidden states at the
-supervised positions, and the student's head module is *called with the loss*. Calling the module, rather than touching
+A causal language model is a body (tokens → hidden states) and a head (hidden states → logits).
+`[tokens, vocab]` logits are by far
+the largest tensors of a distillation step, so neither model ever returns them: the teacher returns
+hidden states at the
+supervised positions, and the student's head module is *called with the loss*. Calling the module,
+rather than touching
 its weight, is what makes ZeRO-3 gather the (perhaps tied) weight for forward and backward.
 """
 
@@ -34,7 +37,8 @@ _PROBE_TOKENS = 8
 def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
 
-    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last one created wins; two
+    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last
+    one created wins; two
     models with two configurations must therefore each be loaded inside a block of their own.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
@@ -52,7 +56,8 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and leaves)."""
+    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and
+    leaves)."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
@@ -76,7 +81,8 @@ class _Split(nn.Module):
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states at the supervised positions, `[rows, hidden]`."""
-        # Right padding under a causal mask never reaches a real token, so no attention mask is built; explicit positions
+        # Right padding under a causal mask never reaches a real token, so no attention mask is
+        # built; explicit positions
         # keep transformers from deriving them.
         ids = batch["input_ids"]
         positions = batch.get("position_ids")
@@ -92,7 +98,8 @@ class _Split(nn.Module):
         return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
 
     def _probe(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(largest difference between transformers' logits and ours, largest logit); for `check_head`."""
+        """(largest difference between transformers' logits and ours, largest logit); for
+        `check_head`."""
         expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
         output_head = self.model.get_output_embeddings()
         got = output_head(self._hidden(batch), loss=lambda h: self.head().logits(h))
@@ -100,7 +107,8 @@ class _Split(nn.Module):
 
 
 class Teacher(_Split):
-    """`teacher(batch)` → hidden states at supervised positions `[rows, hidden]`; frozen, in eval mode for ever."""
+    """`teacher(batch)` → hidden states at supervised positions `[rows, hidden]`; frozen, in eval
+    mode for ever."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -143,14 +151,13 @@ class Student(_Split):
         with gathered([p for p in teacher.model.get_output_embeddings().parameters()]):
             return output_head(
                 hidden,
-                loss=lambda h: self.loss(
-                    h, self.head(), batch["targets"], target, teacher.head()
-                ),
+                loss=lambda h: self.loss(h, self.head(), batch["targets"], target, teacher.head()),
             )
 
 
 def _call_head_with_loss(head: nn.Module) -> None:
-    """Let `head(hidden, loss=f)` return `f(hidden)` with the head's weight gathered; `head(hidden)` stays what it was."""
+    """Let `head(hidden, loss=f)` return `f(hidden)` with the head's weight gathered; `head(hidden)`
+    stays what it was."""
     plain = head.forward
 
     def forward(self: nn.Module, hidden: Tensor, loss: Callable | None = None) -> Any:
@@ -162,7 +169,8 @@ def _call_head_with_loss(head: nn.Module) -> None:
 def check_head(engine: Any, device: torch.device, name: str) -> None:
     """Refuse a model whose head does more than `Head` computes.
 
-    Runs a few tokens through the model as transformers defines it and through body + `Head`: whatever a new architecture
+    Runs a few tokens through the model as transformers defines it and through body + `Head`:
+    whatever a new architecture
     does between hidden states and logits shows as a difference, without a list of architectures.
 
     Args:
@@ -183,7 +191,8 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
     # bf16 rounding of the logits stays far below; a forgotten scale or cap does not.
     if not error.item() <= 0.05 * scale.item() + 1e-3:
         raise ValueError(
-            f"{name}: {type(engine.module.model).__name__} computes its logits in a way this loss does not know "
+            f"{name}: {type(engine.module.model).__name__} computes its logits in a way this "
+            f"loss does not know "
             f"(largest difference {error.item():.3g} on a probe). Use a model with a linear head."
         )
 
@@ -196,17 +205,21 @@ def vocabulary(tokenizer: Any) -> dict[str, int]:
 def common_vocab_size(
     student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int
 ) -> int | None:
-    """How many rows of the two heads may be compared; None where they are alike and nothing needs leaving out.
+    """How many rows of the two heads may be compared; None where they are alike and nothing needs
+    leaving out.
 
-    Heads are often padded to different sizes over one tokenizer (Qwen: 151936 and 152064 rows). The padding rows stand for
-    no token: they are left out of both distributions, never filled with zeros (a zero logit is probability).
+    Heads are often padded to different sizes over one tokenizer (Qwen: 151936 and 152064 rows). The
+    padding rows stand for
+    no token: they are left out of both distributions, never filled with zeros (a zero logit is
+    probability).
 
     Args:
         student_tokenizer, teacher_tokenizer: must map the same tokens to the same ids.
         student_rows, teacher_rows: rows of the two heads.
 
     Raises:
-        ValueError: the maps differ, or a head has fewer rows than the tokenizer has ids; names both and the first difference.
+        ValueError: the maps differ, or a head has fewer rows than the tokenizer has ids; names both
+            and the first difference.
     """
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
     names = (
@@ -218,8 +231,10 @@ def common_vocab_size(
         differing = (t for t in student.keys() | teacher.keys() if student.get(t) != teacher.get(t))
         first = min(differing, key=ids)
         raise ValueError(
-            f"{names} differ: token {first!r} is {student.get(first, 'absent')} for the student and "
-            f"{teacher.get(first, 'absent')} for the teacher. Distillation compares the models token by token: "
+            f"{names} differ: token {first!r} is {student.get(first, 'absent')} for the "
+            f"student and "
+            f"{teacher.get(first, 'absent')} for the teacher. Distillation compares the models "
+            f"token by token: "
             "choose a student and a teacher of one family."
         )
     if student_rows == teacher_rows:
@@ -227,7 +242,8 @@ def common_vocab_size(
     size = max(student.values()) + 1
     if size > min(student_rows, teacher_rows):
         raise ValueError(
-            f"{names} have ids up to {size - 1}, but the heads have {student_rows} (student) and {teacher_rows} "
+            f"{names} have ids up to {size - 1}, but the heads have {student_rows} (student) "
+            f"and {teacher_rows} "
             "(teacher) rows: resize the smaller model's embeddings to its tokenizer first."
         )
     return size

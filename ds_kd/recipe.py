@@ -1,4 +1,5 @@
-"""From a config to a `Trainer`. With `launch/kd.py` the only reader of the config: below this, components take plain values."""
+"""From a config to a `Trainer`. With `launch/kd.py` the only reader of the config: below this,
+components take plain values."""
 
 from __future__ import annotations
 
@@ -50,7 +51,9 @@ def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
         cfg.step_scheduler.val_every_steps,
         cfg.step_scheduler.ckpt_every_steps,
     )
-    teacher = _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
+    teacher = (
+        _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
+    )
     student = _student(cfg, teacher, tokenizer, schedule, world, allow)
     metrics = _metrics(cfg, schedule) if world.is_main else None
     return Trainer(
@@ -73,7 +76,9 @@ def _as_config_error(key: str, given: Any, function: Callable[[], Any], expected
     try:
         return function()
     except (ValueError, OSError) as error:
-        raise ConfigError([problem(key, given, expected, str(error).strip().splitlines()[0])]) from error
+        raise ConfigError(
+            [problem(key, given, expected, str(error).strip().splitlines()[0])]
+        ) from error
 
 
 def _path(target: Target) -> str:
@@ -133,13 +138,19 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
     key = "deepspeed.teacher"
     source = cfg.deepspeed.teacher
     zero = _as_config_error(
-        key, source, lambda: engines.load_zero_config(source, key, (0, 3)), "a ZeRO stage 3 configuration"
+        key,
+        source,
+        lambda: engines.load_zero_config(source, key, (0, 3)),
+        "a ZeRO stage 3 configuration",
     )
     config = _engine_config(cfg, target, zero, world, None)
     module = models.Teacher(_load_model(target, config, allow))
     engine = engines.build_teacher(module, config)
     _as_config_error(
-        target.key, _path(target), lambda: models.check_head(engine, world.device, target.key), "a linear head"
+        target.key,
+        _path(target),
+        lambda: models.check_head(engine, world.device, target.key),
+        "a linear head",
     )
     return engine
 
@@ -173,7 +184,10 @@ def _student(
             "a teacher with the student's tokenizer",
         )
     loss = DistillationLoss(
-        instantiate(cfg.loss_fn, allow), instantiate(cfg.kd_loss_fn, allow), cfg.kd_ratio, vocab_size
+        instantiate(cfg.loss_fn, allow),
+        instantiate(cfg.kd_loss_fn, allow),
+        cfg.kd_ratio,
+        vocab_size,
     )
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
     engine = _as_config_error(
@@ -188,7 +202,10 @@ def _student(
         "an element-wise optimizer",
     )
     _as_config_error(
-        "model", _path(cfg.model), lambda: models.check_head(engine, world.device, "model"), "a linear head"
+        "model",
+        _path(cfg.model),
+        lambda: models.check_head(engine, world.device, "model"),
+        "a linear head",
     )
     engine.train()
     return engine
@@ -204,13 +221,24 @@ def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | 
     if wanted.warmup_ratio is not None:
         warmup = round(wanted.warmup_ratio * schedule.total_steps)
     return functools.partial(
-        _make_scheduler, get_scheduler, wanted.name, warmup, schedule.total_steps, wanted.scheduler_specific_kwargs
+        _make_scheduler,
+        get_scheduler,
+        wanted.name,
+        warmup,
+        schedule.total_steps,
+        wanted.scheduler_specific_kwargs,
     )
 
 
-def _make_scheduler(get: Callable, name: str, warmup: int, total: int, extra: dict, optimizer: Any) -> Any:
+def _make_scheduler(
+    get: Callable, name: str, warmup: int, total: int, extra: dict, optimizer: Any
+) -> Any:
     return get(
-        name, optimizer, num_warmup_steps=warmup, num_training_steps=total, scheduler_specific_kwargs=extra or None
+        name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total,
+        scheduler_specific_kwargs=extra or None,
     )
 
 
@@ -232,7 +260,11 @@ def _loader(
     )
     steps = cfg.step_scheduler
     kwargs = dict(loader.kwargs)
-    local = int(kwargs.pop("batch_size", steps.local_batch_size)) if not training else steps.local_batch_size
+    local = (
+        int(kwargs.pop("batch_size", steps.local_batch_size))
+        if not training
+        else steps.local_batch_size
+    )
     kwargs.pop("batch_size", None)
     kwargs.setdefault("collate_fn", "ds_kd.data.collate.default_collater")
     sampler = GlobalBatchSampler(
@@ -246,7 +278,10 @@ def _loader(
         drop_last=bool(kwargs.pop("drop_last", False)),
     )
     built = instantiate(
-        Target(loader.target, kwargs, loader.key), allow, dataset=WithFiller(rows), batch_sampler=sampler
+        Target(loader.target, kwargs, loader.key),
+        allow,
+        dataset=WithFiller(rows),
+        batch_sampler=sampler,
     )
     return built, sampler
 
@@ -269,7 +304,7 @@ def closing_message(cfg: RunConfig) -> str:
     """Where the result is and what to type next."""
     directory = Path(cfg.checkpoint.checkpoint_dir)
     if cfg.checkpoint.save_consolidated == "false":
-        student = f"python launch/export.py {directory / LATEST} OUT   writes the student for transformers"
+        student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
     else:
         student = f"student: {directory / FINAL} (AutoModelForCausalLM.from_pretrained loads it)"
     return f"checkpoint: {directory / LATEST}\n{student}"

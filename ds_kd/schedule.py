@@ -1,4 +1,5 @@
-"""When things happen, counted in optimizer steps: validate, checkpoint, stop. Nothing here knows a model."""
+"""When things happen, counted in optimizer steps: validate, checkpoint, stop. Nothing here knows a
+model."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ class Schedule:
     """A run's calendar; steps are numbered from 1, as they are logged.
 
     Args:
-        steps_per_epoch: optimizer steps in one pass over the data, the last (perhaps partial) global batch included.
+        steps_per_epoch: optimizer steps in one pass over the data, the last (perhaps partial)
+            global batch included.
         num_epochs: passes over the data.
         max_steps: stop after this many steps even within an epoch; None leaves it to `num_epochs`.
         val_every_steps: validate after every that many steps; None only at the end.

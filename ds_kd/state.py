@@ -39,7 +39,8 @@ def seed_rank(seed: int, rank: int, ranked: bool) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator of this rank, as tensors and plain numbers (loadable with `weights_only=True`)."""
+    """Every generator of this rank, as tensors and plain numbers (loadable with
+    `weights_only=True`)."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],

@@ -5,7 +5,8 @@ Per step, over all micro-batches and ranks,
     n    = number of supervised tokens
     loss = ( (1 - α)·Σ CE  +  α·T²·Σ KL(teacher ‖ student) ) / n
 
-where α and T live in the student's loss (`DistillationLoss`): it takes its gradients on the weighted sum.
+where α and T live in the student's loss (`DistillationLoss`): it takes its gradients on the
+weighted sum.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class Trainer:
     """Everything a run needs, built.
 
     Args:
-        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher at `kd_ratio` 0.
+        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher at
+            `kd_ratio` 0.
         loader: micro-batches of this rank; its `batch_sampler` is a `GlobalBatchSampler`.
         validation_loader: likewise, or None.
         kd_ratio: α, only to name what a logged loss is made of.
@@ -65,7 +67,8 @@ class Trainer:
         """Run the schedule from the present state to its end.
 
         Raises:
-            TrainingError: a step without any supervised token, or a loss or gradient that is not finite.
+            TrainingError: a step without any supervised token, or a loss or gradient that is not
+                finite.
         """
         if self.validate_first and self.state.step == 0:
             self.validate()
@@ -75,10 +78,12 @@ class Trainer:
             sums = torch.zeros(len(SUMS), device=self.world.device)
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                # The teacher goes first: its outputs die with the micro-batch, the student's graph lives until backward.
+                # The teacher goes first: its outputs die with the micro-batch, the student's graph
+                # lives until backward.
                 target = self.teacher(batch) if self.teacher is not None else None
                 loss, parts = self.student(batch, target)
-                # ZeRO averages gradients over ranks: times world undoes it, over n makes the global token mean.
+                # ZeRO averages gradients over ranks: times world undoes it, over n makes the global
+                # token mean.
                 self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
                 sums += parts
             means = self._means(sums, labels)
@@ -92,11 +97,14 @@ class Trainer:
             if self.schedule.validates(self.state.step):
                 self.validate()
             if self.checkpointer is not None and self.schedule.saves(self.state.step):
-                self.checkpointer.save(self.student, self.state, self.schedule.is_last(self.state.step))
+                self.checkpointer.save(
+                    self.student, self.state, self.schedule.is_last(self.state.step)
+                )
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
-        """Means over every supervised token of the validation data, all ranks; logged, and returned."""
+        """Means over every supervised token of the validation data, all ranks; logged, and
+        returned."""
         if self.validation_loader is None:
             return None
         started = time.perf_counter()
@@ -113,7 +121,8 @@ class Trainer:
         labels, tokens = (int(x) for x in sum_over_ranks([labels, tokens], self.world))
         if labels == 0:
             raise TrainingError(
-                "validation_dataset: no sample has a supervised token; look at seq_length, truncation and the answers"
+                "validation_dataset: no sample has a supervised token; look at seq_length, "
+                "truncation and the answers"
             )
         means = self._means(sums, labels)
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
@@ -127,7 +136,9 @@ class Trainer:
         sampler = self.loader.batch_sampler
         while not self.schedule.is_last(self.state.step):
             epoch, done = self.schedule.position(self.state.step)
-            sampler.seek(epoch, done)  # before the iterator exists: it reads its position once, when made
+            sampler.seek(
+                epoch, done
+            )  # before the iterator exists: it reads its position once, when made
             batches = iter(self.loader)
             for step_in_epoch in range(done, self.schedule.steps_per_epoch):
                 if self.schedule.is_last(self.state.step):
@@ -135,13 +146,15 @@ class Trainer:
                 yield [next(batches) for _ in range(sampler.micro_batches(step_in_epoch))]
 
     def _count(self, micro_batches: list[Batch]) -> tuple[int, int]:
-        """(supervised tokens, real tokens) of this step over all ranks, before its first forward."""
+        """(supervised tokens, real tokens) of this step over all ranks, before its first
+        forward."""
         here = [sum(b[name] for b in micro_batches) for name in ("num_labels", "num_tokens")]
         labels, tokens = (int(x) for x in sum_over_ranks(here, self.world))
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
-                f"{_ids(micro_batches)}); look at seq_length, truncation and the answers of these samples"
+                f"{_ids(micro_batches)}); look at seq_length, truncation and the answers of "
+                f"these samples"
             )
         return labels, tokens
 
@@ -166,8 +179,10 @@ class Trainer:
         # The value is a sum over ranks: every rank sees the same one and stops at the same place.
         if not math.isfinite(value):
             raise TrainingError(
-                f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by this step. Samples here: "
-                f"{_ids(micro_batches)}. Lower optimizer.lr, set clip_grad_norm, or look at these samples."
+                f"the {what} of step {self.state.step + 1} is {value}; no weight was changed "
+                f"by this step. Samples here: "
+                f"{_ids(micro_batches)}. Lower optimizer.lr, set clip_grad_norm, or look at "
+                f"these samples."
             )
 
     def _advance(self, labels: int, tokens: int) -> None:

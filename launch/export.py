@@ -1,8 +1,10 @@
 """Write a checkpoint's student as a Hugging Face model.
 
-    python launch/export.py CHECKPOINT OUT        e.g. launch/export.py checkpoints/LATEST my-student
+    python launch/export.py CHECKPOINT OUT        e.g. launch/export.py checkpoints/LATEST
+    my-student
 
-Needs no GPU and no job; plain `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit code 2 for a wrong path.
+Needs no GPU and no job; plain `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit
+code 2 for a wrong path.
 """
 
 from __future__ import annotations

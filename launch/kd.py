@@ -27,8 +27,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         prog="kd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-c", "--config", required=True, metavar="YAML", help="the run")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="YAML values; null drops a section")
-    parser.add_argument("--verbose", action="store_true", help="show DeepSpeed's and transformers' own messages")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="YAML values; null drops a section"
+    )
+    parser.add_argument(
+        "--verbose", action="store_true", help="show DeepSpeed's and transformers' own messages"
+    )
     parser.add_argument(
         "--allow-targets",
         action="append",
@@ -36,7 +40,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PREFIX",
         help="let _target_ name code under this prefix (and trust_remote_code), for this run",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # the deepspeed launcher passes it
     return parser.parse_intermixed_args(argv)
 
 
@@ -68,11 +74,17 @@ def run(args: argparse.Namespace) -> int:
     for note in cfg.notes:
         say(note)
     if world.backend != cfg.dist_env.backend:
-        say(f"dist_env.backend: {cfg.dist_env.backend} needs CUDA, which this machine lacks; using {world.backend}")
+        say(
+            f"dist_env.backend: {cfg.dist_env.backend} needs CUDA, which this machine lacks; "
+            f"using {world.backend}"
+        )
     started = time.monotonic()
     trainer = recipe.build(cfg, world, tuple(args.allow_targets))
-    say(f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, ready in "
-        f"{time.monotonic() - started:.0f} s")
+    say(
+        f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
+        f"ready in "
+        f"{time.monotonic() - started:.0f} s"
+    )
     if trainer.checkpointer is not None:
         found = trainer.checkpointer.resume(trainer.student, trainer.state)
         if found is not None:
@@ -93,7 +105,8 @@ def main(argv: list[str] | None = None) -> int:
     except ConfigError as error:
         message, code = str(error), 2
     except Exception as error:
-        # The project's own errors are for users: one message. Anything else is a bug and keeps its traceback.
+        # The project's own errors are for users: one message. Anything else is a bug and keeps its
+        # traceback.
         if not type(error).__module__.startswith("ds_kd."):
             raise
         message, code = str(error), 1

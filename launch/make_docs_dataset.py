@@ -228,7 +228,7 @@ def without_repeats(found: list[list[Row]]) -> list[list[Row]]:
     unique = []
     for group in found:
         texts = {row["context"] for row in group} | {row["answers"]["text"][0] for row in group}
-        if group:
+        if group and not texts & seen:
             unique.append(group)
             seen |= texts
     return unique

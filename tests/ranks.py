@@ -39,11 +39,13 @@ def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, arg
 
 
 def run_ranks(worker: Callable, size: int, directory: Path, *args, seconds: float = 240) -> list:
-    """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank order."""
+    """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
+    order."""
     context = multiprocessing.get_context("spawn")
     port = _free_port()
     ranks = [
-        context.Process(target=_rank, args=(worker, r, size, port, str(directory), args)) for r in range(size)
+        context.Process(target=_rank, args=(worker, r, size, port, str(directory), args))
+        for r in range(size)
     ]
     for process in ranks:
         process.start()

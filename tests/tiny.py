@@ -25,7 +25,12 @@ def tokenizer(path: Path, size: int = VOCAB, words: list[str] | None = None):
 
 
 def llama(
-    path: Path, layers: int = 2, hidden: int = 32, vocab: int = VOCAB, tie: bool = True, seed: int = 0
+    path: Path,
+    layers: int = 2,
+    hidden: int = 32,
+    vocab: int = VOCAB,
+    tie: bool = True,
+    seed: int = 0,
 ) -> Path:
     """A random Llama and the tokenizer above, saved at `path`."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -51,7 +56,8 @@ def llama(
 
 
 def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dict]:
-    """Random token samples of unequal lengths and label counts; those in `masked` have no label at all."""
+    """Random token samples of unequal lengths and label counts; those in `masked` have no label at
+    all."""
     generator = torch.Generator().manual_seed(seed)
     made = []
     for i in range(count):

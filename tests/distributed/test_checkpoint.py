@@ -20,10 +20,16 @@ def trainer(world, paths, directory, steps, every=2):
     from ds_kd.checkpoint import Checkpointer
 
     rows = tiny.samples(11, seed=5)  # 3 steps an epoch, the last one partial
-    made = build(world, paths, rows, 1, 2, 0.5, adam, num_epochs=9, max_steps=steps, ckpt_every_steps=every)
+    made = build(
+        world, paths, rows, 1, 2, 0.5, adam, num_epochs=9, max_steps=steps, ckpt_every_steps=every
+    )
     made.loader.batch_sampler.shuffle = True
     made.checkpointer = Checkpointer(
-        directory, world, tiny.tokenizer(directory.parent / "tokenizer"), "every", say=lambda *_: None
+        directory,
+        world,
+        tiny.tokenizer(directory.parent / "tokenizer"),
+        "every",
+        say=lambda *_: None,
     )
     return made
 

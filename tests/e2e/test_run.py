@@ -1,4 +1,5 @@
-"""The real command: `deepspeed launch/kd.py` with the guide's own YAML, tiny models and local data."""
+"""The real command: `deepspeed launch/kd.py` with the guide's own YAML, tiny models and local
+data."""
 
 from __future__ import annotations
 
@@ -38,10 +39,18 @@ def root(tmp_path_factory):
     tiny.llama(made / "student", seed=1)
     tiny.llama(made / "teacher", layers=3, hidden=64, tie=False, seed=2)
     squad = [
-        {"id": f"q{i}", "context": f"w{i} w5 w9", "question": "w7 w8", "answers": {"text": [f"w{i} w3"]}}
+        {
+            "id": f"q{i}",
+            "context": f"w{i} w5 w9",
+            "question": "w7 w8",
+            "answers": {"text": [f"w{i} w3"]},
+        }
         for i in range(22)
     ]
-    swag = [{"ind": i, "ctx": f"w{i} w4", "endings": ["w1 w2", "w3"], "label": str(i % 2)} for i in range(5)]
+    swag = [
+        {"ind": i, "ctx": f"w{i} w4", "endings": ["w1 w2", "w3"], "label": str(i % 2)}
+        for i in range(5)
+    ]
     for name, rows in (("squad", squad), ("swag", swag)):
         (made / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     return made
@@ -63,7 +72,8 @@ def overrides(root):
 
 @pytest.fixture(scope="module")
 def finished(overrides):
-    """Two launches of one command: the first stops early, the second goes on to the end (2 epochs of 3 steps)."""
+    """Two launches of one command: the first stops early, the second goes on to the end (2 epochs
+    of 3 steps)."""
     first = kd(*overrides, "step_scheduler.max_steps=2")
     second = kd(*overrides)
     return first, second
@@ -83,15 +93,29 @@ def test_the_same_command_resumes(finished):
 
 
 def test_metrics_and_events_are_complete(finished, root):
-    records = [json.loads(line) for line in (root / "run/tensorboard/metrics.jsonl").read_text().splitlines()]
+    records = [
+        json.loads(line)
+        for line in (root / "run/tensorboard/metrics.jsonl").read_text().splitlines()
+    ]
     train = [r for r in records if "train_loss" in r]
     assert [r["step"] for r in train] == [1, 2, 3, 4, 5, 6]
-    tags = {"train_loss", "kd_loss", "ce_loss", "learning_rate", "tokens_per_sec", "grad_norm",
-            "top1_agreement", "teacher_entropy", "memory"}  # fmt: skip
+    tags = {
+        "train_loss",
+        "kd_loss",
+        "ce_loss",
+        "learning_rate",
+        "tokens_per_sec",
+        "grad_norm",
+        "top1_agreement",
+        "teacher_entropy",
+        "memory",
+    }
     assert tags <= set(train[0])
     assert {"val_loss", "val_kd_loss", "val_ce_loss", "val_top1_agreement"} <= set(records[-1])
     # the logged loss is the optimised one
-    assert train[0]["train_loss"] == pytest.approx(0.5 * train[0]["ce_loss"] + 0.5 * train[0]["kd_loss"])
+    assert train[0]["train_loss"] == pytest.approx(
+        0.5 * train[0]["ce_loss"] + 0.5 * train[0]["kd_loss"]
+    )
     assert train[-1]["train_loss"] < train[0]["train_loss"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -114,7 +138,10 @@ def test_final_loads_as_the_guide_shows(finished, root):
 def test_a_users_mistakes_exit_2_without_a_traceback(overrides, root):
     bad = kd(*overrides, "optimizer._target_=os.system", "kd_ratio=7", ranks=1)
     missing = kd(*overrides, f"dataset.dataset_name={root / 'nothing.jsonl'}", ranks=1)
-    for result, words in ((bad, ("kd_ratio", "os.system")), (missing, ("dataset", "nothing.jsonl"))):
+    for result, words in (
+        (bad, ("kd_ratio", "os.system")),
+        (missing, ("dataset", "nothing.jsonl")),
+    ):
         assert result.returncode == 2, result.stderr
         assert "Traceback" not in result.stderr
         assert all(word in result.stderr for word in words), result.stderr
@@ -122,8 +149,14 @@ def test_a_users_mistakes_exit_2_without_a_traceback(overrides, root):
 
 def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
     result = kd(
-        *overrides, "kd_ratio=0", "teacher_model=null", "validation_dataset=null", "model.torch_dtype=fp32",
-        f"checkpoint.checkpoint_dir={root / 'plain'}", "checkpoint.save_consolidated=false", ranks=1,
-    )  # fmt: skip
+        *overrides,
+        "kd_ratio=0",
+        "teacher_model=null",
+        "validation_dataset=null",
+        "model.torch_dtype=fp32",
+        f"checkpoint.checkpoint_dir={root / 'plain'}",
+        "checkpoint.save_consolidated=false",
+        ranks=1,
+    )
     assert result.returncode == 0, result.stderr
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()

@@ -16,11 +16,14 @@ from tests.ranks import run_ranks
 SPLITS = [(1, 6), (2, 3), (6, 1)]
 RATIOS = [0.0, 0.5, 1.0]
 TEMPERATURE = 2.0
-# Samples 3, 4, 5 have no label: a whole masked micro-batch for 2×3 (on one rank of two), three of them for 6×1.
+# Samples 3, 4, 5 have no label: a whole masked micro-batch for 2×3 (on one rank of two), three of
+# them for 6×1.
 MASKED = (3, 4, 5)
 
 
-def build(world, paths, rows, accumulation, local, alpha, optimizer, temperature=TEMPERATURE, **extra):
+def build(
+    world, paths, rows, accumulation, local, alpha, optimizer, temperature=TEMPERATURE, **extra
+):
     """A real Trainer over `rows` from the saved student and teacher."""
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import AutoModelForCausalLM
@@ -35,7 +38,11 @@ def build(world, paths, rows, accumulation, local, alpha, optimizer, temperature
     from ds_kd.trainer import Trainer
 
     config = engines.engine_config(
-        engines.load_zero_config(None, "deepspeed.student"), torch.float32, local, accumulation, None
+        engines.load_zero_config(None, "deepspeed.student"),
+        torch.float32,
+        local,
+        accumulation,
+        None,
     )
 
     def load(path):
@@ -44,14 +51,18 @@ def build(world, paths, rows, accumulation, local, alpha, optimizer, temperature
 
     teacher = None
     if alpha > 0:
-        teacher = engines.build_teacher(models.Teacher(load(paths["teacher"])), copy.deepcopy(config))
+        teacher = engines.build_teacher(
+            models.Teacher(load(paths["teacher"])), copy.deepcopy(config)
+        )
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(temperature=temperature), alpha)
     module = models.Student(load(paths["student"]), loss, teacher.module if teacher else None)
     student = engines.build_student(module, config, optimizer)
     sampler = GlobalBatchSampler(
         len(rows), accumulation * local * world.size, local, world.rank, world.size
     )
-    loader = StatefulDataLoader(WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater)
+    loader = StatefulDataLoader(
+        WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater
+    )
     schedule = Schedule(sampler.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
     return Trainer(
@@ -128,7 +139,9 @@ def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
     # lr 1 SGD: the parameter difference is the gradient difference.
     assert len(cases) == len(SPLITS) * len(RATIOS)
     for name, case in cases.items():
-        assert case["moved"] > 0.05, f"{name}: the reference hardly moves, so this would prove nothing"
+        assert case["moved"] > 0.05, (
+            f"{name}: the reference hardly moves, so this would prove nothing"
+        )
         assert case["error"] <= 1e-6, f"{name}: {case}"
 
 

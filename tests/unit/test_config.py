@@ -49,13 +49,21 @@ def test_all_problems_are_reported_at_once():
         load(GUIDE, overrides)
     text = str(caught.value)
     assert len(caught.value.problems) == len(overrides)
-    for part in ("did you mean step_scheduler.global_batch_size?", "'zero', expected an integer ≥ 1",
-                 "kd_ratio: got 2", "distributed.tp_size", "write torch_dtype: bf16", "peft: LoRA", "AdamW"):  # fmt: skip
+    for part in (
+        "did you mean step_scheduler.global_batch_size?",
+        "'zero', expected an integer ≥ 1",
+        "kd_ratio: got 2",
+        "distributed.tp_size",
+        "write torch_dtype: bf16",
+        "peft: LoRA",
+        "AdamW",
+    ):
         assert part in text
 
 
 @pytest.mark.parametrize(
-    "section", ["peft", "packed_sequence", "slurm", "separate_meshes", "compile", "offload_teacher_model"]
+    "section",
+    ["peft", "packed_sequence", "slurm", "separate_meshes", "compile", "offload_teacher_model"],
 )
 def test_sections_of_later_work_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
@@ -63,7 +71,10 @@ def test_sections_of_later_work_are_refused_with_a_sentence(section):
 
 
 def test_an_override_reads_yaml_values_and_null_drops_a_section():
-    cfg = load(GUIDE, ["validation_dataset=null", "optimizer.betas=[0.8, 0.9]", "clip_grad_norm.max_norm=2"])
+    cfg = load(
+        GUIDE,
+        ["validation_dataset=null", "optimizer.betas=[0.8, 0.9]", "clip_grad_norm.max_norm=2"],
+    )
     assert cfg.validation_dataset is None
     assert cfg.optimizer.kwargs["betas"] == [0.8, 0.9] and cfg.optimizer.kwargs["eps"] == 1e-8
     assert cfg.clip_grad_norm == 2.0
@@ -90,10 +101,22 @@ def test_a_missing_file_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "name",
-    ["os.system", "subprocess.run", "builtins.eval", "torch.load", "torch.hub.load", "torch.os.system",
-     "transformers.utils.os.system", "ds_kd.losses.torch.os.system", "ds_kd.losses.F", "ds_kd.losses.SUMS",
-     "ds_kd.config.importlib.import_module", "file.py:attr", "ds_kd.losses.KDLoss.__init__"],
-)  # fmt: skip
+    [
+        "os.system",
+        "subprocess.run",
+        "builtins.eval",
+        "torch.load",
+        "torch.hub.load",
+        "torch.os.system",
+        "transformers.utils.os.system",
+        "ds_kd.losses.torch.os.system",
+        "ds_kd.losses.F",
+        "ds_kd.losses.SUMS",
+        "ds_kd.config.importlib.import_module",
+        "file.py:attr",
+        "ds_kd.losses.KDLoss.__init__",
+    ],
+)
 def test_names_outside_the_list_are_refused(name):
     with pytest.raises(ConfigError):
         resolve(name)
@@ -105,7 +128,9 @@ def test_a_prefix_opened_on_the_command_line_resolves():
 
 def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
     cfg = load(GUIDE, ["kd_loss_fn.temprature=2"])
-    with pytest.raises(ConfigError, match=r"kd_loss_fn: .*temprature.*takes ignore_index, temperature"):
+    with pytest.raises(
+        ConfigError, match=r"kd_loss_fn: .*temprature.*takes ignore_index, temperature"
+    ):
         bind(cfg.kd_loss_fn)
 
 

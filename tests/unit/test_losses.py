@@ -21,7 +21,8 @@ def test_kd_of_identical_logits_is_exactly_zero_with_a_zero_gradient():
 
 
 def test_direction_is_teacher_to_student():
-    # p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = 3/4·log(3/2) + 1/4·log(1/2) = 0.130812; KL(q‖p) = 0.143841.
+    # p = (3/4, 1/4), q = (1/2, 1/2): KL(p‖q) = 3/4·log(3/2) + 1/4·log(1/2) = 0.130812; KL(q‖p) =
+    # 0.143841.
     teacher, student = torch.tensor([[math.log(3.0), 0.0]]), torch.zeros(1, 2)
     loss = KDLoss()(student, teacher, torch.zeros(1, dtype=torch.int64))
     assert loss.item() == pytest.approx(0.75 * math.log(1.5) + 0.25 * math.log(0.5), abs=1e-7)
@@ -35,7 +36,8 @@ def test_t_squared_keeps_the_gradient_scale_over_temperature():
         student = z_s.clone().requires_grad_()
         KDLoss(temperature=temperature)(student, z_t, torch.zeros(32, dtype=torch.int64)).backward()
         norms.append(student.grad.norm().item())
-    # For small logits the gradient tends to (z_s - z_t)/V whatever T is; without T² it would fall 1024-fold.
+    # For small logits the gradient tends to (z_s - z_t)/V whatever T is; without T² it would fall
+    # 1024-fold.
     assert max(norms) / min(norms) < 1.1
 
 
@@ -85,7 +87,9 @@ def test_padded_heads_equal_truncation_by_hand():
     )
     z_s, z_t = (h_s @ w_s.T)[:, :10], (h_t @ w_t.T)[:, :10]
     ce = MaskedCrossEntropy()(z_s, labels)
-    assert got.item() == pytest.approx((0.5 * ce + 0.5 * KDLoss()(z_s, z_t, labels)).item(), rel=1e-6)
+    assert got.item() == pytest.approx(
+        (0.5 * ce + 0.5 * KDLoss()(z_s, z_t, labels)).item(), rel=1e-6
+    )
 
 
 def test_scale_and_softcap_of_a_head_are_honoured():

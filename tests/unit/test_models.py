@@ -29,12 +29,16 @@ def test_heads_padded_differently_share_the_tokenizers_ids(make):
 
 def test_permuted_maps_of_equal_size_are_refused_naming_the_first_difference(make):
     words = ["<unk>", "<eos>", "<pad>", "x", "y"]
-    with pytest.raises(ValueError, match=r"(?s)student.*\(a, 5.*teacher.*\(b, 5.*'[xy]' is [34].*[34]"):
+    with pytest.raises(
+        ValueError, match=r"(?s)student.*\(a, 5.*teacher.*\(b, 5.*'[xy]' is [34].*[34]"
+    ):
         common_vocab_size(make("a", words), make("b", [*words[:3], "y", "x"]), 5, 5)
 
 
 def test_a_token_added_to_one_side_is_refused(make):
-    with pytest.raises(ValueError, match="'<extra>' is 96 for the student and absent for the teacher"):
+    with pytest.raises(
+        ValueError, match="'<extra>' is 96 for the student and absent for the teacher"
+    ):
         common_vocab_size(make("a", added=["<extra>"]), make("b"), 97, 97)
 
 
