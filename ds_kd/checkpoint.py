@@ -77,7 +77,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._part(0).replace(self.directory / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):
             final = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._part(i).replace(self.directory / final)

@@ -67,17 +67,17 @@ def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -
 class _Split(nn.Module):
     """An HF causal language model seen as body and head; `model` stays the plain HF module."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         super().__init__()
-        self.model = model
-        config = model.config.get_text_config()
+        self.model: Any = model
+        config = self.model.config.get_text_config()
         self._scale = getattr(config, _SCALE, None) or 1.0 / (
             getattr(config, _INVERSE_SCALE, None) or 1.0
         )
         self._softcap = getattr(config, _SOFTCAP, None)
-        if model.get_output_embeddings() is None:
+        if self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head to distil")
-        _call_head_with_loss(model.get_output_embeddings())
+        _call_head_with_loss(self.model.get_output_embeddings())
 
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states at the supervised positions, `[rows, hidden]`."""

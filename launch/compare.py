@@ -83,8 +83,12 @@ def answer(directory: Path, row: dict[str, Any]) -> str:
 
 def quiet() -> None:
     """Switch other libraries' chatter off; their errors stay."""
-    # transformers imports deepspeed where it is installed.
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
+    import torch
+
+    if (
+        not torch.cuda.is_available()
+    ):  # transformers imports deepspeed, which would search and say so
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import transformers
 
     transformers.logging.set_verbosity_error()

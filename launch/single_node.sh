@@ -36,7 +36,11 @@ if [ -n "$NPROC" ]; then
   export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
 fi
 
-command=(deepspeed "${count[@]}" "$repo/launch/kd.py" --config "$config" "$@")
+# --quiet: the launcher only speaks of errors.
+# The fixed default is taken as soon as two runs share a machine: ask the system for a free port.
+port=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
+
+command=(deepspeed --quiet --master_port "$port" "${count[@]}" "$repo/launch/kd.py" --config "$config" "$@")
 if [ "$DRY_RUN" != 0 ]; then
   printf '%q ' "${command[@]}"
   echo

@@ -17,7 +17,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TOKENIZERS_PARALLELISM=false
 # No test asks the hub; one that tries shall fail at once instead of waiting for a network.
 export HF_HUB_OFFLINE=1
-# torch's monitor and DeepSpeed's accelerator search are chatter here.
-export DS_ACCELERATOR_LOG_LEVEL=${DS_ACCELERATOR_LOG_LEVEL:-error}
 
 exec python -m pytest "$@"

@@ -116,7 +116,24 @@ def compare_with_plain_pytorch(world, directory, paths):
             case["teacher_grad"] = any(p.grad is not None for p in trainer.teacher.parameters())
             case["teacher_training"] = trainer.teacher.module.model.training
         errors[f"{accumulation}x{local} alpha={alpha}"] = case
-    return errors
+    return {"cases": errors, "refused": refused_steps(world, paths)}
+
+
+def refused_steps(world, paths):
+    """The messages of a step without any label and of a step whose loss is not finite."""
+    from ds_kd.trainer import TrainingError
+
+    def message(rows, optimizer):
+        trainer = build(world, paths, rows, 1, 2, 0.5, optimizer, num_epochs=3)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            return str(error)
+        return "none"
+
+    rows = tiny.samples(2 * world.size)
+    masked = tiny.samples(2 * world.size, masked=tuple(range(2 * world.size)))
+    return [message(masked, sgd), message(rows, lambda p: torch.optim.SGD(p, lr=1e30))]
 
 
 @pytest.fixture(scope="module")
@@ -129,10 +146,15 @@ def paths(tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
-def cases(request, paths, tmp_path_factory):
+def results(request, paths, tmp_path_factory):
     return run_ranks(
         compare_with_plain_pytorch, request.param, tmp_path_factory.mktemp("ranks"), paths
     )[0]
+
+
+@pytest.fixture(scope="module")
+def cases(results):
+    return results["cases"]
 
 
 def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
@@ -156,3 +178,12 @@ def test_teacher_is_frozen_and_carries_no_optimizer(cases):
     for case in with_teacher:
         assert case["teacher_same"] and not case["teacher_state"]
         assert not case["teacher_grad"] and not case["teacher_training"]
+
+
+def test_a_step_without_labels_names_its_samples_instead_of_dividing_by_zero(results):
+    assert "no supervised token" in results["refused"][0] and "s0, s1" in results["refused"][0]
+
+
+def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_samples(results):
+    assert "is nan" in results["refused"][1] or "is inf" in results["refused"][1]
+    assert "s0, s1" in results["refused"][1]
