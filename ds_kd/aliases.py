@@ -7,6 +7,7 @@ _MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 #: NeMo-AutoModel's name → the name that takes its place here.
 ALIASES = {
     "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
+    "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
     _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.MaskedCrossEntropy",
     _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.KDLoss",
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import importlib
 import inspect
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -87,7 +88,7 @@ class DistEnv:
 
 @dataclass
 class Rng:
-    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "any")
+    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
     seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0)
     ranked: bool = key(True, "each rank draws its own dropout masks", "bool")
 
@@ -111,7 +112,7 @@ class Checkpoint:
 
 @dataclass
 class Distributed:
-    _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
+    _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
     strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
     dp_size: int | None = key(None, "data-parallel ranks; none means all there are", "int", low=1)
     dp_replicate_size: int | None = key(None, "only 1", "parallel")
@@ -273,12 +274,9 @@ def load(
                 [problem(str(path), OmegaConf.to_container(raw), "a mapping of sections")]
             )
         for override in overrides or []:
-            name, equals, value = override.partition("=")
-            if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-                raise ConfigError([problem("override", override, "key.sub=value")])
-            OmegaConf.update(raw, name, OmegaConf.create(f"value: {value}").value, merge=False)
+            _override(raw, override)
         data = OmegaConf.to_container(raw, resolve=True)
-        text = OmegaConf.to_yaml(raw, resolve=True)
+        text = OmegaConf.to_yaml(OmegaConf.create(_without_secrets(data)))
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
@@ -287,6 +285,30 @@ def load(
         raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from None
     assert isinstance(data, dict)
     return _check(data, text, allow)
+
+
+def _override(raw: Any, override: str) -> None:
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    name, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        raise ConfigError([problem("override", override, "key.sub=value")])
+    try:
+        OmegaConf.update(raw, name, OmegaConf.create(f"value: {value}").value, merge=False)
+    except YAMLError as error:
+        raise ConfigError([f"override {override!r}: {' '.join(str(error).split())}"]) from None
+
+
+def _without_secrets(tree: Any) -> Any:
+    """The same tree with tokens, keys and passwords blanked: it goes into logs."""
+    if isinstance(tree, dict):
+        secret = re.compile(r"(?i)(^|_)(token|api_key|key|secret|password)$")
+        return {
+            name: "***" if value and secret.search(str(name)) else _without_secrets(value)
+            for name, value in tree.items()
+        }
+    return [_without_secrets(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
@@ -306,6 +328,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
         cfg.rng.seed = cfg.seed
     if cfg.checkpoint.save_consolidated == "true":
         cfg.checkpoint.save_consolidated = "final"
+    for name in ("checkpoint", "tensorboard"):
+        if name in data and data[name] is None:
+            getattr(cfg, name).enabled = False
     if cfg.wandb is not None and cfg.wandb.pop("enabled", True) is False:
         cfg.wandb = None
     if data.get("distributed"):
@@ -365,6 +390,8 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
         good = _is_number(value) and value > 0
     elif kind == "parallel":
         good = value == 1 and not isinstance(value, bool)
+    elif kind == "nemo":
+        good = isinstance(value, str) and value.startswith("nemo_automodel.")
     elif kind == "int":
         good = isinstance(value, int) and not isinstance(value, bool)
     elif kind == "number":
@@ -387,7 +414,7 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _expected(meta: Any) -> str:
@@ -401,9 +428,12 @@ def _expected(meta: Any) -> str:
         "str": "text",
         "mapping": "a mapping",
         "clip": "a number > 0 or {max_norm: number}",
+        "nemo": "a name of NeMo-AutoModel, or nothing",
         "parallel": "1 (no such parallelism here)",
     }
     text = words.get(kind, kind)
+    if "low" in meta and "high" in meta:
+        return f"{text} from {meta['low']} to {meta['high']}"
     for name, sign in (("low", "≥"), ("above", ">"), ("high", "≤")):
         if name in meta:
             text += f" {sign} {meta[name]}"
@@ -429,6 +459,10 @@ def _target(
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
     for name, inner in kwargs.items():
+        if isinstance(inner, dict) and "_target_" in inner:
+            problems.append(
+                f"{path}.{name}: a _target_ inside a _target_ is not called; give plain values"
+            )
         if name.endswith("_fn") and isinstance(inner, str) and (refusal := refuse(inner, allow)):
             problems.append(f"{path}.{name}: {refusal}")
     if meta.get("target") == _MODEL:
@@ -450,7 +484,7 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
                     f"{path}.{spelling}", dtype, "bf16, fp32 or auto", f"write {spelling}: bf16"
                 )
             )
-    if kwargs.get("trust_remote_code") and not allow:
+    if kwargs.get("trust_remote_code") and name not in allow:
         problems.append(
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"
@@ -459,6 +493,8 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
 
 def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     steps = cfg.step_scheduler
+    if cfg.dataloader is not None and "batch_size" in cfg.dataloader.kwargs:
+        problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
     if steps.global_batch_size % steps.local_batch_size:
         problems.append(problem(
             "step_scheduler.global_batch_size", steps.global_batch_size,
@@ -515,8 +551,11 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
     opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
-    if name in ALLOWED or name.startswith("ds_kd.") or opened:
+    # Of ds_kd only what a run is made of: the config's own functions would call anything.
+    if name in ALLOWED or name.startswith(("ds_kd.losses.", "ds_kd.data.")) or opened:
         return ""
+    if name.startswith("nemo_automodel."):
+        return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
     near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
     hint = (
         f"did you mean {near[0]}?"
@@ -541,13 +580,15 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
         try:
             found = importlib.import_module(".".join(parts[:split]))
         except ModuleNotFoundError as error:
-            if not name.startswith(f"{error.name}"):
+            if not f"{name}.".startswith(f"{error.name}."):
                 raise
             continue
         for part in parts[split:]:
             if not hasattr(found, part):
                 raise ConfigError([f"{dotted!r}: {'.'.join(parts[:split])} has no {part}"])
             found = getattr(found, part)
+            if inspect.ismodule(found):  # reached through a module's own imports, not by its name
+                raise ConfigError([f"{dotted!r} leads through the module {found.__name__}"])
         if name.startswith("ds_kd.") and (
             not callable(found)
             or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name

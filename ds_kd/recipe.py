@@ -183,12 +183,13 @@ def _student(
             lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
             "a teacher with the student's tokenizer",
         )
-    loss = DistillationLoss(
-        instantiate(cfg.loss_fn, allow),
-        instantiate(cfg.kd_loss_fn, allow),
-        cfg.kd_ratio,
-        vocab_size,
+    ce, kd = (
+        _as_config_error(
+            part.key, part.kwargs, functools.partial(instantiate, part, allow), "other arguments"
+        )
+        for part in (cfg.loss_fn, cfg.kd_loss_fn)
     )
+    loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
     engine = _as_config_error(
         "optimizer",
@@ -266,7 +267,8 @@ def _loader(
         else steps.local_batch_size
     )
     kwargs.pop("batch_size", None)
-    kwargs.setdefault("collate_fn", "ds_kd.data.collate.default_collater")
+    if kwargs.get("collate_fn") is None:
+        kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
     sampler = GlobalBatchSampler(
         len(rows),
         steps.global_batch_size if training else local * world.size,

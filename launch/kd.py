@@ -49,11 +49,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def quiet() -> None:
     """Switch other libraries' chatter off; their errors stay."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("DS_ACCELERATOR_LOG_LEVEL", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.filterwarnings("ignore")
     import datasets
+    import torch
     import transformers
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one and say so
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -65,7 +68,6 @@ def quiet() -> None:
 def run(args: argparse.Namespace) -> int:
     cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
     if not args.verbose:
-        os.environ.setdefault("DEEPSPEED_LOG_LEVEL", "error")
         quiet()
     from ds_kd import distributed, recipe
 

@@ -21,7 +21,6 @@ def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, arg
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
-        DEEPSPEED_LOG_LEVEL="error",
     )
     try:
         import torch

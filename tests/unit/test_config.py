@@ -113,6 +113,8 @@ def test_a_missing_file_is_named(tmp_path):
         "ds_kd.losses.F",
         "ds_kd.losses.SUMS",
         "ds_kd.config.importlib.import_module",
+        "ds_kd.config.resolve",
+        "ds_kd.recipe.build",
         "file.py:attr",
         "ds_kd.losses.KDLoss.__init__",
     ],
@@ -124,6 +126,39 @@ def test_names_outside_the_list_are_refused(name):
 
 def test_a_prefix_opened_on_the_command_line_resolves():
     assert resolve("math.floor", allow=("math",))(2.5) == 2
+
+
+def test_a_prefix_opened_on_the_command_line_does_not_open_what_its_modules_import():
+    with pytest.raises(ConfigError, match="leads through the module"):
+        resolve("os.path.os.system", allow=("os.path",))
+
+
+def test_secrets_never_reach_the_text_that_is_logged():
+    cfg = load(GUIDE, ["wandb={project: p, api_key: hunter2}", "model.token=hunter2"])
+    assert "hunter2" not in cfg.text and "project: p" in cfg.text
+    assert cfg.wandb["api_key"] == "hunter2"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("distributed._target_=os.system", "a name of NeMo-AutoModel"),
+        ("dataset.x={_target_: os.system}", "inside a _target_"),
+        ("dataloader.batch_size=9", "step_scheduler.local_batch_size"),
+        ("dist_env.timeout_minutes=.inf", "expected a number > 0"),
+        ("model.trust_remote_code=true", "--allow-targets meta-llama/Llama-3.2-1B"),
+        ("kd_ratio=[1", "override 'kd_ratio="),
+    ],
+)
+def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert words in str(caught.value)
+
+
+def test_null_switches_a_section_off():
+    cfg = load(GUIDE, ["tensorboard=null", "checkpoint=null"])
+    assert not cfg.tensorboard.enabled and not cfg.checkpoint.enabled
 
 
 def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
