@@ -160,3 +160,14 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
     )
     assert result.returncode == 0, result.stderr
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
+
+
+def test_torchrun_starts_the_same_run(overrides, root):
+    command = [
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())),
+        *("launch/kd.py", "--config", GUIDE, *overrides, "step_scheduler.max_steps=1"),
+        *(f"checkpoint.checkpoint_dir={root / 'torchrun'}", "validation_dataset=null"),
+    ]
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    assert "2 rank(s)" in result.stdout and "step 1/1" in result.stdout

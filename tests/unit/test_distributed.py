@@ -1,0 +1,55 @@
+"""Rank and address from whatever started the process."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ds_kd.distributed import _fill_environment, _first_slurm_host
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in [*NAMES, *(name for name in os.environ if name.startswith("SLURM_"))]:
+        monkeypatch.delenv(name, raising=False)
+    yield monkeypatch
+    for name in NAMES:
+        os.environ.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "first"),
+    [
+        ("gpu[03-05,9],cpu1", "gpu03"),
+        ("node7", "node7"),
+        ("a1,a2", "a1"),
+        ("rack-2-n[1,4]", "rack-2-n1"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list_is_the_master(nodelist, first):
+    assert _first_slurm_host(nodelist) == first
+
+
+def test_srun_variables_become_ranks(environment):
+    given = {"PROCID": "5", "NTASKS": "8", "LOCALID": "1", "JOB_NODELIST": "n[2-3]", "JOB_ID": "42"}
+    for name, value in given.items():
+        environment.setenv(f"SLURM_{name}", value)
+    _fill_environment()
+    assert [os.environ[name] for name in NAMES] == ["5", "8", "1", "n2", "20042"]
+
+
+def test_plain_python_is_a_world_of_one(environment):
+    _fill_environment()
+    assert [os.environ[name] for name in NAMES[:3]] == ["0", "1", "0"]
+
+
+def test_a_launchers_variables_are_left_alone(environment):
+    environment.setenv("RANK", "3")
+    environment.setenv("WORLD_SIZE", "4")
+    environment.setenv("SLURM_PROCID", "0")
+    environment.setenv("SLURM_NTASKS", "2")
+    _fill_environment()
+    assert os.environ["RANK"] == "3" and os.environ["WORLD_SIZE"] == "4"
