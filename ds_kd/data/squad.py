@@ -62,12 +62,17 @@ def make_squad_dataset(
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             made = shift(*tokenize_chat(tokenizer, turns), length)
         if padding == "max_length" and seq_length is not None:
-            made["num_tokens"] = len(made["input_ids"])
-            short = max(0, seq_length - len(made["input_ids"]))
-            made["input_ids"] = (
-                made["input_ids"] + [tokenizer.pad_token_id or tokenizer.eos_token_id or 0] * short
-            )
-            made["labels"] = made["labels"] + [IGNORE_INDEX] * short
+            made = _padded(made, seq_length, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
         return made
 
     return tokenize(rows, sample)
+
+
+def _padded(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:
+    """`sample` at `seq_length` positions; `num_tokens` still counts the real ones."""
+    short = max(0, seq_length - len(sample["input_ids"]))
+    return {
+        "num_tokens": len(sample["input_ids"]),
+        "input_ids": sample["input_ids"] + [pad_token_id] * short,
+        "labels": sample["labels"] + [IGNORE_INDEX] * short,
+    }
