@@ -136,9 +136,8 @@ class Trainer:
         sampler = self.loader.batch_sampler
         while not self.schedule.is_last(self.state.step):
             epoch, done = self.schedule.position(self.state.step)
-            sampler.seek(
-                epoch, done
-            )  # before the iterator exists: it reads its position once, when made
+            # Before the iterator exists: it reads its position once, when made.
+            sampler.seek(epoch, done)
             batches = iter(self.loader)
             for step_in_epoch in range(done, self.schedule.steps_per_epoch):
                 if self.schedule.is_last(self.state.step):

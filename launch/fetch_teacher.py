@@ -118,9 +118,8 @@ def quiet() -> None:
     """Switch other libraries' chatter off; their errors and the conversion's progress bar stay."""
     import torch
 
-    if (
-        not torch.cuda.is_available()
-    ):  # transformers imports deepspeed, which would search and say so
+    # transformers imports deepspeed, which would search for an accelerator and say so.
+    if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import transformers
 
