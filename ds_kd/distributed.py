@@ -51,6 +51,16 @@ def _first_slurm_host(nodelist: str) -> str:
     return prefix + (re.split(r"[,-]", ranges)[0] if ranges else "")
 
 
+def _slurm_master(host: str) -> str:
+    """The first node: its name or, where names of nodes do not resolve, srun's own address."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        # sbatch runs the script, and so srun, on the first node.
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
+
+
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -65,7 +75,7 @@ def _fill_environment() -> None:
         env["WORLD_SIZE"] = env["SLURM_NTASKS"]
         env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
         nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-        env.setdefault("MASTER_ADDR", _first_slurm_host(nodes))
+        env.setdefault("MASTER_ADDR", _slurm_master(_first_slurm_host(nodes)))
         # Every task must name the same port without talking first: derive it from the job's number.
         env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
     elif "RANK" not in env:

@@ -34,11 +34,19 @@ def test_the_first_host_of_a_slurm_list_is_the_master(nodelist, first):
 
 
 def test_srun_variables_become_ranks(environment):
-    given = {"PROCID": "5", "NTASKS": "8", "LOCALID": "1", "JOB_NODELIST": "n[2-3]", "JOB_ID": "42"}
+    # A name that resolves nowhere, so that srun's own address takes its place.
+    given = {
+        "LAUNCH_NODE_IPADDR": "10.0.0.7",
+        "PROCID": "5",
+        "NTASKS": "8",
+        "LOCALID": "1",
+        "JOB_NODELIST": "nowhere-invalid[2-3]",
+        "JOB_ID": "42",
+    }
     for name, value in given.items():
         environment.setenv(f"SLURM_{name}", value)
     _fill_environment()
-    assert [os.environ[name] for name in NAMES] == ["5", "8", "1", "n2", "20042"]
+    assert [os.environ[name] for name in NAMES] == ["5", "8", "1", "10.0.0.7", "20042"]
 
 
 def test_plain_python_is_a_world_of_one(environment):
