@@ -40,8 +40,6 @@ UNSUPPORTED = {
 #: Sections of the schema that belong to later work: refused, never silently ignored.
 REFUSED_SECTIONS = {
     "peft": "LoRA is not supported yet; remove the section to train all weights",
-    "packed_sequence": "packing is not supported yet; remove the section, batches are padded "
-    "to their longest sample",
     "slurm": "submitting from the YAML is not supported yet; remove the section and use sbatch "
     "launch/slurm.sh",
     "compile": "torch.compile is not supported yet; remove the section",

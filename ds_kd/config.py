@@ -1,253 +1,20 @@
-"""The config: YAML + overrides → a checked, typed `RunConfig`, and dotted names → objects.
+"""YAML + overrides → a checked, typed `RunConfig`.
 
 Everything that is wrong is reported at once, before a model is loaded: the key, what was given,
 what was expected, what to type next.
-The schema below is the documentation: `python -m ds_kd.config` prints it as the README's table.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
-import importlib
-import inspect
 import math
 import re
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_kd.aliases import ALIASES, ALLOWED, REFUSED_SECTIONS, UNSUPPORTED
-
-
-class ConfigError(Exception):
-    """Everything that is wrong with a config, one line each."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config"
-        super().__init__("\n".join([count, *(f"  - {line}" for line in problems)]))
-
-
-def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
-    """One line of a `ConfigError`."""
-    return f"{key}: got {given!r}, expected {expected}" + (f"; {hint}" if hint else "")
-
-
-@dataclass(frozen=True)
-class Target:
-    """A `_target_` section: what to call, with what.
-
-    Args:
-        target: dotted name, NeMo-AutoModel's already translated.
-        kwargs: its keyword arguments.
-        key: where it stands in the YAML.
-    """
-
-    target: str
-    kwargs: dict[str, Any]
-    key: str
-
-
-def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
-    """A documented field: `kind` is int, number, bool, str, mapping, target, section, choice or
-    any."""
-    meta = {"doc": doc, "kind": kind, **bounds}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=meta)
-    return field(default=default, metadata=meta)
-
-
-@dataclass
-class StepScheduler:
-    global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
-    local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
-    num_epochs: int = key(1, "passes over the training data", "int", low=1)
-    max_steps: int | None = key(None, "stop after so many optimizer steps", "int", low=1)
-    val_every_steps: int | None = key(
-        None, "validate every so many optimizer steps, and after the last", "int", low=1
-    )
-    ckpt_every_steps: int | None = key(
-        None, "checkpoint every so many optimizer steps, and after the last", "int", low=1
-    )
-    val_at_start: bool = key(False, "validate before the first step too", "bool")
-
-
-@dataclass
-class DistEnv:
-    backend: str = key(
-        "nccl",
-        "collective library; nccl becomes gloo where there is no CUDA",
-        "choice",
-        among=("nccl", "gloo"),
-    )
-    timeout_minutes: float = key(
-        10.0, "how long a collective waits for a missing rank", "number", above=0
-    )
-
-
-@dataclass
-class Rng:
-    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
-    seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0)
-    ranked: bool = key(True, "each rank draws its own dropout masks", "bool")
-
-
-@dataclass
-class Checkpoint:
-    enabled: bool = key(True, "save checkpoints and resume from them", "bool")
-    checkpoint_dir: str = key(
-        "checkpoints/", "directory of the run; the same directory resumes", "str"
-    )
-    model_save_format: str = key(
-        "safetensors", "format of the exported student", "choice", among=("safetensors",)
-    )
-    save_consolidated: str = key(
-        "final", "Hugging Face student: true/final at the end, every with each checkpoint, "
-        "false not at all",
-        "choice", among=("false", "true", "final", "every"),
-    )  # fmt: skip
-    keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
-
-
-@dataclass
-class Distributed:
-    _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
-    strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
-    dp_size: int | None = key(None, "data-parallel ranks; none means all there are", "int", low=1)
-    dp_replicate_size: int | None = key(None, "only 1", "parallel")
-    tp_size: int | None = key(None, "only 1", "parallel")
-    cp_size: int | None = key(None, "only 1", "parallel")
-    pp_size: int | None = key(None, "only 1", "parallel")
-    ep_size: int | None = key(None, "only 1", "parallel")
-    sequence_parallel: bool = key(False, "only false", "bool", among=(False,))
-    activation_checkpointing: bool = key(
-        False, "recompute the student's activations in backward", "bool"
-    )
-
-
-@dataclass
-class LRScheduler:
-    name: str = key("linear", "schedule by transformers' name", "choice", among=(
-        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
-        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-    ))  # fmt: skip
-    num_warmup_steps: int = key(0, "optimizer steps of linear warm-up", "int", low=0)
-    warmup_ratio: float | None = key(
-        None,
-        "warm-up as a share of all steps, in place of num_warmup_steps",
-        "number",
-        low=0,
-        high=1,
-    )
-    scheduler_specific_kwargs: dict = key(dict, "further arguments of that schedule", "mapping")
-
-
-@dataclass
-class DeepSpeed:
-    student: Any = key(
-        None, "ZeRO file (path or mapping) of the student; plain ZeRO-3 by default", "any"
-    )
-    teacher: Any = key(
-        None, "ZeRO file (path or mapping) of the teacher; plain ZeRO-3 by default", "any"
-    )
-
-
-@dataclass
-class TensorBoard:
-    enabled: bool = key(True, "write TensorBoard events", "bool")
-    log_dir: str | None = key(
-        None, "of events and metrics.jsonl; <checkpoint_dir>/tensorboard by default", "str"
-    )
-
-
-_LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
-_MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
-_COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
-
-
-@dataclass
-class RunConfig:
-    model: Target = key(
-        None, "the student: from_pretrained arguments", "target", target=_MODEL, required=True
-    )
-    teacher_model: Target | None = key(
-        None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=_MODEL
-    )
-    dataset: Target = key(None, "training data", "target", required=True)
-    kd_ratio: float = key(
-        0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1
-    )
-    kd_loss_fn: Target = key(
-        None,
-        "distillation loss: temperature, ignore_index, fp32_upcast",
-        "target",
-        target="ds_kd.losses.KDLoss",
-        default={},
-    )
-    loss_fn: Target = key(
-        None,
-        "cross-entropy: ignore_index, fp32_upcast",
-        "target",
-        target="ds_kd.losses.MaskedCrossEntropy",
-        default={},
-    )
-    optimizer: Target = key(
-        None,
-        "an element-wise optimizer and its arguments",
-        "target",
-        target="torch.optim.AdamW",
-        default={"lr": 1e-5},
-    )
-    lr_scheduler: LRScheduler | None = key(
-        None, "learning-rate schedule; constant by default", "section", section=LRScheduler
-    )
-    clip_grad_norm: float | None = key(
-        None, "largest gradient norm: a number or {max_norm: number}; off by default", "clip"
-    )
-    step_scheduler: StepScheduler = key(
-        StepScheduler, "batch sizes and when things happen", "section", section=StepScheduler
-    )
-    dataloader: Target = key(
-        None,
-        "loader arguments: collate_fn, shuffle, drop_last, num_workers",
-        "target",
-        target=_LOADER,
-        default=_COLLATE,
-    )
-    validation_dataset: Target | None = key(
-        None, "validation data; without it no validation", "target"
-    )
-    validation_dataloader: Target = key(
-        None,
-        "likewise for validation; batch_size is local_batch_size by default",
-        "target",
-        target=_LOADER,
-        default=_COLLATE,
-    )
-    dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
-    rng: Rng = key(Rng, "random numbers", "section", section=Rng)
-    seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0)
-    checkpoint: Checkpoint = key(Checkpoint, "what is kept", "section", section=Checkpoint)
-    distributed: Distributed = key(
-        Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed
-    )
-    deepspeed: DeepSpeed = key(
-        DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
-    )
-    tensorboard: TensorBoard = key(TensorBoard, "logging", "section", section=TensorBoard)
-    wandb: dict | None = key(None, "arguments of wandb.init; off by default", "mapping")
-    recipe: Any = key(None, "accepted and ignored", "any")
-    text: str = ""
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def tensorboard_dir(self) -> str:
-        return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")
-
-
-# ---- reading -------------------------------------------------------------------------------------
-# -------------------
+from ds_kd.aliases import ALIASES, REFUSED_SECTIONS
+from ds_kd.schema import MODEL, RunConfig, keys_of
+from ds_kd.targets import ConfigError, Target, problem, refuse
 
 
 def load(
@@ -317,7 +84,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
         if data.pop(name) not in (None, False):
             problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
     values = _section(RunConfig, data, "", problems)
-    for name, meta in _keys(RunConfig):
+    for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
             values[name] = _target(data.get(name), name, meta, allow, problems)
     cfg = RunConfig(**values, text=text)
@@ -342,13 +109,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     return cfg
 
 
-def _keys(cls: Any) -> list[tuple[str, Any]]:
-    return [(f.name, f.metadata) for f in dataclasses.fields(cls) if f.metadata]
-
-
 def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
     """The checked values of `cls` in `data`; what is absent is left to its default."""
-    known = dict(_keys(cls))
+    known = dict(keys_of(cls))
     values = {}
     for name, value in data.items():
         path = f"{prefix}{name}"
@@ -465,7 +228,7 @@ def _target(
             )
         if name.endswith("_fn") and isinstance(inner, str) and (refusal := refuse(inner, allow)):
             problems.append(f"{path}.{name}: {refusal}")
-    if meta.get("target") == _MODEL:
+    if meta.get("target") == MODEL:
         _model(path, kwargs, allow, problems)
     return Target(ALIASES.get(dotted, dotted), kwargs, path)
 
@@ -537,134 +300,3 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
         )
     if problems:
         raise ConfigError(problems)
-
-
-# ---- names → objects
-# ------------------------------------------------------------------------------------------------
-
-
-def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
-    """Why this name may not be used, or an empty string; imports nothing."""
-    name = ALIASES.get(dotted, dotted)
-    if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
-        return f"{dotted!r} is not a dotted public name"
-    if name in UNSUPPORTED:
-        return f"{dotted}: {UNSUPPORTED[name]}"
-    opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
-    # Of ds_kd only what a run is made of: the config's own functions would call anything.
-    if name in ALLOWED or name.startswith(("ds_kd.losses.", "ds_kd.data.")) or opened:
-        return ""
-    if name.startswith("nemo_automodel."):
-        return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
-    near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"if you trust it, add --allow-targets {dotted.rpartition('.')[0]}"
-    )
-    return f"{dotted!r} is not among the names a config may call; {hint}"
-
-
-def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
-    """The object behind a permitted name.
-
-    Raises:
-        ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
-            ds_kd.
-    """
-    if refusal := refuse(dotted, allow):
-        raise ConfigError([refusal])
-    name = ALIASES.get(dotted, dotted)
-    parts = name.split(".")
-    for split in range(len(parts) - 1, 0, -1):
-        try:
-            found = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError as error:
-            if not f"{name}.".startswith(f"{error.name}."):
-                raise
-            continue
-        for part in parts[split:]:
-            if not hasattr(found, part):
-                raise ConfigError([f"{dotted!r}: {'.'.join(parts[:split])} has no {part}"])
-            found = getattr(found, part)
-            if inspect.ismodule(found):  # reached through a module's own imports, not by its name
-                raise ConfigError([f"{dotted!r} leads through the module {found.__name__}"])
-        if name.startswith("ds_kd.") and (
-            not callable(found)
-            or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name
-        ):
-            raise ConfigError([f"{dotted!r} is not defined in ds_kd"])
-        return found
-    raise ConfigError([f"{dotted!r}: no such module"])
-
-
-def _arguments(target: Target, allow: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        name: resolve(value, allow) if name.endswith("_fn") and isinstance(value, str) else value
-        for name, value in target.kwargs.items()
-    }
-
-
-def bind(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
-    """The callable, after checking that it takes these arguments.
-
-    Raises:
-        ConfigError: an argument it does not know, or one that is missing.
-    """
-    function = resolve(target.target, allow)
-    try:
-        inspect.signature(function).bind(**target.kwargs, **extra)
-    except TypeError as error:
-        takes = ", ".join(p for p in inspect.signature(function).parameters if p not in extra)
-        raise ConfigError([f"{target.key}: {error}; {target.target} takes {takes}"]) from None
-    return function
-
-
-def instantiate(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
-    """Call the target with its arguments and `extra`.
-
-    Raises:
-        ConfigError: as `bind`, or a value of a wrong type.
-        ValueError: what the callable itself refuses.
-    """
-    function = bind(target, allow, **extra)
-    try:
-        return function(**_arguments(target, allow), **extra)
-    except TypeError as error:
-        raise ConfigError([f"{target.key}: {error}"]) from error
-
-
-# ---- documentation
-# --------------------------------------------------------------------------------------------------
-
-
-def key_table() -> str:
-    """Every key as a markdown table."""
-    rows = ["| key | meaning | default |", "|---|---|---|"]
-    for name, meta in _keys(RunConfig):
-        section = meta.get("section")
-        default = "required" if meta.get("required") else ""
-        if section is None and not default:
-            default = _show(meta.get("default", _default(RunConfig, name)))
-        rows.append(f"| `{name}` | {meta['doc']} | {default} |")
-        for inner, inner_meta in _keys(section) if section else ():
-            rows.append(
-                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(_default(section, inner))} |"
-            )
-    return "\n".join(rows)
-
-
-def _default(cls: Any, name: str) -> Any:
-    found = next(f for f in dataclasses.fields(cls) if f.name == name)
-    return {} if found.default is dataclasses.MISSING else found.default
-
-
-def _show(value: Any) -> str:
-    text = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-    return f"`{text}`"
-
-
-if __name__ == "__main__":
-    print(key_table())

@@ -1,31 +1,26 @@
-"""The loss of knowledge distillation: pure torch, no engine, no config.
+"""The two losses of knowledge distillation: pure torch, no engine, no config.
 
     L = (1 - α)·CE(student, labels) + α·T²·KL( softmax(z_t/T) ‖ softmax(z_s/T) )
 
 * **Direction.** KL(teacher ‖ student), the *forward* KL of Hinton et al. (2015): the student must
-  put probability wherever
-  the teacher does. The reverse direction looks alike on paper and trains another model.
+  put probability wherever the teacher does. The reverse direction looks alike on paper and trains
+  another model.
 * **T².** d KL/d z_s = (softmax(z_s/T) - softmax(z_t/T))/T, and the difference itself shrinks like
-  1/T: together 1/T².
-  Multiplying by T² keeps the gradient's scale, hence the learning rate, independent of T (Hinton et
-  al. 2015, section 2).
+  1/T: together 1/T². Multiplying by T² keeps the gradient's scale, hence the learning rate,
+  independent of T (Hinton et al. 2015, section 2).
 * **Sums, not means.** Every loss returns the sum over the valid tokens it was given. A step is cut
-  into micro-batches and
-  ranks with unequal numbers of valid tokens; only sum / global count is independent of how it was
-  cut. The one division
-  is the trainer's.
+  into micro-batches and ranks with unequal numbers of valid tokens; only sum / global count is
+  independent of how it was cut. The one division is the trainer's.
 * **A zero with a graph.** No valid token gives a sum over nothing: exactly 0, still connected to
-  the student, so that
-  ZeRO-3's backward collectives run on every rank.
+  the student, so that ZeRO-3's backward collectives run on every rank.
 
 Labels arrive already shifted: `labels[i]` is the token that position `i` must predict.
+These two take whole logits and are the definition; `ds_kd.distillation` computes the same from
+hidden states, a chunk at a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -63,9 +58,11 @@ class KDLoss:
         ignore_index: label value of positions that are not distilled.
         temperature: T > 0, divides both models' logits.
         fp32_upcast: compute both log-softmaxes in fp32 whatever the logits' dtype.
+        chunk_size: tokens whose logits exist at one time, CE's included; None chooses by the size
+            of the vocabulary, 0 makes all logits at once.
 
     Raises:
-        ValueError: temperature is not positive.
+        ValueError: temperature is not positive, or chunk_size is negative.
     """
 
     def __init__(
@@ -73,12 +70,16 @@ class KDLoss:
         ignore_index: int = IGNORE_INDEX,
         temperature: float = 1.0,
         fp32_upcast: bool = True,
+        chunk_size: int | None = None,
     ):
         if not temperature > 0:
             raise ValueError(f"temperature must be > 0, got {temperature}")
+        if chunk_size is not None and chunk_size < 0:
+            raise ValueError(f"chunk_size must be ≥ 0 tokens, got {chunk_size}")
         self.ignore_index = ignore_index
         self.temperature = float(temperature)
         self.fp32_upcast = fp32_upcast
+        self.chunk_size = chunk_size
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """`[tokens, vocab]` logits → log-softmax at this temperature."""
@@ -95,100 +96,3 @@ class KDLoss:
         # kl_div(input=log q, target=log p) is KL(p ‖ q): the teacher is the target.
         kl = F.kl_div(student, teacher, reduction="sum", log_target=True)
         return kl * self.temperature**2
-
-
-@dataclass(frozen=True)
-class Head:
-    """A language-model head as plain numbers: `softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
-
-    Args:
-        weight: `[vocab, hidden]`.
-        bias: `[vocab]` or None.
-        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's
-            `logits_scaling`).
-        softcap: Gemma 2's `final_logit_softcapping`, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
-        """`hidden` `[tokens, hidden]` → `[tokens, vocab_size]`; rows of the head beyond
-        `vocab_size` are left out."""
-        bias = None if self.bias is None else self.bias[:vocab_size]
-        out = F.linear(hidden, self.weight[:vocab_size], bias)
-        if self.scale != 1.0:
-            out = out * self.scale
-        if self.softcap is not None:
-            out = self.softcap * torch.tanh(out / self.softcap)
-        return out
-
-
-class DistillationLoss:
-    """(1 - α)·CE + α·KD from hidden states, so that only supervised rows ever meet a head.
-
-    Args:
-        ce: cross-entropy of the student, a sum over valid tokens.
-        kd: distillation loss, a sum over valid tokens; it multiplies by T² itself.
-        kd_ratio: α in [0, 1]. At 0 the teacher is not used at all, at 1 the labels' values are not
-            (their mask is).
-        vocab_size: number of ids both models share, where their padded heads differ; None takes the
-            heads as they are.
-    """
-
-    def __init__(
-        self,
-        ce: MaskedCrossEntropy,
-        kd: KDLoss,
-        kd_ratio: float,
-        vocab_size: int | None = None,
-    ):
-        if not 0.0 <= kd_ratio <= 1.0:
-            raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
-        self.ce, self.kd, self.kd_ratio, self.vocab_size = ce, kd, float(kd_ratio), vocab_size
-
-    def __call__(
-        self,
-        student_hidden: Tensor,
-        student_head: Head,
-        labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        teacher_head: Head | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Weighted loss and its parts.
-
-        Args:
-            student_hidden: `[tokens, student hidden size]`, with a graph.
-            student_head: the student's head.
-            labels: `[tokens]` int64, shifted.
-            teacher_hidden: `[tokens, teacher hidden size]`, no graph; None at `kd_ratio` 0.
-            teacher_head: the teacher's head, with `teacher_hidden`.
-
-        Returns:
-            The differentiable scalar (nats, summed over valid tokens) and a detached `[4]` fp32
-            tensor of `SUMS`.
-        """
-        student_logits = student_head.logits(student_hidden, self.vocab_size)
-        if teacher_hidden is None or teacher_head is None:
-            ce = self.ce(student_logits, labels)
-            zero = torch.zeros((), device=ce.device)
-            return ce, torch.stack([ce.detach().float(), zero, zero, zero])
-        with torch.no_grad():
-            teacher_logits = teacher_head.logits(teacher_hidden, self.vocab_size)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio < 1.0):
-            ce = self.ce(student_logits, labels)
-        kd = self.kd(student_logits, teacher_logits, labels)
-        loss = kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd
-        return loss, self._sums(ce, kd, student_logits, teacher_logits, labels)
-
-    @torch.no_grad()
-    def _sums(
-        self, ce: Tensor, kd: Tensor, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor
-    ) -> Tensor:
-        valid = labels != self.ce.ignore_index
-        log_p = self.kd.log_probs(teacher_logits[valid])
-        entropy = -(log_p.exp() * log_p).sum()
-        agree = student_logits.argmax(-1).eq(teacher_logits.argmax(-1))[valid].sum()
-        return torch.stack([ce.float(), kd.float(), agree.float(), entropy.float()])

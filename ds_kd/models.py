@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_kd.losses import DistillationLoss, Head
+from ds_kd.distillation import DistillationLoss, Head
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -82,12 +82,14 @@ class _Split(nn.Module):
     def _hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states at the supervised positions, `[rows, hidden]`."""
         # Right padding under a causal mask never reaches a real token, so no attention mask is
-        # built; explicit positions
-        # keep transformers from deriving them.
-        ids = batch["input_ids"]
-        positions = batch.get("position_ids")
+        # built. Explicit positions keep transformers from deriving them; those of packs start
+        # again with every sample, and no attention crosses.
+        ids, positions = batch["input_ids"], batch.get("position_ids")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        elif "flash" in str(self.model.config._attn_implementation):
+            # Its variable-length kernels take packs as one long row; `rows` counts in it anyway.
+            ids, positions = ids.view(1, -1), positions.view(1, -1)
         out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
         hidden = out.last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["rows"])

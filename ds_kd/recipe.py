@@ -13,13 +13,16 @@ import torch
 
 from ds_kd import engines, models
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
-from ds_kd.config import ConfigError, RunConfig, Target, check_world, instantiate, problem
+from ds_kd.config import check_world
+from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
+from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, rank0_first
-from ds_kd.losses import DistillationLoss
 from ds_kd.metrics import Metrics
 from ds_kd.schedule import Schedule
+from ds_kd.schema import RunConfig
 from ds_kd.state import TrainState, seed_rank
+from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
 
 
@@ -260,6 +263,13 @@ def _loader(
         "a data set",
     )
     steps = cfg.step_scheduler
+    if size := cfg.packed_sequence.packed_sequence_size:
+        rows = _as_config_error(
+            "packed_sequence.packed_sequence_size",
+            size,
+            lambda: PackedDataset(rows, size, cfg.rng.seed),
+            f"room for every sample of {dataset.key}",
+        )
     kwargs = dict(loader.kwargs)
     local = (
         int(kwargs.pop("batch_size", steps.local_batch_size))
@@ -278,6 +288,7 @@ def _loader(
         shuffle=bool(kwargs.pop("shuffle", False)),
         seed=cfg.rng.seed,
         drop_last=bool(kwargs.pop("drop_last", False)),
+        lengths=lengths_of(rows) if kwargs.pop("group_by_length", False) and not size else None,
     )
     built = instantiate(
         Target(loader.target, kwargs, loader.key),

@@ -74,14 +74,15 @@ class Trainer:
             self.validate()
         for micro_batches in self._steps():
             started = time.perf_counter()
-            labels, tokens = self._count(micro_batches)
+            labels, tokens, slots = self._count(micro_batches)
             sums = torch.zeros(len(SUMS), device=self.world.device)
             for batch in micro_batches:
                 batch = self._to_device(batch)
-                # The teacher goes first: its outputs die with the micro-batch, the student's graph
-                # lives until backward.
+                # The teacher goes first, so that its outputs and the student's graph, which lives
+                # until backward, are never there together.
                 target = self.teacher(batch) if self.teacher is not None else None
                 loss, parts = self.student(batch, target)
+                del target
                 # ZeRO averages gradients over ranks: times world undoes it, over n makes the global
                 # token mean.
                 self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
@@ -93,7 +94,8 @@ class Trainer:
             norm = float(self.student.get_global_grad_norm() or 0.0)
             self._check_finite(norm, "gradient norm", micro_batches)
             self._advance(labels, tokens)
-            self._log(means, lr, norm, tokens / (time.perf_counter() - started))
+            speed = tokens / (time.perf_counter() - started)
+            self._log(means, lr, norm, speed, 1.0 - tokens / slots)
             if self.schedule.validates(self.state.step):
                 self.validate()
             if self.checkpointer is not None and self.schedule.saves(self.state.step):
@@ -144,18 +146,19 @@ class Trainer:
                     return
                 yield [next(batches) for _ in range(sampler.micro_batches(step_in_epoch))]
 
-    def _count(self, micro_batches: list[Batch]) -> tuple[int, int]:
-        """(supervised tokens, real tokens) of this step over all ranks, before its first
-        forward."""
-        here = [sum(b[name] for b in micro_batches) for name in ("num_labels", "num_tokens")]
-        labels, tokens = (int(x) for x in sum_over_ranks(here, self.world))
+    def _count(self, micro_batches: list[Batch]) -> tuple[int, int, int]:
+        """(supervised tokens, real tokens, tokens with padding) of this step over all ranks, before
+        its first forward."""
+        names = ("num_labels", "num_tokens", "num_slots")
+        here = [sum(b[name] for b in micro_batches) for name in names]
+        labels, tokens, slots = (int(x) for x in sum_over_ranks(here, self.world))
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
                 f"{_ids(micro_batches)}); look at seq_length, truncation and the answers of "
                 f"these samples"
             )
-        return labels, tokens
+        return labels, tokens, slots
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.world.device
@@ -189,11 +192,14 @@ class Trainer:
         self.state.labels += labels
         self.state.tokens += tokens
 
-    def _log(self, means: dict[str, float], lr: float, norm: float, tokens_per_sec: float) -> None:
+    def _log(
+        self, means: dict[str, float], lr: float, norm: float, speed: float, padding: float
+    ) -> None:
         if self.metrics is None:
             return
         values = {"train_loss": means["loss"], **{name: means[name] for name in SUMS}}
-        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": tokens_per_sec}
+        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed}
+        values["padding"] = padding
         values["memory"] = memory_gib(self.world.device)
         self.metrics.train(self.state.step, values)
 

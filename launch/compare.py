@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.quiet import quiet
 
 NEW_TOKENS = 40
 SHOWN = (
@@ -79,19 +82,6 @@ def answer(directory: Path, row: dict[str, Any]) -> str:
     out = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False)
     new = out[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(new, skip_special_tokens=True)).strip()
-
-
-def quiet() -> None:
-    """Switch other libraries' chatter off; their errors stay."""
-    import torch
-
-    # transformers imports deepspeed, which would search for an accelerator and say so.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def show(label: str, text: str) -> None:

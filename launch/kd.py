@@ -10,16 +10,16 @@ Exit code: 0 done, 1 the run failed, 2 the config or the command is wrong.
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
 import time
-import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.config import ConfigError, load
+from ds_kd.config import load
+from ds_kd.quiet import quiet
+from ds_kd.targets import ConfigError
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,25 +44,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     return parser.parse_intermixed_args(argv)
-
-
-def quiet() -> None:
-    """Switch other libraries' chatter off; their errors stay."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    warnings.filterwarnings("ignore")
-    import datasets
-    import torch
-    import transformers
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed would search for one and say so
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -18,11 +18,14 @@ is loaded again and must give the pruned model's logits. Exit code 2 for a user'
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.quiet import quiet
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Settings that list layer numbers; those that list one value per layer are found by their length.
@@ -157,19 +160,6 @@ def verify(directory: Path, expected: Any) -> None:
             f"the written model differs from the pruned one by {difference:.3g} in logits: this "
             "architecture has settings per layer which prune.py does not know"
         )
-
-
-def quiet() -> None:
-    """Switch other libraries' chatter off; their errors stay."""
-    import torch
-
-    # transformers imports deepspeed, which would search for an accelerator and say so.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,33 +20,50 @@ def default_collater(
 
     Args:
         samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and,
-            but for a filler, `sample_id`; `num_tokens` where some of the tokens are padding
-            already.
+            but for a filler, `sample_id`, or `sample_ids` and `position_ids` of a pack;
+            `num_tokens` where some of the tokens are padding already.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
         pad_token_id: put where there is no token.
 
     Returns:
         `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
-        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N and
-        `num_tokens` (not counting padding), ints; `sample_ids`, strings.
+        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N,
+        `num_tokens` (not counting padding) and `num_slots` (counting it), ints; `sample_ids`,
+        strings; with packs also `position_ids` `[batch, length]` int64, each position counted from
+        the start of its sample.
     """
     length = max(len(sample["input_ids"]) for sample in samples)
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
-    input_ids = torch.full((len(samples), length), pad_token_id, dtype=torch.int64)
-    labels = torch.full((len(samples), length), IGNORE_INDEX, dtype=torch.int64)
-    for i, sample in enumerate(samples):
-        input_ids[i, : len(sample["input_ids"])] = torch.tensor(sample["input_ids"])
-        labels[i, : len(sample["labels"])] = torch.tensor(sample["labels"])
+
+    def padded(name: str, value: int) -> torch.Tensor:
+        rows = [sample[name] + [value] * (length - len(sample[name])) for sample in samples]
+        return torch.tensor(rows, dtype=torch.int64)
+
+    input_ids, labels = padded("input_ids", pad_token_id), padded("labels", IGNORE_INDEX)
     flat = labels.flatten()
     rows = (flat != IGNORE_INDEX).nonzero().flatten()
-    real = [sample for sample in samples if "sample_id" in sample]
-    return {
+    real = [sample for sample in samples if "sample_id" in sample or "sample_ids" in sample]
+    ids = [i for sample in real for i in sample.get("sample_ids") or [sample["sample_id"]]]
+    batch = {
         "input_ids": input_ids,
         "labels": labels,
         "rows": rows,
         "targets": flat[rows],
         "num_labels": len(rows),
         "num_tokens": sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real),
-        "sample_ids": [str(sample["sample_id"]) for sample in real],
+        "num_slots": input_ids.numel(),
+        "sample_ids": [str(i) for i in ids],
     }
+    if any("position_ids" in sample for sample in samples):
+        batch["position_ids"] = _positions(samples, length)
+    return batch
+
+
+def _positions(samples: list[dict[str, Any]], length: int) -> torch.Tensor:
+    """`[batch, length]`; what pads is a sample of its own, so that nothing else attends to it."""
+    rows = []
+    for sample in samples:
+        own = sample.get("position_ids", list(range(len(sample["input_ids"]))))
+        rows.append(own + list(range(length - len(own))))
+    return torch.tensor(rows, dtype=torch.int64)

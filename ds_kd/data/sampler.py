@@ -14,6 +14,9 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 FILLER = -1
+# Global batches among which samples of like length are sought: enough for little padding, few
+# enough for every epoch to mix them differently.
+_GROUPED_BATCHES = 16
 
 
 class GlobalBatchSampler(Sampler[list[int]]):
@@ -32,6 +35,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         shuffle: a new permutation each epoch, else the data set's order.
         seed: of the permutations.
         drop_last: leave out the last, partial global batch.
+        lengths: tokens of each sample; where given, samples of like length share a micro-batch.
 
     Raises:
         ValueError: no samples, or G is not a multiple of L·W.
@@ -47,6 +51,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        lengths: Sequence[int] | None = None,
     ):
         if min(global_batch_size, local_batch_size, world_size) < 1:
             raise ValueError(
@@ -64,7 +69,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         self.num_samples, self.usable = num_samples, usable
         self.global_batch_size, self.local_batch_size = global_batch_size, local_batch_size
         self.rank, self.world_size = rank, world_size
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.lengths = shuffle, seed, lengths
         self._epoch, self._step = 0, 0
 
     @property
@@ -82,10 +87,30 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
     def order(self, epoch: int) -> list[int]:
         """Indices in the order of this epoch, all ranks."""
-        if not self.shuffle:
-            return list(range(self.usable))
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
+        if self.shuffle:
+            order = torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
+        else:
+            order = list(range(self.usable))
+        return order if self.lengths is None else self._grouped(order, self.lengths, generator)
+
+    def _grouped(
+        self, order: list[int], lengths: Sequence[int], generator: torch.Generator
+    ) -> list[int]:
+        """`order` with like lengths together: sorted within each global batch, and where samples
+        are shuffled anyway, within so many of them, which are then shuffled."""
+        size = self.global_batch_size
+        window = size * (_GROUPED_BATCHES if self.shuffle else 1)
+        batches: list[list[int]] = []
+        for start in range(0, len(order), window):
+            near = sorted(order[start : start + window], key=lambda i: -lengths[i])
+            batches += [near[k : k + size] for k in range(0, len(near), size)]
+        if self.shuffle:
+            # A partial global batch stays where the arithmetic of steps expects it: at the end.
+            whole = len(order) // size
+            moved = torch.randperm(whole, generator=generator).tolist()
+            batches = [batches[k] for k in moved] + batches[whole:]
+        return [index for batch in batches for index in batch]
 
     def __iter__(self) -> Iterator[list[int]]:
         # A generator's body runs at its first `next`: the position is taken here, so that a later

@@ -31,7 +31,8 @@ def build(
     from ds_kd import engines, models
     from ds_kd.data.collate import default_collater
     from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
-    from ds_kd.losses import DistillationLoss, KDLoss, MaskedCrossEntropy
+    from ds_kd.distillation import DistillationLoss
+    from ds_kd.losses import KDLoss, MaskedCrossEntropy
     from ds_kd.metrics import Metrics
     from ds_kd.schedule import Schedule
     from ds_kd.state import TrainState

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.config import ConfigError, bind, check_world, load, resolve
+from ds_kd.config import check_world, load
+from ds_kd.targets import ConfigError, bind, resolve
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "ds_configs" / "runs").glob("*.yaml"))
@@ -63,7 +64,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["peft", "packed_sequence", "slurm", "separate_meshes", "compile", "offload_teacher_model"],
+    ["peft", "slurm", "separate_meshes", "compile", "offload_teacher_model"],
 )
 def test_sections_of_later_work_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
@@ -112,8 +113,8 @@ def test_a_missing_file_is_named(tmp_path):
         "ds_kd.losses.torch.os.system",
         "ds_kd.losses.F",
         "ds_kd.losses.SUMS",
-        "ds_kd.config.importlib.import_module",
-        "ds_kd.config.resolve",
+        "ds_kd.targets.importlib.import_module",
+        "ds_kd.targets.resolve",
         "ds_kd.recipe.build",
         "file.py:attr",
         "ds_kd.losses.KDLoss.__init__",

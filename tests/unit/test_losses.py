@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from ds_kd.losses import SUMS, DistillationLoss, Head, KDLoss, MaskedCrossEntropy
+from ds_kd.distillation import DistillationLoss, Head
+from ds_kd.losses import SUMS, KDLoss, MaskedCrossEntropy
 
 
 def test_kd_of_identical_logits_is_exactly_zero_with_a_zero_gradient():

@@ -1,0 +1,110 @@
+"""Whole samples packed into sequences of one length, so that nothing is computed for padding.
+
+Position ids start again at 0 with every sample; transformers reads from them which tokens belong
+together and lets no attention cross (a block mask for SDPA, variable-length kernels for flash
+attention). Labels were shifted inside each sample, so that none looks across a border either.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+
+def lengths_of(dataset: Any) -> list[int]:
+    """Tokens of every sample, padding not counted."""
+    names = getattr(dataset, "column_names", None)
+    if names is None:
+        return [int(s.get("num_tokens", len(s["input_ids"]))) for s in dataset]
+    if "num_tokens" in names:
+        return list(dataset["num_tokens"])
+    import pyarrow.compute as pc
+
+    # The lists' lengths, without making the lists.
+    return pc.list_value_length(dataset.with_format("arrow")["input_ids"][:]).to_pylist()
+
+
+def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
+    """Best-fit decreasing: each sample, longest first, goes where it leaves the least room.
+
+    Args:
+        lengths: tokens of each sample.
+        size: tokens a pack holds.
+        seed: decides among samples of one length.
+
+    Returns:
+        Packs, each a rising list of sample numbers, in the order of their first samples.
+
+    Raises:
+        ValueError: a sample is longer than a pack.
+    """
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] > size:
+        raise ValueError(
+            f"sample {longest} has {lengths[longest]} tokens; give packed_sequence_size: "
+            f"{lengths[longest]} or more, or cut samples with seq_length and truncation: true"
+        )
+    shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
+    open_packs: dict[int, list[list[int]]] = {}  # by room left
+    rooms: list[int] = []  # its keys, rising
+    packs: list[list[int]] = []
+    for index in sorted(shuffled, key=lambda i: -lengths[i]):
+        length = lengths[index]
+        at = bisect.bisect_left(rooms, length)
+        if at == len(rooms):
+            room, chosen = size, []
+            packs.append(chosen)
+        else:
+            room = rooms[at]
+            chosen = open_packs[room].pop()
+            if not open_packs[room]:
+                del open_packs[room], rooms[at]
+        chosen.append(index)
+        left = room - length
+        if left not in open_packs:
+            open_packs[left] = []
+            bisect.insort(rooms, left)
+        open_packs[left].append(chosen)
+    return sorted(sorted(chosen) for chosen in packs)
+
+
+class PackedDataset(Dataset):
+    """A data set of packs.
+
+    Args:
+        dataset: samples with `input_ids` and `labels`.
+        size: tokens a pack holds; shorter packs are not filled up.
+        seed: of `pack`.
+
+    Raises:
+        ValueError: a sample is longer than `size`.
+    """
+
+    def __init__(self, dataset: Any, size: int, seed: int = 0):
+        self.dataset, self.size = dataset, size
+        self.lengths = lengths_of(dataset)
+        self.packs = pack(self.lengths, size, seed)
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' room that tokens take."""
+        return sum(self.lengths) / (self.size * len(self.packs))
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        packed: dict[str, list] = {
+            name: [] for name in ("input_ids", "labels", "position_ids", "sample_ids")
+        }
+        for number in self.packs[index]:
+            sample, length = self.dataset[number], self.lengths[number]
+            packed["input_ids"] += sample["input_ids"][:length]
+            packed["labels"] += sample["labels"][:length]
+            packed["position_ids"] += range(length)
+            packed["sample_ids"].append(sample["sample_id"])
+        return packed

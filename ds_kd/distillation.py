@@ -1,0 +1,371 @@
+"""(1 - α)·CE + α·KD from hidden states, a chunk of tokens at a time: pure torch.
+
+`[tokens, vocab]` logits are the largest tensors of a distillation step: at 4,096 tokens and 128k
+words one fp32 copy takes 2 GB, and the plain computation keeps about six. Here both heads are
+applied to a few hundred tokens at a time, and the gradients with respect to the student's hidden
+states and head are taken at once, while the chunk's logits are there. Nothing of vocabulary size
+but the head's own gradient outlives a chunk, no logit is computed twice, and the buffers of one
+chunk serve the next.
+
+With q = softmax(z_s), q_T = softmax(z_s/T), p = softmax(z_t/T) and y the label:
+
+    d/dz_s [ (1 - α)·CE + α·T²·KL ] = (1 - α)·(q - onehot(y)) + α·T·(q_T - p)
+
+The idea of taking a loss's gradient in its forward is Liger Kernel's (Hsu et al. 2024,
+arXiv:2410.10989); here it covers both losses and both heads under ZeRO-3's hooks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ds_kd.losses import SUMS, KDLoss, MaskedCrossEntropy
+
+# Logits in one buffer of a chunk. Fewer make the matrix products narrow and add to the head's
+# gradient more often, more leave the caches; between a half and twice this the cost is flat.
+_CHUNK_LOGITS = 2**24
+
+
+@dataclass(frozen=True)
+class Head:
+    """A language-model head as plain numbers: `softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
+
+    Args:
+        weight: `[vocab, hidden]`.
+        bias: `[vocab]` or None.
+        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's
+            `logits_scaling`).
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor, vocab_size: int | None = None) -> Tensor:
+        """`hidden` `[tokens, hidden]` → `[tokens, vocab_size]`; rows of the head beyond
+        `vocab_size` are left out."""
+        bias = None if self.bias is None else self.bias[:vocab_size]
+        out = F.linear(hidden, self.weight[:vocab_size], bias)
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.softcap is not None:
+            out = self.softcap * torch.tanh(out / self.softcap)
+        return out
+
+
+class DistillationLoss:
+    """(1 - α)·CE + α·KD from hidden states, so that only supervised rows ever meet a head.
+
+    Args:
+        ce: cross-entropy of the student, a sum over valid tokens.
+        kd: distillation loss, a sum over valid tokens; it multiplies by T² itself, and its
+            `chunk_size` says how many tokens' logits exist at one time.
+        kd_ratio: α in [0, 1]. At 0 the teacher is not used at all, at 1 the labels' values are not
+            (their mask is).
+        vocab_size: number of ids both models share, where their padded heads differ; None takes the
+            heads as they are.
+
+    Other losses than `MaskedCrossEntropy` and `KDLoss` get whole logits.
+
+    Raises:
+        ValueError: `kd_ratio` out of range, or two ignore_index that differ.
+    """
+
+    def __init__(
+        self,
+        ce: MaskedCrossEntropy,
+        kd: KDLoss,
+        kd_ratio: float,
+        vocab_size: int | None = None,
+    ):
+        if not 0.0 <= kd_ratio <= 1.0:
+            raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
+        if ce.ignore_index != kd.ignore_index:
+            raise ValueError(
+                f"ignore_index is {ce.ignore_index} for loss_fn and {kd.ignore_index} for "
+                "kd_loss_fn; write the same"
+            )
+        self.ce, self.kd, self.kd_ratio, self.vocab_size = ce, kd, float(kd_ratio), vocab_size
+        known = type(ce) is MaskedCrossEntropy and type(kd) is KDLoss
+        self._is_chunked = known and kd.chunk_size != 0
+
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        student_head: Head,
+        labels: Tensor,
+        teacher_hidden: Tensor | None = None,
+        teacher_head: Head | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Weighted loss and its parts.
+
+        Args:
+            student_hidden: `[tokens, student hidden size]`, with a graph.
+            student_head: the student's head.
+            labels: `[tokens]` int64, shifted.
+            teacher_hidden: `[tokens, teacher hidden size]`, no graph; None at `kd_ratio` 0.
+            teacher_head: the teacher's head, with `teacher_hidden`.
+
+        Returns:
+            The differentiable scalar (nats, summed over valid tokens) and a detached `[4]` tensor
+            of `SUMS`. Its backward can be run once.
+        """
+        compute = self._chunked if self._is_chunked else self._plain
+        return compute(student_hidden, student_head, labels, teacher_hidden, teacher_head)
+
+    # ---- whole logits: the definition, and what the chunked form is tested against ---------------
+
+    def _plain(
+        self,
+        student_hidden: Tensor,
+        student_head: Head,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+    ) -> tuple[Tensor, Tensor]:
+        student_logits = student_head.logits(student_hidden, self.vocab_size)
+        if teacher_hidden is None or teacher_head is None:
+            ce = self.ce(student_logits, labels)
+            zero = torch.zeros((), device=ce.device)
+            return ce, torch.stack([ce.detach().float(), zero, zero, zero])
+        with torch.no_grad():
+            teacher_logits = teacher_head.logits(teacher_hidden, self.vocab_size)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio < 1.0):
+            ce = self.ce(student_logits, labels)
+        kd = self.kd(student_logits, teacher_logits, labels)
+        loss = kd if self.kd_ratio == 1.0 else (1.0 - self.kd_ratio) * ce + self.kd_ratio * kd
+        with torch.no_grad():
+            valid = labels != self.ce.ignore_index
+            log_p = self.kd.log_probs(teacher_logits[valid])
+            entropy = -(log_p.exp() * log_p).sum()
+            agree = student_logits.argmax(-1).eq(teacher_logits.argmax(-1))[valid].sum()
+            sums = torch.stack([ce.float(), kd.float(), agree.float(), entropy.float()])
+        return loss, sums
+
+    # ---- a chunk at a time -----------------------------------------------------------------------
+
+    def _chunked(
+        self,
+        student_hidden: Tensor,
+        student_head: Head,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+    ) -> tuple[Tensor, Tensor]:
+        # Inside a Function grad mode is off and needs_input_grad does not know of no_grad.
+        takes_gradients = torch.is_grad_enabled()
+        return _Chunked.apply(  # type: ignore[no-any-return]
+            student_hidden,
+            student_head.weight,
+            student_head.bias,
+            student_head,
+            labels,
+            teacher_hidden,
+            teacher_head,
+            self,
+            takes_gradients,
+        )
+
+    def chunk_size(self, vocab_size: int) -> int:
+        """Tokens in one chunk."""
+        return self.kd.chunk_size or max(1, _CHUNK_LOGITS // vocab_size)
+
+
+class _Chunked(torch.autograd.Function):
+    """The loss and, at once, its gradients; backward only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        head: Head,
+        labels: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_head: Head | None,
+        loss: DistillationLoss,
+        takes_gradients: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tokens = hidden.shape[0]
+        vocab = loss.vocab_size or weight.shape[0]
+        upcast = loss.ce.fp32_upcast or loss.kd.fp32_upcast
+        dtype = torch.promote_types(hidden.dtype, torch.float32) if upcast else hidden.dtype
+        chunk = max(1, min(loss.chunk_size(vocab), tokens))
+        buffers = _Buffers(chunk, vocab, dtype, hidden.device)
+        wanted = [takes_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        grads = _Gradients(head, hidden, vocab, dtype, wanted)
+        valid = labels != loss.ce.ignore_index
+        targets = torch.where(valid, labels, 0)[:, None]
+        exact = torch.promote_types(dtype, torch.float32)
+        valid = valid.to(exact)
+        sums = torch.zeros(len(SUMS), dtype=exact, device=hidden.device)
+        for start in range(0, tokens, chunk):
+            rows = slice(start, start + chunk)
+            student = buffers.logits("student", head, hidden[rows])
+            if teacher_hidden is None or teacher_head is None:
+                parts, gradient = _cross_entropy(student, targets[rows], buffers)
+            else:
+                teacher = buffers.logits("teacher", teacher_head, teacher_hidden[rows])
+                parts, gradient = _both(student, teacher, targets[rows], loss, buffers)
+            sums += parts.to(exact) @ valid[rows]
+            if any(wanted):
+                grads.add(rows, gradient, student, valid[rows], buffers)
+        alpha = loss.kd_ratio if teacher_hidden is not None else 0.0
+        # 0·inf is NaN: a part that is not optimised must not spoil the one that is.
+        total = sum(w * s for w, s in ((1 - alpha, sums[0]), (alpha, sums[1])) if w > 0)
+        sums = sums.float()
+        ctx.gradients = grads.found
+        ctx.mark_non_differentiable(sums)
+        return total, sums
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        found, ctx.gradients = ctx.gradients, None
+        if found is None:
+            raise RuntimeError("the chunked loss can be differentiated once only")
+        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 6
+
+
+class _Buffers:
+    """Room for one chunk's logits by name, made when first asked for and used again."""
+
+    def __init__(self, chunk: int, vocab: int, dtype: torch.dtype, device: torch.device):
+        self.chunk, self.vocab, self.dtype, self.device = chunk, vocab, dtype, device
+        self._made: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def get(self, name: str, rows: int, dtype: torch.dtype | None = None) -> Tensor:
+        """`[rows, vocab]`, uninitialised."""
+        key = (name, dtype or self.dtype)
+        if key not in self._made:
+            self._made[key] = torch.empty(
+                (self.chunk, self.vocab), dtype=key[1], device=self.device
+            )
+        return self._made[key][:rows]
+
+    def logits(self, name: str, head: Head, hidden: Tensor) -> Tensor:
+        """`Head.logits` in the buffer of that name. The product is rounded to the model's dtype, as
+        the model itself would round it."""
+        product = self.get(
+            name if hidden.dtype == self.dtype else "product", len(hidden), hidden.dtype
+        )
+        weight = head.weight[: self.vocab].t()
+        if head.bias is None:
+            torch.mm(hidden, weight, out=product)
+        else:
+            torch.addmm(head.bias[: self.vocab], hidden, weight, out=product)
+        out = product if hidden.dtype == self.dtype else self.get(name, len(hidden)).copy_(product)
+        if head.scale != 1.0:
+            out.mul_(head.scale)
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out
+
+
+def _cross_entropy(student: Tensor, targets: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor]:
+    """As `_both`, without a teacher."""
+    q, lse = _softmax(student, buffers.get("q", len(student)))
+    ce = lse - student.gather(1, targets)
+    zero = torch.zeros_like(ce)
+    parts = torch.cat([ce, zero, zero, zero], dim=1).t()
+    return parts, q.scatter_add_(1, targets, torch.full_like(ce, -1.0))
+
+
+def _both(
+    student: Tensor, teacher: Tensor, targets: Tensor, loss: DistillationLoss, buffers: _Buffers
+) -> tuple[Tensor, Tensor]:
+    """One chunk.
+
+    Args:
+        student, teacher: logits `[rows, vocab]`; the teacher's buffer is used up.
+        targets: `[rows, 1]`.
+
+    Returns:
+        `SUMS` per token `[4, rows]`, and d loss / d student logits `[rows, vocab]`. `student` comes
+        back as it was.
+    """
+    alpha, t, rows = loss.kd_ratio, loss.kd.temperature, len(student)
+    label_logit = student.gather(1, targets)
+    best = teacher.argmax(-1, keepdim=True)
+    agree = student.gather(1, best) >= student.amax(-1, keepdim=True)
+    if t != 1.0:
+        q_1, lse_1 = _softmax(student, buffers.get("q at T = 1", rows))
+        student.div_(t)
+        teacher.div_(t)
+    p, lse_t = _softmax(teacher, buffers.get("p", rows))
+    # KL = Σ p·(z_t - z_s) - lse_t + lse_s: two dot products instead of a pass over log q and log p.
+    p_teacher, p_student = _dot(p, teacher), _dot(p, student)
+    q, lse_s = _softmax(student, teacher)  # the teacher's logits have served
+    kd = (p_teacher - p_student - lse_t + lse_s) * t**2
+    entropy = lse_t - p_teacher
+    if t == 1.0:
+        lse, gradient = lse_s, q.sub_(p, alpha=alpha)
+    else:
+        student.mul_(t)
+        lse, gradient = lse_1, q.sub_(p).mul_(alpha * t).add_(q_1, alpha=1.0 - alpha)
+    ce = lse - label_logit
+    gradient.scatter_add_(1, targets, torch.full_like(ce, alpha - 1.0))
+    return torch.cat([ce, kd, agree.to(ce.dtype), entropy], dim=1).t(), gradient
+
+
+def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax over the last dimension into `out`, and log-sum-exp `[rows, 1]`.
+
+    The largest probability e^(max - lse) is at least 1/vocab, so that its logarithm is safe.
+    """
+    torch.softmax(logits, -1, out=out)
+    return out, logits.amax(-1, keepdim=True) - out.amax(-1, keepdim=True).log()
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Row by row, `[rows, 1]`, without a product of full size in between."""
+    return torch.bmm(a[:, None, :], b[:, :, None])[:, :, 0]
+
+
+class _Gradients:
+    """d loss / d (hidden, weight, bias), grown chunk by chunk; None where not wanted."""
+
+    def __init__(
+        self, head: Head, hidden: Tensor, vocab: int, dtype: torch.dtype, wanted: list[bool]
+    ):
+        self.head, self.hidden, self.vocab = head, hidden, vocab
+        bias = head.bias
+        self.found = (
+            torch.empty_like(hidden) if wanted[0] else None,
+            torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None,
+        )
+
+    def add(
+        self, rows: slice, gradient: Tensor, logits: Tensor, valid: Tensor, buffers: _Buffers
+    ) -> None:
+        """The share of one chunk: `gradient` with respect to `logits`; both are used up."""
+        head, hidden = self.head, self.hidden[rows]
+        to_hidden, to_weight, to_bias = self.found
+        if head.softcap is not None:  # tanh' = 1 - tanh²
+            gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
+        # Validity and the head's scale are worth a pass over [rows, hidden], not [rows, vocab].
+        factor = valid * head.scale
+        if hidden.dtype != gradient.dtype:
+            gradient = buffers.get("product", len(hidden), hidden.dtype).copy_(gradient)
+        if to_hidden is not None:
+            torch.mm(gradient, head.weight[: self.vocab], out=to_hidden[rows])
+            to_hidden[rows].mul_(factor[:, None])
+        scaled = (hidden * factor[:, None]).to(hidden.dtype)
+        if to_weight is not None:
+            into = to_weight[: self.vocab]
+            if into.dtype == gradient.dtype:
+                into.addmm_(gradient.t(), scaled)
+            else:
+                into.add_(gradient.t() @ scaled)
+        if to_bias is not None:
+            to_bias[: self.vocab].add_(gradient.t() @ factor.to(gradient.dtype))

@@ -1,0 +1,30 @@
+"""Other libraries' chatter, off."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet() -> None:
+    """Leave transformers, datasets and DeepSpeed their errors and nothing else.
+
+    To be called before transformers is first imported: it imports DeepSpeed, which on a machine
+    without a GPU searches for an accelerator and says so.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    warnings.filterwarnings("ignore")
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    logging.getLogger("datasets").setLevel(logging.ERROR)

@@ -1,0 +1,259 @@
+"""The config's schema: every key with its default, kind, bounds and meaning.
+
+It is the documentation as well: `python -m ds_kd.schema` prints it as the README's table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_kd.targets import Target
+
+
+def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
+    """A documented field: `kind` is int, number, bool, str, mapping, target, section, choice or
+    any."""
+    meta = {"doc": doc, "kind": kind, **bounds}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@dataclass
+class StepScheduler:
+    global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
+    local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
+    num_epochs: int = key(1, "passes over the training data", "int", low=1)
+    max_steps: int | None = key(None, "stop after so many optimizer steps", "int", low=1)
+    val_every_steps: int | None = key(
+        None, "validate every so many optimizer steps, and after the last", "int", low=1
+    )
+    ckpt_every_steps: int | None = key(
+        None, "checkpoint every so many optimizer steps, and after the last", "int", low=1
+    )
+    val_at_start: bool = key(False, "validate before the first step too", "bool")
+
+
+@dataclass
+class DistEnv:
+    backend: str = key(
+        "nccl",
+        "collective library; nccl becomes gloo where there is no CUDA",
+        "choice",
+        among=("nccl", "gloo"),
+    )
+    timeout_minutes: float = key(
+        10.0, "how long a collective waits for a missing rank", "number", above=0
+    )
+
+
+@dataclass
+class Rng:
+    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
+    seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0)
+    ranked: bool = key(True, "each rank draws its own dropout masks", "bool")
+
+
+@dataclass
+class Checkpoint:
+    enabled: bool = key(True, "save checkpoints and resume from them", "bool")
+    checkpoint_dir: str = key(
+        "checkpoints/", "directory of the run; the same directory resumes", "str"
+    )
+    model_save_format: str = key(
+        "safetensors", "format of the exported student", "choice", among=("safetensors",)
+    )
+    save_consolidated: str = key(
+        "final", "Hugging Face student: true/final at the end, every with each checkpoint, "
+        "false not at all",
+        "choice", among=("false", "true", "final", "every"),
+    )  # fmt: skip
+    keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
+
+
+@dataclass
+class Distributed:
+    _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
+    strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
+    dp_size: int | None = key(None, "data-parallel ranks; none means all there are", "int", low=1)
+    dp_replicate_size: int | None = key(None, "only 1", "parallel")
+    tp_size: int | None = key(None, "only 1", "parallel")
+    cp_size: int | None = key(None, "only 1", "parallel")
+    pp_size: int | None = key(None, "only 1", "parallel")
+    ep_size: int | None = key(None, "only 1", "parallel")
+    sequence_parallel: bool = key(False, "only false", "bool", among=(False,))
+    activation_checkpointing: bool = key(
+        False, "recompute the student's activations in backward", "bool"
+    )
+
+
+@dataclass
+class LRScheduler:
+    name: str = key("linear", "schedule by transformers' name", "choice", among=(
+        "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
+        "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
+    ))  # fmt: skip
+    num_warmup_steps: int = key(0, "optimizer steps of linear warm-up", "int", low=0)
+    warmup_ratio: float | None = key(
+        None,
+        "warm-up as a share of all steps, in place of num_warmup_steps",
+        "number",
+        low=0,
+        high=1,
+    )
+    scheduler_specific_kwargs: dict = key(dict, "further arguments of that schedule", "mapping")
+
+
+@dataclass
+class DeepSpeed:
+    student: Any = key(
+        None, "ZeRO file (path or mapping) of the student; plain ZeRO-3 by default", "any"
+    )
+    teacher: Any = key(
+        None, "ZeRO file (path or mapping) of the teacher; plain ZeRO-3 by default", "any"
+    )
+
+
+@dataclass
+class PackedSequence:
+    packed_sequence_size: int = key(
+        0,
+        "tokens a pack of whole samples holds; batch sizes then count packs; 0 packs nothing",
+        "int",
+        low=0,
+    )
+
+
+@dataclass
+class TensorBoard:
+    enabled: bool = key(True, "write TensorBoard events", "bool")
+    log_dir: str | None = key(
+        None, "of events and metrics.jsonl; <checkpoint_dir>/tensorboard by default", "str"
+    )
+
+
+_LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
+MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+_COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
+
+
+@dataclass
+class RunConfig:
+    model: Target = key(
+        None, "the student: from_pretrained arguments", "target", target=MODEL, required=True
+    )
+    teacher_model: Target | None = key(
+        None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=MODEL
+    )
+    dataset: Target = key(None, "training data", "target", required=True)
+    kd_ratio: float = key(
+        0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1
+    )
+    kd_loss_fn: Target = key(
+        None,
+        "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
+        "target",
+        target="ds_kd.losses.KDLoss",
+        default={},
+    )
+    loss_fn: Target = key(
+        None,
+        "cross-entropy: ignore_index, fp32_upcast",
+        "target",
+        target="ds_kd.losses.MaskedCrossEntropy",
+        default={},
+    )
+    optimizer: Target = key(
+        None,
+        "an element-wise optimizer and its arguments",
+        "target",
+        target="torch.optim.AdamW",
+        default={"lr": 1e-5},
+    )
+    lr_scheduler: LRScheduler | None = key(
+        None, "learning-rate schedule; constant by default", "section", section=LRScheduler
+    )
+    clip_grad_norm: float | None = key(
+        None, "largest gradient norm: a number or {max_norm: number}; off by default", "clip"
+    )
+    step_scheduler: StepScheduler = key(
+        StepScheduler, "batch sizes and when things happen", "section", section=StepScheduler
+    )
+    dataloader: Target = key(
+        None,
+        "loader arguments: collate_fn, shuffle, drop_last, group_by_length, num_workers",
+        "target",
+        target=_LOADER,
+        default=_COLLATE,
+    )
+    packed_sequence: PackedSequence = key(
+        PackedSequence, "samples packed instead of padded", "section", section=PackedSequence
+    )
+    validation_dataset: Target | None = key(
+        None, "validation data; without it no validation", "target"
+    )
+    validation_dataloader: Target = key(
+        None,
+        "likewise for validation; batch_size is local_batch_size by default",
+        "target",
+        target=_LOADER,
+        default=_COLLATE,
+    )
+    dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
+    rng: Rng = key(Rng, "random numbers", "section", section=Rng)
+    seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0)
+    checkpoint: Checkpoint = key(Checkpoint, "what is kept", "section", section=Checkpoint)
+    distributed: Distributed = key(
+        Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed
+    )
+    deepspeed: DeepSpeed = key(
+        DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
+    )
+    tensorboard: TensorBoard = key(TensorBoard, "logging", "section", section=TensorBoard)
+    wandb: dict | None = key(None, "arguments of wandb.init; off by default", "mapping")
+    recipe: Any = key(None, "accepted and ignored", "any")
+    text: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def tensorboard_dir(self) -> str:
+        return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")
+
+
+def keys_of(cls: Any) -> list[tuple[str, Any]]:
+    return [(f.name, f.metadata) for f in dataclasses.fields(cls) if f.metadata]
+
+
+def key_table() -> str:
+    """Every key as a markdown table."""
+    rows = ["| key | meaning | default |", "|---|---|---|"]
+    for name, meta in keys_of(RunConfig):
+        section = meta.get("section")
+        default = "required" if meta.get("required") else ""
+        if section is None and not default:
+            default = _show(meta.get("default", _default(RunConfig, name)))
+        rows.append(f"| `{name}` | {meta['doc']} | {default} |")
+        for inner, inner_meta in keys_of(section) if section else ():
+            rows.append(
+                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(_default(section, inner))} |"
+            )
+    return "\n".join(rows)
+
+
+def _default(cls: Any, name: str) -> Any:
+    found = next(f for f in dataclasses.fields(cls) if f.name == name)
+    return {} if found.default is dataclasses.MISSING else found.default
+
+
+def _show(value: Any) -> str:
+    text = (
+        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    )
+    return f"`{text}`"
+
+
+if __name__ == "__main__":
+    print(key_table())

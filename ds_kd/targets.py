@@ -1,0 +1,136 @@
+"""Dotted names → objects: which a config may use, and calling them with a config's arguments.
+
+A `_target_` names code that will run. Only exact names are let through, checked twice: the text
+before anything is imported, and the object it leads to.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from ds_kd.aliases import ALIASES, ALLOWED, UNSUPPORTED
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with a config, one line each."""
+
+    def __init__(self, problems: list[str]):
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config"
+        super().__init__("\n".join([count, *(f"  - {line}" for line in problems)]))
+
+
+def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
+    """One line of a `ConfigError`."""
+    return f"{key}: got {given!r}, expected {expected}" + (f"; {hint}" if hint else "")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A `_target_` section: what to call, with what.
+
+    Args:
+        target: dotted name, NeMo-AutoModel's already translated.
+        kwargs: its keyword arguments.
+        key: where it stands in the YAML.
+    """
+
+    target: str
+    kwargs: dict[str, Any]
+    key: str
+
+
+def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
+    """Why this name may not be used, or an empty string; imports nothing."""
+    name = ALIASES.get(dotted, dotted)
+    if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
+        return f"{dotted!r} is not a dotted public name"
+    if name in UNSUPPORTED:
+        return f"{dotted}: {UNSUPPORTED[name]}"
+    opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
+    # Of ds_kd only what a run is made of: the config's own functions would call anything.
+    if name in ALLOWED or name.startswith(("ds_kd.losses.", "ds_kd.data.")) or opened:
+        return ""
+    if name.startswith("nemo_automodel."):
+        return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
+    near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
+    hint = (
+        f"did you mean {near[0]}?"
+        if near
+        else f"if you trust it, add --allow-targets {dotted.rpartition('.')[0]}"
+    )
+    return f"{dotted!r} is not among the names a config may call; {hint}"
+
+
+def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
+    """The object behind a permitted name.
+
+    Raises:
+        ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
+            ds_kd.
+    """
+    if refusal := refuse(dotted, allow):
+        raise ConfigError([refusal])
+    name = ALIASES.get(dotted, dotted)
+    parts = name.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        try:
+            found = importlib.import_module(".".join(parts[:split]))
+        except ModuleNotFoundError as error:
+            if not f"{name}.".startswith(f"{error.name}."):
+                raise
+            continue
+        for part in parts[split:]:
+            if not hasattr(found, part):
+                raise ConfigError([f"{dotted!r}: {'.'.join(parts[:split])} has no {part}"])
+            found = getattr(found, part)
+            if inspect.ismodule(found):  # reached through a module's own imports, not by its name
+                raise ConfigError([f"{dotted!r} leads through the module {found.__name__}"])
+        if name.startswith("ds_kd.") and (
+            not callable(found)
+            or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name
+        ):
+            raise ConfigError([f"{dotted!r} is not defined in ds_kd"])
+        return found
+    raise ConfigError([f"{dotted!r}: no such module"])
+
+
+def _arguments(target: Target, allow: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        name: resolve(value, allow) if name.endswith("_fn") and isinstance(value, str) else value
+        for name, value in target.kwargs.items()
+    }
+
+
+def bind(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
+    """The callable, after checking that it takes these arguments.
+
+    Raises:
+        ConfigError: an argument it does not know, or one that is missing.
+    """
+    function = resolve(target.target, allow)
+    try:
+        inspect.signature(function).bind(**target.kwargs, **extra)
+    except TypeError as error:
+        takes = ", ".join(p for p in inspect.signature(function).parameters if p not in extra)
+        raise ConfigError([f"{target.key}: {error}; {target.target} takes {takes}"]) from None
+    return function
+
+
+def instantiate(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
+    """Call the target with its arguments and `extra`.
+
+    Raises:
+        ConfigError: as `bind`, or a value of a wrong type.
+        ValueError: what the callable itself refuses.
+    """
+    function = bind(target, allow, **extra)
+    try:
+        return function(**_arguments(target, allow), **extra)
+    except TypeError as error:
+        raise ConfigError([f"{target.key}: {error}"]) from error

@@ -1,0 +1,231 @@
+"""The chunked loss against the plain one: values, gradients, memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ds_kd import distillation
+from ds_kd.distillation import DistillationLoss, Head
+from ds_kd.losses import KDLoss, MaskedCrossEntropy
+
+
+def case(seed, tokens, vocab, dtype=torch.float32, extra=(0, 0), masked=0.3):
+    """(student hidden, weight, bias, labels, teacher hidden, teacher weight) at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    labels = torch.randint(vocab, (tokens,), generator=generator)
+    labels[torch.rand(tokens, generator=generator) < masked] = -100
+    hidden, teacher = 6, 10
+    return (
+        normal(tokens, hidden),
+        normal(vocab + extra[0], hidden),
+        normal(vocab + extra[0]),
+        labels,
+        normal(tokens, teacher),
+        normal(vocab + extra[1], teacher),
+    )
+
+
+def evaluate(loss, hidden, weight, bias, labels, teacher, teacher_weight, scale=1.0, softcap=None):
+    """(value, sums, gradients) of the loss times 3."""
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    value, sums = loss(
+        leaves[0],
+        Head(leaves[1], leaves[2], scale, softcap),
+        labels,
+        teacher,
+        None if teacher is None else Head(teacher_weight, None, 1.0 / scale, softcap),
+    )
+    (3.0 * value).backward()
+    return value.detach(), sums, [leaf.grad for leaf in leaves]
+
+
+def losses(kd_ratio, temperature, chunk, vocab_size=None, upcast=True):
+    """The chunked loss and the plain one."""
+    return (
+        DistillationLoss(
+            MaskedCrossEntropy(fp32_upcast=upcast),
+            KDLoss(temperature=temperature, fp32_upcast=upcast, chunk_size=size),
+            kd_ratio,
+            vocab_size,
+        )
+        for size in (chunk, 0)
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    seed=st.integers(0, 2**16),
+    tokens=st.integers(0, 23),
+    vocab=st.integers(2, 40),
+    chunk=st.integers(1, 30),
+    kd_ratio=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
+    temperature=st.sampled_from([0.5, 1.0, 2.0, 4.0]),
+    scale=st.sampled_from([1.0, 0.25]),
+    softcap=st.sampled_from([None, 5.0]),
+    extra=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    with_teacher=st.booleans(),
+)
+def test_chunked_equals_plain(
+    seed, tokens, vocab, chunk, kd_ratio, temperature, scale, softcap, extra, with_teacher
+):
+    inputs = list(case(seed, tokens, vocab, extra=extra))
+    size = vocab if any(extra) else None
+    if not with_teacher:
+        inputs[4], kd_ratio = None, 0.0
+    chunked, plain = losses(kd_ratio, temperature, chunk, size)
+    value, sums, grads = evaluate(chunked, *inputs, scale=scale, softcap=softcap)
+    expected, expected_sums, expected_grads = evaluate(plain, *inputs, scale=scale, softcap=softcap)
+    top = max(1.0, expected_sums.abs().max().item())
+    assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6 * top)
+    # At equal logits "the" best token is a matter of order.
+    assert torch.allclose(sums, expected_sums, rtol=1e-5, atol=2e-6 * top)
+    for got, want in zip(grads, expected_grads, strict=True):
+        want = torch.zeros_like(got) if want is None else want
+        largest = want.abs().max().item() if want.numel() else 0.0
+        assert torch.allclose(got, want, rtol=0, atol=2e-6 * max(1.0, largest))
+
+
+def test_in_double_precision_they_agree_to_rounding():
+    inputs = case(0, 50, 33, torch.float64)
+    chunked, plain = losses(0.4, 2.0, 7, upcast=False)
+    value, _, grads = evaluate(chunked, *inputs, softcap=4.0)
+    expected, _, expected_grads = evaluate(plain, *inputs, softcap=4.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-13)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert (got - want).abs().max().item() < 1e-12
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_bf16_stays_as_near_to_fp32_as_the_plain_loss_does(temperature):
+    inputs = case(1, 64, 200, torch.bfloat16)
+    exact = [t.float() if t.is_floating_point() else t for t in inputs]
+    chunked, plain = losses(0.5, temperature, 10)
+    truth = evaluate(plain, *exact)
+    errors = []
+    for loss in (chunked, plain):
+        value, _, grads = evaluate(loss, *inputs)
+        assert [g.dtype for g in grads] == [torch.bfloat16] * 3
+        errors.append(
+            [abs(value.item() / truth[0].item() - 1.0)]
+            + [
+                ((g.float() - t).norm() / t.norm()).item()
+                for g, t in zip(grads, truth[2], strict=True)
+            ]
+        )
+    assert max(errors[0]) < 0.02
+    assert all(ours <= 1.5 * theirs + 1e-4 for ours, theirs in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_identical_models_give_exactly_zero_and_no_gradient(temperature):
+    hidden, weight, _, labels, _, _ = case(2, 31, 50, masked=0.0)
+    (chunked, _) = losses(1.0, temperature, 8)
+    leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value, sums = chunked(leaf, Head(head), labels, hidden, Head(weight))
+    value.backward()
+    assert value.item() == 0.0 and sums[1].item() == 0.0 and sums[2].item() == 31.0
+    assert leaf.grad.abs().max().item() == 0.0 and head.grad.abs().max().item() == 0.0
+
+
+def test_a_part_that_is_not_optimised_cannot_spoil_the_one_that_is():
+    hidden, weight, _, labels, teacher, teacher_weight = case(3, 9, 20, masked=0.0)
+    teacher[4] = float("inf")
+    (chunked, _) = losses(0.0, 1.0, 4)
+    value, _ = chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+    assert torch.isfinite(value)
+
+
+def test_no_gradient_is_taken_where_none_is_wanted(monkeypatch):
+    taken = []
+    real = distillation._Gradients.add
+    monkeypatch.setattr(distillation._Gradients, "add", lambda *a: taken.append(1) or real(*a))
+    hidden, weight, _, labels, teacher, teacher_weight = case(4, 9, 20)
+    (chunked, _) = losses(0.5, 1.0, 4)
+    weight.requires_grad_()
+    with torch.no_grad():
+        chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+    assert not taken
+    value, _ = chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+    assert len(taken) == 3  # chunks of 4 in 9
+    value.backward()
+    assert weight.grad is not None and hidden.grad is None
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, _, labels, teacher, teacher_weight = case(5, 9, 20)
+    (chunked, plain) = losses(0.5, 1.0, 4)
+    grads = []
+    for loss in (chunked, plain):
+        leaf = hidden.clone().requires_grad_()
+        loss(leaf, Head(weight), labels, teacher, Head(teacher_weight))[0].backward()
+        grads.append(leaf.grad)
+    assert torch.allclose(*grads, atol=1e-6) and weight.grad is None
+
+
+def test_a_second_backward_is_refused_instead_of_wrong():
+    hidden, weight, _, labels, teacher, teacher_weight = case(6, 9, 20)
+    (chunked, _) = losses(0.5, 1.0, 4)
+    value, _ = chunked(hidden.requires_grad_(), Head(weight), labels, teacher, Head(teacher_weight))
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="once only"):
+        value.backward()
+
+
+def test_other_losses_get_whole_logits():
+    class Mine(KDLoss):
+        def __call__(self, student_logits, teacher_logits, labels):
+            self.seen = student_logits.shape
+            return super().__call__(student_logits, teacher_logits, labels)
+
+    kd = Mine(chunk_size=4)
+    hidden, weight, _, labels, teacher, teacher_weight = case(7, 9, 20)
+    DistillationLoss(MaskedCrossEntropy(), kd, 0.5)(
+        hidden, Head(weight), labels, teacher, Head(teacher_weight)
+    )
+    assert kd.seen == (9, 20)
+
+
+@pytest.mark.parametrize("tokens", [64, 512])
+def test_workspace_does_not_grow_with_the_tokens(tokens):
+    """Bytes alive at the peak beyond what goes in and comes out: counted, not timed."""
+    vocab, chunk = 1000, 16
+    inputs = case(8, tokens, vocab, masked=0.0)
+    (chunked, _) = losses(0.5, 1.0, chunk)
+    peak = _peak_bytes(lambda: evaluate(chunked, *inputs))
+    weights_gradient = inputs[1].nbytes + inputs[2].nbytes
+    # Student, teacher and p of one chunk; leaves and gradients of head and hidden states.
+    bound = 3 * chunk * vocab * 4 + 3 * weights_gradient + 8 * inputs[0].nbytes
+    assert peak < 1.25 * bound
+    assert peak < 0.6 * tokens * vocab * 4 * 4 or tokens == 64
+
+
+def _peak_bytes(function):
+    """Peak of bytes that torch allocates on the CPU while `function` runs."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
+        function()
+    alive = peak = 0
+    for event in sorted(run.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            alive += event.nbytes()
+            peak = max(peak, alive)
+    return peak
+
+
+@pytest.mark.parametrize("chunk", [-1])
+def test_a_negative_chunk_is_refused(chunk):
+    with pytest.raises(ValueError, match="chunk_size must be ≥ 0"):
+        KDLoss(chunk_size=chunk)
+
+
+def test_two_ignore_indices_are_refused():
+    with pytest.raises(ValueError, match="ignore_index"):
+        DistillationLoss(MaskedCrossEntropy(ignore_index=-1), KDLoss(), 0.5)
