@@ -27,9 +27,10 @@ from torch.autograd.function import once_differentiable
 
 from ds_kd.losses import SUMS, KDLoss, MaskedCrossEntropy
 
-# Logits in one buffer of a chunk. Fewer make the matrix products narrow and add to the head's
-# gradient more often, more leave the caches; between a half and twice this the cost is flat.
-_CHUNK_LOGITS = 2**24
+# Tokens in a chunk where `chunk_size` does not say. Fewer make the matrix products narrow and add
+# to the head's gradient more often; more only take room (docs/performance.md). A GPU needs more to
+# be busy.
+_CHUNK, _CHUNK_ON_GPU = 512, 2048
 
 
 @dataclass(frozen=True)
@@ -174,9 +175,9 @@ class DistillationLoss:
             takes_gradients,
         )
 
-    def chunk_size(self, vocab_size: int) -> int:
+    def chunk_size(self, device: torch.device) -> int:
         """Tokens in one chunk."""
-        return self.kd.chunk_size or max(1, _CHUNK_LOGITS // vocab_size)
+        return self.kd.chunk_size or (_CHUNK if device.type == "cpu" else _CHUNK_ON_GPU)
 
 
 class _Chunked(torch.autograd.Function):
@@ -199,7 +200,7 @@ class _Chunked(torch.autograd.Function):
         vocab = loss.vocab_size or weight.shape[0]
         upcast = loss.ce.fp32_upcast or loss.kd.fp32_upcast
         dtype = torch.promote_types(hidden.dtype, torch.float32) if upcast else hidden.dtype
-        chunk = max(1, min(loss.chunk_size(vocab), tokens))
+        chunk = max(1, min(loss.chunk_size(hidden.device), tokens))
         buffers = _Buffers(chunk, vocab, dtype, hidden.device)
         wanted = [takes_gradients and needed for needed in ctx.needs_input_grad[:3]]
         grads = _Gradients(head, hidden, vocab, dtype, wanted)
@@ -221,7 +222,8 @@ class _Chunked(torch.autograd.Function):
                 grads.add(rows, gradient, student, valid[rows], buffers)
         alpha = loss.kd_ratio if teacher_hidden is not None else 0.0
         # 0·inf is NaN: a part that is not optimised must not spoil the one that is.
-        total = sum(w * s for w, s in ((1 - alpha, sums[0]), (alpha, sums[1])) if w > 0)
+        terms = [w * s for w, s in ((1 - alpha, sums[0]), (alpha, sums[1])) if w > 0]
+        total = torch.stack(terms).sum()
         sums = sums.float()
         ctx.gradients = grads.found
         ctx.mark_non_differentiable(sums)
@@ -273,7 +275,7 @@ class _Buffers:
 
 def _cross_entropy(student: Tensor, targets: Tensor, buffers: _Buffers) -> tuple[Tensor, Tensor]:
     """As `_both`, without a teacher."""
-    q, lse = _softmax(student, buffers.get("q", len(student)))
+    q, lse = _softmax(student, student.amax(-1, keepdim=True), buffers.get("q", len(student)))
     ce = lse - student.gather(1, targets)
     zero = torch.zeros_like(ce)
     parts = torch.cat([ce, zero, zero, zero], dim=1).t()
@@ -295,16 +297,18 @@ def _both(
     """
     alpha, t, rows = loss.kd_ratio, loss.kd.temperature, len(student)
     label_logit = student.gather(1, targets)
-    best = teacher.argmax(-1, keepdim=True)
-    agree = student.gather(1, best) >= student.amax(-1, keepdim=True)
+    student_max, best = student.amax(-1, keepdim=True), teacher.argmax(-1, keepdim=True)
+    agree = student.gather(1, best) >= student_max
+    teacher_max = teacher.gather(1, best)
     if t != 1.0:
-        q_1, lse_1 = _softmax(student, buffers.get("q at T = 1", rows))
-        student.div_(t)
-        teacher.div_(t)
-    p, lse_t = _softmax(teacher, buffers.get("p", rows))
-    # KL = Σ p·(z_t - z_s) - lse_t + lse_s: two dot products instead of a pass over log q and log p.
-    p_teacher, p_student = _dot(p, teacher), _dot(p, student)
-    q, lse_s = _softmax(student, teacher)  # the teacher's logits have served
+        q_1, lse_1 = _softmax(student, student_max, buffers.get("q at T = 1", rows))
+        for scaled in (student, student_max, teacher, teacher_max):
+            scaled.div_(t)
+    p, lse_t = _softmax(teacher, teacher_max, buffers.get("p", rows))
+    # KL = Σ p·(z_t - z_s) - lse_t + lse_s: two dot products instead of passes over log q and log p.
+    p_teacher = torch.mul(p, teacher, out=teacher).sum(-1, keepdim=True)
+    p_student = torch.mul(p, student, out=teacher).sum(-1, keepdim=True)
+    q, lse_s = _softmax(student, student_max, teacher)
     kd = (p_teacher - p_student - lse_t + lse_s) * t**2
     entropy = lse_t - p_teacher
     if t == 1.0:
@@ -317,18 +321,16 @@ def _both(
     return torch.cat([ce, kd, agree.to(ce.dtype), entropy], dim=1).t(), gradient
 
 
-def _softmax(logits: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax(logits: Tensor, largest: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
     """Softmax over the last dimension into `out`, and log-sum-exp `[rows, 1]`.
 
-    The largest probability e^(max - lse) is at least 1/vocab, so that its logarithm is safe.
+    Args:
+        logits: `[rows, vocab]`.
+        largest: of each row, `[rows, 1]`. Its probability e^(max - lse) is at least 1/vocab, so
+            that the logarithm is safe.
     """
     torch.softmax(logits, -1, out=out)
-    return out, logits.amax(-1, keepdim=True) - out.amax(-1, keepdim=True).log()
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Row by row, `[rows, 1]`, without a product of full size in between."""
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, :, 0]
+    return out, largest - out.amax(-1, keepdim=True).log()
 
 
 class _Gradients:

@@ -58,8 +58,8 @@ class KDLoss:
         ignore_index: label value of positions that are not distilled.
         temperature: T > 0, divides both models' logits.
         fp32_upcast: compute both log-softmaxes in fp32 whatever the logits' dtype.
-        chunk_size: tokens whose logits exist at one time, CE's included; None chooses by the size
-            of the vocabulary, 0 makes all logits at once.
+        chunk_size: tokens whose logits exist at one time, CE's included; None chooses, 0 makes all
+            logits at once.
 
     Raises:
         ValueError: temperature is not positive, or chunk_size is negative.

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_kd import attention
 from ds_kd.distillation import DistillationLoss, Head
 
 DTYPES = {
@@ -78,19 +79,23 @@ class _Split(nn.Module):
         if self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head to distil")
         _call_head_with_loss(self.model.get_output_embeddings())
+        self._last_mlp = _RowsOfLastMLP(model)
 
-    def _hidden(self, batch: dict[str, Any]) -> Tensor:
+    def hidden(self, batch: dict[str, Any]) -> Tensor:
         """Hidden states at the supervised positions, `[rows, hidden]`."""
         # Right padding under a causal mask never reaches a real token, so no attention mask is
         # built. Explicit positions keep transformers from deriving them; those of packs start
         # again with every sample, and no attention crosses.
         ids, positions = batch["input_ids"], batch.get("position_ids")
+        segments = {}
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        elif "flash" in str(self.model.config._attn_implementation):
-            # Its variable-length kernels take packs as one long row; `rows` counts in it anyway.
-            ids, positions = ids.view(1, -1), positions.view(1, -1)
-        out = self.model.base_model(input_ids=ids, position_ids=positions, use_cache=False)
+        elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
+            segments = {"segment_lengths": batch["segment_lengths"]}
+        with self._last_mlp.only(batch["rows"]):
+            out = self.model.base_model(
+                input_ids=ids, position_ids=positions, use_cache=False, **segments
+            )
         hidden = out.last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch["rows"])
 
@@ -99,12 +104,12 @@ class _Split(nn.Module):
         module = self.model.get_output_embeddings()
         return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
 
-    def _probe(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(largest difference between transformers' logits and ours, largest logit); for
-        `check_head`."""
+    def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """(largest difference between transformers' logits and ours, largest logit)."""
         expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
+        expected = expected.index_select(0, batch["rows"])
         output_head = self.model.get_output_embeddings()
-        got = output_head(self._hidden(batch), loss=lambda h: self.head().logits(h))
+        got = output_head(self.hidden(batch), loss=lambda h: self.head().logits(h))
         return (got - expected).float().abs().max(), expected.float().abs().max()
 
 
@@ -120,8 +125,8 @@ class Teacher(_Split):
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
 
-    def forward(self, batch: dict[str, Any], probe: bool = False) -> Any:
-        return self._probe(batch) if probe else self._hidden(batch)
+    def forward(self, batch: dict[str, Any], probe: str | None = None) -> Any:
+        return getattr(self, probe or "hidden")(batch)
 
 
 class Student(_Split):
@@ -140,11 +145,11 @@ class Student(_Split):
         self._teacher = (teacher,)
 
     def forward(
-        self, batch: dict[str, Any], target: Tensor | None = None, probe: bool = False
-    ) -> tuple[Tensor, Tensor]:
+        self, batch: dict[str, Any], target: Tensor | None = None, probe: str | None = None
+    ) -> Any:
         if probe:
-            return self._probe(batch)
-        hidden = self._hidden(batch)
+            return getattr(self, probe)(batch)
+        hidden = self.hidden(batch)
         output_head = self.model.get_output_embeddings()
         if target is None:
             return output_head(hidden, loss=lambda h: self.loss(h, self.head(), batch["targets"]))
@@ -155,6 +160,43 @@ class Student(_Split):
                 hidden,
                 loss=lambda h: self.loss(h, self.head(), batch["targets"], target, teacher.head()),
             )
+
+
+class _RowsOfLastMLP:
+    """Lets a model's last MLP see the supervised rows alone.
+
+    Nothing reads the last layer's output anywhere else, and an MLP treats every token by itself: in
+    a pack of questions whose short answers are supervised that is most of one layer, forward and
+    backward. `check_head` compares the result with the whole computation.
+    """
+
+    def __init__(self, model: Any):
+        self._rows: Tensor | None = None
+        self._model = model
+        layers = getattr(model.base_model, "layers", None)
+        mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
+        # A mixture of experts may return more than hidden states.
+        if mlp is None or not type(mlp).__name__.endswith("MLP"):
+            return
+        plain = mlp.forward
+
+        def forward(module: nn.Module, hidden: Tensor) -> Tensor:
+            if self._rows is None:
+                return plain(hidden)  # type: ignore[no-any-return]
+            flat = hidden.flatten(0, -2)
+            some = plain(flat.index_select(0, self._rows)[None])[0]
+            return torch.zeros_like(flat).index_copy(0, self._rows, some).view_as(hidden)
+
+        mlp.forward = types.MethodType(forward, mlp)
+
+    @contextmanager
+    def only(self, rows: Tensor) -> Iterator[None]:
+        # Checkpointed layers run again in backward, when this block is over.
+        self._rows = None if self._model.is_gradient_checkpointing else rows
+        try:
+            yield
+        finally:
+            self._rows = None
 
 
 def _call_head_with_loss(head: nn.Module) -> None:
@@ -183,13 +225,10 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
     Raises:
         ValueError: the two differ.
     """
-    training = engine.training
-    engine.eval()
     ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None]
-    rows = torch.arange(_PROBE_TOKENS, device=device)
-    with torch.no_grad():
-        error, scale = engine({"input_ids": ids, "rows": rows}, probe=True)
-    engine.train(training)
+    rows = torch.arange(1, _PROBE_TOKENS, 2, device=device)
+    with _evaluating(engine):
+        error, scale = engine({"input_ids": ids, "rows": rows}, probe="logits_error")
     # bf16 rounding of the logits stays far below; a forgotten scale or cap does not.
     if not error.item() <= 0.05 * scale.item() + 1e-3:
         raise ValueError(
@@ -197,6 +236,41 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
             f"loss does not know "
             f"(largest difference {error.item():.3g} on a probe). Use a model with a linear head."
         )
+
+
+def check_packing(engine: Any, device: torch.device, name: str) -> None:
+    """Refuse a model in which the samples of a pack can see each other.
+
+    Args:
+        engine, device, name: as for `check_head`.
+
+    Raises:
+        ValueError: a sample's hidden states depend on the one before it.
+    """
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None]
+    cut = _PROBE_TOKENS // 2 + 1
+    lengths = [cut, _PROBE_TOKENS - cut]
+    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+    rows = torch.arange(_PROBE_TOKENS, device=device)
+    pack = {"input_ids": ids, "rows": rows, "position_ids": positions, "segment_lengths": lengths}
+    alone = {"input_ids": ids[:, cut:], "rows": rows[: lengths[1]]}
+    with _evaluating(engine):
+        packed, expected = engine(pack, probe="hidden")[cut:], engine(alone, probe="hidden")
+    error, scale = ((t.float().abs().max().item()) for t in (packed - expected, expected))
+    if not error <= 0.05 * scale + 1e-3:
+        raise ValueError(
+            f"{name}: in {type(engine.module.model).__name__} the samples of a pack see each other "
+            f"(hidden states differ by {error:.3g}). Remove packed_sequence."
+        )
+
+
+@contextmanager
+def _evaluating(engine: Any) -> Iterator[None]:
+    training = engine.training
+    engine.eval()
+    with torch.no_grad():
+        yield
+    engine.train(training)
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ds_kd import engines, models
+from ds_kd.attention import attend_by_sample
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
 from ds_kd.config import check_world
 from ds_kd.data.packing import PackedDataset, lengths_of
@@ -24,6 +25,9 @@ from ds_kd.schema import RunConfig
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
+
+#: torch's optimizers with kernels that update everything in one pass, on CPU and CUDA.
+_FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "Adagrad")}
 
 
 def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
@@ -103,19 +107,22 @@ def _tokenizer(target: Target, world: World) -> Any:
     return tokenizer
 
 
-def _load_model(target: Target, zero: dict[str, Any], allow: tuple[str, ...]) -> Any:
+def _load_model(target: Target, zero: dict[str, Any], packs: bool, allow: tuple[str, ...]) -> Any:
     """The HF model, sharded while it loads."""
     kwargs = dict(target.kwargs)
     name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
     name = str(name).removeprefix("torch.")
     target = Target(target.target, {**kwargs, "dtype": models.DTYPES.get(name, name)}, target.key)
     with models.zero3_init(zero):
-        return _as_config_error(
+        model = _as_config_error(
             f"{target.key}.pretrained_model_name_or_path",
             _path(target),
             lambda: instantiate(target, allow),
             "a Hugging Face causal language model: a directory, or a hub id and a network",
         )
+    if packs:
+        attend_by_sample(model)
+    return model
 
 
 def _dtype(target: Target) -> torch.dtype | None:
@@ -147,14 +154,9 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
         "a ZeRO stage 3 configuration",
     )
     config = _engine_config(cfg, target, zero, world, None)
-    module = models.Teacher(_load_model(target, config, allow))
+    module = models.Teacher(_load_model(target, config, _packs(cfg), allow))
     engine = engines.build_teacher(module, config)
-    _as_config_error(
-        target.key,
-        _path(target),
-        lambda: models.check_head(engine, world.device, target.key),
-        "a linear head",
-    )
+    _check_model(cfg, target, engine, world)
     return engine
 
 
@@ -172,7 +174,7 @@ def _student(
         key, source, lambda: engines.load_zero_config(source, key), "a ZeRO stage 3 configuration"
     )
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = _load_model(cfg.model, config, allow)
+    model = _load_model(cfg.model, config, _packs(cfg), allow)
     if cfg.distributed.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     vocab_size = None
@@ -200,19 +202,35 @@ def _student(
         lambda: engines.build_student(
             module,
             config,
-            lambda parameters: instantiate(cfg.optimizer, allow, params=parameters),
+            lambda parameters: _optimizer(cfg.optimizer, parameters, allow),
             _lr_scheduler(cfg, schedule),
         ),
         "an element-wise optimizer",
     )
-    _as_config_error(
-        "model",
-        _path(cfg.model),
-        lambda: models.check_head(engine, world.device, "model"),
-        "a linear head",
-    )
+    _check_model(cfg, cfg.model, engine, world)
     engine.train()
     return engine
+
+
+def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:
+    """As the YAML says; torch's one-pass kernels where it names neither kind and there are some."""
+    chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
+    extra = {"fused": True} if target.target in _FUSED and not chosen else {}
+    return instantiate(target, allow, params=parameters, **extra)
+
+
+def _packs(cfg: RunConfig) -> bool:
+    return cfg.packed_sequence.packed_sequence_size > 0
+
+
+def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> None:
+    """What only the loaded model can tell."""
+    checks = [(models.check_head, "a linear head")]
+    if _packs(cfg):
+        checks.append((models.check_packing, "a model that keeps packed samples apart"))
+    for check, expected in checks:
+        probe = functools.partial(check, engine, world.device, target.key)
+        _as_config_error(target.key, _path(target), probe, expected)
 
 
 def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | None:

@@ -163,9 +163,8 @@ class Trainer:
     def _to_device(self, batch: Batch) -> Batch:
         device = self.world.device
         return {
-            name: value.to(device, non_blocking=True)
+            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for name, value in batch.items()
-            if isinstance(value, torch.Tensor)
         }
 
     def _means(self, sums: torch.Tensor, labels: int) -> dict[str, float]:

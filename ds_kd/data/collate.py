@@ -12,7 +12,7 @@ from ds_kd.losses import IGNORE_INDEX
 def default_collater(
     samples: list[dict[str, Any]], pad_seq_len_divisible: int | None = None, pad_token_id: int = 0
 ) -> dict[str, Any]:
-    """Pad on the right and find the supervised positions.
+    """Pad on the right, or lay packs end to end, and find the supervised positions.
 
     No attention mask is made: under a causal mask a real token never looks to its right, so right
     padding cannot reach it, and attention without a mask takes the fast causal kernels. Which token
@@ -20,7 +20,7 @@ def default_collater(
 
     Args:
         samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and,
-            but for a filler, `sample_id`, or `sample_ids` and `position_ids` of a pack;
+            but for a filler, `sample_id`, or `sample_ids` and `segment_lengths` of a pack;
             `num_tokens` where some of the tokens are padding already.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
         pad_token_id: put where there is no token.
@@ -29,12 +29,27 @@ def default_collater(
         `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
         supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N,
         `num_tokens` (not counting padding) and `num_slots` (counting it), ints; `sample_ids`,
-        strings; with packs also `position_ids` `[batch, length]` int64, each position counted from
-        the start of its sample.
+        strings. Packs give one row, `position_ids` `[1, length]` int64 that start again with every
+        sample, and `segment_lengths`, a list of ints.
     """
+    real = [sample for sample in samples if "sample_id" in sample or "sample_ids" in sample]
+    ids = [i for sample in real for i in sample.get("sample_ids") or [sample["sample_id"]]]
+    num_tokens = sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real)
+    packed = any("segment_lengths" in sample for sample in samples)
+    extra: dict[str, Any] = {}
+    if packed:
+        lengths = [n for s in samples for n in s.get("segment_lengths", [len(s["input_ids"])])]
+        samples = [
+            {name: [x for s in samples for x in s[name]] for name in ("input_ids", "labels")}
+        ]
     length = max(len(sample["input_ids"]) for sample in samples)
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
+    if packed:
+        # What pads is a sample of its own.
+        lengths += [length - sum(lengths)] * (length > sum(lengths))
+        positions = torch.cat([torch.arange(n) for n in lengths])[None]
+        extra = {"position_ids": positions, "segment_lengths": lengths}
 
     def padded(name: str, value: int) -> torch.Tensor:
         rows = [sample[name] + [value] * (length - len(sample[name])) for sample in samples]
@@ -43,27 +58,14 @@ def default_collater(
     input_ids, labels = padded("input_ids", pad_token_id), padded("labels", IGNORE_INDEX)
     flat = labels.flatten()
     rows = (flat != IGNORE_INDEX).nonzero().flatten()
-    real = [sample for sample in samples if "sample_id" in sample or "sample_ids" in sample]
-    ids = [i for sample in real for i in sample.get("sample_ids") or [sample["sample_id"]]]
-    batch = {
+    return {
         "input_ids": input_ids,
         "labels": labels,
         "rows": rows,
         "targets": flat[rows],
         "num_labels": len(rows),
-        "num_tokens": sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real),
+        "num_tokens": num_tokens,
         "num_slots": input_ids.numel(),
         "sample_ids": [str(i) for i in ids],
+        **extra,
     }
-    if any("position_ids" in sample for sample in samples):
-        batch["position_ids"] = _positions(samples, length)
-    return batch
-
-
-def _positions(samples: list[dict[str, Any]], length: int) -> torch.Tensor:
-    """`[batch, length]`; what pads is a sample of its own, so that nothing else attends to it."""
-    rows = []
-    for sample in samples:
-        own = sample.get("position_ids", list(range(len(sample["input_ids"]))))
-        rows.append(own + list(range(length - len(own))))
-    return torch.tensor(rows, dtype=torch.int64)

@@ -1,8 +1,8 @@
 """Whole samples packed into sequences of one length, so that nothing is computed for padding.
 
-Position ids start again at 0 with every sample; transformers reads from them which tokens belong
-together and lets no attention cross (a block mask for SDPA, variable-length kernels for flash
-attention). Labels were shifted inside each sample, so that none looks across a border either.
+Positions start again at 0 with every sample and no attention crosses: `ds_kd.attention` with SDPA,
+variable-length kernels with flash attention, transformers' block mask with anything else. Labels
+were shifted inside each sample, so that none looks across a border either.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
         length = lengths[index]
         at = bisect.bisect_left(rooms, length)
         if at == len(rooms):
-            room, chosen = size, []
+            room, chosen = size, list[int]()
             packs.append(chosen)
         else:
             room = rooms[at]
@@ -99,12 +99,12 @@ class PackedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         packed: dict[str, list] = {
-            name: [] for name in ("input_ids", "labels", "position_ids", "sample_ids")
+            name: [] for name in ("input_ids", "labels", "segment_lengths", "sample_ids")
         }
         for number in self.packs[index]:
             sample, length = self.dataset[number], self.lengths[number]
             packed["input_ids"] += sample["input_ids"][:length]
             packed["labels"] += sample["labels"][:length]
-            packed["position_ids"] += range(length)
+            packed["segment_lengths"].append(length)
             packed["sample_ids"].append(sample["sample_id"])
         return packed

@@ -1,0 +1,219 @@
+"""One optimizer step of distillation, done by ds_kd and by others on the same samples.
+
+Each contender is a context manager of a `step(samples) -> loss`: collating, both forwards, the
+loss, backward and AdamW. The loss is the mean over supervised tokens of 1/2·CE + 1/2·KL.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+Step = Callable[[list[dict[str, Any]]], float]
+LEARNING_RATE = 1e-5
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every contender of one cell works on.
+
+    Args:
+        teacher, student: Hugging Face directories.
+        dtype: of both models.
+        micro_batch: samples per forward; a pack of ds_kd has as much room as they take together.
+        packs: ds_kd packs the samples.
+        alpha: kd_ratio.
+    """
+
+    teacher: Path
+    student: Path
+    dtype: torch.dtype = torch.float32
+    micro_batch: int = 2
+    packs: bool = False
+    pack_size: int = 1024
+    alpha: float = 0.5
+
+
+def _load(path: Path, dtype: torch.dtype) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+
+def _chunks(items: list, size: int) -> list[list]:
+    return [items[k : k + size] for k in range(0, len(items), size)]
+
+
+# ---- ds_kd ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def ds_kd(job: Job, chunk_size: int | None = None) -> Iterator[Step]:
+    """The trainer's own step on its own engines, this process's rank of however many there are."""
+    from ds_kd import distributed, engines, models
+    from ds_kd.attention import attend_by_sample
+    from ds_kd.data.collate import default_collater
+    from ds_kd.data.packing import PackedDataset
+    from ds_kd.distillation import DistillationLoss
+    from ds_kd.losses import KDLoss, MaskedCrossEntropy
+
+    world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
+    config = engines.engine_config(
+        engines.load_zero_config(None, "zero"), job.dtype, job.micro_batch
+    )
+    with models.zero3_init(config):
+        teacher_model = _load(job.teacher, job.dtype)
+    attend_by_sample(teacher_model)
+    teacher = engines.build_teacher(models.Teacher(teacher_model), config)
+    with models.zero3_init(config):
+        student_model = _load(job.student, job.dtype)
+    attend_by_sample(student_model)
+    loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
+    student = engines.build_student(
+        models.Student(student_model, loss_fn, teacher.module),
+        config,
+        lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
+    )
+    student.train()
+
+    def step(samples: list[dict[str, Any]]) -> float:
+        if job.packs:
+            packed = PackedDataset(samples, job.pack_size)
+            mine = [packed[k] for k in range(len(packed))]
+            micro = 1
+        else:
+            mine, micro = samples, job.micro_batch
+        batches = [default_collater(part) for part in _chunks(mine, micro)][
+            world.rank :: world.size
+        ]
+        labels = int(distributed.sum_over_ranks([sum(b["num_labels"] for b in batches)], world)[0])
+        total = torch.zeros((), device=world.device)
+        for batch in batches:
+            batch = {
+                name: value.to(world.device, non_blocking=True)
+                if isinstance(value, torch.Tensor)
+                else value
+                for name, value in batch.items()
+            }
+            target = teacher(batch)
+            loss, _ = student(batch, target)
+            del target
+            student.backward(loss * (world.size / labels), scale_wrt_gas=False)
+            total += loss.detach()
+        student.step()
+        return float(distributed.sum_over_ranks(total[None], world)[0]) / labels
+
+    yield step
+    for engine in (student, teacher):
+        engine.destroy()
+
+
+# ---- the field -----------------------------------------------------------------------------------
+
+
+def _padded(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
+    """(input ids, attention mask, shifted labels), padded on the right as every collater does."""
+    length = max(len(s["input_ids"]) for s in samples)
+    ids, mask, labels = [], [], []
+    for s in samples:
+        short = length - len(s["input_ids"])
+        ids.append(s["input_ids"] + [0] * short)
+        mask.append([1] * len(s["input_ids"]) + [0] * short)
+        labels.append(s["labels"] + [-100] * short)
+    return tuple(torch.tensor(rows, device=device) for rows in (ids, mask, labels))
+
+
+@contextlib.contextmanager
+def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
+    """A plain Hugging Face loop: whole logits of both models, `loss_of(student, teacher, labels)`
+    summed over supervised tokens, AdamW."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    teacher = _load(job.teacher, job.dtype).to(device).eval().requires_grad_(False)
+    student = _load(job.student, job.dtype).to(device).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
+
+    def step(samples: list[dict[str, Any]]) -> float:
+        count = sum(label != -100 for s in samples for label in s["labels"])
+        total = 0.0
+        for part in _chunks(samples, job.micro_batch):
+            ids, mask, labels = _padded(part, device)
+            with torch.no_grad():
+                target = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            loss = loss_of(logits, target, labels) / count
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    yield step
+
+
+def plain(job: Job) -> Any:
+    """CE and KL of whole logits, as a careful user writes them."""
+
+    def loss_of(logits, target, labels):
+        ce = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        valid = labels.flatten() != -100
+        student = F.log_softmax(logits.flatten(0, 1)[valid].float(), -1)
+        teacher = F.log_softmax(target.flatten(0, 1)[valid].float(), -1)
+        kd = F.kl_div(student, teacher, reduction="sum", log_target=True)
+        return (1 - job.alpha) * ce + job.alpha * kd
+
+    return _loop(job, loss_of)
+
+
+def trl_gkd(job: Job) -> Any:
+    """TRL's GKDTrainer: its generalised JSD at beta 0 (forward KL), plus CE."""
+    from trl.experimental.gkd import GKDTrainer
+
+    def loss_of(logits, target, labels):
+        ce = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
+        kd = GKDTrainer.generalized_jsd_loss(
+            logits, target, labels=labels, beta=0.0, temperature=1.0, reduction="sum"
+        )
+        return (1 - job.alpha) * ce + job.alpha * kd
+
+    return _loop(job, loss_of)
+
+
+def nemo(job: Job) -> Any:
+    """NeMo-AutoModel's own KDLoss and MaskedCrossEntropy."""
+    from nemo_automodel.components.loss.kd_loss import KDLoss
+    from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
+
+    ce_of, kd_of = MaskedCrossEntropy(reduction="sum"), KDLoss(fp32_upcast=True)
+
+    def loss_of(logits, target, labels):
+        count = int((labels != -100).sum())
+        ce = ce_of(logits, labels)
+        kd = kd_of(logits.flatten(0, 1), target.flatten(0, 1), labels.flatten(), num_batch_labels=1)
+        return (1 - job.alpha) * ce + job.alpha * kd if count else logits.sum() * 0
+
+    return _loop(job, loss_of)
+
+
+CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
+    "ds_kd": (ds_kd, None),
+    "plain": (plain, None),
+    "trl_gkd": (trl_gkd, "trl"),
+    "nemo": (nemo, "nemo_automodel"),
+}
+
+
+def available(names: list[str] | None = None) -> dict[str, Callable[..., Any]]:
+    """The contenders whose package is installed, ds_kd first."""
+    return {
+        name: make
+        for name, (make, package) in CONTENDERS.items()
+        if (names is None or name in names)
+        and (package is None or importlib.util.find_spec(package) is not None)
+    }

@@ -1,0 +1,64 @@
+"""Attention that stays inside the samples of a pack, without a mask and without wasted products.
+
+transformers answers packs under SDPA with a `[length, length]` block mask, most of whose products
+are computed to be thrown away. Here every sample is one causal call of SDPA: on a pack of n samples
+an n-th of the work, exact, and on GPUs with the flash kernels that an explicit mask rules out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAME = "sdpa_by_sample"
+#: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
+_KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def sdpa_by_sample(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segment_lengths: list[int] | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers.
+
+    Args:
+        query, key, value: `[1, heads, tokens, head size]`.
+        attention_mask: always None.
+        segment_lengths: tokens of each sample in turn; None means one sample a row, right-padded.
+        sliding_window: how many tokens back a token may look, itself included.
+
+    Returns:
+        `[1, tokens, heads, head size]`, and None for the weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    lengths = segment_lengths or [query.shape[2]]
+    kwargs["is_causal"] = True
+    out = []
+    for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
+        mask = None
+        if sliding_window is not None and q.shape[2] > sliding_window:
+            at = torch.arange(q.shape[2], device=q.device)
+            back = at[:, None] - at
+            mask = ((back >= 0) & (back < sliding_window))[None, None]
+        out.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+    return torch.cat(out, dim=1), None
+
+
+def attend_by_sample(model: Any) -> None:
+    """Let a model that uses SDPA use `sdpa_by_sample`, where that computes the same."""
+    from transformers import AttentionInterface
+
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if config._attn_implementation == "sdpa" and kinds <= _KNOWN_LAYERS:
+        AttentionInterface.register(NAME, sdpa_by_sample)
+        model.set_attn_implementation(NAME)
