@@ -125,6 +125,7 @@ class Teacher(_Split):
     def train(self, mode: bool = True) -> Teacher:
         return super().train(False)
 
+    @torch.no_grad()
     def forward(self, batch: dict[str, Any], probe: str | None = None) -> Any:
         return getattr(self, probe or "hidden")(batch)
 
@@ -172,12 +173,13 @@ class _RowsOfLastMLP:
 
     def __init__(self, model: Any):
         self._rows: Tensor | None = None
-        self._model = model
+        self._owners = [model.base_model]
         layers = getattr(model.base_model, "layers", None)
         mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
         # A mixture of experts may return more than hidden states.
         if mlp is None or not type(mlp).__name__.endswith("MLP"):
             return
+        self._owners.append(layers[-1])
         plain = mlp.forward
 
         def forward(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -192,7 +194,8 @@ class _RowsOfLastMLP:
     @contextmanager
     def only(self, rows: Tensor) -> Iterator[None]:
         # Checkpointed layers run again in backward, when this block is over.
-        self._rows = None if self._model.is_gradient_checkpointing else rows
+        again = any(getattr(module, "gradient_checkpointing", False) for module in self._owners)
+        self._rows = None if again else rows
         try:
             yield
         finally:

@@ -16,19 +16,32 @@ from tests.ranks import run_ranks
 SPLITS = [(1, 6), (2, 3), (6, 1)]
 RATIOS = [0.0, 0.5, 1.0]
 TEMPERATURE = 2.0
+CHUNK = 5  # tokens whose logits exist at one time; divides none of the label counts but by chance
+PACK = 40  # tokens, of samples of 5 to 13
 # Samples 3, 4, 5 have no label: a whole masked micro-batch for 2×3 (on one rank of two), three of
 # them for 6×1.
 MASKED = (3, 4, 5)
 
 
 def build(
-    world, paths, rows, accumulation, local, alpha, optimizer, temperature=TEMPERATURE, **extra
+    world,
+    paths,
+    rows,
+    accumulation,
+    local,
+    alpha,
+    optimizer,
+    temperature=TEMPERATURE,
+    packs=False,
+    checkpointing=False,
+    **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher."""
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import AutoModelForCausalLM
 
     from ds_kd import engines, models
+    from ds_kd.attention import attend_by_sample
     from ds_kd.data.collate import default_collater
     from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
     from ds_kd.distillation import DistillationLoss
@@ -48,16 +61,24 @@ def build(
 
     def load(path):
         with models.zero3_init(config):
-            return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        if packs:
+            attend_by_sample(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        return model
 
     teacher = None
     if alpha > 0:
         teacher = engines.build_teacher(
             models.Teacher(load(paths["teacher"])), copy.deepcopy(config)
         )
-    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(temperature=temperature), alpha)
+    loss = DistillationLoss(
+        MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
+    )
     module = models.Student(load(paths["student"]), loss, teacher.module if teacher else None)
     student = engines.build_student(module, config, optimizer)
+    student.train()
     sampler = GlobalBatchSampler(
         len(rows), accumulation * local * world.size, local, world.rank, world.size
     )
@@ -89,11 +110,19 @@ def sgd(parameters):
 def compare_with_plain_pytorch(world, directory, paths):
     from transformers import AutoModelForCausalLM
 
+    from ds_kd.data.packing import PackedDataset
+
     teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"])
     errors = {}
-    for alpha, (accumulation, local) in itertools.product(RATIOS, SPLITS):
-        rows = tiny.samples(accumulation * local * world.size, seed=world.size, masked=MASKED)
-        trainer = build(world, paths, rows, accumulation, local, alpha, sgd)
+    plain = [(alpha, split, {}) for alpha, split in itertools.product(RATIOS, SPLITS)]
+    others = [(0.5, (2, 3), {"checkpointing": True}), (0.5, (1, 2), {"packs": True})]
+    for alpha, (accumulation, local), kind in plain + others:
+        rows = tiny.samples(6 * world.size, seed=world.size, masked=MASKED)
+        # Three packs for one rank, five and a filler for two.
+        data = PackedDataset(rows, PACK) if "packs" in kind else rows
+        if "packs" in kind:
+            local = -(-len(data) // world.size)
+        trainer = build(world, paths, data, accumulation, local, alpha, sgd, **kind)
         before = None if trainer.teacher is None else weights(trainer.teacher)
         logged = trainer.validate()
         trainer.train()
@@ -116,7 +145,7 @@ def compare_with_plain_pytorch(world, directory, paths):
             case["teacher_state"] = hasattr(trainer.teacher.optimizer, "optimizer")
             case["teacher_grad"] = any(p.grad is not None for p in trainer.teacher.parameters())
             case["teacher_training"] = trainer.teacher.module.model.training
-        errors[f"{accumulation}x{local} alpha={alpha}"] = case
+        errors[f"{accumulation}x{local} alpha={alpha} {kind}"] = case
     return {"cases": errors, "refused": refused_steps(world, paths)}
 
 
@@ -160,7 +189,7 @@ def cases(results):
 
 def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
     # lr 1 SGD: the parameter difference is the gradient difference.
-    assert len(cases) == len(SPLITS) * len(RATIOS)
+    assert len(cases) == len(SPLITS) * len(RATIOS) + 2
     for name, case in cases.items():
         assert case["moved"] > 0.05, (
             f"{name}: the reference hardly moves, so this would prove nothing"
@@ -175,7 +204,7 @@ def test_logged_losses_are_the_optimised_token_means(cases):
 
 def test_teacher_is_frozen_and_carries_no_optimizer(cases):
     with_teacher = [case for case in cases.values() if "teacher_same" in case]
-    assert len(with_teacher) == 6
+    assert len(with_teacher) == 8
     for case in with_teacher:
         assert case["teacher_same"] and not case["teacher_state"]
         assert not case["teacher_grad"] and not case["teacher_training"]
