@@ -174,7 +174,7 @@ class _RowsOfLastMLP:
     def __init__(self, model: Any):
         self._rows: Tensor | None = None
         self._owners = [model.base_model]
-        layers = getattr(model.base_model, "layers", None)
+        layers: Any = getattr(model.base_model, "layers", None)
         mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
         # A mixture of experts may return more than hidden states.
         if mlp is None or not type(mlp).__name__.endswith("MLP"):

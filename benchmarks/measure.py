@@ -1,0 +1,198 @@
+"""What a benchmark measures with: seconds, peak memory, the matrix products that cannot be avoided,
+models of other sizes, samples of real text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+GIB = 2**30
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Of one call, the accelerator's work included."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    function()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def peak_bytes(function: Callable[[], Any]) -> int:
+    """Highest memory while `function` runs, above what there was before: the allocator's on a GPU,
+    the process's resident set on a CPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    reset = Path("/proc/self/clear_refs")
+    reset.write_text("5")  # Linux: the peak starts again from the present
+    before = _status("VmRSS")
+    function()
+    return max(0, _status("VmHWM") - before)
+
+
+def _status(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# ---- the ideal -----------------------------------------------------------------------------------
+
+
+def linear_shapes(path: Path) -> tuple[Counter, tuple[int, int]]:
+    """((in, out) of every linear layer but the head → how many, (hidden, vocabulary))."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
+    head = model.get_output_embeddings()
+    shapes = Counter(
+        (module.in_features, module.out_features)
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    )
+    return shapes, (head.in_features, head.out_features)
+
+
+class Ideal:
+    """Seconds of a step's matrix products alone, measured here at the models' shapes.
+
+    Attention's own products, every pointwise operation and the optimizer are left out, so that no
+    implementation reaches an efficiency of 1.
+    """
+
+    def __init__(self, teacher: Path, student: Path, dtype: torch.dtype):
+        self.teacher, self.student, self.dtype = teacher, student, dtype
+        self._measured: dict[tuple[int, int, int, str], float] = {}
+
+    def seconds(self, tokens: int, rows: int, micro_batches: int) -> float:
+        """Of a step with so many tokens, supervised rows and micro-batches."""
+        total = 0.0
+        for path, kinds in ((self.teacher, ("forward",)), (self.student, _STUDENT)):
+            shapes, (hidden, vocab) = linear_shapes(path)
+            each = max(1, tokens // micro_batches)
+            for (n_in, n_out), count in shapes.items():
+                total += sum(
+                    count * micro_batches * self._product(each, n_in, n_out, k) for k in kinds
+                )
+            chunk = min(rows, 512) if device().type == "cpu" else min(rows, 4096)
+            total += sum(rows / chunk * self._product(chunk, hidden, vocab, k) for k in kinds)
+        return total
+
+    def _product(self, rows: int, n_in: int, n_out: int, kind: str) -> float:
+        key = (rows, n_in, n_out, kind)
+        if key not in self._measured:
+            x = torch.randn(rows, n_in, dtype=self.dtype, device=device())
+            w = torch.randn(n_out, n_in, dtype=self.dtype, device=device())
+            y = torch.randn(rows, n_out, dtype=self.dtype, device=device())
+            # Without a graph, into what is there already: the product and nothing else.
+            run = {
+                "forward": lambda: torch.mm(x, w.t(), out=y),
+                "input": lambda: torch.mm(y, w, out=x),
+                "weight": lambda: torch.mm(y.t(), x, out=w),
+            }[kind]
+            seconds(run)
+            self._measured[key] = min(seconds(run) for _ in range(3))
+        return self._measured[key]
+
+
+_STUDENT = ("forward", "input", "weight")
+
+
+# ---- models and text -----------------------------------------------------------------------------
+
+
+def with_vocabulary(path: Path, vocab: int, directory: Path) -> Path:
+    """The model with a random head (and embedding) of another size."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if AutoConfig.from_pretrained(path).vocab_size == vocab:
+        return path
+    out = directory / f"{path.name}-{vocab}"
+    if not (out / "config.json").is_file():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(path)
+        model.resize_token_embeddings(vocab, mean_resizing=False)
+        model.save_pretrained(out)
+    return out
+
+
+def text_samples(tokenizer: Any, count: int, length: int, masked: float) -> list[dict[str, Any]]:
+    """Consecutive pieces of Python's own documentation; the first part of each is not
+    supervised."""
+    from pydoc_data import topics
+
+    ids: list[int] = tokenizer(" ".join(topics.topics.values()))["input_ids"]
+    made = []
+    for k in range(count):
+        start = k * length % (len(ids) - length - 1)
+        labels = ids[start + 1 : start + length + 1]
+        prompt = round(masked * length)
+        made.append(
+            {
+                "input_ids": ids[start : start + length],
+                "labels": [-100] * prompt + labels[prompt:],
+                "sample_id": str(k),
+            }
+        )
+    return made
+
+
+def squad_samples(tokenizer: Any, file: Path, count: int) -> list[dict[str, Any]]:
+    """Real rows, in the file's order."""
+    from ds_kd.data.squad import make_squad_dataset
+
+    rows = make_squad_dataset(tokenizer, dataset_name=str(file), limit_dataset_samples=count)
+    return [dict(rows[k]) for k in range(len(rows))]
+
+
+def tokens_in(samples: list[dict[str, Any]]) -> tuple[int, int]:
+    """(tokens, supervised tokens)."""
+    return (
+        sum(len(s["input_ids"]) for s in samples),
+        sum(label != -100 for s in samples for label in s["labels"]),
+    )
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Tables, one for each run of rows that have the same keys."""
+    tables = []
+    for names, same in itertools.groupby(rows, key=list):
+        lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+        lines += ["| " + " | ".join(_shown(row[name]) for name in names) + " |" for row in same]
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write(rows: list[dict[str, Any]], output: Path | None) -> None:
+    """Print the table; with `output` keep it as .json and .md too."""
+    table = markdown(rows)
+    print(table, flush=True)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        output.with_suffix(".md").write_text(table + "\n")

@@ -1,0 +1,99 @@
+"""How the cost of a step of ds_kd grows: with tokens, vocabulary, teacher and ranks.
+
+    python benchmarks/scaling.py                       all axes, about 10 minutes on 2 cores
+    python benchmarks/scaling.py --axes ranks tokens   some of them
+    python benchmarks/scaling.py --output results/scaling
+
+The slope under each table is that of the logarithms: 1 means that twice as much costs twice as
+much. On the axis of ranks it is that of the bytes a rank keeps between steps (weights, optimizer,
+teacher), which must fall as 1/ranks: slope -1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kd_step import BASE, ROOT, SQUAD, Cell, run_cell
+
+TOKENS = (256, 512, 1024, 2048)
+VOCABULARIES = (49152, 98304, 151936)
+TEACHER_LAYERS = (6, 12, 30)
+RANKS = (1, 2, 4)
+
+
+def cells(axis: str, teacher: Path, directory: Path) -> Iterator[tuple[float, Cell, Path]]:
+    """(x, what to measure, its teacher)."""
+    one = replace(BASE, samples=1, micro_batch=1)
+    if axis == "tokens":
+        for tokens in TOKENS:
+            yield tokens, replace(one, name=axis, length=tokens), teacher
+    elif axis == "vocabulary":
+        for vocab in VOCABULARIES:
+            yield vocab, replace(one, name=axis, vocab=vocab), teacher
+    elif axis == "ranks":
+        for ranks in RANKS:
+            yield ranks, replace(BASE, name=axis, ranks=ranks, samples=4, micro_batch=1), teacher
+    else:
+        for layers in TEACHER_LAYERS:
+            out = directory / f"teacher-{layers}"
+            command = [sys.executable, str(ROOT / "launch" / "prune.py"), "--teacher", str(teacher)]
+            command += ["--keep-layers", str(layers), "--output", str(out)]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+            yield layers, replace(one, name=axis), out
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Least squares on the logarithms."""
+    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
+    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum(
+        (x - mx) ** 2 for x in lx
+    )
+
+
+def main() -> int:
+    import measure
+
+    axes = ("tokens", "vocabulary", "teacher", "ranks")
+    quickstart = ROOT / "quickstart"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--axes", nargs="+", choices=axes, default=axes)
+    parser.add_argument("--teacher", type=Path, default=quickstart / "teacher")
+    parser.add_argument("--student", type=Path, default=quickstart / "student")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    args = parser.parse_args()
+    args.contenders, args.squad = ["ds_kd"], SQUAD
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        for axis in args.axes:
+            of_axis = []
+            for x, cell, teacher in cells(axis, args.teacher, Path(directory)):
+                run = argparse.Namespace(**{**vars(args), "teacher": teacher})
+                (found,) = run_cell(cell, run, Path(directory))
+                if "step s" not in found:
+                    print(f"{axis} {x}: {found['contender']}", file=sys.stderr)
+                    return 1
+                of_axis.append({"axis": axis, "x": x, **found})
+            column = "states GiB" if axis == "ranks" else "step s"
+            fitted = slope([r["x"] for r in of_axis], [r[column] for r in of_axis])
+            for row in of_axis:
+                row |= {"slope of": column, "slope": fitted}
+            print(measure.markdown(of_axis), "\n", flush=True)
+            rows += of_axis
+    measure.write(rows, args.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
