@@ -117,8 +117,8 @@ def ds_kd(job: Job, chunk_size: int | None = None) -> Iterator[Step]:
 
 
 def _state_bytes(engine: Any) -> int:
-    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, fp32 weights and
-    optimizer state, and what is too small to be sharded."""
+    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, fp32 weights
+    and optimizer state, and what is too small to be sharded."""
     tensors = [p.ds_tensor for p in engine.module.parameters()]
     tensors += [p.data for p in engine.module.parameters() if p.data.numel() == p.ds_numel]
     optimizer = getattr(engine.optimizer, "optimizer", None)

@@ -31,7 +31,7 @@ def sdpa_by_sample(
 
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
-        attention_mask: always None.
+        attention_mask: must be None.
         segment_lengths: tokens of each sample in turn; None means one sample a row, right-padded.
         sliding_window: how many tokens back a token may look, itself included.
 
@@ -40,6 +40,7 @@ def sdpa_by_sample(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    assert attention_mask is None, "attention by sample takes no mask"
     lengths = segment_lengths or [query.shape[2]]
     kwargs["is_causal"] = True
     out = []
@@ -53,12 +54,15 @@ def sdpa_by_sample(
     return torch.cat(out, dim=1), None
 
 
-def attend_by_sample(model: Any) -> None:
-    """Let a model that uses SDPA use `sdpa_by_sample`, where that computes the same."""
+def attend_by_sample(model: Any, wanted: bool = True) -> None:
+    """Let a model that uses SDPA use `sdpa_by_sample`, where that computes the same; with `wanted`
+    False, let it use SDPA again."""
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if config._attn_implementation == "sdpa" and kinds <= _KNOWN_LAYERS:
+    if not wanted and config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+    elif wanted and config._attn_implementation == "sdpa" and kinds <= _KNOWN_LAYERS:
         AttentionInterface.register(NAME, sdpa_by_sample)
         model.set_attn_implementation(NAME)

@@ -1,9 +1,8 @@
 """Ranks: who is in the job, how they meet, and sums over all of them.
 
 The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
-MASTER_*; `srun` sets SLURM_*
-instead, which DeepSpeed does not read; plain `python` sets nothing and is a world of one. `start`
-makes them all look alike.
+MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
+and is a world of one. `start` makes them all look alike.
 """
 
 from __future__ import annotations
@@ -21,14 +20,17 @@ import torch.distributed as dist
 
 T = TypeVar("T")
 
+_PATIENCE = timedelta(days=7)
+_calls = 0  # of on_rank0; the same on every rank, as all of them are collective
+
 
 @dataclass(frozen=True)
 class World:
     """This process's place in the job.
 
     `host_group` carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
-    must not make the host
-    wait for the GPU's queue, as an NCCL collective followed by `.item()` would.
+    must not make the host wait for the GPU's queue, as an NCCL collective followed by `.item()`
+    would.
     """
 
     rank: int
@@ -100,11 +102,13 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     backend = backend if cuda or backend != "nccl" else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
+        # Where each task is shown a GPU of its own, that one is number 0 to it.
+        local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
     else:
         # On CPU every init_distributed compiles and loads a shared-memory op which ZeRO never
-        # calls: it needs a compiler,
-        # costs a minute the first time, and a lock left by a killed process hangs all later runs.
+        # calls: it needs a compiler, costs a minute the first time, and a lock left by a killed
+        # process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
@@ -150,16 +154,26 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torc
 
 def on_rank0(function: Callable[[], T], world: World) -> T:
     """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all
-    ranks too."""
+    ranks too.
+
+    The others wait for as long as rank 0 lives, not for the timeout of a collective: tokenising a
+    corpus may take hours.
+    """
+    global _calls
+    _calls += 1
     box: list = [None, None]
     if world.is_main:
         try:
             box[0] = function()
-        except (
-            Exception
-        ) as error:  # carried to every rank: nobody may be left waiting in a collective
+        # Carried to every rank: nobody may be left waiting in a collective.
+        except Exception as error:
             box[1] = error
     if world.size > 1:
+        store, key = dist.distributed_c10d._get_default_store(), f"ds_kd/on_rank0/{_calls}"
+        if world.is_main:
+            store.set(key, "done")
+        else:
+            store.wait([key], _PATIENCE)
         dist.broadcast_object_list(box, src=0, group=world.host_group)
     if box[1] is not None:
         raise box[1]
@@ -171,6 +185,17 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
     kept: list[T] = []
     on_rank0(lambda: kept.append(function()), world)
     return kept[0] if kept else function()
+
+
+def is_first_to_fail() -> bool:
+    """Whether this rank is the first to ask: of an error that all ranks meet one shall speak, and
+    of an error that only one meets that one. Before `start`, the first rank of each node."""
+    if not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0"
+    try:
+        return int(dist.distributed_c10d._get_default_store().add("ds_kd/failed", 1)) == 1
+    except RuntimeError:  # rank 0, which keeps the store, is gone: it has spoken
+        return False
 
 
 def barrier(world: World) -> None:

@@ -21,6 +21,8 @@ hidden states, a chunk at a time.
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,7 +38,8 @@ class MaskedCrossEntropy:
 
     Args:
         ignore_index: label value of positions that are not supervised.
-        fp32_upcast: compute the log-softmax in fp32 whatever the logits' dtype.
+        fp32_upcast: compute the log-softmax in fp32 whatever the logits' dtype; false is heeded
+            with `chunk_size` 0 only, as a chunk in fp32 costs next to nothing.
     """
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, fp32_upcast: bool = True):
@@ -57,12 +60,12 @@ class KDLoss:
     Args:
         ignore_index: label value of positions that are not distilled.
         temperature: T > 0, divides both models' logits.
-        fp32_upcast: compute both log-softmaxes in fp32 whatever the logits' dtype.
+        fp32_upcast: as for `MaskedCrossEntropy`.
         chunk_size: tokens whose logits exist at one time, CE's included; None chooses, 0 makes all
             logits at once.
 
     Raises:
-        ValueError: temperature is not positive, or chunk_size is negative.
+        ValueError: temperature is not a positive number, or chunk_size is not an integer ≥ 0.
     """
 
     def __init__(
@@ -72,10 +75,10 @@ class KDLoss:
         fp32_upcast: bool = True,
         chunk_size: int | None = None,
     ):
-        if not temperature > 0:
-            raise ValueError(f"temperature must be > 0, got {temperature}")
-        if chunk_size is not None and chunk_size < 0:
-            raise ValueError(f"chunk_size must be ≥ 0 tokens, got {chunk_size}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
+        if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 0):
+            raise ValueError(f"chunk_size must be an integer ≥ 0 (tokens), got {chunk_size!r}")
         self.ignore_index = ignore_index
         self.temperature = float(temperature)
         self.fp32_upcast = fp32_upcast

@@ -18,10 +18,10 @@ from ds_kd.config import check_world
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
-from ds_kd.distributed import World, rank0_first
+from ds_kd.distributed import World, on_rank0, rank0_first
 from ds_kd.metrics import Metrics
 from ds_kd.schedule import Schedule
-from ds_kd.schema import RunConfig
+from ds_kd.schema import MODEL, RunConfig
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
@@ -58,11 +58,13 @@ def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
         cfg.step_scheduler.val_every_steps,
         cfg.step_scheduler.ckpt_every_steps,
     )
+    # What only rank 0 opens comes before anything that all ranks do together.
+    metrics = _metrics(cfg, schedule, world)
+    checkpointer = _checkpointer(cfg, tokenizer, world)
     teacher = (
         _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
     )
     student = _student(cfg, teacher, tokenizer, schedule, world, allow)
-    metrics = _metrics(cfg, schedule) if world.is_main else None
     return Trainer(
         student=student,
         teacher=teacher,
@@ -71,7 +73,7 @@ def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
         kd_ratio=cfg.kd_ratio,
         schedule=schedule,
         metrics=metrics,
-        checkpointer=_checkpointer(cfg, tokenizer, world),
+        checkpointer=checkpointer,
         state=TrainState(),
         world=world,
         validate_first=cfg.step_scheduler.val_at_start,
@@ -92,11 +94,16 @@ def _path(target: Target) -> str:
     return str(target.kwargs["pretrained_model_name_or_path"])
 
 
+def _where(target: Target) -> dict[str, Any]:
+    """The arguments that say which files are meant, for config and tokenizer as for the model."""
+    names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
+    return {name: target.kwargs[name] for name in names if name in target.kwargs}
+
+
 def _tokenizer(target: Target, world: World) -> Any:
     from transformers import AutoTokenizer
 
-    names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
-    kwargs = {name: target.kwargs[name] for name in names if name in target.kwargs}
+    kwargs = _where(target)
     tokenizer = _as_config_error(
         f"{target.key}.pretrained_model_name_or_path",
         _path(target),
@@ -112,16 +119,33 @@ def _load_model(target: Target, zero: dict[str, Any], packs: bool, allow: tuple[
     kwargs = dict(target.kwargs)
     name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
     name = str(name).removeprefix("torch.")
+    extra = {}
+    if target.target == MODEL:
+        extra["output_loading_info"] = True
+        if "gguf_file" not in kwargs:
+            extra["use_safetensors"] = True
     target = Target(target.target, {**kwargs, "dtype": models.DTYPES.get(name, name)}, target.key)
     with models.zero3_init(zero):
         model = _as_config_error(
             f"{target.key}.pretrained_model_name_or_path",
             _path(target),
-            lambda: instantiate(target, allow),
+            lambda: _whole(instantiate(target, allow, **extra)),
             "a Hugging Face causal language model: a directory, or a hub id and a network",
         )
     if packs:
         attend_by_sample(model)
+    return model
+
+
+def _whole(loaded: Any) -> Any:
+    """The model, if its files had all its weights; transformers would make up the rest."""
+    if not isinstance(loaded, tuple):
+        return loaded
+    model, info = loaded
+    missing = sorted({*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])})
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        raise ValueError(f"its files lack weights, or hold them in other shapes: {names}")
     return model
 
 
@@ -139,7 +163,13 @@ def _engine_config(
     if dtype is None:
         from transformers import AutoConfig
 
-        dtype = getattr(AutoConfig.from_pretrained(_path(target)), "dtype", None) or torch.float32
+        config = _as_config_error(
+            f"{target.key}.pretrained_model_name_or_path",
+            _path(target),
+            lambda: AutoConfig.from_pretrained(_path(target), **_where(target)),
+            "a Hugging Face model with its config.json",
+        )
+        dtype = getattr(config, "dtype", None) or torch.float32
     accumulation = steps.global_batch_size // (steps.local_batch_size * world.size)
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
@@ -176,7 +206,12 @@ def _student(
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = _load_model(cfg.model, config, _packs(cfg), allow)
     if cfg.distributed.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _as_config_error(
+            "distributed.activation_checkpointing",
+            True,
+            lambda: model.gradient_checkpointing_enable({"use_reentrant": False}),
+            "a model that can recompute its activations",
+        )
     vocab_size = None
     if teacher is not None:
         assert cfg.teacher_model is not None
@@ -289,37 +324,65 @@ def _loader(
             f"room for every sample of {dataset.key}",
         )
     kwargs = dict(loader.kwargs)
-    local = (
-        int(kwargs.pop("batch_size", steps.local_batch_size))
-        if not training
-        else steps.local_batch_size
+    local = steps.local_batch_size
+    if not training:
+        local = kwargs.pop("batch_size", local)
+    shuffle, drop_last, grouped = (
+        bool(kwargs.pop(name, False)) for name in ("shuffle", "drop_last", "group_by_length")
     )
-    kwargs.pop("batch_size", None)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
-    sampler = GlobalBatchSampler(
-        len(rows),
-        steps.global_batch_size if training else local * world.size,
-        local,
-        world.rank,
-        world.size,
-        shuffle=bool(kwargs.pop("shuffle", False)),
-        seed=cfg.rng.seed,
-        drop_last=bool(kwargs.pop("drop_last", False)),
-        lengths=lengths_of(rows) if kwargs.pop("group_by_length", False) and not size else None,
+
+    def make() -> tuple[Any, GlobalBatchSampler]:
+        sampler = GlobalBatchSampler(
+            len(rows),
+            steps.global_batch_size if training else local * world.size,
+            local,
+            world.rank,
+            world.size,
+            shuffle=shuffle,
+            seed=cfg.rng.seed,
+            drop_last=drop_last,
+            lengths=lengths_of(rows) if grouped and not size else None,
+        )
+        built = instantiate(
+            Target(loader.target, kwargs, loader.key),
+            allow,
+            dataset=WithFiller(rows),
+            batch_sampler=sampler,
+            # Of its own: an iterator draws from it when made, and dropout must not notice.
+            generator=torch.Generator().manual_seed(cfg.rng.seed),
+        )
+        return built, sampler
+
+    made: tuple[Any, GlobalBatchSampler] = _as_config_error(
+        loader.key, loader.kwargs, make, "arguments that fit the data"
     )
-    built = instantiate(
-        Target(loader.target, kwargs, loader.key),
-        allow,
-        dataset=WithFiller(rows),
-        batch_sampler=sampler,
-    )
-    return built, sampler
+    return made
 
 
-def _metrics(cfg: RunConfig, schedule: Schedule) -> Metrics:
-    directory = Path(cfg.tensorboard_dir)
-    return Metrics(directory, cfg.tensorboard.enabled, cfg.text, cfg.wandb, schedule.total_steps)
+def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
+    """On rank 0; what goes wrong there reaches all ranks."""
+    made: list[Metrics] = []
+
+    def make() -> None:
+        made.append(
+            Metrics(
+                Path(cfg.tensorboard_dir),
+                cfg.tensorboard.enabled,
+                cfg.text,
+                cfg.wandb,
+                schedule.total_steps,
+            )
+        )
+
+    _as_config_error(
+        "tensorboard.log_dir",
+        cfg.tensorboard_dir,
+        lambda: on_rank0(make, world),
+        "a directory that can be written",
+    )
+    return made[0] if made else None
 
 
 def _checkpointer(cfg: RunConfig, tokenizer: Any, world: World) -> Checkpointer | None:
@@ -327,7 +390,12 @@ def _checkpointer(cfg: RunConfig, tokenizer: Any, world: World) -> Checkpointer 
     if not wanted.enabled:
         return None
     directory = Path(wanted.checkpoint_dir)
-    os.makedirs(directory, exist_ok=True)
+    _as_config_error(
+        "checkpoint.checkpoint_dir",
+        wanted.checkpoint_dir,
+        lambda: on_rank0(lambda: os.makedirs(directory, exist_ok=True), world),
+        "a directory that can be written",
+    )
     return Checkpointer(directory, world, tokenizer, wanted.save_consolidated, wanted.keep_last)
 
 

@@ -24,6 +24,9 @@ class ConfigError(Exception):
         count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config"
         super().__init__("\n".join([count, *(f"  - {line}" for line in problems)]))
 
+    def __reduce__(self) -> tuple:  # from rank 0 to the others; by default it would pass the text
+        return type(self), (self.problems,)
+
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     """One line of a `ConfigError`."""

@@ -93,8 +93,12 @@ def main(argv: list[str] | None = None) -> int:
         if not type(error).__module__.startswith("ds_kd."):
             raise
         message, code = str(error), 1
-    if os.environ.get("RANK", "0") == "0":
-        print(f"\n{message}", file=sys.stderr, flush=True)
+    from ds_kd.distributed import is_first_to_fail
+
+    if is_first_to_fail():
+        rank = int(os.environ.get("RANK", "0"))
+        where = f"rank {rank}: " if rank else ""
+        print(f"\n{where}{message}", file=sys.stderr, flush=True)
     return code
 
 

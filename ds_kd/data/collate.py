@@ -19,9 +19,9 @@ def default_collater(
     pads is therefore of no consequence either.
 
     Args:
-        samples: each with `input_ids` and `labels` (lists of the same length, already shifted) and,
-            but for a filler, `sample_id`, or `sample_ids` and `segment_lengths` of a pack;
-            `num_tokens` where some of the tokens are padding already.
+        samples: each with `input_ids` and `labels` (lists of the same length, already shifted);
+            `sample_id`, or `sample_ids` and `segment_lengths` of a pack; `num_tokens` where some of
+            the tokens are padding already; `is_filler` where it stands for no sample.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
         pad_token_id: put where there is no token.
 
@@ -32,8 +32,8 @@ def default_collater(
         strings. Packs give one row, `position_ids` `[1, length]` int64 that start again with every
         sample, and `segment_lengths`, a list of ints.
     """
-    real = [sample for sample in samples if "sample_id" in sample or "sample_ids" in sample]
-    ids = [i for sample in real for i in sample.get("sample_ids") or [sample["sample_id"]]]
+    real = [sample for sample in samples if not sample.get("is_filler")]
+    ids = [i for s in real for i in s.get("sample_ids") or [s.get("sample_id", "")]]
     num_tokens = sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real)
     packed = any("segment_lengths" in sample for sample in samples)
     extra: dict[str, Any] = {}
@@ -42,7 +42,7 @@ def default_collater(
         samples = [
             {name: [x for s in samples for x in s[name]] for name in ("input_ids", "labels")}
         ]
-    length = max(len(sample["input_ids"]) for sample in samples)
+    length = max(1, *(len(sample["input_ids"]) for sample in samples))
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
     if packed:

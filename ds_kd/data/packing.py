@@ -106,5 +106,5 @@ class PackedDataset(Dataset):
             packed["input_ids"] += sample["input_ids"][:length]
             packed["labels"] += sample["labels"][:length]
             packed["segment_lengths"].append(length)
-            packed["sample_ids"].append(sample["sample_id"])
+            packed["sample_ids"].append(sample.get("sample_id", str(number)))
         return packed

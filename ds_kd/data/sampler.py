@@ -144,5 +144,5 @@ class WithFiller(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index == FILLER:
-            return {"input_ids": [0], "labels": [-100]}
+            return {"input_ids": [0], "labels": [-100], "is_filler": True}
         return self.dataset[index]

@@ -220,9 +220,9 @@ def _peak_bytes(function):
     return peak
 
 
-@pytest.mark.parametrize("chunk", [-1])
+@pytest.mark.parametrize("chunk", [-1, 1.5, True])
 def test_a_negative_chunk_is_refused(chunk):
-    with pytest.raises(ValueError, match="chunk_size must be ≥ 0"):
+    with pytest.raises(ValueError, match="chunk_size must be an integer ≥ 0"):
         KDLoss(chunk_size=chunk)
 
 
