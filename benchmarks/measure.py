@@ -75,19 +75,20 @@ def linear_shapes(path: Path) -> tuple[Counter, tuple[int, int]]:
 
 
 class Ideal:
-    """Seconds of a step's matrix products alone, measured here at the models' shapes.
+    """Seconds of a step's matrix products alone.
 
-    Attention's own products, every pointwise operation and the optimizer are left out, so that no
-    implementation reaches an efficiency of 1.
+    Those of linear layers and heads are measured here, at the models' shapes; attention's own are
+    counted (half of length², as it is causal) and take the best rate among those measured. Every
+    pointwise operation and the optimizer are left out, so that nothing reaches an efficiency of 1.
     """
 
     def __init__(self, teacher: Path, student: Path, dtype: torch.dtype):
         self.teacher, self.student, self.dtype = teacher, student, dtype
         self._measured: dict[tuple[int, int, int, str], float] = {}
 
-    def seconds(self, tokens: int, rows: int, micro_batches: int) -> float:
-        """Of a step with so many tokens, supervised rows and micro-batches."""
-        total = 0.0
+    def seconds(self, lengths: list[int], rows: int, micro_batches: int) -> float:
+        """Of a step on samples of these lengths, with so many supervised rows and micro-batches."""
+        total, tokens = 0.0, sum(lengths)
         for path, kinds in ((self.teacher, ("forward",)), (self.student, _STUDENT)):
             shapes, (hidden, vocab) = linear_shapes(path)
             each = max(1, tokens // micro_batches)
@@ -97,7 +98,19 @@ class Ideal:
                 )
             chunk = min(rows, 512) if device().type == "cpu" else min(rows, 4096)
             total += sum(rows / chunk * self._product(chunk, hidden, vocab, k) for k in kinds)
+            config = _config(path)
+            width = config.num_attention_heads * (
+                getattr(config, "head_dim", None)
+                or config.hidden_size // config.num_attention_heads
+            )
+            # Scores and their product with the values; both twice again backward.
+            products = 2 * sum(n * n for n in lengths) * width * config.num_hidden_layers
+            total += products * (3 if len(kinds) > 1 else 1) / self._best_rate()
         return total
+
+    def _best_rate(self) -> float:
+        """Floating-point operations per second."""
+        return max(2 * m * i * o / taken for (m, i, o, _), taken in self._measured.items())
 
     def _product(self, rows: int, n_in: int, n_out: int, kind: str) -> float:
         key = (rows, n_in, n_out, kind)
@@ -114,6 +127,12 @@ class Ideal:
             seconds(run)
             self._measured[key] = min(seconds(run) for _ in range(3))
         return self._measured[key]
+
+
+def _config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(path).get_text_config()
 
 
 _STUDENT = ("forward", "input", "weight")

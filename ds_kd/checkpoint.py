@@ -209,6 +209,15 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(f"{path}: content does not match its SHA-256")
 
 
+def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """What differs between two fingerprints, a line each."""
+    return [
+        f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
+        for name in sorted(saved.keys() | present.keys())
+        if saved.get(name) != present.get(name)
+    ]
+
+
 class Checkpointer:
     """Saves, finds and restores the checkpoints of one run.
 
@@ -219,6 +228,7 @@ class Checkpointer:
         save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
             `false` with none.
         keep_last: how many checkpoints stay; None keeps all.
+        fingerprint: what the course of the run depends on, by name; plain values.
         say: prints on rank 0.
     """
 
@@ -229,10 +239,12 @@ class Checkpointer:
         tokenizer: Any,
         save_consolidated: str = "final",
         keep_last: int | None = None,
+        fingerprint: dict[str, Any] | None = None,
         say: Any = print,
     ):
         self.directory, self.world, self.tokenizer = directory, world, tokenizer
         self.save_consolidated, self.keep_last, self.say = save_consolidated, keep_last, say
+        self.fingerprint = fingerprint or {}
 
     def save(self, engine: Any, state: TrainState, is_last: bool) -> Path:
         """Write one checkpoint; when this returns, it is whole and `LATEST` names it."""
@@ -255,9 +267,12 @@ class Checkpointer:
     def resume(self, engine: Any, state: TrainState) -> Path | None:
         """Restore the newest good checkpoint; None when there is none at all.
 
+        What has changed since it was saved is named, as the run will not be what it would have
+        been.
+
         Raises:
             CheckpointError: checkpoints exist and none is good, or this one was saved by another
-                number of ranks.
+                number of ranks or holds another model.
         """
         found = on_rank0(self._newest_good, self.world)
         if found is None:
@@ -270,8 +285,17 @@ class Checkpointer:
                 f"{saved['world_size']}, or give checkpoint.checkpoint_dir another directory "
                 f"to start anew"
             )
-        with trusted_pickles():
-            loaded, _ = engine.load_checkpoint(str(found), tag=ENGINE)
+        if self.world.is_main:
+            for line in differences(saved.get("fingerprint", {}), self.fingerprint):
+                self.say(f"resuming, but {line}")
+        try:
+            with trusted_pickles():
+                loaded, _ = engine.load_checkpoint(str(found), tag=ENGINE)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"{found} does not fit this model ({str(error).strip().splitlines()[0]}); give "
+                f"checkpoint.checkpoint_dir another directory to start anew"
+            ) from error
         if loaded is None:
             raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
         state.load_state_dict(saved["train_state"])
@@ -280,7 +304,11 @@ class Checkpointer:
         return found
 
     def _write_small(self, engine: Any, state: TrainState, aside: Path) -> None:
-        saved = {"train_state": state.state_dict(), "world_size": self.world.size}
+        saved = {
+            "train_state": state.state_dict(),
+            "world_size": self.world.size,
+            "fingerprint": self.fingerprint,
+        }
         (aside / STATE).write_text(json.dumps(saved))
         model = engine.module.model
         model.config.save_pretrained(aside / MODEL)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.aliases import ALIASES, REFUSED_SECTIONS
-from ds_kd.schema import MODEL, RunConfig, keys_of
+from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
 from ds_kd.targets import ConfigError, Target, problem, refuse
 
 
@@ -127,6 +127,11 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
         meta = known[name]
         if isinstance(value, str) and value.lower() == "none" and prefix == "distributed.":
             value = None
+        has_default = default_of(cls, name) is not None or "default" in meta
+        if value is None and has_default and meta["kind"] != "section":
+            problems.append(
+                problem(path, None, _expected(meta), "leave the key out for its default")
+            )
         if meta["kind"] == "target" or value is None:
             continue
         if meta["kind"] == "section":
@@ -190,6 +195,7 @@ def _expected(meta: Any) -> str:
         "bool": "true or false",
         "str": "text",
         "mapping": "a mapping",
+        "target": "a mapping with _target_",
         "clip": "a number > 0 or {max_norm: number}",
         "nemo": "a name of NeMo-AutoModel, or nothing",
         "parallel": "1 (no such parallelism here)",
@@ -208,7 +214,7 @@ def _target(
 ) -> Target | None:
     if value is None:
         if meta.get("required"):
-            problems.append(f"{path}: missing; {meta['doc']}")
+            problems.append(f"{path}: missing; {meta['doc']}, for example {meta['example']}")
         return Target(meta["target"], dict(meta["default"]), path) if "default" in meta else None
     if not isinstance(value, dict):
         problems.append(problem(path, value, "a mapping with _target_"))
@@ -226,6 +232,8 @@ def _target(
             problems.append(
                 f"{path}.{name}: a _target_ inside a _target_ is not called; give plain values"
             )
+        if name in meta.get("flags", ()) and not isinstance(inner, bool):
+            problems.append(problem(f"{path}.{name}", inner, "true or false"))
         if name.endswith("_fn") and isinstance(inner, str) and (refusal := refuse(inner, allow)):
             problems.append(f"{path}.{name}: {refusal}")
     if meta.get("target") == MODEL:
@@ -239,6 +247,18 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         problems.append(
             problem(f"{path}.pretrained_model_name_or_path", name, "a directory or a hub id")
         )
+    elif not Path(name).exists() and _looks_local(name):
+        problems.append(
+            problem(
+                f"{path}.pretrained_model_name_or_path",
+                name,
+                "a directory that exists, or a hub id",
+            )
+        )
+    for given in set(kwargs) - _MODEL_KEYS:
+        near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
+        if near:
+            problems.append(f"{path}.{given}: unknown key; did you mean {path}.{near[0]}?")
     for spelling in ("torch_dtype", "dtype"):
         dtype = str(kwargs.get(spelling, "auto")).removeprefix("torch.")
         if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
@@ -254,14 +274,37 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         )
 
 
+def _looks_local(name: str) -> bool:
+    """Whether no hub id is meant: more than one slash, or a directory of this machine in front."""
+    parts = Path(name).parts
+    return name.startswith((".", "/", "~")) or len(parts) > 2 or Path(parts[0]).is_dir()
+
+
+#: Of from_pretrained, to find misspellings; it takes others, which models then judge.
+_MODEL_KEYS = {
+    "pretrained_model_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "revision",
+    "cache_dir",
+    "gguf_file",
+    "subfolder",
+    "token",
+    "use_safetensors",
+}
+
+
 def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     steps = cfg.step_scheduler
     if cfg.dataloader is not None and "batch_size" in cfg.dataloader.kwargs:
         problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
     if steps.global_batch_size % steps.local_batch_size:
+        up = -(-steps.global_batch_size // steps.local_batch_size) * steps.local_batch_size
         problems.append(problem(
             "step_scheduler.global_batch_size", steps.global_batch_size,
-            f"a multiple of local_batch_size {steps.local_batch_size}",
+            f"a multiple of local_batch_size {steps.local_batch_size}", f"write {up}",
         ))  # fmt: skip
     if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
         problems.append(

@@ -99,6 +99,7 @@ class DistillationLoss:
         self.ce, self.kd, self.kd_ratio, self.vocab_size = ce, kd, float(kd_ratio), vocab_size
         known = type(ce) is MaskedCrossEntropy and type(kd) is KDLoss
         self._is_chunked = known and kd.chunk_size != 0
+        self._kept: _Buffers | None = None
 
     def __call__(
         self,
@@ -181,6 +182,16 @@ class DistillationLoss:
         """Tokens in one chunk."""
         return self.kd.chunk_size or (_CHUNK if device.type == "cpu" else _CHUNK_ON_GPU)
 
+    def buffers(self, chunk: int, vocab: int, dtype: torch.dtype, device: torch.device) -> _Buffers:
+        """Room for a chunk. A GPU's allocator keeps freed memory; on a CPU every page of new memory
+        is cleared by the system first, which costs more than a softmax: there it is kept here."""
+        if device.type != "cpu":
+            return _Buffers(chunk, vocab, dtype, device)
+        kept = self._kept
+        if kept is None or kept.chunk < chunk or (kept.vocab, kept.dtype) != (vocab, dtype):
+            kept = self._kept = _Buffers(chunk, vocab, dtype, device)
+        return kept
+
 
 class _Chunked(torch.autograd.Function):
     """The loss and, at once, its gradients; backward only scales them."""
@@ -202,7 +213,7 @@ class _Chunked(torch.autograd.Function):
         vocab = loss.vocab_size or weight.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         chunk = max(1, min(loss.chunk_size(hidden.device), tokens))
-        buffers = _Buffers(chunk, vocab, dtype, hidden.device)
+        buffers = loss.buffers(chunk, vocab, dtype, hidden.device)
         wanted = [takes_gradients and needed for needed in ctx.needs_input_grad[:3]]
         grads = _Gradients(head, hidden, vocab, dtype, wanted)
         valid = labels != loss.ce.ignore_index
@@ -225,6 +236,8 @@ class _Chunked(torch.autograd.Function):
         terms = [w * s for w, s in ((1 - alpha, sums[0]), (alpha, sums[1])) if w > 0]
         total = torch.stack(terms).sum()
         sums = sums.float()
+        if tokens == 0:  # no chunk has written
+            grads.clear()
         ctx.gradients = grads.found
         ctx.mark_non_differentiable(sums)
         return total, sums
@@ -355,9 +368,14 @@ class _Gradients:
         bias = head.bias
         self.found = (
             torch.empty_like(hidden) if wanted[0] else None,
-            torch.zeros_like(head.weight, dtype=dtype) if wanted[1] else None,
+            _room(head.weight, vocab, dtype) if wanted[1] else None,
             torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None,
         )
+
+    def clear(self) -> None:
+        for found in self.found:
+            if found is not None:
+                found.zero_()
 
     def add(
         self, rows: slice, gradient: Tensor, logits: Tensor, valid: Tensor, buffers: _Buffers
@@ -377,9 +395,19 @@ class _Gradients:
         scaled = (hidden * factor[:, None]).to(hidden.dtype)
         if to_weight is not None:
             into = to_weight[: self.vocab]
+            beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
             if into.dtype == gradient.dtype:
-                into.addmm_(gradient.t(), scaled)
+                into.addmm_(gradient.t(), scaled, beta=beta)  # beta 0 does not read
+            elif rows.start == 0:
+                into.copy_(gradient.t() @ scaled)
             else:
                 into.add_(gradient.t() @ scaled)
         if to_bias is not None:
             to_bias[: self.vocab].add_(gradient.t() @ factor.to(gradient.dtype))
+
+
+def _room(weight: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """For the gradient of `weight`: uninitialised where a chunk will write, 0 beyond `vocab`."""
+    room = torch.empty_like(weight, dtype=dtype)
+    room[vocab:].zero_()
+    return room

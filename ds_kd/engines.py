@@ -160,6 +160,7 @@ def build_student(
     """
     import deepspeed
 
+    _gather_by_layer(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
     made = optimizer(parameters)
     if type(made).__name__ not in ELEMENTWISE:
@@ -178,6 +179,19 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
     """The inference engine around `module`: parameters only, eval mode, no gradient."""
     import deepspeed
 
+    _gather_by_layer(module)
     engine, *_ = deepspeed.initialize(model=module, config=config)
     engine.eval()
     return engine
+
+
+def _gather_by_layer(module: nn.Module) -> None:
+    """Let ZeRO-3 gather whole transformer layers instead of every linear map in them: a dozen times
+    fewer hooks and collectives, and in a mixture of experts the same ones on every rank, whichever
+    experts are asked."""
+    from deepspeed.utils import set_z3_leaf_modules
+
+    names = getattr(getattr(module, "model", None), "_no_split_modules", None) or ()
+    kinds = {type(part) for part in module.modules() if type(part).__name__ in names}
+    if kinds:
+        set_z3_leaf_modules(module, list(kinds))

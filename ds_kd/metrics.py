@@ -93,6 +93,7 @@ class Metrics:
                 ("kd", "kd_loss"),
                 ("top-1 agreement", "top1_agreement"),
             )
+            if tag in values
         )
         self.say(f"validation after step {step}: {shown}")
 
@@ -114,11 +115,15 @@ class Metrics:
 
     def _line(self, step: int, v: dict[str, float]) -> str:
         width = len(str(self.total_steps))
+        losses = "  ".join(
+            f"{label} {v[tag]:8.4f}"
+            for label, tag in (("loss", "train_loss"), ("ce", "ce_loss"), ("kd", "kd_loss"))
+            if tag in v
+        )
         return (
-            f"step {step:>{width}}/{self.total_steps}  loss {v['train_loss']:8.4f}  ce "
-            f"{v['ce_loss']:8.4f}  "
-            f"kd {v['kd_loss']:8.4f}  lr {v['learning_rate']:.2e}  grad {v['grad_norm']:8.3f}  "
-            f"{v['tokens_per_sec']:8.0f} tok/s  left {self._time_left(step)}"
+            f"step {step:>{width}}/{self.total_steps}  {losses}  lr {v['learning_rate']:.2e}  "
+            f"grad {v['grad_norm']:8.3f}  {v['tokens_per_sec']:8.0f} tok/s  "
+            f"left {self._time_left(step)}"
         )
 
     def _time_left(self, step: int) -> str:

@@ -97,7 +97,7 @@ class _Split(nn.Module):
                 input_ids=ids, position_ids=positions, use_cache=False, **segments
             )
         hidden = out.last_hidden_state
-        return hidden.flatten(0, 1).index_select(0, batch["rows"])
+        return _select(hidden.flatten(0, 1), batch["rows"])
 
     def head(self) -> Head:
         """The head's present parameters (whole only while gathered)."""
@@ -163,6 +163,11 @@ class Student(_Split):
             )
 
 
+def _select(hidden: Tensor, rows: Tensor) -> Tensor:
+    """`hidden[rows]`, rows rising and different: without a copy where they are all there are."""
+    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+
+
 class _RowsOfLastMLP:
     """Lets a model's last MLP see the supervised rows alone.
 
@@ -182,9 +187,9 @@ class _RowsOfLastMLP:
         plain = mlp.forward
 
         def forward(module: nn.Module, hidden: Tensor) -> Any:
-            if self._rows is None:
-                return plain(hidden)
             flat = hidden.flatten(0, -2)
+            if self._rows is None or len(self._rows) == len(flat):
+                return plain(hidden)
             some = plain(flat.index_select(0, self._rows)[None])
             if not isinstance(some, Tensor):  # some mixtures of experts return more
                 return plain(hidden)

@@ -27,4 +27,5 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    logging.getLogger("datasets").setLevel(logging.ERROR)
+    # What it logs as an error it raises as well.
+    logging.getLogger("datasets").setLevel(logging.CRITICAL)

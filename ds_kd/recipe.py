@@ -21,22 +21,30 @@ from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first
 from ds_kd.metrics import Metrics
 from ds_kd.schedule import Schedule
-from ds_kd.schema import MODEL, RunConfig
+from ds_kd.schema import LOADER_FLAGS, MODEL, RunConfig
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
 
+#: In `checkpoint_dir` while a run waits to be started again after a signal.
+PREEMPTED = "PREEMPTED"
 #: torch's optimizers with kernels that update everything in one pass, on CPU and CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "Adagrad")}
 
 
-def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
+def build(
+    cfg: RunConfig,
+    world: World,
+    allow: tuple[str, ...] = (),
+    asked_to_stop: Callable[[], bool] = lambda: False,
+) -> Trainer:
     """Build everything a run needs.
 
     Args:
         cfg: a checked config.
         world: this process's place in the job.
         allow: prefixes of `_target_` names opened on the command line.
+        asked_to_stop: whether this rank was asked to stop after its step.
 
     Raises:
         ConfigError: something the config names does not exist or does not fit; names the key.
@@ -60,7 +68,7 @@ def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
     )
     # What only rank 0 opens comes before anything that all ranks do together.
     metrics = _metrics(cfg, schedule, world)
-    checkpointer = _checkpointer(cfg, tokenizer, world)
+    checkpointer = _checkpointer(cfg, tokenizer, sampler.num_samples, world)
     teacher = (
         _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
     )
@@ -77,6 +85,7 @@ def build(cfg: RunConfig, world: World, allow: tuple[str, ...] = ()) -> Trainer:
         state=TrainState(),
         world=world,
         validate_first=cfg.step_scheduler.val_at_start,
+        asked_to_stop=asked_to_stop,
     )
 
 
@@ -119,7 +128,7 @@ def _load_model(target: Target, zero: dict[str, Any], packs: bool, allow: tuple[
     kwargs = dict(target.kwargs)
     name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
     name = str(name).removeprefix("torch.")
-    extra = {}
+    extra: dict[str, Any] = {}
     if target.target == MODEL:
         extra["output_loading_info"] = True
         if "gguf_file" not in kwargs:
@@ -223,13 +232,11 @@ def _student(
             lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
             "a teacher with the student's tokenizer",
         )
-    ce, kd = (
-        _as_config_error(
-            part.key, part.kwargs, functools.partial(instantiate, part, allow), "other arguments"
-        )
-        for part in (cfg.loss_fn, cfg.kd_loss_fn)
-    )
-    loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
+    try:
+        ce, kd = (instantiate(part, allow) for part in (cfg.loss_fn, cfg.kd_loss_fn))
+        loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
+    except ValueError as error:  # begins with the argument's name
+        raise ConfigError([f"loss_fn, kd_loss_fn: {error}"]) from error
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
     engine = _as_config_error(
         "optimizer",
@@ -250,7 +257,7 @@ def _student(
 def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:
     """As the YAML says; torch's one-pass kernels where it names neither kind and there are some."""
     chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
-    extra = {"fused": True} if target.target in _FUSED and not chosen else {}
+    extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
     return instantiate(target, allow, params=parameters, **extra)
 
 
@@ -309,9 +316,11 @@ def _loader(
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
     """The data set, cut into this rank's micro-batches."""
+    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
+    name = next((name for name in names if name in dataset.kwargs), None)
     rows = _as_config_error(
-        dataset.key,
-        dataset.target,
+        f"{dataset.key}.{name}" if name else dataset.key,
+        dataset.kwargs[name] if name else dataset.target,
         lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
         "a data set",
     )
@@ -327,9 +336,7 @@ def _loader(
     local = steps.local_batch_size
     if not training:
         local = kwargs.pop("batch_size", local)
-    shuffle, drop_last, grouped = (
-        bool(kwargs.pop(name, False)) for name in ("shuffle", "drop_last", "group_by_length")
-    )
+    shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
 
@@ -348,6 +355,7 @@ def _loader(
         built = instantiate(
             Target(loader.target, kwargs, loader.key),
             allow,
+            LOADER_FLAGS,
             dataset=WithFiller(rows),
             batch_sampler=sampler,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
@@ -385,7 +393,43 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
     return made[0] if made else None
 
 
-def _checkpointer(cfg: RunConfig, tokenizer: Any, world: World) -> Checkpointer | None:
+#: Of these the course of a run does not depend: where it is kept, shown, and when it stops.
+_NOT_OF_THE_COURSE = (
+    "checkpoint.",
+    "tensorboard.",
+    "wandb.",
+    "dist_env.",
+    "validation_",
+    "recipe",
+    "step_scheduler.max_steps",
+    "step_scheduler.num_epochs",
+    "step_scheduler.val_",
+    "step_scheduler.ckpt_",
+)
+
+
+def _fingerprint(cfg: RunConfig, samples: int) -> dict[str, Any]:
+    """What the YAML says that decides the course of the run, and how much data there is."""
+    import transformers
+    from omegaconf import OmegaConf
+
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{name}.")
+            elif not f"{prefix}{name}".startswith(_NOT_OF_THE_COURSE):
+                flat[f"{prefix}{name}"] = value
+
+    walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {**flat, "training samples": samples, **versions}
+
+
+def _checkpointer(
+    cfg: RunConfig, tokenizer: Any, samples: int, world: World
+) -> Checkpointer | None:
     wanted = cfg.checkpoint
     if not wanted.enabled:
         return None
@@ -396,12 +440,27 @@ def _checkpointer(cfg: RunConfig, tokenizer: Any, world: World) -> Checkpointer 
         lambda: on_rank0(lambda: os.makedirs(directory, exist_ok=True), world),
         "a directory that can be written",
     )
-    return Checkpointer(directory, world, tokenizer, wanted.save_consolidated, wanted.keep_last)
+    return Checkpointer(
+        directory,
+        world,
+        tokenizer,
+        wanted.save_consolidated,
+        wanted.keep_last,
+        _fingerprint(cfg, samples),
+    )
 
 
-def closing_message(cfg: RunConfig) -> str:
-    """Where the result is and what to type next."""
+def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
+    """Where the result is and what to type next; on the way, the marker of a run that was stopped
+    before its end."""
+    if not cfg.checkpoint.enabled:
+        return "" if finished else f"preempted at step {step}; nothing is kept (checkpoint.enabled)"
     directory = Path(cfg.checkpoint.checkpoint_dir)
+    marker = directory / PREEMPTED
+    if not finished:
+        marker.write_text(f"preempted at step {step}\n")
+        return f"preempted at step {step}; the same command goes on from {directory / LATEST}"
+    marker.unlink(missing_ok=True)
     if cfg.checkpoint.save_consolidated == "false":
         student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
     else:

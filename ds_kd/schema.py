@@ -137,18 +137,30 @@ class TensorBoard:
 
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
 _COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
 
 
 @dataclass
 class RunConfig:
     model: Target = key(
-        None, "the student: from_pretrained arguments", "target", target=MODEL, required=True
+        None,
+        "the student: from_pretrained arguments",
+        "target",
+        target=MODEL,
+        required=True,
+        example="model.pretrained_model_name_or_path: Qwen/Qwen3-0.6B",
     )
     teacher_model: Target | None = key(
         None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=MODEL
     )
-    dataset: Target = key(None, "training data", "target", required=True)
+    dataset: Target = key(
+        None,
+        "training data",
+        "target",
+        required=True,
+        example="dataset._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
+    )
     kd_ratio: float = key(
         0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1
     )
@@ -168,7 +180,7 @@ class RunConfig:
     )
     optimizer: Target = key(
         None,
-        "an element-wise optimizer and its arguments",
+        "an element-wise optimizer and its arguments; torch.optim.AdamW by default",
         "target",
         target="torch.optim.AdamW",
         default={"lr": 1e-5},
@@ -188,6 +200,7 @@ class RunConfig:
         "target",
         target=_LOADER,
         default=_COLLATE,
+        flags=LOADER_FLAGS,
     )
     packed_sequence: PackedSequence = key(
         PackedSequence, "samples packed instead of padded", "section", section=PackedSequence
@@ -201,6 +214,7 @@ class RunConfig:
         "target",
         target=_LOADER,
         default=_COLLATE,
+        flags=LOADER_FLAGS,
     )
     dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
     rng: Rng = key(Rng, "random numbers", "section", section=Rng)
@@ -234,16 +248,17 @@ def key_table() -> str:
         section = meta.get("section")
         default = "required" if meta.get("required") else ""
         if section is None and not default:
-            default = _show(meta.get("default", _default(RunConfig, name)))
+            default = _show(meta.get("default", default_of(RunConfig, name)))
         rows.append(f"| `{name}` | {meta['doc']} | {default} |")
         for inner, inner_meta in keys_of(section) if section else ():
             rows.append(
-                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(_default(section, inner))} |"
+                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(default_of(section, inner))} |"
             )
     return "\n".join(rows)
 
 
-def _default(cls: Any, name: str) -> Any:
+def default_of(cls: Any, name: str) -> Any:
+    """What a key is where nothing is written; {} for a section."""
     found = next(f for f in dataclasses.fields(cls) if f.name == name)
     return {} if found.default is dataclasses.MISSING else found.default
 

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import inspect
 import re
+import typing
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,29 +111,69 @@ def _arguments(target: Target, allow: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def bind(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
+def bind(
+    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
+) -> Any:
     """The callable, after checking that it takes these arguments.
 
+    Args:
+        also: keys of the section that something else takes, for the message.
+
     Raises:
-        ConfigError: an argument it does not know, or one that is missing.
+        ConfigError: an argument it does not know, one of another type, or one that is missing.
     """
     function = resolve(target.target, allow)
+    parameters = inspect.signature(function).parameters
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    takes = [name for name in parameters if name not in extra]
+    problems = []
+    for name, value in target.kwargs.items():
+        if name in parameters:
+            expected = _mismatch(value, parameters[name].annotation)
+            if expected:
+                problems.append(problem(f"{target.key}.{name}", value, expected))
+        elif not open_ended:
+            near = difflib.get_close_matches(name, [*takes, *also], n=1)
+            hint = f"did you mean {target.key}.{near[0]}?" if near else ""
+            hint = hint or f"{target.target} takes {', '.join([*takes, *also])}"
+            problems.append(f"{target.key}.{name}: unknown key; {hint}")
+    if problems:
+        raise ConfigError(problems)
     try:
         inspect.signature(function).bind(**target.kwargs, **extra)
     except TypeError as error:
-        takes = ", ".join(p for p in inspect.signature(function).parameters if p not in extra)
-        raise ConfigError([f"{target.key}: {error}; {target.target} takes {takes}"]) from None
+        raise ConfigError(
+            [f"{target.key}: {error}; {target.target} takes {', '.join(takes)}"]
+        ) from None
     return function
 
 
-def instantiate(target: Target, allow: tuple[str, ...] = (), **extra: Any) -> Any:
+def _mismatch(value: Any, annotation: Any) -> str:
+    """What was expected of a plain value, or an empty string; only plain annotations are judged."""
+    if isinstance(annotation, str):  # from __future__ import annotations
+        names = {part.strip() for part in annotation.split("|")}
+    else:
+        kinds = typing.get_args(annotation) or (annotation,)
+        names = {getattr(kind, "__name__", str(kind)) for kind in kinds}
+    words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
+    if "Any" in names or not isinstance(value, (int, float, str, bool)) or not names & set(words):
+        return ""
+    allowed = names | ({"int"} if "float" in names else set())
+    if type(value).__name__ in allowed:
+        return ""
+    return " or ".join(word for name, word in words.items() if name in names)
+
+
+def instantiate(
+    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
+) -> Any:
     """Call the target with its arguments and `extra`.
 
     Raises:
         ConfigError: as `bind`, or a value of a wrong type.
         ValueError: what the callable itself refuses.
     """
-    function = bind(target, allow, **extra)
+    function = bind(target, allow, also, **extra)
     try:
         return function(**_arguments(target, allow), **extra)
     except TypeError as error:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ class Trainer:
         state: counters, restored on resume.
         world: ranks.
         validate_first: validate before the first step of a fresh run.
+        asked_to_stop: whether this rank was; one that was stops all.
     """
 
     student: Any
@@ -62,9 +63,14 @@ class Trainer:
     state: TrainState
     world: World
     validate_first: bool = False
+    asked_to_stop: Callable[[], bool] = lambda: False
 
-    def train(self) -> None:
-        """Run the schedule from the present state to its end.
+    def train(self) -> bool:
+        """Run the schedule from the present state to its end, or to the end of the step in which a
+        rank is asked to stop.
+
+        Returns:
+            Whether it came to its end. Either way the last step is saved.
 
         Raises:
             TrainingError: a step without any supervised token, or a loss or gradient that is not
@@ -91,17 +97,20 @@ class Trainer:
             self._check_finite(means["loss"], "loss", micro_batches)
             lr = self.student.get_lr()[0]
             self.student.step()
-            norm = float(self.student.get_global_grad_norm() or 0.0)
+            norm = self._gradient_norm()
             self._check_finite(norm, "gradient norm", micro_batches)
             self._advance(labels, tokens)
             speed = tokens / (time.perf_counter() - started)
             self._log(means, lr, norm, speed, 1.0 - tokens / slots)
-            if self.schedule.validates(self.state.step):
+            is_last = self.schedule.is_last(self.state.step)
+            stops = not is_last and self._somebody_was_asked_to_stop()
+            if self.schedule.validates(self.state.step) and not stops:
                 self.validate()
-            if self.checkpointer is not None and self.schedule.saves(self.state.step):
-                self.checkpointer.save(
-                    self.student, self.state, self.schedule.is_last(self.state.step)
-                )
+            if self.checkpointer is not None and (stops or self.schedule.saves(self.state.step)):
+                self.checkpointer.save(self.student, self.state, is_last)
+            if stops:
+                return False
+        return True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
@@ -160,6 +169,9 @@ class Trainer:
             )
         return labels, tokens, slots
 
+    def _somebody_was_asked_to_stop(self) -> bool:
+        return bool(sum_over_ranks([float(self.asked_to_stop())], self.world)[0])
+
     def _to_device(self, batch: Batch) -> Batch:
         device = self.world.device
         return {
@@ -174,7 +186,16 @@ class Trainer:
         alpha = self.kd_ratio if self.teacher is not None else 0.0
         # 0·NaN is NaN: a part that is not optimised must not decide whether the loss is finite.
         parts = [(1.0 - alpha, means["ce_loss"]), (alpha, means["kd_loss"])]
+        if self.teacher is None:  # what was not measured is not reported as 0
+            means = {"ce_loss": means["ce_loss"]}
         return {"loss": sum(weight * mean for weight, mean in parts if weight > 0), **means}
+
+    def _gradient_norm(self) -> float:
+        """Of the step just taken. DeepSpeed leaves a step out whose gradient is not finite, and
+        keeps the norm of the one before."""
+        if getattr(self.student.optimizer, "overflow", False):
+            return math.nan
+        return float(self.student.get_global_grad_norm() or 0.0)
 
     def _check_finite(self, value: float, what: str, micro_batches: list[Batch]) -> None:
         # The value is a sum over ranks: every rank sees the same one and stops at the same place.
@@ -196,7 +217,8 @@ class Trainer:
     ) -> None:
         if self.metrics is None:
             return
-        values = {"train_loss": means["loss"], **{name: means[name] for name in SUMS}}
+        values = {"train_loss": means["loss"]}
+        values |= {name: means[name] for name in SUMS if name in means}
         values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed}
         values["padding"] = padding
         values["memory"] = memory_gib(self.world.device)

@@ -36,12 +36,16 @@ class CompareError(Exception):
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """The records of a JSON-lines file."""
     try:
-        with path.open(encoding="utf-8") as file:
-            return [json.loads(line) for line in file if line.strip()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise CompareError(f"{path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise CompareError(f"{path}: not JSON lines: {error}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise CompareError(f"{path}, line {number}: not JSON: {error.msg}") from error
+    return records
 
 
 def summary(records: list[dict[str, Any]]) -> list[str]:
@@ -97,13 +101,21 @@ def run(args: argparse.Namespace) -> None:
     rows = read_lines(args.data)
     if not 0 <= args.row < len(rows):
         raise CompareError(f"--row {args.row}: {args.data} has {len(rows)} rows")
+    row = rows[args.row]
+    try:
+        expected = next(iter(row["answers"]["text"]), "")
+        question, _ = row["question"], row["context"]
+    except (KeyError, TypeError):
+        raise CompareError(
+            f"--data {args.data}, row {args.row}: expected SQuAD's columns context, question and "
+            f"answers.text; found {', '.join(row)}"
+        ) from None
     print("\n".join(summary(read_lines(args.metrics))))
     print(f"student: {args.student}\n")
     print(f"a held-out question, answered greedily in at most {NEW_TOKENS} tokens")
     quiet()
-    row = rows[args.row]
-    show("question", row["question"])
-    show("expected", row["answers"]["text"][0])
+    show("question", question)
+    show("expected", expected)
     for label, directory in models.items():
         if directory is not None:
             show(label, answer(directory, row))

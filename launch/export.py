@@ -1,7 +1,7 @@
 """Write a checkpoint's student as a Hugging Face model.
 
-    python launch/export.py CHECKPOINT OUT        e.g. launch/export.py checkpoints/LATEST
-    my-student
+    python launch/export.py CHECKPOINT OUT
+    python launch/export.py checkpoints/LATEST my-student
 
 Needs no GPU and no job; plain `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit
 code 2 for a wrong path.
@@ -23,6 +23,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="a step_… directory, or LATEST")
     parser.add_argument("out", type=Path, help="directory to write")
     args = parser.parse_args(argv)
+    if args.out.exists():
+        print(f"{args.out} exists; remove it or give another name", file=sys.stderr)
+        return 2
+    from ds_kd.quiet import quiet
+
+    quiet()
     from ds_kd.checkpoint import CheckpointError, export_checkpoint
 
     try:

@@ -4,7 +4,9 @@
     python launch/kd.py --config cfg.yaml …                        one rank
     torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
 
-Exit code: 0 done, 1 the run failed, 2 the config or the command is wrong.
+SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes on.
+
+Exit code: 0 done or stopped so, 1 the run failed, 2 the config or the command is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import load
 from ds_kd.quiet import quiet
+from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
 
 
@@ -28,7 +31,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("-c", "--config", required=True, metavar="YAML", help="the run")
     parser.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="YAML values; null drops a section"
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="YAML values (--key.sub value works too); null drops a section",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="show DeepSpeed's and transformers' own messages"
@@ -43,7 +49,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
-    return parser.parse_intermixed_args(argv)
+    return parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
+
+
+def _plain(argv: list[str]) -> list[str]:
+    """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
+    own = {"--config", "--verbose", "--allow-targets", "--local_rank", "--help"}
+    plain, words = [], iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or len(word) == 2 or any(o.startswith(name) for o in own):
+            plain.append(word)
+        elif equals:
+            plain.append(f"{name[2:]}={value}")
+        else:
+            plain.append(f"{name[2:]}={next(words, '')}")
+    return plain
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +83,9 @@ def run(args: argparse.Namespace) -> int:
             f"using {world.backend}"
         )
     started = time.monotonic()
-    trainer = recipe.build(cfg, world, tuple(args.allow_targets))
+    stop = StopRequest()
+    stop.listen()
+    trainer = recipe.build(cfg, world, tuple(args.allow_targets), stop)
     say(
         f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
         f"ready in "
@@ -72,11 +95,13 @@ def run(args: argparse.Namespace) -> int:
         found = trainer.checkpointer.resume(trainer.student, trainer.state)
         if found is not None:
             say(f"resumed from {found} at step {trainer.state.step}")
-    trainer.train()
+            if trainer.schedule.is_last(trainer.state.step):
+                say("all its steps are done; a larger max_steps or num_epochs goes on")
+    finished = trainer.train()
     if trainer.metrics is not None:
         trainer.metrics.close()
-    if trainer.checkpointer is not None:
-        say(recipe.closing_message(cfg))
+    if world.is_main:
+        print(recipe.closing_message(cfg, trainer.state.step, finished))
     distributed.stop()
     return 0
 

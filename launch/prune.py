@@ -165,23 +165,32 @@ def verify(directory: Path, expected: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.output.exists():
         raise PruneError(f"--output {args.output} exists; remove it or give another name")
+    partial = args.output.with_name(args.output.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise PruneError(f"--output {args.output}: cannot be written ({error.strerror})") from None
+    try:
+        _prune_into(partial, args)
+        partial.rename(args.output)  # only a whole and checked student ever carries the final name
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    print(f"wrote {args.output}")
+
+
+def _prune_into(directory: Path, args: argparse.Namespace) -> None:
     quiet()
     model, tokenizer = load(args.teacher, DTYPES[args.dtype])
     total, before = model.config.get_text_config().num_hidden_layers, model.num_parameters()
     keep = choose_layers(args.keep_layers, total)
     prune(model, keep)
-    partial = args.output.with_name(args.output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    try:
-        verify(partial, logits(model))
-        partial.rename(args.output)  # only a whole and checked student ever carries the final name
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    verify(directory, logits(model))
     print(f"kept layers {', '.join(map(str, keep))} of {total}")
     after = model.num_parameters()
-    print(f"parameters: {before / 1e6:.1f} M → {after / 1e6:.1f} M\nwrote {args.output}")
+    print(f"parameters: {before / 1e6:.1f} M → {after / 1e6:.1f} M")
 
 
 def main(argv: list[str] | None = None) -> int:

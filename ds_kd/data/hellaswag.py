@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import shift
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.source import load_rows, text_of, tokenize
 
 
 def HellaSwag(  # a class in NeMo-AutoModel, hence the name
@@ -47,7 +47,11 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
                 f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of "
                 f"{len(row['endings'])} endings (a test split has no labels)"
             ) from None
-        context, target = (tokenizer(text)["input_ids"] for text in (row["ctx"], ending))
+        try:
+            texts = text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+        except ValueError as error:
+            raise ValueError(f"{path_or_dataset!r}, row {index}: {error}") from None
+        context, target = (tokenizer(text)["input_ids"] for text in texts)
         context = context[:-1] if context and context[-1] in special else context
         target = target[1:] if target and target[0] in special else target
         return shift(context + target, [False] * len(context) + [True] * len(target))

@@ -94,6 +94,18 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def text_of(row: dict[str, Any], column: str) -> str:
+    """A row's text.
+
+    Raises:
+        ValueError: there is none.
+    """
+    value = row[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column} is {value!r}, expected text")
+    return value
+
+
 def tokenize(rows: Any, function: Any) -> Any:
     """`function(row, index) -> sample` over all rows, cached by `datasets`.
 

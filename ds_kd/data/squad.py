@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import cut_length, shift, tokenize_chat, tokenize_prompt_answer, use_template
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.source import load_rows, text_of, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
 
@@ -50,12 +50,12 @@ def make_squad_dataset(
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
-        prompt = f"Context: {row['context']} Question: {row['question']} Answer: "
         try:
-            texts = row["answers"]["text"]
-        except (TypeError, KeyError):
-            raise ValueError(f"{dataset_name!r}, row {index}: answers has no list `text`") from None
-        answer = texts[0].strip() if texts else ""
+            context, question = text_of(row, "context"), text_of(row, "question")
+            answer = _answer(row["answers"])
+        except ValueError as error:
+            raise ValueError(f"{dataset_name!r}, row {index}: {error}") from None
+        prompt = f"Context: {context} Question: {question} Answer: "
         if tokenizer.chat_template is None:
             made: dict[str, Any] = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
         else:
@@ -66,6 +66,15 @@ def make_squad_dataset(
         return made
 
     return tokenize(rows, sample)
+
+
+def _answer(answers: Any) -> str:
+    """The first answer, or an empty text where there is none."""
+    try:
+        texts = answers["text"]
+        return str(texts[0].strip()) if texts else ""
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"answers is {answers!r}, expected {{'text': [text, …]}}") from None
 
 
 def _padded(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:

@@ -164,10 +164,45 @@ def test_null_switches_a_section_off():
 
 def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
     cfg = load(GUIDE, ["kd_loss_fn.temprature=2"])
-    with pytest.raises(
-        ConfigError, match=r"kd_loss_fn: .*temprature.*takes ignore_index, temperature"
-    ):
+    with pytest.raises(ConfigError, match=r"temprature: .*did you mean kd_loss_fn.temperature"):
         bind(cfg.kd_loss_fn)
+    cfg = load(GUIDE, ["kd_loss_fn.zzz=2"])
+    with pytest.raises(ConfigError, match=r"kd_loss_fn.zzz: .*takes ignore_index, temperature"):
+        bind(cfg.kd_loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("kd_loss_fn.temperature=hot", "a number"),
+        ("kd_loss_fn.chunk_size=1.5", "an integer"),
+        ("kd_loss_fn.fp32_upcast=1", "true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
+    key, _, _ = override.partition("=")
+    cfg = load(GUIDE, [override])
+    with pytest.raises(ConfigError, match=rf"{key}: got .*expected {expected}"):
+        bind(cfg.kd_loss_fn)
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("dataloader.shuffle=5", "true or false"),
+        ("dataloader.group_by_length=please", "true or false"),
+        ("kd_ratio=null", "leave the key out"),
+        ("optimizer=null", "leave the key out"),
+        ("model.torch_dtyp=bf16", "did you mean model.torch_dtype"),
+        ("model.pretrained_model_name_or_path=ds_kd/nope", "a directory that exists"),
+        ("step_scheduler.global_batch_size=18", "write 19"),
+    ],
+)
+def test_what_was_once_accepted_in_silence_is_refused(override, word, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    more = ["step_scheduler.local_batch_size=19"] if "global" in override else []
+    with pytest.raises(ConfigError, match=word):
+        load(GUIDE, [override, *more])
 
 
 def test_batch_sizes_that_do_not_fit_the_ranks_name_one_that_would():

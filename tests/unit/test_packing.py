@@ -160,7 +160,7 @@ def test_a_model_whose_samples_see_each_other_is_refused():
         training = False
 
         def __init__(self, leaks):
-            self.module = type("Module", (), {"model": object()})
+            self.module = type("Module", (), {"model": architecture("llama")})
             self.leaks = leaks
 
         def eval(self):

@@ -1,0 +1,159 @@
+"""A run that is told to stop, and one that is killed: the same command goes on, bitwise."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ds_kd.distributed import _free_port
+from tests import tiny
+from tests.e2e.test_run import GUIDE, ROOT
+
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def common(tmp_path_factory):
+    root = tmp_path_factory.mktemp("signals")
+    tiny.llama(root / "student", seed=1)
+    tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)
+    rows = [
+        {
+            "context": f"w{i} w5 w9",
+            "question": "w7 w8",
+            "answers": {"text": [f"w{i} w3"]},
+        }
+        for i in range(22)
+    ]
+    (root / "squad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return root, [
+        f"model.pretrained_model_name_or_path={root / 'student'}",
+        f"teacher_model.pretrained_model_name_or_path={root / 'teacher'}",
+        f"dataset.dataset_name={root / 'squad.jsonl'}",
+        "validation_dataset=null",
+        "checkpoint.save_consolidated=true",
+        "dataloader.shuffle=true",
+        "dataloader.num_workers=2",
+        "step_scheduler.global_batch_size=8",
+        "step_scheduler.num_epochs=9",
+        f"step_scheduler.max_steps={STEPS}",
+        "step_scheduler.ckpt_every_steps=3",
+        "optimizer.lr=0.01",
+    ]
+
+
+def start(overrides, directory, ranks):
+    """The run as a process group of its own, its output line by line."""
+    command = [sys.executable]
+    if ranks > 1:
+        port = str(_free_port())
+        command = ["deepspeed", "--master_port", port, "--num_accelerators", str(ranks)]
+    command += ["launch/kd.py", "--config", GUIDE, *overrides]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
+    return subprocess.Popen(
+        [*command, f"checkpoint.checkpoint_dir={directory}"],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(process, word):
+    """Lines up to one that holds `word`."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if word in line:
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def rank_processes(process):
+    """The Python processes that run kd.py, loader workers left out."""
+    found = []
+    for child in [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]:
+        words = child.cmdline()
+        is_rank = any(w.endswith("kd.py") for w in words) and "-m" not in words
+        if is_rank and "deepspeed" not in os.path.basename(words[1] if len(words) > 1 else ""):
+            found.append(child)
+    inner = {c.pid for p in found for c in p.children(True)}
+    return [p for p in found if p.pid not in inner]
+
+
+def finish(process, seconds=120):
+    output = process.communicate(timeout=seconds)[0]
+    return process.returncode, output
+
+
+def final_weights(directory):
+    return load_file(directory / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def undisturbed(request, common):
+    root, overrides = common
+    directory = root / f"undisturbed{request.param}"
+    code, output = finish(start(overrides, directory, request.param))
+    assert code == 0, output
+    return request.param, final_weights(directory)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_stopped_then_killed_it_ends_as_if_nothing_had_happened(common, undisturbed):
+    """SIGUSR1 at one rank, later SIGKILL of everything, and the same command each time."""
+    root, overrides = common
+    ranks, expected = undisturbed
+    directory = root / f"disturbed{ranks}"
+
+    process = start(overrides, directory, ranks)
+    until(process, f"step  2/{STEPS}")
+    rank_processes(process)[-1].send_signal(signal.SIGUSR1)
+    code, output = finish(process)
+    assert code == 0 and "Traceback" not in output, output
+    assert "preempted at step" in output
+    stopped_at = int((directory / "LATEST").resolve().name[-7:])
+    assert stopped_at < STEPS
+    marker = directory / "PREEMPTED"
+    assert marker.read_text() == f"preempted at step {stopped_at}\n"
+
+    process = start(overrides, directory, ranks)
+    lines = until(process, f"step {stopped_at + 4:>2}/{STEPS}")
+    assert any(f"at step {stopped_at}" in line for line in lines)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    time.sleep(0.5)
+
+    code, output = finish(start(overrides, directory, ranks))
+    assert code == 0, output
+    assert "resumed from" in output and not marker.exists()
+    assert same(final_weights(directory), expected)
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    script = (
+        "import os, signal, time\n"
+        "from ds_kd.signals import StopRequest\n"
+        "stop = StopRequest(); stop.listen()\n"
+        "os.kill(os.getpid(), signal.SIGTERM); print(stop(), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "True\n" and done.returncode == 128 + signal.SIGTERM
