@@ -217,11 +217,48 @@ def nemo(job: Job) -> Any:
     return _loop(job, loss_of)
 
 
+@contextlib.contextmanager
+def liger(job: Job) -> Iterator[Step]:
+    """Liger Kernel's fused heads: linear cross-entropy and linear JSD at beta 0 (forward KL). GPU
+    only."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
+
+    device = torch.device("cuda")
+    teacher = _load(job.teacher, job.dtype).to(device).eval().requires_grad_(False)
+    student = _load(job.student, job.dtype).to(device).train()
+    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
+    ce_of = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    kd_of = LigerFusedLinearJSD(jsd_beta=0.0)
+
+    def step(samples: list[dict[str, Any]]) -> float:
+        count = sum(label != -100 for s in samples for label in s["labels"])
+        total = 0.0
+        for part in _chunks(samples, job.micro_batch):
+            ids, mask, labels = _padded(part, device)
+            flat = labels.flatten()
+            with torch.no_grad():
+                target = teacher.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden = student.model(input_ids=ids, attention_mask=mask).last_hidden_state
+            hidden, target = hidden.flatten(0, 1), target.flatten(0, 1)
+            ce = ce_of(student.lm_head.weight, hidden, flat)
+            mean_kd = kd_of(hidden, student.lm_head.weight, target, teacher.lm_head.weight, flat)
+            kd = mean_kd * (flat != -100).sum()  # it divides by the supervised tokens
+            loss = ((1 - job.alpha) * ce + job.alpha * kd) / count
+            loss.backward()
+            total += loss.item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    yield step
+
+
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),
+    "liger": (liger, "liger_kernel"),
 }
 
 
@@ -231,5 +268,6 @@ def available(names: list[str] | None = None) -> dict[str, Callable[..., Any]]:
         name: make
         for name, (make, package) in CONTENDERS.items()
         if (names is None or name in names)
+        and (name != "liger" or torch.cuda.is_available())
         and (package is None or importlib.util.find_spec(package) is not None)
     }

@@ -7,12 +7,15 @@ and is a world of one. `start` makes them all look alike.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import re
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -95,6 +98,7 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         timeout_minutes: how long a collective may wait for a missing rank.
     """
     _fill_environment()
+    clear_stale_locks()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -110,6 +114,7 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         # calls: it needs a compiler, costs a minute the first time, and a lock left by a killed
         # process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -121,6 +126,55 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         backend=backend,
         host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
     )
+
+
+def _keep_freed_memory() -> None:
+    """Let malloc use memory again instead of giving it back. By default glibc returns every large
+    tensor's pages to the system, which clears them one by one when they are next asked for: a
+    twentieth of a step on a CPU."""
+    mmap_max, trim_threshold, top_pad = -4, -1, -2  # of mallopt(3)
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(top_pad, 1 << 28)
+
+
+def clear_stale_locks() -> list[Path]:
+    """Remove the build locks of torch's C++ extensions whose owner is gone, and return them.
+
+    A process that is killed while DeepSpeed compiles an operator leaves its lock, and every later
+    run would wait for it for ever without a word. A living owner keeps the file open. In a job of
+    several nodes it may live on another one: there the locks are left alone.
+    """
+    if _spans_nodes():
+        return []
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    locks = [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]
+    held = set()
+    for handle in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            held.add(os.readlink(handle))
+    stale = [lock for lock in locks if str(lock.resolve()) not in held and _is_ours(lock)]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+    return stale
+
+
+def _spans_nodes() -> bool:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return (
+        int(os.environ.get("WORLD_SIZE", "1")) > here
+        or int(os.environ.get("SLURM_NNODES", "1")) > 1
+        or int(os.environ.get("CROSS_SIZE", "1")) > 1
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
 
 
 def stop() -> None:

@@ -6,6 +6,7 @@ import os
 
 import pytest
 
+from ds_kd import distributed
 from ds_kd.distributed import _fill_environment, _first_slurm_host
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -61,3 +62,17 @@ def test_a_launchers_variables_are_left_alone(environment):
     environment.setenv("SLURM_NTASKS", "2")
     _fill_environment()
     assert os.environ["RANK"] == "3" and os.environ["WORLD_SIZE"] == "4"
+
+
+def test_a_build_lock_goes_when_its_owner_is_dead_and_only_then(environment, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name in ("dead", "alive"):
+        (tmp_path / "py311_cpu" / name).mkdir(parents=True)
+    dead, alive = (tmp_path / "py311_cpu" / name / "lock" for name in ("dead", "alive"))
+    dead.touch()
+    with alive.open("w"):  # as torch's FileBaton holds it
+        assert distributed.clear_stale_locks() == [dead]
+        assert alive.exists() and not dead.exists()
+        monkeypatch.setenv("SLURM_NNODES", "2")  # its owner may be on another node
+        dead.touch()
+        assert distributed.clear_stale_locks() == [] and dead.exists()

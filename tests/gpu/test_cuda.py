@@ -1,0 +1,81 @@
+"""What only a GPU can tell: same numbers, no waiting for the host, the real command over NCCL."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ds_kd.distillation import DistillationLoss, Head
+from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from tests import tiny
+from tests.e2e.test_run import kd
+from tests.unit.test_distillation import case, evaluate, losses
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def on_gpu(inputs):
+    return [tensor.cuda() for tensor in inputs]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_chunked_equals_plain_on_cuda(temperature):
+    inputs = on_gpu(case(0, 300, 1000))
+    chunked, plain = losses(0.5, temperature, 64)
+    value, sums, grads = evaluate(chunked, *inputs)
+    expected, expected_sums, expected_grads = evaluate(plain, *inputs)
+    assert torch.allclose(value, expected, rtol=1e-5) and torch.allclose(
+        sums, expected_sums, rtol=1e-4
+    )
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+
+def test_bf16_on_cuda_stays_near_fp32():
+    inputs = on_gpu(case(1, 512, 2000, torch.bfloat16))
+    exact = [t.float() if t.is_floating_point() else t for t in inputs]
+    chunked, plain = losses(0.5, 1.0, 128)
+    truth, got = evaluate(plain, *exact), evaluate(chunked, *inputs)
+    assert abs(got[0] / truth[0] - 1.0) < 0.02
+    for mine, want in zip(got[2], truth[2], strict=True):
+        assert (mine.float() - want).norm() < 0.02 * want.norm()
+
+
+def test_the_loss_never_waits_for_the_gpu():
+    hidden, weight, _, labels, teacher, teacher_weight = on_gpu(case(2, 300, 1000))
+    leaf, head = hidden.requires_grad_(), weight.requires_grad_()
+    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=64), 0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(leaf, Head(head), labels, teacher, Head(teacher_weight))[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("packs", [0, 64])
+def test_the_real_command_on_one_gpu(tmp_path, packs):
+    import json
+
+    tiny.llama(tmp_path / "student", seed=1)
+    tiny.llama(tmp_path / "teacher", layers=3, hidden=64, tie=False, seed=2)
+    rows = [
+        {"context": f"w{i} w5", "question": "w7", "answers": {"text": [f"w{i} w3"]}}
+        for i in range(22)
+    ]
+    (tmp_path / "squad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    result = kd(
+        f"model.pretrained_model_name_or_path={tmp_path / 'student'}",
+        f"teacher_model.pretrained_model_name_or_path={tmp_path / 'teacher'}",
+        f"dataset.dataset_name={tmp_path / 'squad.jsonl'}",
+        f"checkpoint.checkpoint_dir={tmp_path / 'run'}",
+        "validation_dataset=null",
+        "step_scheduler.global_batch_size=4",
+        "step_scheduler.max_steps=3",
+        f"packed_sequence.packed_sequence_size={packs}",
+        ranks=1,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "1 rank(s) on cuda" in result.stdout and "step 3/3" in result.stdout
