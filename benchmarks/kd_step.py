@@ -4,11 +4,11 @@
     python benchmarks/kd_step.py --cells squad text-512       some of them
     python benchmarks/kd_step.py --full --output results/kd   the whole matrix; writes .json and .md
 
-Teacher and student are the quickstart's (bash launch/quickstart.sh makes them). Every cell is a
-process of its own; in it every contender takes the same steps in turn (A B A B …), the first round
-is thrown away, and medians are shown. `efficiency` is the time of the matrix products that cannot
-be avoided, measured in the same process at the same shapes, over the step's time.
-`peak` is memory above what is there between steps (weights, optimizer).
+Teacher and student are the quickstart's (bash launch/quickstart.sh makes them). Every contender is
+a process of its own, as a user would start it; they take the same steps in turn (A B A B …), all
+but one waiting, the first round is thrown away, and medians are shown. `efficiency` is the time of
+the matrix products that cannot be avoided, measured in the same process at the same shapes, over
+the step's time. `peak` is memory above what is there between steps (weights, optimizer).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -95,64 +96,168 @@ def full() -> list[Cell]:
     return [*DEFAULT, *cells]
 
 
-def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """Measure one cell in this process (one rank of `cell.ranks`)."""
+class Worker:
+    """One contender of one cell, in processes of its own, waiting for orders.
+
+    Orders and answers are JSON lines in two named pipes, which also reach a rank that a launcher
+    started.
+    """
+
+    def __init__(self, name: str, cell: Cell, args: argparse.Namespace, directory: Path):
+        self.name = name
+        pipes = [directory / f"{name}.{end}" for end in ("orders", "answers")]
+        for pipe in pipes:
+            pipe.unlink(missing_ok=True)
+            os.mkfifo(pipe)
+        command = [sys.executable]
+        if cell.ranks > 1:
+            command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+            command.append(str(cell.ranks))
+        command += [__file__, "--worker", name, "--cell", json.dumps(asdict(cell))]
+        for option in ("teacher", "student", "squad", "rounds"):
+            command += [f"--{option}", str(getattr(args, option))]
+        threads = max(1, (os.cpu_count() or 1) // cell.ranks)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        self.process = subprocess.Popen(
+            [*command, "--directory", str(directory)], env=environment, stdout=sys.stderr
+        )
+        self._orders = self._open(pipes[0], os.O_WRONLY, "w")
+        self._answers = self._open(pipes[1], os.O_RDONLY, "r")
+
+    def _open(self, pipe: Path, flag: int, mode: str) -> Any:
+        """A pipe opens when both ends do; a worker that died never opens its own."""
+        while True:
+            try:
+                # A reader may open early; the first line then has to be waited for anyway.
+                return os.fdopen(os.open(pipe, flag | (os.O_NONBLOCK if mode == "w" else 0)), mode)
+            except OSError:
+                if self.process.poll() is not None:
+                    raise WorkerError(self.name, self.process.returncode) from None
+                time.sleep(0.2)
+
+    def ask(self, order: str, step: int = 0) -> Any:
+        """`step`: seconds and loss of that step; `peak`: bytes; `about`: what else a row says."""
+        self._orders.write(json.dumps([order, step]) + "\n")
+        self._orders.flush()
+        answer = self._answers.readline()
+        if not answer:
+            raise WorkerError(self.name, self.process.wait())
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._orders.close()
+        self._answers.close()
+        self.process.wait()
+
+
+class WorkerError(Exception):
+    """A contender that could not go on."""
+
+    def __init__(self, name: str, code: int):
+        super().__init__(f"{name} ended with exit code {code}")
+
+
+def work(args: argparse.Namespace) -> None:
+    """Be the worker: this process is one rank of it."""
     import measure
     import torch
-    from contenders import Job, available
+    import torch.distributed as dist
+    from contenders import CONTENDERS, Job
+    from transformers import AutoTokenizer
 
     from ds_kd.quiet import quiet
 
     quiet()
+    rank = int(os.environ.get("RANK", "0"))
+    orders = answers = None
+    if rank == 0:
+        orders = (args.directory / f"{args.worker}.orders").open()
+        answers = (args.directory / f"{args.worker}.answers").open("w", buffering=1)
+    cell = Cell(**json.loads(args.cell))
     if not torch.cuda.is_available():
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // cell.ranks))
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     dtype = getattr(torch, DTYPES[cell.dtype])
-    if cell.kind == "workspace":
-        return workspace(cell)
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.teacher)
-    rounds = args.rounds + 1  # the first is thrown away
-    if cell.kind == "squad":
-        rows = measure.squad_samples(tokenizer, args.squad, cell.samples * rounds)
-    else:
-        rows = measure.text_samples(tokenizer, cell.samples * rounds, cell.length, cell.masked)
-    steps = [rows[k : k + cell.samples] for k in range(0, len(rows), cell.samples)][:rounds]
+    steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
     paths = [
-        measure.with_vocabulary(p, cell.vocab, directory) if cell.vocab else p
+        measure.with_vocabulary(p, cell.vocab, args.directory) if cell.vocab else p
         for p in (args.teacher, args.student)
     ]
     job = Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048)
+    with CONTENDERS[args.worker][0](job) as step:
+        while True:
+            box = [json.loads(line) if orders and (line := orders.readline()) else None]
+            if cell.ranks > 1:
+                dist.broadcast_object_list(box, src=0)
+            if box[0] is None:
+                return
+            order, k = box[0]
+            answer: Any
+            if order == "step":
+                losses: list[float] = []
+                taken = measure.seconds(lambda: losses.append(step(steps[k])))  # noqa: B023
+                answer = [taken, losses[0]]
+            elif order == "peak":
+                answer = measure.peak_bytes(lambda: step(steps[k]))  # noqa: B023
+            else:
+                lengths = [len(sample["input_ids"]) for sample in steps[k]]
+                _, labels = measure.tokens_in(steps[k])
+                micro = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
+                answer = {
+                    "ideal": measure.Ideal(*paths, dtype).seconds(lengths, labels, micro),
+                    "states": getattr(step, "state_bytes", 0),
+                }
+            if answers:
+                answers.write(json.dumps(answer) + "\n")
+
+
+def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[dict[str, Any]]]:
+    """The samples of each step; the first is thrown away."""
+    import measure
+
+    count = cell.samples * (args.rounds + 1)
+    if cell.kind == "squad":
+        rows = measure.squad_samples(tokenizer, args.squad, count)
+    else:
+        rows = measure.text_samples(tokenizer, count, cell.length, cell.masked)
+    return [rows[k : k + cell.samples] for k in range(0, count, cell.samples)]
+
+
+def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+    """One cell's contenders, step by step in turn."""
+    import measure
+    from contenders import available
+    from transformers import AutoTokenizer
+
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
+    steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
     with contextlib.ExitStack() as stack:
-        contenders = {n: stack.enter_context(make(job)) for n, make in available(wanted).items()}
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+        # One after the other, so that they do not fight for the cores while they load.
+        workers = {}
+        for name in available(wanted):
+            workers[name] = Worker(name, cell, args, directory)
+            stack.callback(workers[name].close)
+            workers[name].ask("step", 0)
+        taken: dict[str, list[float]] = {name: [] for name in workers}
         losses = {}
-        for samples in steps:
-            for name, step in contenders.items():
-                times[name].append(measure.seconds(lambda: losses.update({name: step(samples)})))  # noqa: B023
-        peaks = {
-            name: measure.peak_bytes(lambda: step(steps[-1]))  # noqa: B023
-            for name, step in contenders.items()
-        }
-        # Only ds_kd shards its states; the others' are the models' sizes.
-        states = {n: getattr(s, "state_bytes", 0) / measure.GIB for n, s in contenders.items()}
-    tokens, labels = (
-        statistics.median(column) for column in zip(*map(measure.tokens_in, steps[1:]), strict=True)
-    )
-    middle = min(steps[1:], key=lambda step: abs(measure.tokens_in(step)[0] - tokens))
-    lengths = [len(sample["input_ids"]) for sample in middle]
-    micro_batches = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
-    # ds_kd is compared with the products of the tokens it is given, whatever others pad.
-    ideal = measure.Ideal(*paths, dtype).seconds(lengths, int(labels), micro_batches)
-    medians = {name: statistics.median(taken[1:]) for name, taken in times.items()}
+        for k in range(1, len(steps)):
+            for name, worker in workers.items():
+                seconds, losses[name] = worker.ask("step", k)
+                taken[name].append(seconds)
+        peaks = {name: worker.ask("peak", 1) for name, worker in workers.items()}
+        counted = [measure.tokens_in(step)[0] for step in steps]
+        tokens = statistics.median(counted[1:])
+        middle = min(range(1, len(steps)), key=lambda k: abs(counted[k] - tokens))
+        about = {name: worker.ask("about", middle) for name, worker in workers.items()}
     made = []
-    for name, taken in medians.items():
-        row = {"cell": cell.name, "contender": name, "step s": taken, "tokens/s": tokens / taken}
-        if "plain" in medians:
-            row["× plain"] = medians["plain"] / taken
-        row |= {"efficiency": ideal / taken, "peak GiB": peaks[name] / measure.GIB}
-        made.append({**row, "states GiB": states[name], "loss": losses[name]})
+    for name in workers:
+        median = statistics.median(taken[name])
+        row = {"cell": cell.name, "contender": name, "step s": median, "tokens/s": tokens / median}
+        if "plain" in workers:
+            row["× plain"] = statistics.median(taken["plain"]) / median
+        row["efficiency"] = about[name]["ideal"] / median
+        row["peak GiB"] = peaks[name] / measure.GIB
+        row["states GiB"] = about[name]["states"] / measure.GIB
+        made.append({**row, "loss": losses[name]})
     return made
 
 
@@ -188,32 +293,13 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """`rows_of` in fresh processes."""
-    result = directory / "rows.json"
-    result.unlink(missing_ok=True)
-    command = [sys.executable]
-    if cell.ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        command.append(str(cell.ranks))
-    command += [__file__, "--child", json.dumps(asdict(cell)), "--directory", str(directory)]
-    for name in ("teacher", "student", "squad", "rounds"):
-        command += [f"--{name}", str(getattr(args, name))]
-    if args.contenders:
-        command += ["--contenders", *args.contenders]
-    threads = max(1, (os.cpu_count() or 1) // cell.ranks)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
-    if _has_gpu():
-        environment.pop("DS_ACCELERATOR")
-    code = subprocess.call(command, env=environment)
-    if code != 0 or not result.is_file():
-        return [{"cell": cell.name, "contender": f"failed with exit code {code}"}]
-    return json.loads(result.read_text())  # type: ignore[no-any-return]
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+    """The rows of one cell, or one that says why there are none."""
+    if cell.kind == "workspace":
+        return workspace(cell)
+    try:
+        return rows_of(cell, args, directory)
+    except WorkerError as error:
+        return [{"cell": cell.name, "contender": str(error)}]
 
 
 def parse() -> argparse.Namespace:
@@ -229,7 +315,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="default: all installed")
     parser.add_argument("--rounds", type=int, default=4, help="timed steps of each contender")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     for path in (args.teacher, args.student):
@@ -240,10 +327,8 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    if args.child:
-        rows = rows_of(Cell(**json.loads(args.child)), args, args.directory)
-        if os.environ.get("RANK", "0") == "0":
-            (args.directory / "rows.json").write_text(json.dumps(rows))
+    if args.worker:
+        work(args)
         return 0
     import measure
 

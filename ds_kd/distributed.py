@@ -8,7 +8,6 @@ and is a world of one. `start` makes them all look alike.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import re
 import socket
@@ -114,7 +113,6 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         # calls: it needs a compiler, costs a minute the first time, and a lock left by a killed
         # process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        _keep_freed_memory()
     if not dist.is_initialized():
         timeout = timedelta(minutes=timeout_minutes)
         deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
@@ -126,18 +124,6 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         backend=backend,
         host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
     )
-
-
-def _keep_freed_memory() -> None:
-    """Let malloc use memory again instead of giving it back. By default glibc returns every large
-    tensor's pages to the system, which clears them one by one when they are next asked for: a
-    twentieth of a step on a CPU."""
-    mmap_max, trim_threshold, top_pad = -4, -1, -2  # of mallopt(3)
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, -1)
-        libc.mallopt(top_pad, 1 << 28)
 
 
 def clear_stale_locks() -> list[Path]:
