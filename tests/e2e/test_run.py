@@ -171,3 +171,34 @@ def test_torchrun_starts_the_same_run(overrides, root):
     result = run(command)
     assert result.returncode == 0, result.stderr
     assert "2 rank(s)" in result.stdout and "step 1/1" in result.stdout
+
+
+def test_packs_run_on_two_ranks_and_name_their_samples_padding(overrides, root):
+    result = kd(
+        *overrides,
+        "packed_sequence.packed_sequence_size=64",
+        "step_scheduler.global_batch_size=2",
+        "step_scheduler.max_steps=1",
+        f"checkpoint.checkpoint_dir={root / 'packed'}",
+        "validation_dataset=null",
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (record,) = (
+        json.loads(line)
+        for line in (root / "packed/tensorboard/metrics.jsonl").read_text().splitlines()
+    )
+    assert record["padding"] == 0.0
+
+
+def test_an_error_that_only_one_rank_meets_is_told(overrides, root):
+    command = [
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())),
+        *("launch/kd.py", "--config", GUIDE, *overrides),
+        f"model.pretrained_model_name_or_path={root}/${{oc.env:MODEL_OF_RANK}}",
+    ]
+    # Rank 0 finds its model, rank 1 does not.
+    script = 'export MODEL_OF_RANK=$([ "$RANK" = 0 ] && echo student || echo nothing); exec "$@"'
+    command[5:6] = ["--no-python", "bash", "-c", script, "bash", sys.executable, "launch/kd.py"]
+    result = run(command)
+    assert result.returncode != 0
+    assert "nothing" in result.stderr and "a directory that exists" in result.stderr

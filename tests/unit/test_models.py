@@ -45,3 +45,19 @@ def test_a_token_added_to_one_side_is_refused(make):
 def test_a_head_smaller_than_the_tokenizer_is_refused(make):
     with pytest.raises(ValueError, match="resize the smaller model's embeddings"):
         common_vocab_size(make("a"), make("b"), 90, 128)
+
+
+def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from ds_kd.recipe import _load_model
+    from ds_kd.schema import MODEL
+    from ds_kd.targets import ConfigError, Target
+
+    path = tiny.llama(tmp_path / "model", tie=False)
+    weights = load_file(path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
+    with pytest.raises(ConfigError, match=r"lack weights.*lm_head.weight"):
+        _load_model(target, {"zero_optimization": {"stage": 0}}, False, ())

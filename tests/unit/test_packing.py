@@ -114,6 +114,7 @@ def architecture(name):
         "gemma2": lambda: hf.Gemma2Config(**common, sliding_window=4, query_pre_attn_scalar=8),
         "gemma3": lambda: hf.Gemma3TextConfig(**common, sliding_window=4, query_pre_attn_scalar=8),
         "mixtral": lambda: hf.MixtralConfig(**common, num_local_experts=4),
+        "gpt_oss": lambda: hf.GptOssConfig(**common, num_local_experts=4, sliding_window=4),
     }[name]()
     return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
@@ -223,6 +224,15 @@ def test_the_last_mlp_sees_supervised_rows_only():
     assert seen == {0: batch["num_slots"], 1: batch["num_slots"], 2: batch["num_labels"]}
     model(input_ids=batch["input_ids"])  # as a user calls it: whole
     assert seen[2] == batch["num_slots"]
+
+
+def test_a_last_mlp_that_returns_more_than_hidden_states_stays_whole():
+    model = architecture("gpt_oss").eval()  # its MLP returns the router's scores too
+    row = tiny.samples(1)[0]
+    loss, _ = student_of(model)(default_collater([row]))
+    logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+    expected = MaskedCrossEntropy()(logits, torch.tensor(row["labels"]))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_with_activation_checkpointing_the_last_mlp_stays_whole_and_right():
