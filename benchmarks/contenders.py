@@ -148,8 +148,8 @@ def _padded(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.
 
 @contextlib.contextmanager
 def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
-    """A plain Hugging Face loop: whole logits of both models, `loss_of(student, teacher, labels)`
-    summed over supervised tokens, AdamW."""
+    """A plain Hugging Face loop with AdamW; `loss_of(student, teacher, inputs, labels)` is a sum
+    over supervised tokens, with labels `[tokens]`."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = _load(job.teacher, job.dtype).to(device).eval().requires_grad_(False)
     student = _load(job.student, job.dtype).to(device).train()
@@ -160,10 +160,8 @@ def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
         total = 0.0
         for part in _chunks(samples, job.micro_batch):
             ids, mask, labels = _padded(part, device)
-            with torch.no_grad():
-                target = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            loss = loss_of(logits, target, labels) / count
+            inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+            loss = loss_of(student, teacher, inputs, labels.flatten()) / count
             loss.backward()
             total += loss.item()
         optimizer.step()
@@ -173,32 +171,50 @@ def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
     yield step
 
 
+def _of_logits(job: Job, ce_of: Callable, kd_of: Callable) -> Any:
+    """`_loop` with `ce_of(student logits, labels)` and `kd_of(student logits, teacher logits,
+    labels)` of whole logits `[tokens, vocab]`."""
+
+    def loss_of(student, teacher, inputs, labels):
+        with torch.no_grad():
+            target = teacher(**inputs).logits.flatten(0, 1)
+        logits = student(**inputs).logits.flatten(0, 1)
+        return (1 - job.alpha) * ce_of(logits, labels) + job.alpha * kd_of(logits, target, labels)
+
+    return _loop(job, loss_of)
+
+
+def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
 def plain(job: Job) -> Any:
     """CE and KL of whole logits, as a careful user writes them."""
 
-    def loss_of(logits, target, labels):
-        ce = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        valid = labels.flatten() != -100
-        student = F.log_softmax(logits.flatten(0, 1)[valid].float(), -1)
-        teacher = F.log_softmax(target.flatten(0, 1)[valid].float(), -1)
-        kd = F.kl_div(student, teacher, reduction="sum", log_target=True)
-        return (1 - job.alpha) * ce + job.alpha * kd
+    def kd_of(logits, target, labels):
+        valid = labels != -100
+        student = F.log_softmax(logits[valid].float(), -1)
+        teacher = F.log_softmax(target[valid].float(), -1)
+        return F.kl_div(student, teacher, reduction="sum", log_target=True)
 
-    return _loop(job, loss_of)
+    return _of_logits(job, _cross_entropy, kd_of)
 
 
 def trl_gkd(job: Job) -> Any:
     """TRL's GKDTrainer: its generalised JSD at beta 0 (forward KL), plus CE."""
     from trl.experimental.gkd import GKDTrainer
 
-    def loss_of(logits, target, labels):
-        ce = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
-        kd = GKDTrainer.generalized_jsd_loss(
-            logits, target, labels=labels, beta=0.0, temperature=1.0, reduction="sum"
+    def kd_of(logits, target, labels):
+        return GKDTrainer.generalized_jsd_loss(
+            logits[None],
+            target[None],
+            labels=labels[None],
+            beta=0.0,
+            temperature=1.0,
+            reduction="sum",
         )
-        return (1 - job.alpha) * ce + job.alpha * kd
 
-    return _loop(job, loss_of)
+    return _of_logits(job, _cross_entropy, kd_of)
 
 
 def nemo(job: Job) -> Any:
@@ -206,51 +222,32 @@ def nemo(job: Job) -> Any:
     from nemo_automodel.components.loss.kd_loss import KDLoss
     from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 
-    ce_of, kd_of = MaskedCrossEntropy(reduction="sum"), KDLoss(fp32_upcast=True)
-
-    def loss_of(logits, target, labels):
-        count = int((labels != -100).sum())
-        ce = ce_of(logits, labels)
-        kd = kd_of(logits.flatten(0, 1), target.flatten(0, 1), labels.flatten(), num_batch_labels=1)
-        return (1 - job.alpha) * ce + job.alpha * kd if count else logits.sum() * 0
-
-    return _loop(job, loss_of)
+    kd = KDLoss(fp32_upcast=True)
+    return _of_logits(
+        job,
+        MaskedCrossEntropy(reduction="sum"),
+        lambda logits, target, labels: kd(logits, target, labels, num_batch_labels=1),
+    )
 
 
-@contextlib.contextmanager
-def liger(job: Job) -> Iterator[Step]:
+def liger(job: Job) -> Any:
     """Liger Kernel's fused heads: linear cross-entropy and linear JSD at beta 0 (forward KL). GPU
     only."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
-    device = torch.device("cuda")
-    teacher = _load(job.teacher, job.dtype).to(device).eval().requires_grad_(False)
-    student = _load(job.student, job.dtype).to(device).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=LEARNING_RATE)
     ce_of = LigerFusedLinearCrossEntropyLoss(reduction="sum")
     kd_of = LigerFusedLinearJSD(jsd_beta=0.0)
 
-    def step(samples: list[dict[str, Any]]) -> float:
-        count = sum(label != -100 for s in samples for label in s["labels"])
-        total = 0.0
-        for part in _chunks(samples, job.micro_batch):
-            ids, mask, labels = _padded(part, device)
-            flat = labels.flatten()
-            with torch.no_grad():
-                target = teacher.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            hidden = student.model(input_ids=ids, attention_mask=mask).last_hidden_state
-            hidden, target = hidden.flatten(0, 1), target.flatten(0, 1)
-            ce = ce_of(student.lm_head.weight, hidden, flat)
-            mean_kd = kd_of(hidden, student.lm_head.weight, target, teacher.lm_head.weight, flat)
-            kd = mean_kd * (flat != -100).sum()  # it divides by the supervised tokens
-            loss = ((1 - job.alpha) * ce + job.alpha * kd) / count
-            loss.backward()
-            total += loss.item()
-        optimizer.step()
-        optimizer.zero_grad()
-        return total
+    def loss_of(student, teacher, inputs, labels):
+        with torch.no_grad():
+            target = teacher.model(**inputs).last_hidden_state.flatten(0, 1)
+        hidden = student.model(**inputs).last_hidden_state.flatten(0, 1)
+        weight = student.lm_head.weight
+        mean_kd = kd_of(hidden, weight, target, teacher.lm_head.weight, labels)
+        kd = mean_kd * (labels != -100).sum()  # it divides by the supervised tokens
+        return (1 - job.alpha) * ce_of(weight, hidden, labels) + job.alpha * kd
 
-    yield step
+    return _loop(job, loss_of)
 
 
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {

@@ -1,23 +1,20 @@
 """What survives the process.
 
     checkpoint_dir/
-        step_0000200/           one checkpoint: written aside as .saving.step_…, verified, then
-        renamed; never seen half
+        step_0000200/           one checkpoint; written aside as .saving.step_…, verified, renamed
             engine/             DeepSpeed's shards: weights, optimizer, LR schedule
-            state.json          TrainState, world size
+            state.json          TrainState, world size, fingerprint of the run
             rng_rank0.pt …      random-number generators of each rank
-            model/              Hugging Face config and tokenizer; with consolidated weights a
-            loadable model
+            model/              Hugging Face config and tokenizer; the weights too, if consolidated
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
         final  -> step_0000200/model    the newest consolidated student
+        PREEMPTED                       there while a run waits to be started again after a signal
 
 The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
-`TrainState` (from which the position
-in the data follows) and every rank's RNG. DeepSpeed alone would write its `latest` before other
-ranks have finished, load
-flipped bytes without a word, and start from step 0 when `latest` is missing; hence the manifest and
-the rename.
+`TrainState` (from which the position in the data follows) and every rank's RNG. DeepSpeed alone
+would write its `latest` before other ranks have finished, load flipped bytes without a word, and
+start from step 0 when `latest` is missing; hence the manifest and the rename.
 """
 
 from __future__ import annotations
@@ -36,64 +33,17 @@ import torch.distributed as dist
 
 from ds_kd.distributed import World, barrier, on_rank0
 from ds_kd.models import gathered
+from ds_kd.shards import ShardWriter
 from ds_kd.state import TrainState, rng_state, set_rng_state
 
 ENGINE, MODEL, STATE, MANIFEST = "engine", "model", "state.json", "manifest.json"
 LATEST, FINAL = "LATEST", "final"
-_SHARD_BYTES = 5 * 10**9
+PREEMPTED = "PREEMPTED"
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used; the message names the file and what to do."""
-
-
-class ShardWriter:
-    """Writes tensors one at a time into Hugging Face safetensors shards, holding at most one shard.
-
-    Args:
-        directory: where `model.safetensors`, or `model-0000i-of-0000n.safetensors` and its index,
-            go.
-        shard_bytes: a shard is closed before it would grow beyond this.
-    """
-
-    def __init__(self, directory: Path, shard_bytes: int = _SHARD_BYTES):
-        self.directory, self.shard_bytes = directory, shard_bytes
-        self._held: dict[str, torch.Tensor] = {}
-        self._held_bytes = 0
-        self._shards: list[list[str]] = []
-        self._total = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._held and self._held_bytes + size > self.shard_bytes:
-            self._flush()
-        self._held[name] = tensor.contiguous()
-        self._held_bytes += size
-        self._total += size
-
-    def close(self) -> None:
-        self._flush()
-        if len(self._shards) == 1:
-            self._part(0).replace(self.directory / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for i, names in enumerate(self._shards):
-            final = f"model-{i + 1:05d}-of-{len(self._shards):05d}.safetensors"
-            self._part(i).replace(self.directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-
-    def _part(self, i: int) -> Path:
-        return self.directory / f"part-{i}.safetensors"
-
-    def _flush(self) -> None:
-        from safetensors.torch import save_file
-
-        save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._held))
-        self._held, self._held_bytes = {}, 0
 
 
 def export_student(engine: Any, directory: Path, world: World) -> None:
@@ -302,6 +252,14 @@ class Checkpointer:
         rng = found / f"rng_rank{self.world.rank}.pt"
         set_rng_state(torch.load(rng, weights_only=True))
         return found
+
+    def mark(self, step: int, finished: bool) -> None:
+        """Leave or remove the marker of a run that was stopped before its end (rank 0)."""
+        marker = self.directory / PREEMPTED
+        if finished:
+            marker.unlink(missing_ok=True)
+        else:
+            marker.write_text(f"preempted at step {step}\n")
 
     def _write_small(self, engine: Any, state: TrainState, aside: Path) -> None:
         saved = {

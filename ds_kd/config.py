@@ -318,6 +318,41 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
         problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")
 
 
+#: Of these the course of a run does not depend: where it is kept, shown, and when it stops.
+_NOT_OF_THE_COURSE = (
+    "checkpoint.",
+    "tensorboard.",
+    "wandb.",
+    "dist_env.",
+    "validation_",
+    "recipe",
+    "step_scheduler.max_steps",
+    "step_scheduler.num_epochs",
+    "step_scheduler.val_",
+    "step_scheduler.ckpt_",
+)
+
+
+def fingerprint(cfg: RunConfig) -> dict[str, Any]:
+    """What decides the course of a run, by name: the YAML's own words, secrets blanked, and the
+    versions of what computes."""
+    from importlib.metadata import version
+
+    from omegaconf import OmegaConf
+
+    flat: dict[str, Any] = {}
+
+    def walk(tree: Any, prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict) and value:
+                walk(value, f"{prefix}{name}.")
+            elif not f"{prefix}{name}".startswith(_NOT_OF_THE_COURSE):
+                flat[f"{prefix}{name}"] = value
+
+    walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
+    return flat | {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+
+
 def check_world(cfg: RunConfig, world_size: int) -> None:
     """Refuse batch sizes that do not fit the number of ranks.
 

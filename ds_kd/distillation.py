@@ -122,10 +122,20 @@ class DistillationLoss:
             The differentiable scalar (nats, summed over valid tokens) and a detached `[4]` tensor
             of `SUMS`. Its backward can be run once.
         """
-        compute = self._chunked if self._is_chunked else self._plain
-        return compute(student_hidden, student_head, labels, teacher_hidden, teacher_head)
-
-    # ---- whole logits: the definition, and what the chunked form is tested against ---------------
+        if not self._is_chunked:
+            return self._plain(student_hidden, student_head, labels, teacher_hidden, teacher_head)
+        return _Chunked.apply(  # type: ignore[no-any-return]
+            student_hidden,
+            student_head.weight,
+            student_head.bias,
+            student_head,
+            labels,
+            teacher_hidden,
+            teacher_head,
+            self,
+            # Inside a Function grad mode is off, and needs_input_grad does not know of no_grad.
+            torch.is_grad_enabled(),
+        )
 
     def _plain(
         self,
@@ -135,6 +145,7 @@ class DistillationLoss:
         teacher_hidden: Tensor | None,
         teacher_head: Head | None,
     ) -> tuple[Tensor, Tensor]:
+        """From whole logits: the definition, which the chunked form is tested against."""
         student_logits = student_head.logits(student_hidden, self.vocab_size)
         if teacher_hidden is None or teacher_head is None:
             ce = self.ce(student_logits, labels)
@@ -153,30 +164,6 @@ class DistillationLoss:
             agree = student_logits.argmax(-1).eq(teacher_logits.argmax(-1))[valid].sum()
             sums = torch.stack([ce.float(), kd.float(), agree.float(), entropy.float()])
         return loss, sums
-
-    # ---- a chunk at a time -----------------------------------------------------------------------
-
-    def _chunked(
-        self,
-        student_hidden: Tensor,
-        student_head: Head,
-        labels: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
-    ) -> tuple[Tensor, Tensor]:
-        # Inside a Function grad mode is off and needs_input_grad does not know of no_grad.
-        takes_gradients = torch.is_grad_enabled()
-        return _Chunked.apply(  # type: ignore[no-any-return]
-            student_hidden,
-            student_head.weight,
-            student_head.bias,
-            student_head,
-            labels,
-            teacher_hidden,
-            teacher_head,
-            self,
-            takes_gradients,
-        )
 
     def chunk_size(self, device: torch.device) -> int:
         """Tokens in one chunk."""
@@ -395,10 +382,10 @@ class _Gradients:
         scaled = (hidden * factor[:, None]).to(hidden.dtype)
         if to_weight is not None:
             into = to_weight[: self.vocab]
-            beta = 0.0 if rows.start == 0 else 1.0  # nothing is there yet
+            is_first = rows.start == 0
             if into.dtype == gradient.dtype:
-                into.addmm_(gradient.t(), scaled, beta=beta)  # beta 0 does not read
-            elif rows.start == 0:
+                into.addmm_(gradient.t(), scaled, beta=0.0 if is_first else 1.0)  # 0: not read
+            elif is_first:
                 into.copy_(gradient.t() @ scaled)
             else:
                 into.add_(gradient.t() @ scaled)

@@ -194,6 +194,12 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torc
     return total
 
 
+def _store() -> dist.Store:
+    """The job's own key-value store, kept by rank 0: waiting there is no collective and has no
+    collective's timeout."""
+    return dist.distributed_c10d._get_default_store()
+
+
 def on_rank0(function: Callable[[], T], world: World) -> T:
     """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all
     ranks too.
@@ -211,11 +217,11 @@ def on_rank0(function: Callable[[], T], world: World) -> T:
         except Exception as error:
             box[1] = error
     if world.size > 1:
-        store, key = dist.distributed_c10d._get_default_store(), f"ds_kd/on_rank0/{_calls}"
+        key = f"ds_kd/on_rank0/{_calls}"
         if world.is_main:
-            store.set(key, "done")
+            _store().set(key, "done")
         else:
-            store.wait([key], _PATIENCE)
+            _store().wait([key], _PATIENCE)
         dist.broadcast_object_list(box, src=0, group=world.host_group)
     if box[1] is not None:
         raise box[1]
@@ -235,7 +241,7 @@ def is_first_to_fail() -> bool:
     if not dist.is_initialized():
         return _is_first_here()
     try:
-        return int(dist.distributed_c10d._get_default_store().add("ds_kd/failed", 1)) == 1
+        return int(_store().add("ds_kd/failed", 1)) == 1
     except RuntimeError:  # rank 0, which keeps the store, is gone: it has spoken
         return False
 

@@ -192,6 +192,7 @@ class _RowsOfLastMLP:
                 return plain(hidden)
             some = plain(flat.index_select(0, self._rows)[None])
             if not isinstance(some, Tensor):  # some mixtures of experts return more
+                mlp.forward = plain  # never tried again
                 return plain(hidden)
             return torch.zeros_like(flat).index_copy(0, self._rows, some[0]).view_as(hidden)
 

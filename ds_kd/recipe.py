@@ -14,7 +14,7 @@ import torch
 from ds_kd import engines, models
 from ds_kd.attention import attend_by_sample
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
-from ds_kd.config import check_world
+from ds_kd.config import check_world, fingerprint
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
@@ -26,10 +26,8 @@ from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
 
-#: In `checkpoint_dir` while a run waits to be started again after a signal.
-PREEMPTED = "PREEMPTED"
-#: torch's optimizers with kernels that update everything in one pass, on CPU and CUDA.
-_FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD", "Adagrad")}
+#: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
+_FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
 
 
 def build(
@@ -285,24 +283,34 @@ def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | 
     if wanted.warmup_ratio is not None:
         warmup = round(wanted.warmup_ratio * schedule.total_steps)
     return functools.partial(
-        _make_scheduler,
         get_scheduler,
         wanted.name,
-        warmup,
-        schedule.total_steps,
-        wanted.scheduler_specific_kwargs,
+        num_warmup_steps=warmup,
+        num_training_steps=schedule.total_steps,
+        scheduler_specific_kwargs=wanted.scheduler_specific_kwargs or None,
     )
 
 
-def _make_scheduler(
-    get: Callable, name: str, warmup: int, total: int, extra: dict, optimizer: Any
+def _samples(
+    cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
 ) -> Any:
-    return get(
-        name,
-        optimizer,
-        num_warmup_steps=warmup,
-        num_training_steps=total,
-        scheduler_specific_kwargs=extra or None,
+    """The data set; packs where the YAML wants them."""
+    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
+    name = next((name for name in names if name in dataset.kwargs), None)
+    rows = _as_config_error(
+        f"{dataset.key}.{name}" if name else dataset.key,
+        dataset.kwargs[name] if name else dataset.target,
+        lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
+        "a data set",
+    )
+    if not _packs(cfg):
+        return rows
+    size = cfg.packed_sequence.packed_sequence_size
+    return _as_config_error(
+        "packed_sequence.packed_sequence_size",
+        size,
+        lambda: PackedDataset(rows, size, cfg.rng.seed),
+        f"room for every sample of {dataset.key}",
     )
 
 
@@ -316,26 +324,9 @@ def _loader(
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
     """The data set, cut into this rank's micro-batches."""
-    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-    name = next((name for name in names if name in dataset.kwargs), None)
-    rows = _as_config_error(
-        f"{dataset.key}.{name}" if name else dataset.key,
-        dataset.kwargs[name] if name else dataset.target,
-        lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
-        "a data set",
-    )
-    steps = cfg.step_scheduler
-    if size := cfg.packed_sequence.packed_sequence_size:
-        rows = _as_config_error(
-            "packed_sequence.packed_sequence_size",
-            size,
-            lambda: PackedDataset(rows, size, cfg.rng.seed),
-            f"room for every sample of {dataset.key}",
-        )
-    kwargs = dict(loader.kwargs)
-    local = steps.local_batch_size
-    if not training:
-        local = kwargs.pop("batch_size", local)
+    rows = _samples(cfg, dataset, tokenizer, world, allow)
+    steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
+    local = steps.local_batch_size if training else kwargs.pop("batch_size", steps.local_batch_size)
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
@@ -350,7 +341,7 @@ def _loader(
             shuffle=shuffle,
             seed=cfg.rng.seed,
             drop_last=drop_last,
-            lengths=lengths_of(rows) if grouped and not size else None,
+            lengths=lengths_of(rows) if grouped and not _packs(cfg) else None,
         )
         built = instantiate(
             Target(loader.target, kwargs, loader.key),
@@ -393,40 +384,6 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
     return made[0] if made else None
 
 
-#: Of these the course of a run does not depend: where it is kept, shown, and when it stops.
-_NOT_OF_THE_COURSE = (
-    "checkpoint.",
-    "tensorboard.",
-    "wandb.",
-    "dist_env.",
-    "validation_",
-    "recipe",
-    "step_scheduler.max_steps",
-    "step_scheduler.num_epochs",
-    "step_scheduler.val_",
-    "step_scheduler.ckpt_",
-)
-
-
-def _fingerprint(cfg: RunConfig, samples: int) -> dict[str, Any]:
-    """What the YAML says that decides the course of the run, and how much data there is."""
-    import transformers
-    from omegaconf import OmegaConf
-
-    flat: dict[str, Any] = {}
-
-    def walk(tree: Any, prefix: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, dict) and value:
-                walk(value, f"{prefix}{name}.")
-            elif not f"{prefix}{name}".startswith(_NOT_OF_THE_COURSE):
-                flat[f"{prefix}{name}"] = value
-
-    walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    return {**flat, "training samples": samples, **versions}
-
-
 def _checkpointer(
     cfg: RunConfig, tokenizer: Any, samples: int, world: World
 ) -> Checkpointer | None:
@@ -446,21 +403,19 @@ def _checkpointer(
         tokenizer,
         wanted.save_consolidated,
         wanted.keep_last,
-        _fingerprint(cfg, samples),
+        {**fingerprint(cfg), "training samples": samples},
     )
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
-    """Where the result is and what to type next; on the way, the marker of a run that was stopped
-    before its end."""
-    if not cfg.checkpoint.enabled:
-        return "" if finished else f"preempted at step {step}; nothing is kept (checkpoint.enabled)"
+    """Where the result is and what to type next."""
     directory = Path(cfg.checkpoint.checkpoint_dir)
-    marker = directory / PREEMPTED
     if not finished:
-        marker.write_text(f"preempted at step {step}\n")
-        return f"preempted at step {step}; the same command goes on from {directory / LATEST}"
-    marker.unlink(missing_ok=True)
+        onward = f"the same command goes on from {directory / LATEST}"
+        kept = onward if cfg.checkpoint.enabled else "nothing is kept, as checkpoints are off"
+        return f"preempted at step {step}; {kept}"
+    if not cfg.checkpoint.enabled:
+        return "done; nothing is kept, as checkpoints are off"
     if cfg.checkpoint.save_consolidated == "false":
         student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
     else:

@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if trainer.metrics is not None:
         trainer.metrics.close()
     if world.is_main:
+        if trainer.checkpointer is not None:
+            trainer.checkpointer.mark(trainer.state.step, finished)
         print(recipe.closing_message(cfg, trainer.state.step, finished))
     distributed.stop()
     return 0

@@ -13,7 +13,15 @@ from pathlib import Path
 from ds_kd.distributed import _free_port
 
 
-def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, args: tuple) -> None:
+def _rank(
+    worker: Callable,
+    rank: int,
+    size: int,
+    port: int,
+    directory: str,
+    args: tuple,
+    timeout_minutes: float,
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -28,7 +36,7 @@ def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, arg
         from ds_kd import distributed
 
         torch.set_num_threads(1)
-        world = distributed.start("gloo", timeout_minutes=1)
+        world = distributed.start("gloo", timeout_minutes)
         result = worker(world, Path(directory), *args)
         (Path(directory) / f"result{rank}.json").write_text(json.dumps(result))
         distributed.stop()
@@ -37,13 +45,22 @@ def _rank(worker: Callable, rank: int, size: int, port: int, directory: str, arg
         raise
 
 
-def run_ranks(worker: Callable, size: int, directory: Path, *args, seconds: float = 240) -> list:
+def run_ranks(
+    worker: Callable,
+    size: int,
+    directory: Path,
+    *args,
+    seconds: float = 240,
+    timeout_minutes: float = 1,
+) -> list:
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
     order."""
     context = multiprocessing.get_context("spawn")
     port = _free_port()
     ranks = [
-        context.Process(target=_rank, args=(worker, r, size, port, str(directory), args))
+        context.Process(
+            target=_rank, args=(worker, r, size, port, str(directory), args, timeout_minutes)
+        )
         for r in range(size)
     ]
     for process in ranks:

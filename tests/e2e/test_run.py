@@ -18,19 +18,32 @@ ROOT = Path(__file__).parents[2]
 GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
 
 
-def run(command: list[str], **env: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **env}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+def environment() -> dict[str, str]:
+    made = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return {**made, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{made['PATH']}"}
+
+
+def run(command: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False
+        command,
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
     )
 
 
-def kd(*overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+def kd_command(*overrides: str, ranks: int = 2) -> list[str]:
     start = [sys.executable]
     if ranks > 1:
         start = ["deepspeed", "--master_port", str(_free_port()), "--num_accelerators", str(ranks)]
-    return run([*start, "launch/kd.py", "--config", GUIDE, *overrides])
+    return [*start, "launch/kd.py", "--config", GUIDE, *overrides]
+
+
+def kd(*overrides: str, ranks: int = 2) -> subprocess.CompletedProcess:
+    return run(kd_command(*overrides, ranks=ranks))
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +103,19 @@ def test_the_guides_yaml_runs_under_the_deepspeed_launcher(finished, root):
 def test_the_same_command_resumes(finished):
     assert "resumed from" in finished[1].stdout and "at step 2" in finished[1].stdout
     assert "step 2/6" not in finished[1].stdout
+    assert "resuming, but" not in finished[1].stdout  # a longer run is the same run
+
+
+def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides):
+    result = kd(*overrides, "optimizer.lr=0.02")
+    assert result.returncode == 0, result.stderr
+    assert "resuming, but optimizer.lr was 0.01 and is 0.02" in result.stdout
+
+
+def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):
+    result = kd(*overrides, f"model.pretrained_model_name_or_path={root / 'teacher'}")
+    assert result.returncode != 0 and "does not fit this model" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_metrics_and_events_are_complete(finished, root):

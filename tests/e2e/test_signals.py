@@ -14,9 +14,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_kd.distributed import _free_port
 from tests import tiny
-from tests.e2e.test_run import GUIDE, ROOT
+from tests.e2e.test_run import ROOT, environment, kd_command
 
 STEPS = 12
 
@@ -53,17 +52,10 @@ def common(tmp_path_factory):
 
 def start(overrides, directory, ranks):
     """The run as a process group of its own, its output line by line."""
-    command = [sys.executable]
-    if ranks > 1:
-        port = str(_free_port())
-        command = ["deepspeed", "--master_port", port, "--num_accelerators", str(ranks)]
-    command += ["launch/kd.py", "--config", GUIDE, *overrides]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{environment['PATH']}"
     return subprocess.Popen(
-        [*command, f"checkpoint.checkpoint_dir={directory}"],
+        kd_command(*overrides, f"checkpoint.checkpoint_dir={directory}", ranks=ranks),
         cwd=ROOT,
-        env=environment,
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -163,7 +163,27 @@ def refused_steps(world, paths):
 
     rows = tiny.samples(2 * world.size)
     masked = tiny.samples(2 * world.size, masked=tuple(range(2 * world.size)))
-    return [message(masked, sgd), message(rows, lambda p: torch.optim.SGD(p, lr=1e30))]
+
+    def nan_gradient():
+        """The message, and whether the weights stayed."""
+        trainer = build(world, paths, rows, 1, 2, 0.5, sgd)
+        loss = trainer.student.module.loss
+
+        def spoiled(hidden, *rest):
+            value, sums = loss(hidden, *rest)
+            return value + torch.sqrt(hidden.sum() * 0.0), sums  # adds 0; its slope there is not
+
+        trainer.student.module.loss = spoiled
+        before = weights(trainer.student)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            after = weights(trainer.student)
+            return [str(error), all(torch.equal(before[n], after[n]) for n in before)]
+        return ["none", False]
+
+    diverging = message(rows, lambda p: torch.optim.SGD(p, lr=1e30))
+    return [message(masked, sgd), diverging, nan_gradient()]
 
 
 @pytest.fixture(scope="module")
@@ -217,3 +237,9 @@ def test_a_step_without_labels_names_its_samples_instead_of_dividing_by_zero(res
 def test_a_loss_that_is_not_finite_stops_every_rank_and_names_the_samples(results):
     assert "is nan" in results["refused"][1] or "is inf" in results["refused"][1]
     assert "s0, s1" in results["refused"][1]
+
+
+def test_a_gradient_that_is_not_finite_stops_every_rank_before_weights_move(results):
+    message, same = results["refused"][2]
+    assert "gradient norm of step 1 is nan" in message and "s0, s1" in message
+    assert same
