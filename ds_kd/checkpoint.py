@@ -19,6 +19,7 @@ start from step 0 when `latest` is missing; hence the manifest and the rename.
 
 from __future__ import annotations
 
+import copyreg
 import hashlib
 import json
 import os
@@ -101,6 +102,17 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
             tensor = lazy.contiguous() if not isinstance(lazy, torch.Tensor) else lazy
             writer.add(name.removeprefix(_PREFIX), tensor.to(dtype))
     writer.close()
+
+
+def pickle_stage_by_value() -> None:
+    """Have DeepSpeed's one stored enum pickled as `ZeroStageEnum(3)` by every Python.
+
+    Early releases of Python 3.11, Debian 12's among them, write `getattr(ZeroStageEnum, "weights")`
+    instead, and `getattr` is nothing that a reader should allow.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
 
 
 @contextmanager
@@ -204,6 +216,7 @@ class Checkpointer:
             self.save_consolidated == "final" and is_last
         )
         on_rank0(lambda: _fresh(aside / MODEL), self.world)
+        pickle_stage_by_value()
         engine.save_checkpoint(str(aside), tag=ENGINE, save_latest=False)
         torch.save(rng_state(), aside / f"rng_rank{self.world.rank}.pt")
         on_rank0(lambda: self._write_small(engine, state, aside), self.world)
