@@ -7,6 +7,7 @@ loss, backward and AdamW. The loss is the mean over supervised tokens of 1/2·CE
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ def _chunks(items: list, size: int) -> list[list]:
 
 
 @contextlib.contextmanager
-def ds_kd(job: Job, chunk_size: int | None = None) -> Iterator[Step]:
+def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> Iterator[Step]:
     """The trainer's own step on its own engines, this process's rank of however many there are."""
     from ds_kd import distributed, engines, models
     from ds_kd.attention import attend_by_sample
@@ -82,6 +83,9 @@ def ds_kd(job: Job, chunk_size: int | None = None) -> Iterator[Step]:
         lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
     )
     student.train()
+    if compiled:
+        models.compile_layers(teacher_model)
+        models.compile_layers(student_model)
 
     def step(samples: list[dict[str, Any]]) -> float:
         if job.packs:
@@ -252,6 +256,7 @@ def liger(job: Job) -> Any:
 
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
+    "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),

@@ -54,7 +54,7 @@ class Cell:
     kind: str = "text"
     length: int = 512
     masked: float = 0.0
-    samples: int = 2
+    samples: int = 4
     micro_batch: int = 2
     vocab: int = 0
     dtype: str = "fp32"

@@ -42,7 +42,6 @@ REFUSED_SECTIONS = {
     "peft": "LoRA is not supported yet; remove the section to train all weights",
     "slurm": "submitting from the YAML is not supported yet; remove the section and use sbatch "
     "launch/slurm.sh",
-    "compile": "torch.compile is not supported yet; remove the section",
     "offload_teacher_model": "remove it and set deepspeed.teacher: "
     "ds_configs/zero/teacher_zero3_offload.json",
     "separate_meshes": "student and teacher share all ranks here; remove it and "

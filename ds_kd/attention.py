@@ -13,17 +13,28 @@ import torch
 from torch import Tensor
 
 NAME = "sdpa_by_sample"
+
+
+class Segments:
+    """The tokens of each sample of a pack, in an object: torch.compile would make a version of the
+    layers for every length of a list."""
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = lengths
+
+
 #: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
+@torch.compiler.disable
 def sdpa_by_sample(
     module: torch.nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    segment_lengths: list[int] | None = None,
+    segments: Segments | None = None,
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -32,7 +43,7 @@ def sdpa_by_sample(
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
-        segment_lengths: tokens of each sample in turn; None means one sample a row, right-padded.
+        segments: None means one sample a row, right-padded.
         sliding_window: how many tokens back a token may look, itself included.
 
     Returns:
@@ -41,7 +52,7 @@ def sdpa_by_sample(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     assert attention_mask is None, "attention by sample takes no mask"
-    lengths = segment_lengths or [query.shape[2]]
+    lengths = segments.lengths if segments else [query.shape[2]]
     kwargs["is_causal"] = True
     out = []
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):

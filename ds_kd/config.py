@@ -83,6 +83,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     for name in [n for n in data if n in REFUSED_SECTIONS]:
         if data.pop(name) not in (None, False):
             problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
+    if isinstance(data.get("compile"), bool):
+        data["compile"] = {"enabled": data["compile"]}
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":

@@ -91,7 +91,7 @@ class _Split(nn.Module):
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
-            segments = {"segment_lengths": batch["segment_lengths"]}
+            segments = {"segments": attention.Segments(batch["segment_lengths"])}
         with self._last_mlp.only(batch["rows"]):
             out = self.model.base_model(
                 input_ids=ids, position_ids=positions, use_cache=False, **segments
@@ -161,6 +161,22 @@ class Student(_Split):
                 hidden,
                 loss=lambda h: self.loss(h, self.head(), batch["targets"], target, teacher.head()),
             )
+
+
+def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
+    """Let torch.compile fuse what lies between the matrix products of every transformer layer.
+
+    A layer is what ZeRO-3 gathers at once (`engines`), so its hooks stay outside; so does
+    attention by sample.
+
+    Args:
+        model: an HF model.
+        dynamic: one compiled version for all lengths, as no two packs are alike.
+        options: of `torch.compile`.
+    """
+    names = getattr(model, "_no_split_modules", None) or ()
+    for layer in [part for part in model.modules() if type(part).__name__ in names]:
+        layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
 
 
 def _select(hidden: Tensor, rows: Tensor) -> Tensor:

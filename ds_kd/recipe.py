@@ -194,6 +194,7 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
     module = models.Teacher(_load_model(target, config, _packs(cfg), allow))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, target, engine, world)
+    _compile(cfg, module.model)
     return engine
 
 
@@ -248,6 +249,7 @@ def _student(
         "an element-wise optimizer",
     )
     _check_model(cfg, cfg.model, engine, world)
+    _compile(cfg, model)
     engine.train()
     return engine
 
@@ -271,6 +273,14 @@ def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> N
     for check, expected in checks:
         probe = functools.partial(check, engine, world.device, target.key)
         _as_config_error(target.key, _path(target), probe, expected)
+
+
+def _compile(cfg: RunConfig, model: Any) -> None:
+    wanted = cfg.compile
+    if wanted.enabled:
+        models.compile_layers(
+            model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
+        )
 
 
 def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | None:

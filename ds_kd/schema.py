@@ -128,6 +128,18 @@ class PackedSequence:
 
 
 @dataclass
+class Compile:
+    enabled: bool = key(False, "torch.compile the transformer layers; or `compile: true`", "bool")
+    mode: str = key(
+        "default", "of torch.compile", "choice",
+        among=("default", "max-autotune", "max-autotune-no-cudagraphs"),
+    )  # fmt: skip
+    dynamic: bool = key(True, "one version for all lengths; false makes one for each", "bool")
+    fullgraph: bool = key(False, "only false: attention stays outside", "bool", among=(False,))
+    backend: str = key("inductor", "of torch.compile", "str")
+
+
+@dataclass
 class TensorBoard:
     enabled: bool = key(True, "write TensorBoard events", "bool")
     log_dir: str | None = key(
@@ -223,6 +235,7 @@ class RunConfig:
     distributed: Distributed = key(
         Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed
     )
+    compile: Compile = key(Compile, "fused pointwise work", "section", section=Compile)
     deepspeed: DeepSpeed = key(
         DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
     )

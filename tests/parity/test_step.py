@@ -34,6 +34,7 @@ def build(
     temperature=TEMPERATURE,
     packs=False,
     checkpointing=False,
+    compiled=False,
     **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher."""
@@ -78,6 +79,9 @@ def build(
     )
     module = models.Student(load(paths["student"]), loss, teacher.module if teacher else None)
     student = engines.build_student(module, config, optimizer)
+    if compiled:
+        for engine in filter(None, (teacher, student)):
+            models.compile_layers(engine.module.model)
     student.train()
     sampler = GlobalBatchSampler(
         len(rows), accumulation * local * world.size, local, world.rank, world.size
@@ -115,7 +119,10 @@ def compare_with_plain_pytorch(world, directory, paths):
     teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"])
     errors = {}
     plain = [(alpha, split, {}) for alpha, split in itertools.product(RATIOS, SPLITS)]
-    others = [(0.5, (2, 3), {"checkpointing": True}), (0.5, (1, 2), {"packs": True})]
+    packs = {"packs": True}
+    others = [(0.5, (2, 3), {"checkpointing": True}), (0.5, (1, 2), packs)]
+    if world.size == 1:  # the compiler is slow
+        others.append((0.5, (1, 2), {**packs, "compiled": True}))
     for alpha, (accumulation, local), kind in plain + others:
         rows = tiny.samples(6 * world.size, seed=world.size, masked=MASKED)
         # Three packs for one rank, five and a filler for two.
@@ -209,7 +216,7 @@ def cases(results):
 
 def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
     # lr 1 SGD: the parameter difference is the gradient difference.
-    assert len(cases) == len(SPLITS) * len(RATIOS) + 2
+    assert len(cases) >= len(SPLITS) * len(RATIOS) + 2
     for name, case in cases.items():
         assert case["moved"] > 0.05, (
             f"{name}: the reference hardly moves, so this would prove nothing"
@@ -224,7 +231,7 @@ def test_logged_losses_are_the_optimised_token_means(cases):
 
 def test_teacher_is_frozen_and_carries_no_optimizer(cases):
     with_teacher = [case for case in cases.values() if "teacher_same" in case]
-    assert len(with_teacher) == 8
+    assert len(with_teacher) >= 8
     for case in with_teacher:
         assert case["teacher_same"] and not case["teacher_state"]
         assert not case["teacher_grad"] and not case["teacher_training"]

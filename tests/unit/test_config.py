@@ -65,7 +65,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["peft", "slurm", "separate_meshes", "compile", "offload_teacher_model"],
+    ["peft", "slurm", "separate_meshes", "offload_teacher_model"],
 )
 def test_sections_of_later_work_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
