@@ -64,6 +64,7 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
     from ds_kd.data.packing import PackedDataset
     from ds_kd.distillation import DistillationLoss
     from ds_kd.losses import KDLoss, MaskedCrossEntropy
+    from ds_kd.zero_files import state_bytes
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
     config = engines.engine_config(
@@ -114,25 +115,10 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
         student.step()
         return float(distributed.sum_over_ranks(total[None], world)[0]) / labels
 
-    step.state_bytes = _state_bytes(teacher) + _state_bytes(student)  # type: ignore[attr-defined]
+    step.state_bytes = state_bytes(teacher) + state_bytes(student)  # type: ignore[attr-defined]
     yield step
     for engine in (student, teacher):
         engine.destroy()
-
-
-def _state_bytes(engine: Any) -> int:
-    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, fp32 weights
-    and optimizer state, and what is too small to be sharded."""
-    tensors = [p.ds_tensor for p in engine.module.parameters()]
-    tensors += [p.data for p in engine.module.parameters() if p.data.numel() == p.ds_numel]
-    optimizer = getattr(engine.optimizer, "optimizer", None)
-    if optimizer is not None:
-        tensors += [p for group in optimizer.param_groups for p in group["params"]]
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    # A master copy may be the shard itself.
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
 
 
 # ---- the field -----------------------------------------------------------------------------------

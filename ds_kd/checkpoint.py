@@ -9,6 +9,7 @@
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
         final  -> step_0000200/model    the newest consolidated student
+        BEST   -> step_0000150          lowest validation loss of those that are there
         PREEMPTED                       there while a run waits to be started again after a signal
 
 The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
@@ -19,32 +20,29 @@ start from step 0 when `latest` is missing; hence the manifest and the rename.
 
 from __future__ import annotations
 
-import copyreg
-import hashlib
+import functools
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from ds_kd.distributed import World, barrier, on_rank0
+from ds_kd import manifest, zero_files
+from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
+from ds_kd.manifest import MANIFEST, CheckpointError, verify
 from ds_kd.models import gathered
 from ds_kd.shards import ShardWriter
 from ds_kd.state import TrainState, rng_state, set_rng_state
 
-ENGINE, MODEL, STATE, MANIFEST = "engine", "model", "state.json", "manifest.json"
-LATEST, FINAL = "LATEST", "final"
+ENGINE, MODEL, STATE = "engine", "model", "state.json"
+LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 PREEMPTED = "PREEMPTED"
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used; the message names the file and what to do."""
 
 
 def export_student(engine: Any, directory: Path, world: World) -> None:
@@ -53,20 +51,31 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
 
     Rank 0 holds one shard above its training memory. Tied weights are written once; transformers
     ties them on loading.
+
+    Raises:
+        OSError, SafetensorError: on every rank, where rank 0 cannot write.
     """
     model = engine.module.model
     writer = ShardWriter(directory) if world.is_main else None
     kept = model.state_dict().keys()  # leaves out buffers that are rebuilt on loading
+    error = None
     for name, parameter in model.named_parameters():
         with gathered([parameter]):
-            if writer is not None:
-                writer.add(name, parameter.detach().to("cpu", copy=True))
-    if writer is not None:
+            # After an error too, every rank gathers to the end.
+            if writer is not None and error is None:
+                copied = parameter.detach().to("cpu", copy=True)
+                error = _error_of(functools.partial(writer.add, name, copied))
+
+    def finish() -> None:
+        if error is not None:
+            raise error
+        assert writer is not None
         for name, buffer in model.named_buffers():
             if name in kept:
                 writer.add(name, buffer.detach().to("cpu", copy=True))
         writer.close()
-    barrier(world)
+
+    on_rank0(finish, world)
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> None:
@@ -93,7 +102,7 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
         ignore=lambda _, names: [n for n in names if "safetensors" in n],
     )
     dtype = AutoConfig.from_pretrained(out).dtype or torch.float32
-    with trusted_pickles():
+    with zero_files.trusted_pickles():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
     writer, seen = ShardWriter(out), set()
     for name, lazy in weights.items():
@@ -104,71 +113,14 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
     writer.close()
 
 
-def pickle_stage_by_value() -> None:
-    """Have DeepSpeed's one stored enum pickled as `ZeroStageEnum(3)` by every Python.
-
-    Early releases of Python 3.11, Debian 12's among them, write `getattr(ZeroStageEnum, "weights")`
-    instead, and `getattr` is nothing that a reader should allow.
-    """
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
-
-
-@contextmanager
-def trusted_pickles() -> Iterator[None]:
-    """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
-
-    DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch
-    overrules it.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-
-    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _error_of(function: Callable[[], Any]) -> Exception | None:
+    """What writing a file ends with: safetensors and torch have errors of their own for a full
+    disk."""
     try:
-        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
-            yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def _digest(path: Path) -> dict[str, Any]:
-    sha = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            sha.update(block)
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "sha256": sha.hexdigest()}
-
-
-def _files(directory: Path) -> list[Path]:
-    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
-
-
-def verify(checkpoint: Path) -> None:
-    """Compare every file with the manifest.
-
-    Raises:
-        CheckpointError: names the first file that is missing, truncated or altered.
-    """
-    try:
-        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{checkpoint / MANIFEST}: missing or unreadable") from None
-    for name, want in listed.items():
-        path = checkpoint / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: missing")
-        if path.stat().st_size != want["bytes"]:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {want['bytes']}")
-        if _digest(path)["sha256"] != want["sha256"]:
-            raise CheckpointError(f"{path}: content does not match its SHA-256")
+        function()
+    except WRITE_ERRORS as error:
+        return error
+    return None
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
@@ -190,6 +142,8 @@ class Checkpointer:
         save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
             `false` with none.
         keep_last: how many checkpoints stay; None keeps all.
+        keep_best: how many of the lowest validation losses stay besides.
+        stops_on_failed_save: a checkpoint that cannot be written ends the run.
         fingerprint: what the course of the run depends on, by name; plain values.
         say: prints on rank 0.
     """
@@ -203,26 +157,110 @@ class Checkpointer:
         keep_last: int | None = None,
         fingerprint: dict[str, Any] | None = None,
         say: Any = print,
+        keep_best: int = 1,
+        stops_on_failed_save: bool = False,
     ):
         self.directory, self.world, self.tokenizer = directory, world, tokenizer
         self.save_consolidated, self.keep_last, self.say = save_consolidated, keep_last, say
         self.fingerprint = fingerprint or {}
+        self.keep_best, self.stops_on_failed_save = keep_best, stops_on_failed_save
 
-    def save(self, engine: Any, state: TrainState, is_last: bool) -> Path:
-        """Write one checkpoint; when this returns, it is whole and `LATEST` names it."""
+    def save(
+        self,
+        engine: Any,
+        state: TrainState,
+        is_last: bool,
+        validation_loss: float | None = None,
+        must: bool = False,
+    ) -> Path | None:
+        """Write one checkpoint; when this returns, it is whole and `LATEST` names it.
+
+        Where it cannot be written (a full disk, a directory without rights), nothing of it stays,
+        the checkpoints before it do, and None is returned.
+
+        Args:
+            is_last: of the run's steps; such a one is consolidated if any is.
+            validation_loss: of exactly these weights, if known; `keep_best` goes by it.
+            must: raise where it cannot be written, whatever `on_failed_save` says.
+
+        Raises:
+            CheckpointError: it cannot be written, and the run is to stop then.
+        """
+        try:
+            return self._save(engine, state, is_last, validation_loss)
+        except (OSError, SafetensorError) as error:  # on every rank, see `_all_well`
+            aside = self._aside(state.step)
+            on_rank0(lambda: shutil.rmtree(aside, ignore_errors=True), self.world)
+            kept = on_rank0(lambda: [path.name for path in self._all()[:1]], self.world)
+            message = (
+                f"the checkpoint of step {state.step} cannot be written: {error}; "
+                f"{f'{kept[0]} is the last' if kept else 'there is none yet'}"
+            )
+            if must or is_last or self.stops_on_failed_save:
+                raise CheckpointError(f"{message}. Make room, and start the run again.") from error
+            if self.world.is_main:
+                self.say(f"{message}; training goes on")
+            return None
+
+    def check_room(self, engine: Any) -> None:
+        """Refuse to start where not even one checkpoint has room (a collective).
+
+        Raises:
+            CheckpointError: with what is needed and what there is.
+        """
+        needed = self._needed(engine, self.save_consolidated != "false")
+
+        def check() -> None:
+            try:
+                _check_free(self.directory, needed)
+            except OSError as error:
+                raise CheckpointError(
+                    f"checkpoint.checkpoint_dir: no room for one checkpoint: {error}. Give "
+                    f"another directory, or make room."
+                ) from error
+
+        on_rank0(check, self.world)
+
+    def _needed(self, engine: Any, consolidate: bool) -> int:
+        """Bytes of a checkpoint, all ranks."""
+        total = int(sum_over_ranks([zero_files.state_bytes(engine)], self.world)[0])
+        if consolidate:
+            total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
+        return total
+
+    def _aside(self, step: int) -> Path:
+        return self.directory / f".saving.step_{step:07d}"
+
+    def _all_well(self, error: Exception | None) -> None:
+        """Raise on every rank what any of them met (a collective)."""
+        texts: list[Any] = [None] * self.world.size
+        text = None if error is None else str(error).strip().splitlines()[0]
+        dist.all_gather_object(texts, text, group=self.world.host_group)
+        for rank, text in enumerate(texts):
+            if text is not None:
+                raise OSError(f"rank {rank}: {text}")
+
+    def _save(
+        self, engine: Any, state: TrainState, is_last: bool, validation_loss: float | None
+    ) -> Path:
         target = self.directory / f"step_{state.step:07d}"
-        aside = self.directory / f".saving.{target.name}"
+        aside = self._aside(state.step)
         consolidate = self.save_consolidated == "every" or (
             self.save_consolidated == "final" and is_last
         )
-        on_rank0(lambda: _fresh(aside / MODEL), self.world)
-        pickle_stage_by_value()
-        engine.save_checkpoint(str(aside), tag=ENGINE, save_latest=False)
-        torch.save(rng_state(), aside / f"rng_rank{self.world.rank}.pt")
-        on_rank0(lambda: self._write_small(engine, state, aside), self.world)
+        needed = self._needed(engine, consolidate)
+
+        def prepare() -> None:
+            _fresh(aside / MODEL)
+            _check_free(self.directory, needed)
+
+        on_rank0(prepare, self.world)
+        self._all_well(zero_files.save_engine(engine, aside, ENGINE))
+        rng = aside / f"rng_rank{self.world.rank}.pt"
+        self._all_well(_error_of(lambda: torch.save(rng_state(), rng)))
+        on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)
         if consolidate:
             export_student(engine, aside / MODEL, self.world)
-        barrier(self.world)
         files = self._manifest(aside)
         on_rank0(lambda: self._publish(aside, target, files, consolidate), self.world)
         return target
@@ -231,40 +269,66 @@ class Checkpointer:
         """Restore the newest good checkpoint; None when there is none at all.
 
         What has changed since it was saved is named, as the run will not be what it would have
-        been.
+        been. Another number of ranks sees the same global batches in the same order.
 
         Raises:
-            CheckpointError: checkpoints exist and none is good, or this one was saved by another
-                number of ranks or holds another model.
+            CheckpointError: checkpoints exist and none is good, or this one holds another model.
         """
         found = on_rank0(self._newest_good, self.world)
         if found is None:
             return None
         saved = json.loads((found / STATE).read_text())
-        if saved["world_size"] != self.world.size:
-            raise CheckpointError(
-                f"{found} was saved by {saved['world_size']} ranks and this run has "
-                f"{self.world.size}; start it with "
-                f"{saved['world_size']}, or give checkpoint.checkpoint_dir another directory "
-                f"to start anew"
-            )
         if self.world.is_main:
             for line in differences(saved.get("fingerprint", {}), self.fingerprint):
                 self.say(f"resuming, but {line}")
         try:
-            with trusted_pickles():
-                loaded, _ = engine.load_checkpoint(str(found), tag=ENGINE)
+            if saved["world_size"] == self.world.size:
+                loaded = zero_files.load_engine(engine, found, ENGINE)
+            else:
+                loaded = self._load_cut_anew(engine, found, saved["world_size"])
         except RuntimeError as error:
             raise CheckpointError(
                 f"{found} does not fit this model ({str(error).strip().splitlines()[0]}); give "
                 f"checkpoint.checkpoint_dir another directory to start anew"
             ) from error
-        if loaded is None:
+        if not loaded:
             raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
         state.load_state_dict(saved["train_state"])
         rng = found / f"rng_rank{self.world.rank}.pt"
-        set_rng_state(torch.load(rng, weights_only=True))
+        if rng.is_file():  # a rank more than there were draws from its own seed
+            set_rng_state(torch.load(rng, weights_only=True))
         return found
+
+    def _load_cut_anew(self, engine: Any, found: Path, ranks: int) -> bool:
+        """Into another number of ranks."""
+        if self.world.is_main:
+            self.say(
+                f"{found.name} was saved by {ranks} ranks and is cut anew for {self.world.size}: "
+                f"the same batches in the same order, rounded otherwise"
+            )
+        out = self.directory / ".cut_anew"
+
+        def cut() -> None:
+            shutil.rmtree(out, ignore_errors=True)
+            try:
+                zero_files.cut_anew(found, ENGINE, out)
+            except KeyError as error:
+                raise CheckpointError(
+                    f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
+                    f"go on with another number ({error} is not in it); start {ranks} again"
+                ) from None
+
+        try:
+            on_rank0(cut, self.world)
+            return zero_files.load_cut_anew(engine, out, ENGINE)
+        finally:
+            barrier(self.world)
+            on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), self.world)
+
+    def newest(self) -> Path | None:
+        """The checkpoint that `LATEST` names, by this rank's eyes alone."""
+        link = self.directory / LATEST
+        return link.resolve() if link.exists() else None
 
     def mark(self, step: int, finished: bool) -> None:
         """Leave or remove the marker of a run that was stopped before its end (rank 0)."""
@@ -274,8 +338,11 @@ class Checkpointer:
         else:
             marker.write_text(f"preempted at step {step}\n")
 
-    def _write_small(self, engine: Any, state: TrainState, aside: Path) -> None:
+    def _write_small(
+        self, engine: Any, state: TrainState, aside: Path, validation_loss: float | None
+    ) -> None:
         saved = {
+            "validation_loss": validation_loss,
             "train_state": state.state_dict(),
             "world_size": self.world.size,
             "fingerprint": self.fingerprint,
@@ -289,8 +356,13 @@ class Checkpointer:
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
         """Size and hash of every file, the work shared out over the ranks; whole on rank 0."""
-        mine = _files(aside)[self.world.rank :: self.world.size]
-        part = {str(p.relative_to(aside)): _digest(p) for p in mine}
+        mine = manifest.files_of(aside)[self.world.rank :: self.world.size]
+        part: dict[str, Any] = {}
+
+        def add_up() -> None:  # where the disk is full, syncing may be what tells
+            part.update({str(p.relative_to(aside)): manifest.digest(p) for p in mine})
+
+        self._all_well(_error_of(add_up))
         parts: list[Any] = [None] * self.world.size
         dist.all_gather_object(parts, part, group=self.world.host_group)
         return {name: digest for part in parts for name, digest in part.items()}
@@ -298,25 +370,33 @@ class Checkpointer:
     def _publish(
         self, aside: Path, target: Path, files: dict[str, Any], consolidated: bool
     ) -> None:
-        (aside / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
-        _fsync(aside / MANIFEST)
+        manifest.write(aside, files)
         if target.exists():
             shutil.rmtree(target)
         aside.rename(target)
-        _fsync(self.directory)
-        _point(self.directory / LATEST, target.name)
+        manifest.fsync(self.directory)
+        manifest.point(self.directory / LATEST, target.name)
         if consolidated:
-            _point(self.directory / FINAL, f"{target.name}/{MODEL}")
-        self._prune()
+            manifest.point(self.directory / FINAL, f"{target.name}/{MODEL}")
+        best = self._best()
+        if best:
+            manifest.point(self.directory / BEST, best[0].name)
+        self._prune(best[: self.keep_best])
 
-    def _prune(self) -> None:
+    def _prune(self, best: list[Path]) -> None:
         if self.keep_last is None:
             return
         wanted = {(self.directory / link).resolve() for link in (LATEST, FINAL)}
-        wanted |= {path.parent for path in wanted}
+        wanted |= {path.parent for path in wanted} | {path.resolve() for path in best}
         for old in self._all()[self.keep_last :]:
             if old.resolve() not in wanted:
                 shutil.rmtree(old)
+
+    def _best(self) -> list[Path]:
+        """The checkpoints whose validation loss is known, the lowest first."""
+        losses = {path: validation_loss_of(path) for path in self._all()}
+        known = {path: loss for path, loss in losses.items() if loss is not None}
+        return sorted(known, key=lambda path: known[path])
 
     def _all(self) -> list[Path]:
         """Every published checkpoint, newest first."""
@@ -331,39 +411,39 @@ class Checkpointer:
                 verify(checkpoint)
                 return checkpoint
             except CheckpointError as error:
-                bad = checkpoint.with_name(f"bad.{checkpoint.name}")
-                shutil.rmtree(bad, ignore_errors=True)
-                checkpoint.rename(bad)
+                aside = checkpoint.with_name(f"bad.{checkpoint.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                checkpoint.rename(aside)
                 self.say(
-                    f"checkpoint {checkpoint.name} is damaged and was set aside as {bad.name}: "
+                    f"checkpoint {checkpoint.name} is damaged and was set aside as {aside.name}: "
                     f"{error}"
                 )
-        if candidates:
+        if bad := list(self.directory.glob("bad.step_*")):
             raise CheckpointError(
-                f"{self.directory}: none of {len(candidates)} checkpoints is whole; they are "
+                f"{self.directory}: none of {len(bad)} checkpoints is whole; they are "
                 f"kept as bad.step_…. "
                 "Give checkpoint.checkpoint_dir another directory to start anew."
             )
         return None
 
 
+def validation_loss_of(checkpoint: Path) -> float | None:
+    """Of a checkpoint's weights; None where they were not validated."""
+    try:
+        return json.loads((checkpoint / STATE).read_text()).get("validation_loss")
+    except (OSError, ValueError):
+        return None
+
+
+def _check_free(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise OSError(
+            f"disk full: needed {needed / 2**20:.0f} MiB, free {free / 2**20:.0f} MiB in "
+            f"{directory}"
+        )
+
+
 def _fresh(directory: Path) -> None:
     shutil.rmtree(directory.parent, ignore_errors=True)
     directory.mkdir(parents=True)
-
-
-def _fsync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target`, in one step for whoever reads it."""
-    fresh = link.with_name(f".{link.name}.new")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    fresh.replace(link)
-    _fsync(link.parent)

@@ -148,6 +148,9 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
     return values
 
 
+_KINDS = {"bool": bool, "str": str, "mapping": dict, "list": list, "any": object}
+
+
 def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     """The value in its own type, or None after noting what is wrong."""
     kind, expected = meta["kind"], _expected(meta)
@@ -170,7 +173,7 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
         value = str(value).lower() if isinstance(value, bool) else value
         good = value in meta["among"]
     else:
-        good = isinstance(value, {"bool": bool, "str": str, "mapping": dict, "any": object}[kind])
+        good = isinstance(value, _KINDS[kind])
     if good and kind in ("int", "number"):
         good = meta.get("low", value) <= value <= meta.get("high", value) and value > meta.get(
             "above", value - 1
@@ -197,6 +200,7 @@ def _expected(meta: Any) -> str:
         "bool": "true or false",
         "str": "text",
         "mapping": "a mapping",
+        "list": "a list",
         "target": "a mapping with _target_",
         "clip": "a number > 0 or {max_norm: number}",
         "nemo": "a name of NeMo-AutoModel, or nothing",

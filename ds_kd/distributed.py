@@ -235,6 +235,33 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
     return kept[0] if kept else function()
 
 
+#: Words of torch's and its libraries' errors that mean that another rank is gone.
+_LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
+_ROLL_CALL_SECONDS = 3.0
+
+
+def lost_ranks(error: BaseException, world: World) -> list[int] | None:
+    """Whom an error of a collective is about: the ranks that do not meet it within seconds, being
+    dead or hung.
+
+    Returns:
+        Their numbers; empty where all of them met it (a network between them that is gone); None
+            for errors that are about something else.
+    """
+    if world.size == 1 or not isinstance(error, RuntimeError):
+        return None
+    if not any(word in str(error) for word in _LOST):
+        return None
+    try:
+        store = _store()
+        store.set(f"ds_kd/met_it/{world.rank}", "1")
+        time.sleep(_ROLL_CALL_SECONDS)
+        names = {rank: f"ds_kd/met_it/{rank}" for rank in range(world.size)}
+        return [rank for rank, name in names.items() if not store.check([name])]
+    except RuntimeError:  # it was kept by rank 0
+        return [0]
+
+
 def is_first_to_fail() -> bool:
     """Whether this rank is the first to ask: of an error that all ranks meet one shall speak, and
     of an error that only one meets that one. Before `start`, one of each node."""
@@ -242,8 +269,8 @@ def is_first_to_fail() -> bool:
         return _is_first_here()
     try:
         return int(_store().add("ds_kd/failed", 1)) == 1
-    except RuntimeError:  # rank 0, which keeps the store, is gone: it has spoken
-        return False
+    except RuntimeError:  # rank 0, which keeps the store, is gone
+        return _is_first_here()
 
 
 def _is_first_here() -> bool:

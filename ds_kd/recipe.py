@@ -83,6 +83,7 @@ def build(
         state=TrainState(),
         world=world,
         validate_first=cfg.step_scheduler.val_at_start,
+        max_skipped=cfg.step_scheduler.max_skipped_steps,
         asked_to_stop=asked_to_stop,
     )
 
@@ -414,6 +415,8 @@ def _checkpointer(
         wanted.save_consolidated,
         wanted.keep_last,
         {**fingerprint(cfg), "training samples": samples},
+        keep_best=wanted.keep_best,
+        stops_on_failed_save=wanted.on_failed_save == "stop",
     )
 
 

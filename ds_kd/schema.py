@@ -34,6 +34,10 @@ class StepScheduler:
     ckpt_every_steps: int | None = key(
         None, "checkpoint every so many optimizer steps, and after the last", "int", low=1
     )
+    max_skipped_steps: int = key(
+        0, "steps of a run that may be left out as their loss or gradient is not finite", "int",
+        low=0,
+    )  # fmt: skip
     val_at_start: bool = key(False, "validate before the first step too", "bool")
 
 
@@ -72,6 +76,13 @@ class Checkpoint:
         "choice", among=("false", "true", "final", "every"),
     )  # fmt: skip
     keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
+    keep_best: int = key(
+        1, "with keep_last: so many of the lowest validation loss stay besides", "int", low=0
+    )
+    on_failed_save: str = key(
+        "continue", "what a run does that cannot write a checkpoint (full disk)", "choice",
+        among=("continue", "stop"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -137,6 +148,23 @@ class Compile:
     dynamic: bool = key(True, "one version for all lengths; false makes one for each", "bool")
     fullgraph: bool = key(False, "only false: attention stays outside", "bool", among=(False,))
     backend: str = key("inductor", "of torch.compile", "str")
+
+
+@dataclass
+class Slurm:
+    job_name: str = key("ds_kd", "name of the job", "str")
+    nodes: int = key(1, "machines", "int", low=1)
+    ntasks_per_node: int = key(1, "ranks on each: one per accelerator", "int", low=1)
+    gpus_per_node: int | None = key(None, "accelerators asked for on each", "int", low=1)
+    cpus_per_task: int | None = key(None, "cores of a rank", "int", low=1)
+    time: str | None = key(None, "limit of one attempt, in quotes: `'04:00:00'`", "str")
+    account: str | None = key(None, "who pays", "str")
+    partition: str | None = key(None, "queue", "str")
+    log_dir: str = key(".", "of the job's log and each attempt's", "str")
+    container_image: str | None = key(None, "image to run in (pyxis)", "str")
+    container_mounts: list = key(list, "`HOST:CONTAINER` directories of it", "list")
+    env_vars: dict = key(dict, "environment variables of the job", "mapping")
+    sbatch_options: list = key(list, "any other options of sbatch", "list")
 
 
 @dataclass
@@ -240,6 +268,9 @@ class RunConfig:
         DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
     )
     tensorboard: TensorBoard = key(TensorBoard, "logging", "section", section=TensorBoard)
+    slurm: Slurm | None = key(
+        None, "what launch/submit.py asks SLURM for", "section", section=Slurm
+    )
     wandb: dict | None = key(None, "arguments of wandb.init; off by default", "mapping")
     recipe: Any = key(None, "accepted and ignored", "any")
     text: str = ""

@@ -17,11 +17,13 @@ class TrainState:
         step: optimizer steps done.
         tokens: real (unpadded) tokens seen, all ranks.
         labels: supervised tokens seen, all ranks.
+        skipped: steps left out, as their loss or gradient was not finite.
     """
 
     step: int = 0
     tokens: int = 0
     labels: int = 0
+    skipped: int = 0
 
     def state_dict(self) -> dict[str, int]:
         return asdict(self)

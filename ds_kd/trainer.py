@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ds_kd.checkpoint import Checkpointer
-from ds_kd.distributed import World, sum_over_ranks
+from ds_kd.distributed import World, lost_ranks, sum_over_ranks
 from ds_kd.losses import SUMS
 from ds_kd.metrics import Metrics, memory_gib
 from ds_kd.schedule import Schedule
@@ -50,6 +50,7 @@ class Trainer:
         world: ranks.
         validate_first: validate before the first step of a fresh run.
         asked_to_stop: whether this rank was; one that was stops all.
+        max_skipped: steps that a run may leave out as their loss or gradient is not finite.
     """
 
     student: Any
@@ -64,6 +65,7 @@ class Trainer:
     world: World
     validate_first: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
+    max_skipped: int = 0
 
     def train(self) -> bool:
         """Run the schedule from the present state to its end, or to the end of the step in which a
@@ -73,9 +75,28 @@ class Trainer:
             Whether it came to its end. Either way the last step is saved.
 
         Raises:
-            TrainingError: a step without any supervised token, or a loss or gradient that is not
-                finite.
+            TrainingError: a step without any supervised token, a loss or gradient that is not
+                finite, or another rank that is gone.
         """
+        try:
+            return self._train()
+        except RuntimeError as error:
+            lost = lost_ranks(error, self.world)
+            if lost is None:
+                raise
+            who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
+            raise TrainingError(
+                f"{who} does not answer in step {self.state.step + 1} (killed, out of memory, "
+                f"hung or cut off); {self._where_it_goes_on()}"
+            ) from error
+
+    def _where_it_goes_on(self) -> str:
+        last = None if self.checkpointer is None else self.checkpointer.newest()
+        if last is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {last}, from which the same command goes on"
+
+    def _train(self) -> bool:
         if self.validate_first and self.state.step == 0:
             self.validate()
         for micro_batches in self._steps():
@@ -94,20 +115,24 @@ class Trainer:
                 self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
                 sums += parts
             means = self._means(sums, labels)
-            self._check_finite(means["loss"], "loss", micro_batches)
+            if self.state.skipped >= self.max_skipped:
+                self._check_finite(means["loss"], "loss", micro_batches)
             lr = self.student.get_lr()[0]
             self.student.step()
             norm = self._gradient_norm()
-            self._check_finite(norm, "gradient norm", micro_batches)
+            skipped = self._is_skipped(means["loss"], norm, micro_batches)
             self._advance(labels, tokens)
             speed = tokens / (time.perf_counter() - started)
-            self._log(means, lr, norm, speed, 1.0 - tokens / slots)
+            if not skipped:
+                self._log(means, lr, norm, speed, 1.0 - tokens / slots)
             is_last = self.schedule.is_last(self.state.step)
             stops = not is_last and self._somebody_was_asked_to_stop()
+            validated = None
             if self.schedule.validates(self.state.step) and not stops:
-                self.validate()
+                validated = self.validate()
             if self.checkpointer is not None and (stops or self.schedule.saves(self.state.step)):
-                self.checkpointer.save(self.student, self.state, is_last)
+                loss = None if validated is None else validated["loss"]
+                self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
             if stops:
                 return False
         return True
@@ -206,6 +231,22 @@ class Trainer:
                 f"{_ids(micro_batches)}. Lower optimizer.lr, set clip_grad_norm, or look at "
                 f"these samples."
             )
+
+    def _is_skipped(self, loss: float, norm: float, micro_batches: list[Batch]) -> bool:
+        """Whether this step changed nothing, as DeepSpeed leaves out one whose gradient is not
+        finite, and the run allows for it."""
+        if math.isnan(norm) and self.state.skipped < self.max_skipped:
+            self.state.skipped += 1
+            if self.metrics is not None:
+                self.metrics.say(
+                    f"step {self.state.step + 1} left out, number {self.state.skipped} of "
+                    f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
+                    f"{_ids(micro_batches)}"
+                )
+            return True
+        self._check_finite(norm, "gradient norm", micro_batches)
+        self._check_finite(loss, "loss", micro_batches)
+        return False
 
     def _advance(self, labels: int, tokens: int) -> None:
         self.state.step += 1

@@ -97,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"resumed from {found} at step {trainer.state.step}")
             if trainer.schedule.is_last(trainer.state.step):
                 say("all its steps are done; a larger max_steps or num_epochs goes on")
+        trainer.checkpointer.check_room(trainer.student)
     finished = trainer.train()
     if trainer.metrics is not None:
         trainer.metrics.close()

@@ -2,11 +2,23 @@
 # Set up what is missing and run every test that this machine can run.
 #
 #     bash launch/test.sh [pytest arguments]      e.g. bash launch/test.sh tests/unit -k prune
+#     bash launch/test.sh --system-packages …      install SLURM first (apt-get, as root): its tests are skipped without it
 #     VENV=/path/to/venv bash launch/test.sh      another environment
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${VENV:-.venv}
+if [ "${1:-}" = --system-packages ]; then
+  shift
+  if command -v slurmctld >/dev/null && command -v munged >/dev/null; then
+    echo "test.sh: SLURM is there"
+  elif command -v apt-get >/dev/null && [ "$(id -u)" = 0 ]; then
+    apt-get update -qq
+    DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge >/dev/null
+  else
+    echo "test.sh: --system-packages needs root and apt-get; going on without SLURM" >&2
+  fi
+fi
 bash launch/setup.sh --dev "$VENV"
 
 # DeepSpeed finds ninja, and the tests find `deepspeed`, on the PATH.

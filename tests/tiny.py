@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -53,6 +54,15 @@ def llama(
     LlamaForCausalLM(config).save_pretrained(path)
     tokenizer(path)
     return path
+
+
+def squad_rows(count: int) -> str:
+    """JSON lines in SQuAD's schema, of the tokenizer's words."""
+    rows = [
+        {"context": f"w{i} w5 w9", "question": "w7 w8", "answers": {"text": [f"w{i} w3"]}}
+        for i in range(count)
+    ]
+    return "\n".join(json.dumps(row) for row in rows)
 
 
 def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dict]:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import resource
+import shutil
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -118,6 +122,59 @@ def save_resume_export_damage(world, root, paths):
     except CheckpointError as error:
         out["all_bad"] = str(error)
     barrier(world)
+    out |= failing_saves(world, paths, root / "full")
+    return out
+
+
+def failing_saves(world, paths, directory):
+    """What becomes of saves without room, and of one that only rank 1 cannot write."""
+    from ds_kd import checkpoint
+
+    made, _ = train(world, paths, directory, 2)
+    keeper, out = made.checkpointer, {}
+    step2 = directory / "step_0000002"
+    out["estimate"] = keeper._needed(made.student, True)
+    out["actual"] = sum(p.stat().st_size for p in step2.rglob("*.pt")) + sum(
+        p.stat().st_size for p in step2.rglob("*.safetensors")
+    )
+    said = []
+    keeper.say = said.append
+
+    def attempt(step, **kwargs):
+        made.state.step = step
+        try:
+            return str(keeper.save(made.student, made.state, False, **kwargs))
+        except checkpoint.CheckpointError as error:
+            return f"raised {error}"
+
+    plain = shutil.disk_usage
+    checkpoint.shutil.disk_usage = lambda _: SimpleNamespace(free=1000)
+    out["full"] = attempt(3)
+    out["full_must"] = attempt(3, must=True)
+    try:
+        keeper.check_room(made.student)
+        out["room"] = ""
+    except checkpoint.CheckpointError as error:
+        out["room"] = str(error)
+    checkpoint.shutil.disk_usage = plain
+
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if world.rank == 1:  # no file of this process grows beyond
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    out["rank1"] = attempt(4)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    if world.rank == 0:  # rank 0 writes the student too
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    out["rank0"] = attempt(5)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    out["left"] = sorted(p.name for p in directory.iterdir())
+    out["said"] = said
+
+    keeper.keep_last, keeper.keep_best = 1, 1
+    for step, loss in ((6, 3.0), (7, 2.0), (8, 2.5), (9, None)):
+        attempt(step, validation_loss=loss)
+    out["kept"] = sorted(p.name for p in directory.iterdir())
+    out["best"] = (directory / "BEST").resolve().name
     return out
 
 
@@ -157,4 +214,23 @@ def test_a_flipped_bit_sets_the_checkpoint_aside_and_the_one_before_is_used(resu
 
 
 def test_no_good_checkpoint_is_an_error_and_never_a_fresh_start(result):
-    assert "none of 3 checkpoints is whole" in result["all_bad"]
+    assert "none of 4 checkpoints is whole" in result["all_bad"]
+
+
+def test_a_full_disk_is_told_and_training_goes_on_from_the_last_good_checkpoint(result):
+    assert result["full"] == result["rank1"] == result["rank0"] == "None"
+    assert "disk full: needed" in result["said"][0] and "training goes on" in result["said"][0]
+    assert "rank 1: " in result["said"][1] and "step_0000002 is the last" in result["said"][1]
+    assert result["full_must"].startswith("raised the checkpoint of step 3 cannot be written")
+    assert "no room for one checkpoint" in result["room"]
+    # Nothing half-written stays.
+    assert result["left"] == ["BEST", "LATEST", "final", "step_0000002"]
+
+
+def test_the_space_a_checkpoint_takes_is_known_before(result):
+    assert 0.8 <= result["estimate"] / result["actual"] <= 1.1, result
+
+
+def test_keep_last_and_keep_best_stay_and_nothing_else(result):
+    assert result["kept"] == ["BEST", "LATEST", "final", "step_0000007", "step_0000009"]
+    assert result["best"] == "step_0000007"

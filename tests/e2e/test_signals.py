@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -25,15 +24,7 @@ def common(tmp_path_factory):
     root = tmp_path_factory.mktemp("signals")
     tiny.llama(root / "student", seed=1)
     tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)
-    rows = [
-        {
-            "context": f"w{i} w5 w9",
-            "question": "w7 w8",
-            "answers": {"text": [f"w{i} w3"]},
-        }
-        for i in range(22)
-    ]
-    (root / "squad.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (root / "squad.jsonl").write_text(tiny.squad_rows(22))
     return root, [
         f"model.pretrained_model_name_or_path={root / 'student'}",
         f"teacher_model.pretrained_model_name_or_path={root / 'teacher'}",
@@ -135,6 +126,26 @@ def test_stopped_then_killed_it_ends_as_if_nothing_had_happened(common, undistur
     assert code == 0, output
     assert "resumed from" in output and not marker.exists()
     assert same(final_weights(directory), expected)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
+def test_a_rank_that_is_gone_is_named_with_the_step_and_the_last_checkpoint(common, number):
+    root, overrides = common
+    directory = root / f"gone{number}"
+    process = start([*overrides, "dist_env.timeout_minutes=0.1"], directory, 2)
+    lines = until(process, f"step  5/{STEPS}")
+    victim = next(p for p in rank_processes(process) if p.environ()["RANK"] == "1")
+    started = time.monotonic()
+    victim.send_signal(number)
+    code, output = finish(process)
+    text = "".join(lines) + output
+    assert code != 0, text
+    assert time.monotonic() - started < 60
+    if "rank 1 does not answer in step" not in text:  # the launcher was quicker than rank 0
+        assert number == signal.SIGKILL, text
+    else:
+        assert "the last checkpoint is" in text and "step_0000003" in text
+    assert "Traceback" not in text
 
 
 def test_a_second_signal_ends_the_process_at_once():

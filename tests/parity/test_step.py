@@ -189,8 +189,26 @@ def refused_steps(world, paths):
             return [str(error), all(torch.equal(before[n], after[n]) for n in before)]
         return ["none", False]
 
+    def skipping():
+        """Two spoiled steps where one may be left out: (steps done, skipped, message, same)."""
+        trainer = build(world, paths, rows, 1, 2, 0.5, sgd, num_epochs=3)
+        trainer.max_skipped = 1
+        loss = trainer.student.module.loss
+        trainer.student.module.loss = lambda hidden, *rest: [
+            part * float("nan") if k == 0 else part for k, part in enumerate(loss(hidden, *rest))
+        ]
+        before = weights(trainer.student)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            after = weights(trainer.student)
+            state = trainer.state
+            same = all(torch.equal(before[n], after[n]) for n in before)
+            return [state.step, state.skipped, str(error), same]
+        return []
+
     diverging = message(rows, lambda p: torch.optim.SGD(p, lr=1e30))
-    return [message(masked, sgd), diverging, nan_gradient()]
+    return [message(masked, sgd), diverging, nan_gradient(), skipping()]
 
 
 @pytest.fixture(scope="module")
@@ -250,3 +268,9 @@ def test_a_gradient_that_is_not_finite_stops_every_rank_before_weights_move(resu
     message, same = results["refused"][2]
     assert "gradient norm of step 1 is nan" in message and "s0, s1" in message
     assert same
+
+
+def test_as_many_steps_as_allowed_are_left_out_and_the_next_stops_the_run(results):
+    step, skipped, message, same = results["refused"][3]
+    assert (step, skipped) == (1, 1)
+    assert "of step 2 is nan" in message and same

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from ds_kd.checkpoint import pickle_stage_by_value, trusted_pickles
+from ds_kd.zero_files import _pickle_stage_by_value, trusted_pickles
 
 
 def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkeypatch):
@@ -13,7 +13,7 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
     monkeypatch.setattr(
         ZeroStageEnum, "__reduce_ex__", lambda self, _: (getattr, (type(self), self.name))
     )
-    pickle_stage_by_value()
+    _pickle_stage_by_value()
     torch.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "states.pt")
     with trusted_pickles():
         read = torch.load(tmp_path / "states.pt", weights_only=False)

@@ -8,6 +8,7 @@ import pytest
 
 from ds_kd.config import check_world, load
 from ds_kd.targets import ConfigError, bind, resolve
+from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
 RUNS = sorted((ROOT / "ds_configs" / "runs").glob("*.yaml"))
@@ -65,7 +66,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["peft", "slurm", "separate_meshes", "offload_teacher_model"],
+    ["peft", "separate_meshes", "offload_teacher_model"],
 )
 def test_sections_of_later_work_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
@@ -216,3 +217,29 @@ def test_a_teacher_is_needed_unless_kd_ratio_is_0():
     with pytest.raises(ConfigError, match="teacher_model: missing"):
         load(GUIDE, ["teacher_model=null"])
     assert load(GUIDE, ["teacher_model=null", "kd_ratio=0"]).teacher_model is None
+
+
+SLURM = ["slurm={nodes: 2, ntasks_per_node: 4, gpus_per_node: 4, time: '4:00:00', account: lab}"]
+
+
+def test_the_slurm_section_becomes_an_sbatch_command(capsys):
+    submit = script("submit")
+    batch = "step_scheduler.global_batch_size=32"
+    assert submit.main(["--config", str(GUIDE), *SLURM, batch, "--dry-run"]) == 0
+    words = capsys.readouterr().out.split()
+    assert words[:2] == ["env", "LOG_DIR=."]
+    for option in ("--nodes=2", "--ntasks-per-node=4", "--gpus-per-node=4", "--time=4:00:00"):
+        assert option in words
+    assert words[words.index("launch/slurm.sh") + 1] == str(GUIDE.resolve())
+    assert words[-1] == batch
+
+
+def test_submitting_checks_the_config_against_the_ranks(capsys):
+    submit = script("submit")
+    assert submit.main(["--config", str(GUIDE), "--dry-run"]) == 2
+    assert "slurm: the section is missing" in capsys.readouterr().err
+    wrong = ["step_scheduler.global_batch_size=12", "slurm.time=3600"]
+    assert submit.main(["--config", str(GUIDE), *SLURM, *wrong[:1], "--dry-run"]) == 2
+    assert "step_scheduler.global_batch_size: got 12" in capsys.readouterr().err
+    assert submit.main(["--config", str(GUIDE), *SLURM, *wrong[1:], "--dry-run"]) == 2
+    assert "slurm.time: got 3600" in capsys.readouterr().err

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
 from tests import tiny
-
-LAUNCH = Path(__file__).resolve().parents[2] / "launch"
-
-
-def script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, LAUNCH / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
+from tests.scripts import LAUNCH, script
 
 compare, docs, fetch, prune = map(
     script, ("compare", "make_docs_dataset", "fetch_teacher", "prune")

@@ -1,0 +1,71 @@
+"""Which files a checkpoint must hold, and how they are put in place at one stroke."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MANIFEST = "manifest.json"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used or written; the message names the file and what to do."""
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size and SHA-256, the file being on the disk when this returns."""
+    sha = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            sha.update(block)
+        os.fsync(file.fileno())
+    return {"bytes": path.stat().st_size, "sha256": sha.hexdigest()}
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(p for p in directory.rglob("*") if p.is_file() and p.name != MANIFEST)
+
+
+def write(directory: Path, files: dict[str, Any]) -> None:
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    fsync(directory / MANIFEST)
+
+
+def verify(checkpoint: Path) -> None:
+    """Compare every file with the manifest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, truncated or altered.
+    """
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        raise CheckpointError(f"{checkpoint / MANIFEST}: missing or unreadable") from None
+    for name, want in listed.items():
+        path = checkpoint / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: missing")
+        if path.stat().st_size != want["bytes"]:
+            raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {want['bytes']}")
+        if digest(path)["sha256"] != want["sha256"]:
+            raise CheckpointError(f"{path}: content does not match its SHA-256")
+
+
+def fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`, in one step for whoever reads it."""
+    fresh = link.with_name(f".{link.name}.new")
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(target)
+    fresh.replace(link)
+    fsync(link.parent)

@@ -1,0 +1,149 @@
+"""DeepSpeed's own files in a checkpoint: written so that every rank stays in step when a disk is
+full, read without running what they say, and cut anew for another number of ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import io
+import os
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class _NotesErrors:
+    """DeepSpeed's writer, which keeps what goes wrong to itself.
+
+    Saving an engine is full of collectives: a rank that left it with an error would leave the
+    others waiting in them.
+    """
+
+    def __init__(self, writer: Any):
+        self._writer = writer
+        self.error: Exception | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._writer, name)
+
+    def save(self, state_dict: Any, path: str) -> None:
+        if self.error is not None:
+            return
+        try:
+            self._writer.save(state_dict, path)
+        except (OSError, RuntimeError) as error:  # torch's own where the disk is full
+            self.error = error
+
+
+def save_engine(engine: Any, directory: Path, tag: str) -> Exception | None:
+    """Write the engine's weights, optimizer and schedule below `directory/tag` (a collective).
+
+    Returns:
+        What went wrong on this rank.
+    """
+    _pickle_stage_by_value()
+    plain = engine.checkpoint_engine
+    engine.checkpoint_engine = noting = _NotesErrors(plain)
+    try:
+        engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+    finally:
+        engine.checkpoint_engine = plain
+    return noting.error
+
+
+def load_engine(engine: Any, directory: Path, tag: str) -> bool:
+    """The reverse, on the same number of ranks; False where there is nothing to load.
+
+    Raises:
+        RuntimeError: the files belong to another model.
+    """
+    with trusted_pickles():
+        loaded, _ = engine.load_checkpoint(str(directory), tag=tag)
+    return loaded is not None
+
+
+def cut_anew(directory: Path, tag: str, out: Path) -> None:
+    """Write `directory/tag` as DeepSpeed's universal checkpoint, which any number of ranks reads
+    (one rank, no collective)."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    silence = io.StringIO()
+    with (
+        trusted_pickles(),
+        contextlib.redirect_stdout(silence),
+        contextlib.redirect_stderr(silence),
+    ):
+        ds_to_universal.main(
+            Namespace(
+                input_folder=str(directory / tag),
+                output_folder=str(out / tag),
+                num_extract_workers=1,
+                num_merge_workers=1,
+                keep_temp_folder=False,
+                strict=True,
+                inject_missing_state=False,
+            )
+        )
+
+
+def load_cut_anew(engine: Any, out: Path, tag: str) -> bool:
+    """`load_engine` of what `cut_anew` wrote."""
+    config = engine._config
+    before = config.load_universal_checkpoint
+    config.load_universal_checkpoint = True
+    try:
+        return load_engine(engine, out, tag)
+    finally:
+        config.load_universal_checkpoint = before
+
+
+def state_bytes(engine: Any) -> int:
+    """What a ZeRO-3 engine keeps on this rank between steps, and writes into a checkpoint: its
+    shards of weights, fp32 weights and optimizer state, and what is too small to be sharded."""
+    tensors = [p.ds_tensor for p in engine.module.parameters()]
+    tensors += [p.data for p in engine.module.parameters() if p.data.numel() == p.ds_numel]
+    optimizer = getattr(engine.optimizer, "optimizer", None)
+    if optimizer is not None:
+        tensors += [p for group in optimizer.param_groups for p in group["params"]]
+        for state in optimizer.state.values():
+            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    # A master copy may be the shard itself.
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def _pickle_stage_by_value() -> None:
+    """Have DeepSpeed's one stored enum pickled as `ZeroStageEnum(3)` by every Python.
+
+    Early releases of Python 3.11, Debian 12's among them, write `getattr(ZeroStageEnum, "weights")`
+    instead, and `getattr` is nothing that a reader should allow.
+    """
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    copyreg.pickle(ZeroStageEnum, lambda stage: (ZeroStageEnum, (stage.value,)))
+
+
+@contextlib.contextmanager
+def trusted_pickles() -> Iterator[None]:
+    """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
+
+    DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch
+    overrules it.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, LossScaler]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
