@@ -70,6 +70,7 @@ def cut_anew(directory: Path, tag: str, out: Path) -> None:
     (one rank, no collective)."""
     from deepspeed.checkpoint import ds_to_universal
 
+    _pickle_stage_by_value()
     silence = io.StringIO()
     with (
         trusted_pickles(),

@@ -145,7 +145,7 @@ def test_a_rank_that_is_gone_is_named_with_the_step_and_the_last_checkpoint(comm
         assert number == signal.SIGKILL, text
     else:
         assert "the last checkpoint is" in text and "step_0000003" in text
-    assert "Traceback" not in text
+    assert "Traceback" not in text, text
 
 
 def test_a_second_signal_ends_the_process_at_once():
