@@ -13,6 +13,7 @@ the weights must be, bit by bit, those of a run that nobody disturbed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -40,9 +41,7 @@ def config(root: Path, steps: int, directory: Path) -> list[str]:
         tiny.llama(root / "student", seed=1)
         tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)
         model = root / "student" / "config.json"
-        model.write_text(
-            json.dumps({**json.loads(model.read_text()), "attention_dropout": 0.1})
-        )
+        model.write_text(json.dumps({**json.loads(model.read_text()), "attention_dropout": 0.1}))
         (root / "rows.jsonl").write_text(tiny.squad_rows(22))
     return [
         f"model.pretrained_model_name_or_path={root / 'student'}",
@@ -82,6 +81,9 @@ class Attempt:
 
     def text(self) -> str:
         return self.log.read_text()
+
+    def has_said(self, words: str) -> bool:
+        return words in self.text()
 
     def until(self, true: Any, seconds: float = 180) -> bool:
         """Whether it came true before the attempt was over."""
@@ -127,11 +129,11 @@ def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dic
         attempt = Attempt(overrides, ranks, root / f"attempt{attempts}.log")
         if sum(done.values()) < kills:
             moment = dice.choices([*MOMENTS], [*MOMENTS.values()])[0]
-            first = expected + dice.randint(1, 4)
+            line = f"step {expected + dice.randint(1, 4):>{len(str(steps))}}/"
             alive = attempt.until(
                 {
                     "start": lambda: True,
-                    "step": lambda: f"step {first:>{len(str(steps))}}/" in attempt.text(),
+                    "step": functools.partial(attempt.has_said, line),
                     "saving": lambda: any(disturbed.glob(".saving.*/*")),
                 }[moment]
             )

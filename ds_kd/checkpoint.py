@@ -23,6 +23,7 @@ from __future__ import annotations
 import functools
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,7 @@ from ds_kd.state import TrainState, rng_state, set_rng_state
 ENGINE, MODEL, STATE = "engine", "model", "state.json"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 PREEMPTED = "PREEMPTED"
+_BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
 
@@ -144,6 +146,7 @@ class Checkpointer:
         keep_last: how many checkpoints stay; None keeps all.
         keep_best: how many of the lowest validation losses stay besides.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
+        patience: seconds that the launcher leaves a run after SIGTERM, if it is not patient.
         fingerprint: what the course of the run depends on, by name; plain values.
         say: prints on rank 0.
     """
@@ -159,10 +162,12 @@ class Checkpointer:
         say: Any = print,
         keep_best: int = 1,
         stops_on_failed_save: bool = False,
+        patience: float | None = None,
     ):
         self.directory, self.world, self.tokenizer = directory, world, tokenizer
         self.save_consolidated, self.keep_last, self.say = save_consolidated, keep_last, say
         self.fingerprint = fingerprint or {}
+        self.patience = patience
         self.keep_best, self.stops_on_failed_save = keep_best, stops_on_failed_save
 
     def save(
@@ -186,8 +191,11 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot be written, and the run is to stop then.
         """
+        started = time.monotonic()
         try:
-            return self._save(engine, state, is_last, validation_loss)
+            target = self._save(engine, state, is_last, validation_loss)
+            self._warn(time.monotonic() - started, "took")
+            return target
         except (OSError, SafetensorError) as error:  # on every rank, see `_all_well`
             aside = self._aside(state.step)
             on_rank0(lambda: shutil.rmtree(aside, ignore_errors=True), self.world)
@@ -220,6 +228,17 @@ class Checkpointer:
                 ) from error
 
         on_rank0(check, self.world)
+        self._warn(needed / _BYTES_PER_SECOND, "may take")
+
+    def _warn(self, seconds: float, verb: str) -> None:
+        """Say once where a save outlasts the launcher's patience."""
+        if self.patience is not None and seconds > self.patience and self.world.is_main:
+            self.say(
+                f"a checkpoint {verb} {seconds:.0f} s, and this launcher kills a run "
+                f"{self.patience:.0f} s after SIGTERM: stopped so, it would go on from the "
+                f"checkpoint before. srun and torchrun wait longer."
+            )
+            self.patience = None
 
     def _needed(self, engine: Any, consolidate: bool) -> int:
         """Bytes of a checkpoint, all ranks."""

@@ -13,7 +13,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -90,6 +90,63 @@ def _fill_environment() -> None:
     env.setdefault("LOCAL_RANK", "0")
 
 
+def seconds_after_sigterm() -> float | None:
+    """How long this process lives on after SIGTERM; None where its launcher leaves it alone."""
+    return 30.0 if _launched_by_deepspeed() else None
+
+
+def _launched_by_deepspeed() -> bool:
+    return "CROSS_SIZE" in os.environ and "SLURM_PROCID" not in os.environ
+
+
+@contextlib.contextmanager
+def _free_master_port() -> Iterator[None]:
+    """Let the ranks of a `deepspeed` launcher on one machine meet at another port where the
+    launcher's is taken: its default is the same for every job.
+
+    Rank 0 writes the port it found into a file that the launcher's other children wait for.
+    """
+    env = os.environ
+    if not (_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1):
+        yield
+        return
+    import psutil
+
+    launcher = psutil.Process(os.getppid())
+    path = Path(tempfile.gettempdir()) / f"ds_kd-port-{os.getuid()}-{launcher.pid}"
+    if env["RANK"] == "0":
+        if _is_taken(int(env["MASTER_PORT"])):
+            env["MASTER_PORT"] = str(_free_port())
+        path.unlink(missing_ok=True)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(env["MASTER_PORT"])
+        fresh.replace(path)
+    else:
+        deadline = time.monotonic() + 60
+        # A file from before belongs to a launcher that had the same number.
+        while not (_is_ours(path) and path.stat().st_mtime >= launcher.create_time() - 1):
+            if time.monotonic() > deadline:
+                break  # rank 0 has ended; its own message says why
+            time.sleep(0.05)
+        else:
+            env["MASTER_PORT"] = path.read_text()
+    try:
+        yield
+    finally:
+        if env["RANK"] == "0":
+            path.unlink(missing_ok=True)
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
 def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     """Join the job and return this process's `World`.
 
@@ -99,6 +156,11 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         timeout_minutes: how long a collective may wait for a missing rank.
     """
     _fill_environment()
+    with _free_master_port():
+        return _join(backend, timeout_minutes)
+
+
+def _join(backend: str, timeout_minutes: float) -> World:
     clear_stale_locks()
     import deepspeed
     from deepspeed.accelerator import get_accelerator

@@ -18,7 +18,7 @@ from ds_kd.config import check_world, fingerprint
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
-from ds_kd.distributed import World, on_rank0, rank0_first
+from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
 from ds_kd.metrics import Metrics
 from ds_kd.schedule import Schedule
 from ds_kd.schema import LOADER_FLAGS, MODEL, RunConfig
@@ -417,6 +417,7 @@ def _checkpointer(
         {**fingerprint(cfg), "training samples": samples},
         keep_best=wanted.keep_best,
         stops_on_failed_save=wanted.on_failed_save == "stop",
+        patience=seconds_after_sigterm(),
     )
 
 

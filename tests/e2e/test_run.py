@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,11 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
     )
 
 
-def kd_command(*overrides: str, ranks: int = 2) -> list[str]:
+def kd_command(*overrides: str, ranks: int = 2, port: int | None = None) -> list[str]:
     start = [sys.executable]
     if ranks > 1:
-        start = ["deepspeed", "--master_port", str(_free_port()), "--num_accelerators", str(ranks)]
+        port = port or _free_port()
+        start = ["deepspeed", "--master_port", str(port), "--num_accelerators", str(ranks)]
     return [*start, "launch/kd.py", "--config", GUIDE, *overrides]
 
 
@@ -228,3 +230,19 @@ def test_an_error_that_only_one_rank_meets_is_told(overrides, root):
     result = run(command)
     assert result.returncode != 0
     assert "nothing" in result.stderr and "a directory that exists" in result.stderr
+
+
+def test_a_port_that_is_taken_is_no_crash(overrides, tmp_path):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        done = run(
+            kd_command(
+                *overrides,
+                f"checkpoint.checkpoint_dir={tmp_path}",
+                "step_scheduler.max_steps=1",
+                port=other.getsockname()[1],
+            )
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "step 1/1" in done.stdout
