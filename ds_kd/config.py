@@ -12,6 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ds_kd import __version__
 from ds_kd.aliases import ALIASES, REFUSED_SECTIONS
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
 from ds_kd.targets import ConfigError, Target, problem, refuse
@@ -356,7 +357,8 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
                 flat[f"{prefix}{name}"] = value
 
     walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
-    return flat | {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    return flat | {"ds_kd": __version__} | versions
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

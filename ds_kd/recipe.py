@@ -4,6 +4,7 @@ components take plain values."""
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +29,8 @@ from ds_kd.trainer import Trainer
 
 #: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
+
+_HASHED_SAMPLES = 64
 
 
 def build(
@@ -66,7 +69,7 @@ def build(
     )
     # What only rank 0 opens comes before anything that all ranks do together.
     metrics = _metrics(cfg, schedule, world)
-    checkpointer = _checkpointer(cfg, tokenizer, sampler.num_samples, world)
+    checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
     teacher = (
         _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
     )
@@ -396,7 +399,7 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
 
 
 def _checkpointer(
-    cfg: RunConfig, tokenizer: Any, samples: int, world: World
+    cfg: RunConfig, tokenizer: Any, samples: Any, world: World
 ) -> Checkpointer | None:
     wanted = cfg.checkpoint
     if not wanted.enabled:
@@ -414,11 +417,18 @@ def _checkpointer(
         tokenizer,
         wanted.save_consolidated,
         wanted.keep_last,
-        {**fingerprint(cfg), "training samples": samples},
+        {**fingerprint(cfg), "training data": _digest(samples)},
         keep_best=wanted.keep_best,
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
     )
+
+
+def _digest(samples: Any) -> str:
+    """How many samples there are and a hash of some of them, spread over all."""
+    count = len(samples)
+    tokens = [samples[k]["input_ids"] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]
+    return f"{count} samples, {hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]}"
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:

@@ -12,6 +12,7 @@
 # until the run is done. Each attempt has a log of its own.
 #
 #     VENV=/path/to/venv         environment to use, .venv by default
+#     CONFIG=cfg.yaml OVERRIDES="a.b=1 c.d=2"     in place of arguments
 #     LOG_DIR=logs               where each attempt's log goes
 #     CONTAINER_IMAGE=…          run in this image (pyxis), CONTAINER_MOUNTS=a:b,c:d
 
@@ -32,6 +33,7 @@ DRY_RUN=${DRY_RUN:-0}
 # SLURM runs a copy of this script out of its spool, so the script's own path says nothing.
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 [ -f launch/kd.py ] || { echo "slurm.sh: submit from the repository's root; $PWD has no launch/kd.py" >&2 && exit 2; }
+[ "$#" -gt 0 ] || set -- ${CONFIG:+"$CONFIG"} ${OVERRIDES:-}
 config=${1:?usage: sbatch [options] launch/slurm.sh CONFIG [key.sub=value …]}
 shift
 [ -f "$config" ] || { echo "slurm.sh: no file $config" >&2 && exit 2; }

@@ -108,10 +108,16 @@ def test_the_same_command_resumes(finished):
     assert "resuming, but" not in finished[1].stdout  # a longer run is the same run
 
 
-def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides):
+def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root):
+    # The same file with other words in it: only its content tells.
+    rows = root / "squad.jsonl"
+    before = rows.read_text()
+    rows.write_text(before.replace("w7 w8", "w8 w7"))
     result = kd(*overrides, "optimizer.lr=0.02")
+    rows.write_text(before)
     assert result.returncode == 0, result.stderr
     assert "resuming, but optimizer.lr was 0.01 and is 0.02" in result.stdout
+    assert "resuming, but training data was '22 samples, " in result.stdout
 
 
 def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):
