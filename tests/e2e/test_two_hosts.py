@@ -93,4 +93,4 @@ def test_one_job_on_two_hosts_with_the_documented_command(hosts):
     outputs = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
     assert "2 rank(s)" in outputs[0] and "step 3/3" in outputs[0]
-    assert (hosts / "run" / "final" / "model.safetensors").exists()
+    assert (hosts / "run" / "LATEST").resolve().name == "step_0000003"
