@@ -184,7 +184,9 @@ def main() -> int:
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        figures = soak(args.kills, args.ranks, args.seed, Path(directory))
+        figures = soak(
+            args.kills, args.ranks, args.seed, Path(directory), functools.partial(print, flush=True)
+        )
     print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
     return 0
 

@@ -25,9 +25,9 @@ from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="kd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("-c", "--config", required=True, metavar="YAML", help="the run")
     parser.add_argument(

@@ -34,7 +34,8 @@ DRY_RUN=${DRY_RUN:-0}
 cd "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}"
 [ -f launch/kd.py ] || { echo "slurm.sh: submit from the repository's root; $PWD has no launch/kd.py" >&2 && exit 2; }
 [ "$#" -gt 0 ] || set -- ${CONFIG:+"$CONFIG"} ${OVERRIDES:-}
-config=${1:?usage: sbatch [options] launch/slurm.sh CONFIG [key.sub=value …]}
+[ "$#" -gt 0 ] || { echo "usage: sbatch [options] launch/slurm.sh CONFIG [key.sub=value …]" >&2 && exit 2; }
+config=$1
 shift
 [ -f "$config" ] || { echo "slurm.sh: no file $config" >&2 && exit 2; }
 if [ -x "$VENV/bin/python" ]; then
@@ -73,13 +74,13 @@ echo "attempt $attempt: $log"
 "${command[@]}" &
 srun=$!
 time_is_up=0
-trap 'time_is_up=1; kill -USR1 $srun' USR1 # srun passes it on to every rank
-trap : TERM                                # scancel and preemption reach the ranks by themselves: see them out
-code=0
-wait $srun || code=$?
-while kill -0 $srun 2>/dev/null; do # a signal ended `wait`, not srun
+trap 'signalled=1 time_is_up=1; kill -USR1 $srun' USR1 # srun passes it on to every rank
+trap signalled=1 TERM # scancel and preemption reach the ranks by themselves: see them out
+signalled=1
+while [ "$signalled" = 1 ]; do # a signal ends `wait`, not srun
+  signalled=0
   code=0
-  wait $srun || code=$?
+  wait "$srun" || code=$?
 done
 
 if [ "$time_is_up" = 1 ] && [ "$code" = 0 ]; then

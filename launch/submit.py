@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    args = parse([word for word in words if word != "--dry-run"])
+    args = parse([word for word in words if word != "--dry-run"], prog="submit.py")
     try:
         cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
         if cfg.slurm is None:
@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     print(shlex.join(command))
     if dry_run:
         return 0
+    (ROOT / cfg.slurm.log_dir).mkdir(parents=True, exist_ok=True)
     if shutil.which("sbatch") is None:
         print(
             "\nsbatch: not found; submit from a machine of the cluster, or add --dry-run",
