@@ -48,3 +48,37 @@ REFUSED_SECTIONS = {
     "the teacher)",
     "quantization": "quantised training is not supported; remove the section",
 }
+
+#: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one
+#: calls it.
+_DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {
+    "cosine": ("cosine", "cosine_with_min_lr", "min_lr"),
+    "linear": ("linear", "polynomial", "lr_end"),
+    "constant": ("constant_with_warmup", None, ""),
+    "inverse-square-root": ("inverse_sqrt", None, ""),
+}
+_NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
+
+
+def transformers_schedule(section: dict, problems: list[str]) -> dict:
+    """NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
+    if not _NEMO_SCHEDULE & set(section):
+        return section
+    rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}
+    style, least = section.get("lr_decay_style", "cosine"), section.get("min_lr")
+    if style not in _DECAY_STYLES:
+        problems.append(
+            f"lr_scheduler.lr_decay_style: got {style!r}, expected one of "
+            f"{', '.join(_DECAY_STYLES)}, or lr_scheduler.name with transformers' own"
+        )
+        return rest
+    plain, with_least, keyword = _DECAY_STYLES[style]
+    made: dict = {"name": plain, "num_warmup_steps": section.get("lr_warmup_steps", 0)}
+    if least and with_least is None:
+        problems.append(f"lr_scheduler.min_lr: {style} does not decay to one; remove it")
+    elif least:
+        made["name"] = with_least
+        made["scheduler_specific_kwargs"] = {keyword: least}
+        if with_least == "polynomial":
+            made["scheduler_specific_kwargs"]["power"] = 1.0
+    return {**made, **rest}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import ALIASES, REFUSED_SECTIONS
+from ds_kd.aliases import ALIASES, REFUSED_SECTIONS, transformers_schedule
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
 from ds_kd.targets import ConfigError, Target, problem, refuse
 
@@ -84,6 +84,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     for name in [n for n in data if n in REFUSED_SECTIONS]:
         if data.pop(name) not in (None, False):
             problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
+    if isinstance(data.get("lr_scheduler"), dict):
+        data["lr_scheduler"] = transformers_schedule(data["lr_scheduler"], problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
     values = _section(RunConfig, data, "", problems)
@@ -254,6 +256,15 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         problems.append(
             problem(f"{path}.pretrained_model_name_or_path", name, "a directory or a hub id")
         )
+    elif Path(name).is_dir() and (lacking := _lacking(Path(name), kwargs)):
+        problems.append(
+            problem(
+                f"{path}.pretrained_model_name_or_path",
+                name,
+                f"a directory with {lacking}",
+                "save the model and its tokenizer there with save_pretrained",
+            )
+        )
     elif not Path(name).exists() and _looks_local(name):
         problems.append(
             problem(
@@ -279,6 +290,17 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"
         )
+
+
+def _lacking(directory: Path, kwargs: dict) -> str | None:
+    """What a model's directory must hold and does not."""
+    directory /= str(kwargs.get("subfolder", ""))
+    if kwargs.get("gguf_file") is not None:
+        return None if (directory / str(kwargs["gguf_file"])).is_file() else "that gguf_file"
+    if not (directory / "config.json").is_file():
+        return "a config.json"
+    tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return None if any((directory / name).is_file() for name in tokenizers) else "a tokenizer"
 
 
 def _looks_local(name: str) -> bool:

@@ -285,20 +285,42 @@ def keys_of(cls: Any) -> list[tuple[str, Any]]:
     return [(f.name, f.metadata) for f in dataclasses.fields(cls) if f.metadata]
 
 
-def key_table() -> str:
-    """Every key as a markdown table."""
-    rows = ["| key | meaning | default |", "|---|---|---|"]
+def every_key() -> list[tuple[str, str, str]]:
+    """(key, meaning, default as YAML) of the whole schema."""
+    rows = []
     for name, meta in keys_of(RunConfig):
         section = meta.get("section")
         default = "required" if meta.get("required") else ""
         if section is None and not default:
             default = _show(meta.get("default", default_of(RunConfig, name)))
-        rows.append(f"| `{name}` | {meta['doc']} | {default} |")
+        rows.append((name, meta["doc"], default))
         for inner, inner_meta in keys_of(section) if section else ():
-            rows.append(
-                f"| `{name}.{inner}` | {inner_meta['doc']} | {_show(default_of(section, inner))} |"
-            )
-    return "\n".join(rows)
+            default = _show(default_of(section, inner))
+            rows.append((f"{name}.{inner}", inner_meta["doc"], default))
+    return rows
+
+
+def key_table() -> str:
+    """Every key as a markdown table."""
+    lines = ["| key | meaning | default |", "|---|---|---|"]
+    for name, doc, default in every_key():
+        shown = default if default in ("", "required") else f"`{default}`"
+        lines.append(f"| `{name}` | {doc} | {shown} |")
+    return "\n".join(lines)
+
+
+def list_keys(prefix: str = "") -> list[str]:
+    """A line for each key that begins so, for a terminal."""
+    rows = [row for row in every_key() if row[0].startswith(prefix)]
+    if not rows:
+        return [
+            f"no key begins with {prefix}; there are: {', '.join(n for n, _ in keys_of(RunConfig))}"
+        ]
+    width = max(len(name) for name, _, _ in rows)
+    return [
+        f"{name:<{width}}  {doc}" + (f" [{default}]" if default else "")
+        for name, doc, default in rows
+    ]
 
 
 def default_of(cls: Any, name: str) -> Any:
@@ -311,7 +333,7 @@ def _show(value: Any) -> str:
     text = (
         "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
     )
-    return f"`{text}`"
+    return text
 
 
 if __name__ == "__main__":

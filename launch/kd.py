@@ -3,6 +3,8 @@
     deepspeed launch/kd.py --config cfg.yaml [key.sub=value …]     every GPU of this machine
     python launch/kd.py --config cfg.yaml …                        one rank
     torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
+    python launch/kd.py --config cfg.yaml --check       tell what is wrong with it, run nothing
+    python launch/kd.py --list-keys [prefix]                            every key of the YAML
 
 SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes on.
 
@@ -21,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import load
 from ds_kd.quiet import quiet
+from ds_kd.schema import list_keys
 from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
 
@@ -29,12 +32,20 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     parser = argparse.ArgumentParser(
         prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("-c", "--config", required=True, metavar="YAML", help="the run")
+    parser.add_argument("-c", "--config", metavar="YAML", help="the run")
     parser.add_argument(
         "overrides",
         nargs="*",
         metavar="key.sub=value",
         help="YAML values (--key.sub value works too); null drops a section",
+    )
+    parser.add_argument("--check", action="store_true", help="check the config, run nothing")
+    parser.add_argument(
+        "--list-keys",
+        nargs="?",
+        const="",
+        metavar="PREFIX",
+        help="print the YAML's keys, their meaning and defaults",
     )
     parser.add_argument(
         "--verbose", action="store_true", help="show DeepSpeed's and transformers' own messages"
@@ -49,12 +60,16 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
-    return parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
+    args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
+    if args.config is None and args.list_keys is None:
+        parser.error("the following arguments are required: -c/--config")
+    return args
 
 
 def _plain(argv: list[str]) -> list[str]:
     """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
-    own = {"--config", "--verbose", "--allow-targets", "--local_rank", "--help"}
+    own = {"--config", "--check", "--list-keys", "--verbose", "--allow-targets", "--local_rank"}
+    own |= {"--help"}
     plain, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -68,7 +83,13 @@ def _plain(argv: list[str]) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.list_keys is not None:
+        print("\n".join(list_keys(args.list_keys)))
+        return 0
     cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
+    if args.check:
+        print("\n".join([*cfg.notes, f"{args.config}: nothing wrong with it"]))
+        return 0
     if not args.verbose:
         quiet()
     from ds_kd import distributed, recipe
@@ -109,6 +130,15 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _speaks() -> bool:
+    """Whether this rank is the one to tell of an error."""
+    if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
+        return True  # without the seconds that torch takes to import
+    from ds_kd.distributed import is_first_to_fail
+
+    return is_first_to_fail()
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
@@ -121,9 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         if not type(error).__module__.startswith("ds_kd."):
             raise
         message, code = str(error), 1
-    from ds_kd.distributed import is_first_to_fail
-
-    if is_first_to_fail():
+    if _speaks():
         rank = int(os.environ.get("RANK", "0"))
         where = f"rank {rank}: " if rank else ""
         print(f"\n{where}{message}", file=sys.stderr, flush=True)

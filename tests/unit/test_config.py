@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_kd.config import check_world, load
+from ds_kd.schema import list_keys
 from ds_kd.targets import ConfigError, bind, resolve
 from tests.scripts import script
 
@@ -243,3 +247,75 @@ def test_submitting_checks_the_config_against_the_ranks(capsys):
     assert "step_scheduler.global_batch_size: got 12" in capsys.readouterr().err
     assert submit.main(["--config", str(GUIDE), *SLURM, *wrong[1:], "--dry-run"]) == 2
     assert "slurm.time: got 3600" in capsys.readouterr().err
+
+
+def test_a_model_directory_without_config_or_tokenizer_is_told_by_key(tmp_path):
+    key = "model.pretrained_model_name_or_path"
+    with pytest.raises(ConfigError, match=f"{key}.*a config.json"):
+        load(GUIDE, [f"{key}={tmp_path}"])
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"{key}.*a tokenizer"):
+        load(GUIDE, [f"{key}={tmp_path}"])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    load(GUIDE, [f"{key}={tmp_path}"])
+
+
+def test_checking_a_config_takes_no_heavy_import_and_tells_all_at_once(tmp_path):
+    script = (
+        "import sys; sys.path.insert(0, 'launch'); import kd\n"
+        "code = kd.main(sys.argv[1:])\n"
+        "heavy = {'torch', 'transformers', 'deepspeed', 'datasets'} & set(sys.modules)\n"
+        "print('heavy:', sorted(heavy)); sys.exit(code)"
+    )
+
+    def check(*words):
+        command = [sys.executable, "-c", script, "--config", str(GUIDE), "--check", *words]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+    good = check()
+    assert good.returncode == 0 and "nothing wrong with it" in good.stdout, good.stderr
+    assert "heavy: []" in good.stdout
+    bad = check("kd_ratio=2", "step_scheduler.max_stepz=3")
+    assert bad.returncode == 2 and "heavy: []" in bad.stdout
+    assert "kd_ratio: got 2" in bad.stderr and "did you mean step_scheduler.max_steps" in bad.stderr
+
+
+def test_keys_are_listed_by_prefix():
+    lines = list_keys("checkpoint.keep")
+    assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
+    assert "no key begins with nonsense" in list_keys("nonsense")[0]
+
+
+@pytest.mark.parametrize(
+    ("nemo", "least"),
+    [
+        ("{lr_decay_style: cosine, lr_warmup_steps: 2, min_lr: 1.0e-4}", 1e-4),
+        ("{lr_decay_style: linear, lr_warmup_steps: 2, min_lr: 1.0e-4}", 1e-4),
+        ("{lr_decay_style: linear, lr_warmup_steps: 2}", 0.0),
+        ("{lr_decay_style: constant, lr_warmup_steps: 2}", 1e-3),
+    ],
+)
+def test_nemos_spelling_of_a_schedule_ends_where_it_says(nemo, least):
+    from transformers import get_scheduler
+
+    wanted = load(GUIDE, [f"lr_scheduler={nemo}"]).lr_scheduler
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
+    scheduler = get_scheduler(
+        wanted.name,
+        optimizer,
+        wanted.num_warmup_steps,
+        10,
+        wanted.scheduler_specific_kwargs or None,
+    )
+    rates = []
+    for _ in range(10):
+        optimizer.step()
+        scheduler.step()
+        rates.append(scheduler.get_last_lr()[0])
+    assert max(rates) == rates[1] == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(least, abs=1e-9)
+
+
+def test_an_unknown_decay_style_is_told():
+    with pytest.raises(ConfigError, match="lr_decay_style: got 'cosin'"):
+        load(GUIDE, ["lr_scheduler={lr_decay_style: cosin}"])
