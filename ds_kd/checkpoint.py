@@ -422,8 +422,9 @@ class Checkpointer:
         return sorted((p for p in self.directory.glob("step_*") if p.is_dir()), reverse=True)
 
     def _newest_good(self) -> Path | None:
-        for leftover in self.directory.glob(".saving.*"):
-            shutil.rmtree(leftover)  # of a run killed while saving
+        # Of a run killed while saving, or while cutting one anew.
+        for leftover in [*self.directory.glob(".saving.*"), *self.directory.glob(".cut_anew")]:
+            shutil.rmtree(leftover)
         candidates = self._all()
         for checkpoint in candidates:
             try:
