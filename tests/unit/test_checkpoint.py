@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
+from ds_kd.checkpoint import Checkpointer
+from ds_kd.distributed import World
 from ds_kd.zero_files import _pickle_stage_by_value, trusted_pickles
 
 
@@ -18,3 +20,15 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
     with trusted_pickles():
         read = torch.load(tmp_path / "states.pt", weights_only=False)
     assert read["zero_stage"] is ZeroStageEnum.weights
+
+
+def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
+    world = World(0, 1, 0, torch.device("cpu"), "gloo")
+    said: list[str] = []
+    keeper = Checkpointer(tmp_path, world, None, say=said.append, patience=30.0)
+    for seconds in (29.0, 41.0, 50.0):
+        keeper._warn(seconds, "took")
+    assert len(said) == 1 and "took 41 s" in said[0] and "30 s after SIGTERM" in said[0]
+    patient = Checkpointer(tmp_path, world, None, say=said.append)
+    patient._warn(999.0, "took")
+    assert len(said) == 1
