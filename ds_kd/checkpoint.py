@@ -20,11 +20,9 @@ start from step 0 when `latest` is missing; hence the manifest and the rename.
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,95 +32,14 @@ from safetensors import SafetensorError
 
 from ds_kd import manifest, zero_files
 from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
-from ds_kd.manifest import MANIFEST, CheckpointError, verify
-from ds_kd.models import gathered
-from ds_kd.shards import ShardWriter
+from ds_kd.export import export_student
+from ds_kd.manifest import ENGINE, MODEL, CheckpointError, error_of, verify
 from ds_kd.state import TrainState, rng_state, set_rng_state
 
-ENGINE, MODEL, STATE = "engine", "model", "state.json"
+STATE = "state.json"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 PREEMPTED = "PREEMPTED"
 _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
-_PREFIX = "model."  # models.Student holds the HF model as `.model`
-
-
-def export_student(engine: Any, directory: Path, world: World) -> None:
-    """Write the engine's student as Hugging Face safetensors, parameter by parameter (a
-    collective).
-
-    Rank 0 holds one shard above its training memory. Tied weights are written once; transformers
-    ties them on loading.
-
-    Raises:
-        OSError, SafetensorError: on every rank, where rank 0 cannot write.
-    """
-    model = engine.module.model
-    writer = ShardWriter(directory) if world.is_main else None
-    kept = model.state_dict().keys()  # leaves out buffers that are rebuilt on loading
-    error = None
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
-            # After an error too, every rank gathers to the end.
-            if writer is not None and error is None:
-                copied = parameter.detach().to("cpu", copy=True)
-                error = _error_of(functools.partial(writer.add, name, copied))
-
-    def finish() -> None:
-        if error is not None:
-            raise error
-        assert writer is not None
-        for name, buffer in model.named_buffers():
-            if name in kept:
-                writer.add(name, buffer.detach().to("cpu", copy=True))
-        writer.close()
-
-    on_rank0(finish, world)
-
-
-def export_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Write a saved checkpoint's student as a Hugging Face model, without a job or a GPU.
-
-    The weights are DeepSpeed's fp32 master copies in the model's own dtype.
-
-    Raises:
-        CheckpointError: not a checkpoint of ds_kd, or damaged.
-    """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    from transformers import AutoConfig
-
-    if not (checkpoint / MANIFEST).is_file():
-        raise CheckpointError(
-            f"{checkpoint}: no {MANIFEST} here; give a step_… directory or {LATEST} inside "
-            f"checkpoint.checkpoint_dir"
-        )
-    verify(checkpoint)
-    shutil.copytree(
-        checkpoint / MODEL,
-        out,
-        dirs_exist_ok=True,
-        ignore=lambda _, names: [n for n in names if "safetensors" in n],
-    )
-    dtype = AutoConfig.from_pretrained(out).dtype or torch.float32
-    with zero_files.trusted_pickles():
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
-    writer, seen = ShardWriter(out), set()
-    for name, lazy in weights.items():
-        if id(lazy) not in seen:  # a tied weight appears under both names as one object
-            seen.add(id(lazy))
-            tensor = lazy.contiguous() if not isinstance(lazy, torch.Tensor) else lazy
-            writer.add(name.removeprefix(_PREFIX), tensor.to(dtype))
-    writer.close()
-
-
-def _error_of(function: Callable[[], Any]) -> Exception | None:
-    """What writing a file ends with: safetensors and torch have errors of their own for a full
-    disk."""
-    try:
-        function()
-    except WRITE_ERRORS as error:
-        return error
-    return None
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
@@ -276,7 +193,7 @@ class Checkpointer:
         on_rank0(prepare, self.world)
         self._all_well(zero_files.save_engine(engine, aside, ENGINE))
         rng = aside / f"rng_rank{self.world.rank}.pt"
-        self._all_well(_error_of(lambda: torch.save(rng_state(), rng)))
+        self._all_well(error_of(lambda: torch.save(rng_state(), rng)))
         on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)
         if consolidate:
             export_student(engine, aside / MODEL, self.world)
@@ -381,7 +298,7 @@ class Checkpointer:
         def add_up() -> None:  # where the disk is full, syncing may be what tells
             part.update({str(p.relative_to(aside)): manifest.digest(p) for p in mine})
 
-        self._all_well(_error_of(add_up))
+        self._all_well(error_of(add_up))
         parts: list[Any] = [None] * self.world.size
         dist.all_gather_object(parts, part, group=self.world.host_group)
         return {name: digest for part in parts for name, digest in part.items()}

@@ -5,14 +5,29 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+from safetensors import SafetensorError
+
+MANIFEST, ENGINE, MODEL = "manifest.json", "engine", "model"
+#: Of torch and safetensors, besides the system's own, where a disk is full.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint cannot be used or written; the message names the file and what to do."""
+
+
+def error_of(function: Callable[[], Any]) -> Exception | None:
+    """What writing a file ends with: safetensors and torch have errors of their own for a full
+    disk."""
+    try:
+        function()
+    except WRITE_ERRORS as error:
+        return error
+    return None
 
 
 def digest(path: Path) -> dict[str, Any]:

@@ -29,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     from ds_kd.quiet import quiet
 
     quiet()
-    from ds_kd.checkpoint import CheckpointError, export_checkpoint
+    from ds_kd.export import export_checkpoint
+    from ds_kd.manifest import CheckpointError
 
     try:
         export_checkpoint(args.checkpoint.resolve(), args.out)

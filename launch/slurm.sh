@@ -87,6 +87,7 @@ if [ "$time_is_up" = 1 ] && [ "$code" = 0 ]; then
   # A run that ended in that very moment finds all its steps done.
   echo "attempt $attempt: time is up; saved, and queued again"
   scontrol requeue "$SLURM_JOB_ID"
+  sleep 60 # SLURM ends this script: ending by itself in between, the job would count as over
 fi
 echo "attempt $attempt: exit code $code"
 exit "$code"

@@ -60,8 +60,9 @@ def same(a, b):
 def save_resume_export_damage(world, root, paths):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ds_kd.checkpoint import CheckpointError, export_checkpoint
+    from ds_kd.checkpoint import CheckpointError
     from ds_kd.distributed import barrier, on_rank0
+    from ds_kd.export import export_checkpoint
     from ds_kd.shards import ShardWriter
 
     out = {}

@@ -115,6 +115,8 @@ class Cluster:
     def start_again_now(self, job: str) -> None:
         """Skip the two minutes that SLURM lets a requeued job wait."""
         self._until(lambda: self.about(job, "JobState") == "PENDING", "the requeued job", 90)
+        # Those two minutes let the nodes clear up; started before, the attempt would be killed too.
+        self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "idle nodes")
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def _daemon(self, *words: str) -> None:

@@ -6,7 +6,14 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "ds_kd"
-DEEPSPEED = {"engines.py", "models.py", "checkpoint.py", "distributed.py", "zero_files.py"}
+DEEPSPEED = {
+    "engines.py",
+    "models.py",
+    "checkpoint.py",
+    "distributed.py",
+    "zero_files.py",
+    "export.py",
+}
 
 
 def imports(path: Path) -> set[str]:
