@@ -39,7 +39,6 @@ UNSUPPORTED = {
 
 #: Sections of the schema that belong to later work: refused, never silently ignored.
 REFUSED_SECTIONS = {
-    "peft": "LoRA is not supported yet; remove the section to train all weights",
     "offload_teacher_model": "remove it and set deepspeed.teacher: "
     "ds_configs/zero/teacher_zero3_offload.json",
     "separate_meshes": "student and teacher share all ranks here; remove it and "

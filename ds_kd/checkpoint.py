@@ -6,6 +6,7 @@
             state.json          TrainState, world size, fingerprint of the run
             rng_rank0.pt …      random-number generators of each rank
             model/              Hugging Face config and tokenizer; the weights too, if consolidated
+            adapter/            LoRA weights as peft writes them, if the run trains such
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
         final  -> step_0000200/model    the newest consolidated student
@@ -30,10 +31,10 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_kd import manifest, zero_files
+from ds_kd import lora, manifest, zero_files
 from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
-from ds_kd.export import export_student
-from ds_kd.manifest import ENGINE, MODEL, CheckpointError, error_of, verify
+from ds_kd.export import export_adapter, export_student
+from ds_kd.manifest import ADAPTER, ENGINE, MODEL, CheckpointError, error_of, verify
 from ds_kd.state import TrainState, rng_state, set_rng_state
 
 STATE = "state.json"
@@ -159,7 +160,7 @@ class Checkpointer:
 
     def _needed(self, engine: Any, consolidate: bool) -> int:
         """Bytes of a checkpoint, all ranks."""
-        total = int(sum_over_ranks([zero_files.state_bytes(engine)], self.world)[0])
+        total = int(sum_over_ranks([zero_files.state_bytes(engine, True)], self.world)[0])
         if consolidate:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total
@@ -195,6 +196,8 @@ class Checkpointer:
         rng = aside / f"rng_rank{self.world.rank}.pt"
         self._all_well(error_of(lambda: torch.save(rng_state(), rng)))
         on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)
+        if lora.has_adapter(engine.module.model):
+            export_adapter(engine, aside / ADAPTER, self.world)
         if consolidate:
             export_student(engine, aside / MODEL, self.world)
         files = self._manifest(aside)

@@ -105,6 +105,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             getattr(cfg, name).enabled = False
     if cfg.wandb is not None and cfg.wandb.pop("enabled", True) is False:
         cfg.wandb = None
+    if cfg.peft is not None and cfg.peft.use_triton:
+        cfg.notes.append("peft.use_triton: accepted; peft's PyTorch code takes its place")
     if data.get("distributed"):
         name = cfg.distributed._target_ or cfg.distributed.strategy or "section"
         cfg.notes.append(
@@ -168,6 +170,9 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
         good = value == 1 and not isinstance(value, bool)
     elif kind == "nemo":
         good = isinstance(value, str) and value.startswith("nemo_automodel.")
+    elif kind == "names":
+        value = [value] if isinstance(value, str) else [] if value is None else value
+        good = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
     elif kind == "int":
         good = isinstance(value, int) and not isinstance(value, bool)
     elif kind == "number":
@@ -204,6 +209,7 @@ def _expected(meta: Any) -> str:
         "str": "text",
         "mapping": "a mapping",
         "list": "a list",
+        "names": "a list of names",
         "target": "a mapping with _target_",
         "clip": "a number > 0 or {max_norm: number}",
         "nemo": "a name of NeMo-AutoModel, or nothing",
@@ -342,6 +348,12 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     given = (data.get("rng") or {}).get("seed") if isinstance(data.get("rng"), dict) else None
     if cfg.seed is not None and given not in (None, cfg.seed):
         problems.append(f"seed: {cfg.seed} and rng.seed: {given} contradict each other; keep one")
+    peft = cfg.peft
+    if peft is not None:
+        given = [n for n in ("match_all_linear", "target_modules", "exclude_modules")
+                 if getattr(peft, n)]  # fmt: skip
+        if len(given) > 1:
+            problems.append(f"peft: {' and '.join(given)} are both given; keep one")
     schedule = cfg.lr_scheduler
     if schedule is not None and schedule.num_warmup_steps and schedule.warmup_ratio is not None:
         problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ds_kd import zero_files
+from ds_kd import lora, zero_files
 from ds_kd.distributed import World, on_rank0
-from ds_kd.manifest import ENGINE, MANIFEST, MODEL, CheckpointError, error_of, verify
+from ds_kd.manifest import ADAPTER, ENGINE, MANIFEST, MODEL, CheckpointError, error_of, verify
 from ds_kd.models import gathered
 from ds_kd.shards import ShardWriter
 
@@ -23,7 +23,7 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
     collective).
 
     Rank 0 holds one shard above its training memory. Tied weights are written once; transformers
-    ties them on loading.
+    ties them on loading. Adapters are merged.
 
     Raises:
         OSError, SafetensorError: on every rank, where rank 0 cannot write.
@@ -32,11 +32,11 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
     writer = ShardWriter(directory) if world.is_main else None
     kept = model.state_dict().keys()  # leaves out buffers that are rebuilt on loading
     error = None
-    for name, parameter in model.named_parameters():
-        with gathered([parameter]):
+    for name, parameters, value in lora.plain_weights(model):
+        with gathered(parameters):
             # After an error too, every rank gathers to the end.
             if writer is not None and error is None:
-                copied = parameter.detach().to("cpu", copy=True)
+                copied = value().to("cpu", copy=True)
                 error = error_of(functools.partial(writer.add, name, copied))
 
     def finish() -> None:
@@ -44,23 +44,35 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
             raise error
         assert writer is not None
         for name, buffer in model.named_buffers():
-            if name in kept:
+            if name in kept:  # adapters have none
                 writer.add(name, buffer.detach().to("cpu", copy=True))
         writer.close()
 
     on_rank0(finish, world)
 
 
+def export_adapter(engine: Any, directory: Path, world: World) -> None:
+    """Write the engine's adapter in peft's format (a collective); rank 0 holds all of it.
+
+    Raises:
+        OSError, SafetensorError: on every rank, where rank 0 cannot write.
+    """
+    model = engine.module.model
+    parameters = lora.adapter_parameters(model)
+    with gathered([*parameters.values()]):
+        whole = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+    on_rank0(lambda: lora.save_adapter(model, whole, directory), world)
+
+
 def export_checkpoint(checkpoint: Path, out: Path) -> None:
     """Write a saved checkpoint's student as a Hugging Face model, without a job or a GPU.
 
-    The weights are DeepSpeed's fp32 master copies in the model's own dtype.
+    The weights are DeepSpeed's fp32 master copies in the model's own dtype. A checkpoint that holds
+    an adapter gives the merged model, and the adapter beside it in `out/adapter`.
 
     Raises:
-        CheckpointError: not a checkpoint of ds_kd, or damaged.
+        CheckpointError: not a checkpoint of ds_kd, damaged, or of an adapter whose model is gone.
     """
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-    from transformers import AutoConfig
 
     if not (checkpoint / MANIFEST).is_file():
         raise CheckpointError(
@@ -68,11 +80,41 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
             f"checkpoint.checkpoint_dir"
         )
     verify(checkpoint)
+    if (checkpoint / ADAPTER).is_dir():
+        _export_merged(checkpoint, out)
+    else:
+        _export_whole(checkpoint, out)
+
+
+def _export_merged(checkpoint: Path, out: Path) -> None:
+    from peft import PeftConfig, PeftModel
+    from transformers import AutoModelForCausalLM
+
+    config = PeftConfig.from_pretrained(str(checkpoint / ADAPTER))
+    base = config.base_model_name_or_path
+    try:
+        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{checkpoint / ADAPTER}: the model it adapts, {base}, cannot be loaded "
+            f"({str(error).strip().splitlines()[0]}); put it there, or write its path into "
+            f"adapter_config.json"
+        ) from error
+    merged: Any = PeftModel.from_pretrained(model, str(checkpoint / ADAPTER)).merge_and_unload()
+    shutil.copytree(checkpoint / MODEL, out, ignore=shutil.ignore_patterns("*safetensors*"))
+    merged.save_pretrained(out)
+    shutil.copytree(checkpoint / ADAPTER, out / ADAPTER)
+
+
+def _export_whole(checkpoint: Path, out: Path) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from transformers import AutoConfig
+
     shutil.copytree(
         checkpoint / MODEL,
         out,
         dirs_exist_ok=True,
-        ignore=lambda _, names: [n for n in names if "safetensors" in n],
+        ignore=shutil.ignore_patterns("*safetensors*"),
     )
     dtype = AutoConfig.from_pretrained(out).dtype or torch.float32
     with zero_files.trusted_pickles():

@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-MANIFEST, ENGINE, MODEL = "manifest.json", "engine", "model"
+MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
 #: Of torch and safetensors, besides the system's own, where a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 

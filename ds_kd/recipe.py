@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_kd import engines, models
+from ds_kd import engines, lora, models
 from ds_kd.attention import attend_by_sample
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
 from ds_kd.config import check_world, fingerprint
@@ -125,8 +125,14 @@ def _tokenizer(target: Target, world: World) -> Any:
     return tokenizer
 
 
-def _load_model(target: Target, zero: dict[str, Any], packs: bool, allow: tuple[str, ...]) -> Any:
-    """The HF model, sharded while it loads."""
+def _load_model(
+    target: Target,
+    zero: dict[str, Any],
+    packs: bool,
+    allow: tuple[str, ...],
+    adapt: Callable[[Any], None] | None = None,
+) -> Any:
+    """The HF model, sharded while it loads; `adapt` is called with it."""
     kwargs = dict(target.kwargs)
     name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
     name = str(name).removeprefix("torch.")
@@ -143,6 +149,8 @@ def _load_model(target: Target, zero: dict[str, Any], packs: bool, allow: tuple[
             lambda: _whole(instantiate(target, allow, **extra)),
             "a Hugging Face causal language model: a directory, or a hub id and a network",
         )
+        if adapt is not None:
+            adapt(model)
     if packs:
         attend_by_sample(model)
     return model
@@ -216,7 +224,7 @@ def _student(
         key, source, lambda: engines.load_zero_config(source, key), "a ZeRO stage 3 configuration"
     )
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = _load_model(cfg.model, config, _packs(cfg), allow)
+    model = _load_model(cfg.model, config, _packs(cfg), allow, _adapter(cfg))
     if cfg.distributed.activation_checkpointing:
         _as_config_error(
             "distributed.activation_checkpointing",
@@ -256,6 +264,35 @@ def _student(
     _compile(cfg, model)
     engine.train()
     return engine
+
+
+def _adapter(cfg: RunConfig) -> Callable[[Any], None] | None:
+    """What puts the adapter of the `peft` section into a model."""
+    wanted = cfg.peft
+    if wanted is None:
+        return None
+
+    def adapt(model: Any) -> None:
+        chosen = wanted.target_modules, wanted.exclude_modules
+        names = _as_config_error(
+            "peft",
+            {"target_modules": chosen[0], "exclude_modules": chosen[1]},
+            lambda: lora.linear_maps(model, *chosen, wanted.match_all_linear),
+            f"names of linear maps of {_path(cfg.model)}",
+        )
+        lora.add_adapter(
+            model,
+            names,
+            wanted.dim,
+            wanted.alpha,
+            wanted.dropout,
+            wanted.use_dora,
+            wanted.lora_A_init,
+            cfg.rng.seed,
+            _path(cfg.model),
+        )
+
+    return adapt
 
 
 def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:

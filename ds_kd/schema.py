@@ -139,6 +139,24 @@ class PackedSequence:
 
 
 @dataclass
+class Peft:
+    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
+    match_all_linear: bool = key(False, "adapt every linear map but the head", "bool")
+    target_modules: list = key(
+        list, "maps to adapt, `*` for anything; `*_proj` where nothing is chosen", "names"
+    )
+    exclude_modules: list = key(list, "maps not to adapt, of all there are", "names")
+    dim: int = key(8, "rank of the adapters", "int", low=1)
+    alpha: float = key(32, "they are scaled by alpha / dim", "number", above=0)
+    dropout: float = key(0.0, "on an adapter's input", "number", low=0, high=1)
+    dropout_position: str = key("pre", "only pre", "choice", among=("pre",))
+    lora_A_init: str = key("xavier", "normal; or Kaiming's", "choice", among=("xavier", "uniform"))
+    use_dora: bool = key(False, "DoRA: a trained length of each output besides", "bool")
+    use_triton: bool = key(False, "accepted; peft's PyTorch code is used", "bool")
+    use_memory_efficient_lora: bool = key(True, "accepted; peft's PyTorch code is used", "bool")
+
+
+@dataclass
 class Compile:
     enabled: bool = key(False, "torch.compile the transformer layers; or `compile: true`", "bool")
     mode: str = key(
@@ -211,6 +229,10 @@ class RunConfig:
         target="ds_kd.losses.KDLoss",
         default={},
     )
+    peft: Peft | None = key(
+        None, "LoRA: the student's weights stay, small adapters are trained", "section",
+        section=Peft,
+    )  # fmt: skip
     loss_fn: Target = key(
         None,
         "cross-entropy: ignore_index, fp32_upcast",
@@ -326,7 +348,9 @@ def list_keys(prefix: str = "") -> list[str]:
 def default_of(cls: Any, name: str) -> Any:
     """What a key is where nothing is written; {} for a section."""
     found = next(f for f in dataclasses.fields(cls) if f.name == name)
-    return {} if found.default is dataclasses.MISSING else found.default
+    if found.default is not dataclasses.MISSING:
+        return found.default
+    return [] if found.default_factory is list else {}
 
 
 def _show(value: Any) -> str:

@@ -39,7 +39,8 @@ class _NotesErrors:
 
 
 def save_engine(engine: Any, directory: Path, tag: str) -> Exception | None:
-    """Write the engine's weights, optimizer and schedule below `directory/tag` (a collective).
+    """Write the engine's weights, optimizer and schedule below `directory/tag` (a collective);
+    frozen weights stay where they came from.
 
     Returns:
         What went wrong on this rank.
@@ -48,7 +49,9 @@ def save_engine(engine: Any, directory: Path, tag: str) -> Exception | None:
     plain = engine.checkpoint_engine
     engine.checkpoint_engine = noting = _NotesErrors(plain)
     try:
-        engine.save_checkpoint(str(directory), tag=tag, save_latest=False)
+        engine.save_checkpoint(
+            str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=_is_frozen(engine)
+        )
     finally:
         engine.checkpoint_engine = plain
     return noting.error
@@ -61,7 +64,9 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
         RuntimeError: the files belong to another model.
     """
     with trusted_pickles():
-        loaded, _ = engine.load_checkpoint(str(directory), tag=tag)
+        loaded, _ = engine.load_checkpoint(
+            str(directory), tag=tag, load_module_strict=not _is_frozen(engine)
+        )
     return loaded is not None
 
 
@@ -101,11 +106,21 @@ def load_cut_anew(engine: Any, out: Path, tag: str) -> bool:
         config.load_universal_checkpoint = before
 
 
-def state_bytes(engine: Any) -> int:
-    """What a ZeRO-3 engine keeps on this rank between steps, and writes into a checkpoint: its
-    shards of weights, fp32 weights and optimizer state, and what is too small to be sharded."""
-    tensors = [p.ds_tensor for p in engine.module.parameters()]
-    tensors += [p.data for p in engine.module.parameters() if p.data.numel() == p.ds_numel]
+def _is_frozen(engine: Any) -> bool:
+    """Whether there are weights that training does not change."""
+    return any(not p.requires_grad for p in engine.module.parameters())
+
+
+def state_bytes(engine: Any, trained_alone: bool = False) -> int:
+    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, fp32 weights
+    and optimizer state, and what is too small to be sharded.
+
+    Args:
+        trained_alone: only what training changes; that is what a checkpoint holds.
+    """
+    parameters = [p for p in engine.module.parameters() if p.requires_grad or not trained_alone]
+    tensors = [p.ds_tensor for p in parameters]
+    tensors += [p.data for p in parameters if p.data.numel() == p.ds_numel]
     optimizer = getattr(engine.optimizer, "optimizer", None)
     if optimizer is not None:
         tensors += [p for group in optimizer.param_groups for p in group["params"]]

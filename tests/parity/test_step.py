@@ -35,9 +35,12 @@ def build(
     packs=False,
     checkpointing=False,
     compiled=False,
+    adapt=None,
+    dtype=torch.float32,
     **extra,
 ):
-    """A real Trainer over `rows` from the saved student and teacher."""
+    """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
+    student's HF model."""
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import AutoModelForCausalLM
 
@@ -54,15 +57,17 @@ def build(
 
     config = engines.engine_config(
         engines.load_zero_config(None, "deepspeed.student"),
-        torch.float32,
+        dtype,
         local,
         accumulation,
         None,
     )
 
-    def load(path):
+    def load(path, adapt=None):
         with models.zero3_init(config):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            if adapt is not None:
+                adapt(model)
         if packs:
             attend_by_sample(model)
         if checkpointing:
@@ -77,7 +82,8 @@ def build(
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
     )
-    module = models.Student(load(paths["student"]), loss, teacher.module if teacher else None)
+    student = load(paths["student"], adapt)
+    module = models.Student(student, loss, teacher.module if teacher else None)
     student = engines.build_student(module, config, optimizer)
     if compiled:
         for engine in filter(None, (teacher, student)):

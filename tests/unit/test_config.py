@@ -49,20 +49,21 @@ def test_all_problems_are_reported_at_once():
         "kd_ratio=2",
         "distributed.tp_size=2",
         "model.torch_dtype=fp16",
-        "peft={dim: 3}",
+        "peft={dim: 0, target_modules: q_proj, exclude_modules: [v_proj]}",
         "optimizer._target_=torch.optim.Adafactor",
     ]
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, overrides)
     text = str(caught.value)
-    assert len(caught.value.problems) == len(overrides)
+    assert len(caught.value.problems) == len(overrides) + 1  # peft has two
     for part in (
         "did you mean step_scheduler.global_batch_size?",
         "'zero', expected an integer ≥ 1",
         "kd_ratio: got 2",
         "distributed.tp_size",
         "write torch_dtype: bf16",
-        "peft: LoRA",
+        "peft.dim: got 0",
+        "peft: target_modules and exclude_modules are both given",
         "AdamW",
     ):
         assert part in text
@@ -70,7 +71,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["peft", "separate_meshes", "offload_teacher_model"],
+    ["separate_meshes", "offload_teacher_model"],
 )
 def test_sections_of_later_work_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):

@@ -1,0 +1,175 @@
+"""LoRA: adapters on the student's linear maps, by Hugging Face's peft.
+
+The adapter is injected into the HF model, which stays what it was: `models` and `engines` see a
+model some of whose parameters are frozen. NeMo-AutoModel's words choose the maps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"  # peft's name of the one adapter
+_BASE = ".base_layer."
+
+
+def linear_maps(
+    model: Any,
+    target_modules: list[str],
+    exclude_modules: list[str],
+    match_all_linear: bool = False,
+) -> list[str]:
+    """Names of the linear maps that get an adapter; the language-model head never does, as the loss
+    calls it itself.
+
+    Args:
+        model: an HF causal language model.
+        target_modules: full names or last parts of names, `*` standing for anything; `*_proj` where
+            neither this nor the others are given.
+        exclude_modules: likewise, of all linear maps those that get none.
+        match_all_linear: all of them.
+
+    Raises:
+        ValueError: a pattern that matches none of them; names what there is.
+    """
+    head = model.get_output_embeddings()
+    maps = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    if not (match_all_linear or target_modules or exclude_modules):
+        target_modules = ["*_proj"]
+    for pattern in (*target_modules, *exclude_modules):
+        if not any(_matches(pattern, name) for name in maps):
+            kinds = sorted({name.rpartition(".")[2] for name in maps})
+            near = difflib.get_close_matches(pattern, kinds, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"no linear map is called {pattern}; there are {kinds}{hint}")
+    chosen = [
+        name
+        for name in maps
+        if (not target_modules or any(_matches(p, name) for p in target_modules))
+        and not any(_matches(p, name) for p in exclude_modules)
+    ]
+    if not chosen:
+        raise ValueError("exclude_modules leaves no linear map")
+    return chosen
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """`*` stands for anything, and `*.` in front for nothing too."""
+    if pattern == name.rpartition(".")[2]:
+        return True
+    return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) is not None
+
+
+def add_adapter(
+    model: Any,
+    names: list[str],
+    dim: int,
+    alpha: float,
+    dropout: float,
+    use_dora: bool,
+    init: str,
+    seed: int,
+    base: str,
+) -> None:
+    """Freeze `model` and put a trainable adapter beside each of its maps `names`.
+
+    To be called where the model was loaded, inside `models.zero3_init`: DoRA reads the weights'
+    norms. The adapter starts as zero, the same on every rank.
+
+    Args:
+        dim, alpha: of W + alpha/dim · B·A, with A `[dim, in]`, B `[out, dim]` (Hu et al. 2021).
+        dropout: on the adapter's input.
+        use_dora: a trained length of each output besides (Liu et al. 2024).
+        init: of A; `xavier` (normal) or `uniform` (Kaiming's).
+        base: name or path of the model, for whoever loads the adapter.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=dim,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        use_dora=use_dora,
+        target_modules=names,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, model, ADAPTER)
+        if init == "xavier":
+            for layer in _layers(model).values():
+                nn.init.xavier_normal_(layer.lora_A[ADAPTER].weight)
+    # ZeRO-3 keeps a layer whole in backward until the gradient of its input is there: the first
+    # layer's input must have one, though the embedding is frozen.
+    model.enable_input_require_grads()
+
+
+def has_adapter(model: Any) -> bool:
+    return hasattr(model, "peft_config")
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    from peft.tuners.lora import LoraLayer
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> None:
+    """Write whole adapter weights as peft does: `PeftModel.from_pretrained(base, directory)`.
+
+    Args:
+        weights: by the model's own parameter names.
+    """
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    named = get_peft_model_state_dict(model, weights, ADAPTER, save_embedding_layers=False)
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in named.items()},
+        directory / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    model.peft_config[ADAPTER].save_pretrained(directory)
+
+
+def plain_weights(
+    model: Any,
+) -> Iterator[tuple[str, list[nn.Parameter], Callable[[], Tensor]]]:
+    """The parameters of the model without adapters, adapters merged.
+
+    Yields:
+        A name, the parameters to gather for it, and what computes its value while they are whole.
+    """
+    layers = _layers(model) if has_adapter(model) else {}
+    for name, parameter in model.named_parameters():
+        owner, is_base, rest = name.partition(_BASE)
+        if is_base and rest == "weight":
+            layer = layers[owner]
+            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merged, layer)
+        elif is_base:
+            yield f"{owner}.{rest}", [parameter], parameter.detach
+        elif not any(name.startswith(f"{owner}.") for owner in layers):
+            yield name, [parameter], parameter.detach
+
+
+@torch.no_grad()
+def _merged(layer: Any) -> Tensor:
+    weight = layer.get_base_layer().weight
+    variant = layer.lora_variant.get(ADAPTER)
+    if variant is not None:
+        return variant.merge_safe(layer, ADAPTER, weight)
+    return weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)

@@ -1,0 +1,196 @@
+"""LoRA under ZeRO-3: a step equals plain peft; the adapter is kept, resumed, exported, merged."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.distributed.test_checkpoint import TOKENS, adam, same
+from tests.parity.test_step import TEMPERATURE, build, sgd, weights
+from tests.ranks import run_ranks
+
+CHOICES = {
+    "all": {"match_all_linear": True},
+    "wildcard": {"target_modules": ["*.layers.0.*.q_proj", "*down_proj"]},
+    "excluded": {"exclude_modules": ["*mlp*", "v_proj"]},
+}
+
+
+def adapter(base, use_dora=False, **chosen):
+    """What puts an adapter with something in it into a model."""
+    from ds_kd import lora
+
+    def adapt(model):
+        chosen.setdefault("target_modules", [])
+        chosen.setdefault("exclude_modules", [])
+        names = lora.linear_maps(model, **chosen)
+        lora.add_adapter(model, names, 4, 8.0, 0.0, use_dora, "xavier", 7, str(base))
+
+    return adapt
+
+
+def one_step(world, paths, use_dora, chosen, checkpointing):
+    """(largest difference from plain peft after a step of SGD at lr 1, how far it moved)."""
+    from transformers import AutoModelForCausalLM
+
+    adapt = functools.partial(adapter, paths["student"], use_dora)
+    rows = tiny.samples(6 * world.size, seed=3, masked=(3, 4, 5))
+    made = build(
+        world, paths, rows, 2, 3, 0.5, sgd, checkpointing=checkpointing, adapt=adapt(**chosen)
+    )
+    made.train()
+    reference = AutoModelForCausalLM.from_pretrained(paths["student"])
+    adapt(**chosen)(reference)
+    teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"])
+    loss, _, _ = tiny.reference_means(reference, teacher, rows, 0.5, TEMPERATURE)
+    loss.backward()
+    got, error, moved = weights(made.student), 0.0, 0.0
+    for name, p in reference.named_parameters():
+        step = p.grad if p.requires_grad else torch.zeros_like(p)
+        error = max(error, (got[name] - (p - step)).abs().max().item())
+        moved = max(moved, step.abs().max().item())
+    return error, moved, sum(p.numel() for p in reference.parameters() if p.requires_grad)
+
+
+def trained(world, paths, directory, steps, dtype, use_dora=False):
+    from ds_kd.checkpoint import Checkpointer
+
+    made = build(
+        world, paths, tiny.samples(11, seed=5), 1, 2, 0.5, adam, dtype=dtype, num_epochs=9,
+        max_steps=steps, ckpt_every_steps=2, adapt=adapter(paths["student"], use_dora),
+    )  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    made.checkpointer = Checkpointer(
+        directory, world, tiny.tokenizer(directory.parent / "tokenizer"), say=lambda *_: None
+    )
+    made.checkpointer.resume(made.student, made.state)
+    made.train()
+    return made
+
+
+def kept(world, paths, root, dtype, use_dora):
+    """What becomes of an adapter trained for 5 steps, and stopped and resumed after 2."""
+    import deepspeed
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd.distributed import barrier, on_rank0
+    from ds_kd.export import export_checkpoint
+
+    straight = trained(world, paths, root / "straight", 5, dtype, use_dora)
+    trained(world, paths, root / "cut", 2, dtype, use_dora)
+    cut = trained(world, paths, root / "cut", 5, dtype, use_dora)
+    out = {"resumed": same(weights(straight.student), weights(cut.student))}
+    with torch.no_grad(), deepspeed.zero.GatheredParameters(list(cut.student.parameters())):
+        model = cut.student.module.model.eval()
+        want = model(input_ids=TOKENS, use_cache=False).logits.float()
+    latest = root / "cut" / "LATEST"
+
+    def far(model):
+        return (model(input_ids=TOKENS).logits.float() - want).abs().max().item()
+
+    def load(path):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+
+    on_rank0(lambda: export_checkpoint(latest.resolve(), root / "exported"), world)
+    barrier(world)
+    with torch.no_grad():
+        plain = load(paths["student"])
+        out["base"] = far(plain)
+        out["adapter"] = far(PeftModel.from_pretrained(plain, latest / "adapter").eval())
+        out["final"] = far(load(root / "cut" / "final"))
+        out["exported"] = far(load(root / "exported"))
+        again = PeftModel.from_pretrained(load(paths["student"]), root / "exported" / "adapter")
+        out["exported_adapter"] = far(again.eval())
+    sizes = [p.stat().st_size for p in (latest / "engine").rglob("*") if p.is_file()]
+    out["engine_bytes"] = sum(sizes)
+    out["whole_bytes"] = sum(p.numel() * 12 for p in load(paths["student"]).parameters())
+    return out
+
+
+def work(world, root, paths):
+    steps = {
+        f"{kind} dora={dora} checkpointing={again}": one_step(world, paths, dora, chosen, again)
+        for (kind, chosen), dora, again in (
+            (("all", CHOICES["all"]), False, False),
+            (("wildcard", CHOICES["wildcard"]), False, True),
+            (("excluded", CHOICES["excluded"]), True, False),
+        )
+    }
+    runs = {
+        name: kept(world, paths, root / name, dtype, dora)
+        for name, dtype, dora in (
+            ("fp32", torch.float32, False),
+            ("bf16", torch.bfloat16, False),
+            ("dora", torch.float32, True),
+        )
+        if (root / name).mkdir(exist_ok=True) is None
+    }
+    return {"steps": steps, "runs": runs}
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
+def results(request, tmp_path_factory):
+    root = tmp_path_factory.mktemp("lora")
+    paths = {
+        "student": str(tiny.llama(root / "student", seed=1)),
+        "teacher": str(tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)),
+    }
+    return run_ranks(work, request.param, root, paths)[0]
+
+
+def test_a_step_equals_plain_peft_whichever_maps_are_chosen(results):
+    for name, (error, moved, trained) in results["steps"].items():
+        assert moved > 0.01 and trained > 0, f"{name}: nothing moved"
+        assert error <= 1e-6, f"{name}: {error}"
+
+
+def test_an_adapter_resumes_bitwise(results):
+    assert all(run["resumed"] for run in results["runs"].values()), results["runs"]
+
+
+def test_adapter_merged_model_and_export_give_the_students_logits(results):
+    for name, run in results["runs"].items():
+        limit = 0.2 if name == "bf16" else 1e-4  # merged weights are rounded to bf16
+        assert run["base"] > 4 * limit, f"{name}: the adapter does nothing"
+        for what in ("adapter", "final", "exported", "exported_adapter"):
+            assert run[what] <= limit, f"{name}, {what}: {run}"
+
+
+def test_frozen_weights_are_not_written_again(results):
+    for run in results["runs"].values():
+        assert run["engine_bytes"] < run["whole_bytes"], run
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    from transformers import AutoModelForCausalLM
+
+    path = tiny.llama(tmp_path_factory.mktemp("model") / "m", tie=False)
+    return AutoModelForCausalLM.from_pretrained(path)
+
+
+def test_patterns_that_match_nothing_are_named(model):
+    from ds_kd.lora import linear_maps
+
+    with pytest.raises(ValueError, match=r"called q_prj.*did you mean q_proj"):
+        linear_maps(model, ["q_prj"], [])
+    with pytest.raises(ValueError, match=r"leaves no linear map"):
+        linear_maps(model, [], ["*_proj"])
+
+
+def test_maps_are_chosen_as_nemo_chooses_them_but_never_the_head(model):
+    from ds_kd.lora import linear_maps
+
+    every = linear_maps(model, [], [], True)
+    assert len(every) == 14 and not any("lm_head" in name for name in every)
+    assert linear_maps(model, [], []) == every  # *_proj
+    assert linear_maps(model, ["q_proj", "*.layers.1.*.v_proj"], []) == [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.1.self_attn.q_proj",
+        "model.layers.1.self_attn.v_proj",
+    ]
+    assert not any("mlp" in name for name in linear_maps(model, [], ["*mlp*"]))
