@@ -64,12 +64,11 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
     from ds_kd.data.packing import PackedDataset
     from ds_kd.distillation import DistillationLoss
     from ds_kd.losses import KDLoss, MaskedCrossEntropy
+    from ds_kd.zero_config import load_zero_config
     from ds_kd.zero_files import state_bytes
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
-    config = engines.engine_config(
-        engines.load_zero_config(None, "zero"), job.dtype, job.micro_batch
-    )
+    config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
     with models.zero3_init(config):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)

@@ -39,8 +39,6 @@ UNSUPPORTED = {
 
 #: Sections of the schema that belong to later work: refused, never silently ignored.
 REFUSED_SECTIONS = {
-    "offload_teacher_model": "remove it and set deepspeed.teacher: "
-    "ds_configs/zero/teacher_zero3_offload.json",
     "separate_meshes": "student and teacher share all ranks here; remove it and "
     "teacher_distributed",
     "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "

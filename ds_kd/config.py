@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
 from ds_kd.aliases import ALIASES, REFUSED_SECTIONS, transformers_schedule
+from ds_kd.preflight import check_data, check_model
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
 from ds_kd.targets import ConfigError, Target, problem, refuse
+from ds_kd.yaml_source import decoded, read
+from ds_kd.zero_config import load_zero_config
 
 
 def load(
@@ -31,52 +33,11 @@ def load(
     Raises:
         ConfigError: everything that is wrong.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        raw = OmegaConf.load(path)
-        if not OmegaConf.is_dict(raw):
-            raise ConfigError(
-                [problem(str(path), OmegaConf.to_container(raw), "a mapping of sections")]
-            )
-        for override in overrides or []:
-            _override(raw, override)
-        data = OmegaConf.to_container(raw, resolve=True)
-        text = OmegaConf.to_yaml(OmegaConf.create(_without_secrets(data)))
-    except OSError as error:
-        raise ConfigError(
-            [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
-        ) from None
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from None
-    assert isinstance(data, dict)
-    return _check(data, text, allow)
-
-
-def _override(raw: Any, override: str) -> None:
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
-    name, equals, value = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-        raise ConfigError([problem("override", override, "key.sub=value")])
-    try:
-        OmegaConf.update(raw, name, OmegaConf.create(f"value: {value}").value, merge=False)
-    except YAMLError as error:
-        raise ConfigError([f"override {override!r}: {' '.join(str(error).split())}"]) from None
-
-
-def _without_secrets(tree: Any) -> Any:
-    """The same tree with tokens, keys and passwords blanked: it goes into logs."""
-    if isinstance(tree, dict):
-        secret = re.compile(r"(?i)(^|_)(token|api_key|key|secret|password)$")
-        return {
-            name: "***" if value and secret.search(str(name)) else _without_secrets(value)
-            for name, value in tree.items()
-        }
-    return [_without_secrets(value) for value in tree] if isinstance(tree, list) else tree
+    data, text, source = read(path, overrides or [])
+    with source.locating():
+        cfg = _check(data, text, allow)
+    cfg.source = source
+    return cfg
 
 
 def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
@@ -159,6 +120,7 @@ _KINDS = {"bool": bool, "str": str, "mapping": dict, "list": list, "any": object
 def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     """The value in its own type, or None after noting what is wrong."""
     kind, expected = meta["kind"], _expected(meta)
+    value = decoded(value) if kind in ("int", "number", "bool", "clip", "choice") else value
     if kind == "clip":
         value = (
             value.get("max_norm")
@@ -234,7 +196,7 @@ def _target(
     if not isinstance(value, dict):
         problems.append(problem(path, value, "a mapping with _target_"))
         return None
-    kwargs = {name: inner for name, inner in value.items() if name != "_target_"}
+    kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
     dotted = value.get("_target_", meta.get("target"))
     if not isinstance(dotted, str):
         problems.append(problem(f"{path}._target_", dotted, "a dotted name"))
@@ -253,32 +215,15 @@ def _target(
             problems.append(f"{path}.{name}: {refusal}")
     if meta.get("target") == MODEL:
         _model(path, kwargs, allow, problems)
+    elif wrong := check_data(path, ALIASES.get(dotted, dotted), kwargs):
+        problems.append(wrong)
     return Target(ALIASES.get(dotted, dotted), kwargs, path)
 
 
 def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
     name = kwargs.get("pretrained_model_name_or_path")
-    if not isinstance(name, str) or not name:
-        problems.append(
-            problem(f"{path}.pretrained_model_name_or_path", name, "a directory or a hub id")
-        )
-    elif Path(name).is_dir() and (lacking := _lacking(Path(name), kwargs)):
-        problems.append(
-            problem(
-                f"{path}.pretrained_model_name_or_path",
-                name,
-                f"a directory with {lacking}",
-                "save the model and its tokenizer there with save_pretrained",
-            )
-        )
-    elif not Path(name).exists() and _looks_local(name):
-        problems.append(
-            problem(
-                f"{path}.pretrained_model_name_or_path",
-                name,
-                "a directory that exists, or a hub id",
-            )
-        )
+    if wrong := check_model(path, kwargs):
+        problems.append(wrong)
     for given in set(kwargs) - _MODEL_KEYS:
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
         if near:
@@ -296,23 +241,6 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"
         )
-
-
-def _lacking(directory: Path, kwargs: dict) -> str | None:
-    """What a model's directory must hold and does not."""
-    directory /= str(kwargs.get("subfolder", ""))
-    if kwargs.get("gguf_file") is not None:
-        return None if (directory / str(kwargs["gguf_file"])).is_file() else "that gguf_file"
-    if not (directory / "config.json").is_file():
-        return "a config.json"
-    tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    return None if any((directory / name).is_file() for name in tokenizers) else "a tokenizer"
-
-
-def _looks_local(name: str) -> bool:
-    """Whether no hub id is meant: more than one slash, or a directory of this machine in front."""
-    parts = Path(name).parts
-    return name.startswith((".", "/", "~")) or len(parts) > 2 or Path(parts[0]).is_dir()
 
 
 #: Of from_pretrained, to find misspellings; it takes others, which models then judge.
@@ -354,6 +282,11 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
                  if getattr(peft, n)]  # fmt: skip
         if len(given) > 1:
             problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+    for name, stages in (("student", (3,)), ("teacher", (0, 3))):
+        try:
+            load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
+        except ValueError as error:
+            problems.append(str(error))
     schedule = cfg.lr_scheduler
     if schedule is not None and schedule.num_warmup_steps and schedule.warmup_ratio is not None:
         problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")

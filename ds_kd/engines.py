@@ -14,38 +14,12 @@ gradients at 1.0.
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-#: What a ZeRO file may hold.
-ZERO_FILE_KEYS = {
-    "zero_optimization",
-    "aio",
-    "communication_data_type",
-    "comms_logger",
-    "seq_parallel_communication_data_type",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-}
-#: What the YAML decides, and where.
-FROM_YAML = {
-    "train_batch_size": "step_scheduler.global_batch_size",
-    "train_micro_batch_size_per_gpu": "step_scheduler.local_batch_size",
-    "gradient_accumulation_steps": "step_scheduler.global_batch_size",
-    "gradient_clipping": "clip_grad_norm",
-    "bf16": "model.torch_dtype",
-    "fp16": "model.torch_dtype",
-    "optimizer": "optimizer",
-    "scheduler": "lr_scheduler",
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-}
 #: ZeRO-3 updates flat one-dimensional shards: only optimizers that treat every element alone are
 #: right on them.
 ELEMENTWISE = {
@@ -60,61 +34,6 @@ ELEMENTWISE = {
     "FusedAdam",
     "DeepSpeedCPUAdam",
 }
-# Chosen for the teacher where its file does not say: gather ahead, keep small parameters whole.
-_PLAIN_ZERO3 = {
-    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
-}
-
-
-def load_zero_config(
-    source: str | dict | None, key: str, stages: tuple[int, ...] = (3,)
-) -> dict[str, Any]:
-    """A ZeRO file (path, inline mapping, or None for plain ZeRO-3) → its checked content.
-
-    Raises:
-        ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
-            one that is not about ZeRO.
-    """
-    where = f"{key}: {source}" if isinstance(source, str) else key
-    if source is None:
-        return copy.deepcopy(_PLAIN_ZERO3)
-    if isinstance(source, str):
-        try:
-            source = json.loads(Path(source).read_text())
-        except OSError as error:
-            raise ValueError(
-                f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON "
-                f"file or an inline mapping"
-            ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON: {error}") from None
-    if not isinstance(source, dict):
-        raise ValueError(f"{where}: expected a mapping with zero_optimization")
-    config = copy.deepcopy(source)
-    for name in list(config):
-        if config[name] == "auto":
-            del config[name]
-        elif name in FROM_YAML:
-            raise ValueError(
-                f"{where}: {name}={config[name]!r} belongs to the YAML ({FROM_YAML[name]}); "
-                f"remove it from the ZeRO file"
-            )
-        elif name not in ZERO_FILE_KEYS:
-            raise ValueError(
-                f"{where}: {name!r} is not a ZeRO, offload or communication key; remove it"
-            )
-    zero = config.setdefault("zero_optimization", {})
-    if not isinstance(zero, dict):
-        raise ValueError(f"{where}: zero_optimization must be a mapping, got {zero!r}")
-    for name in [name for name, value in zero.items() if value == "auto"]:
-        del zero[name]
-    stage = zero.setdefault("stage", 3)
-    if stage not in stages:
-        raise ValueError(
-            f"{where}: zero_optimization.stage is {stage!r}, expected "
-            f"{' or '.join(map(str, stages))}"
-        )
-    return config
 
 
 def engine_config(

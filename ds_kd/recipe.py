@@ -26,6 +26,7 @@ from ds_kd.schema import LOADER_FLAGS, MODEL, RunConfig
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.trainer import Trainer
+from ds_kd.zero_config import load_zero_config, offloaded
 
 #: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
@@ -194,14 +195,9 @@ def _engine_config(
 
 
 def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...]) -> Any:
-    key = "deepspeed.teacher"
-    source = cfg.deepspeed.teacher
-    zero = _as_config_error(
-        key,
-        source,
-        lambda: engines.load_zero_config(source, key, (0, 3)),
-        "a ZeRO stage 3 configuration",
-    )
+    zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
+    if cfg.offload_teacher_model:
+        zero = offloaded(zero)
     config = _engine_config(cfg, target, zero, world, None)
     module = models.Teacher(_load_model(target, config, _packs(cfg), allow))
     engine = engines.build_teacher(module, config)
@@ -218,11 +214,7 @@ def _student(
     world: World,
     allow: tuple[str, ...],
 ) -> Any:
-    key = "deepspeed.student"
-    source = cfg.deepspeed.student
-    zero = _as_config_error(
-        key, source, lambda: engines.load_zero_config(source, key), "a ZeRO stage 3 configuration"
-    )
+    zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = _load_model(cfg.model, config, _packs(cfg), allow, _adapter(cfg))
     if cfg.distributed.activation_checkpointing:

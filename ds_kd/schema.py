@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.targets import Target
+from ds_kd.yaml_source import Source
 
 
 def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
@@ -75,6 +76,9 @@ class Checkpoint:
         "false not at all",
         "choice", among=("false", "true", "final", "every"),
     )  # fmt: skip
+    is_async: bool = key(
+        False, "only false: a checkpoint is whole before the next step", "bool", among=(False,)
+    )
     keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
     keep_best: int = key(
         1, "with keep_last: so many of the lowest validation loss stay besides", "int", low=0
@@ -212,6 +216,9 @@ class RunConfig:
     teacher_model: Target | None = key(
         None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=MODEL
     )
+    offload_teacher_model: bool = key(
+        False, "the teacher's shards stay in the host's memory", "bool"
+    )
     dataset: Target = key(
         None,
         "training data",
@@ -297,6 +304,7 @@ class RunConfig:
     recipe: Any = key(None, "accepted and ignored", "any")
     text: str = ""
     notes: list[str] = field(default_factory=list)
+    source: Source = field(default_factory=Source)
 
     @property
     def tensorboard_dir(self) -> str:

@@ -22,16 +22,37 @@ class ConfigError(Exception):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)} in the config"
-        super().__init__("\n".join([count, *(f"  - {line}" for line in problems)]))
+        super().__init__(self.text())
+
+    def text(self, excerpts: bool = False) -> str:
+        """All problems.
+
+        Args:
+            excerpts: with the lines of the YAML that a problem brings.
+        """
+        count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} in the config"
+        lines = [count]
+        for told in self.problems:
+            first, *excerpt = told.split("\n")
+            lines.append(f"  - {first}")
+            lines += [f"      {line}" for line in excerpt] if excerpts else []
+        return "\n".join(lines)
 
     def __reduce__(self) -> tuple:  # from rank 0 to the others; by default it would pass the text
         return type(self), (self.problems,)
 
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
-    """One line of a `ConfigError`."""
-    return f"{key}: got {given!r}, expected {expected}" + (f"; {hint}" if hint else "")
+    """One line of a `ConfigError`; long values are cut, secret ones not shown."""
+    shown = "***" if is_secret(key.rpartition(".")[2]) else repr(given)
+    shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
+    line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
+    return " ".join(line.splitlines())
+
+
+def is_secret(name: str) -> bool:
+    """Whether a key or variable of this name holds a token, key or password."""
+    return re.search(r"(?i)(^|_)(token|api_?key|key|secret|password)$", name) is not None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import load
 from ds_kd.quiet import quiet
-from ds_kd.schema import list_keys
+from ds_kd.schema import RunConfig, list_keys
 from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
 
@@ -90,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
     if args.check:
         print("\n".join([*cfg.notes, f"{args.config}: nothing wrong with it"]))
         return 0
+    with cfg.source.locating():
+        return train(cfg, args)
+
+
+def train(cfg: RunConfig, args: argparse.Namespace) -> int:
     if not args.verbose:
         quiet()
     from ds_kd import distributed, recipe
@@ -144,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return run(args)
     except ConfigError as error:
-        message, code = str(error), 2
+        message, code = error.text(excerpts=sys.stderr.isatty()), 2
     except Exception as error:
         # The project's own errors are for users: one message. Anything else is a bug and keeps its
         # traceback.

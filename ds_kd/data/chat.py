@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.source import CHAT, load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -139,7 +139,7 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
             f"{tokenizer.name_or_path} has no chat template; "
             "give chat_template: a Jinja file or text"
         )
-    rows = load_rows(path_or_dataset_id, split, ("messages",), limit_dataset_samples)
+    rows = load_rows(path_or_dataset_id, split, CHAT, limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:

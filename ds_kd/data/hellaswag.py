@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import shift
-from ds_kd.data.source import load_rows, text_of, tokenize
+from ds_kd.data.source import HELLASWAG, load_rows, text_of, tokenize
 
 
 def HellaSwag(  # a class in NeMo-AutoModel, hence the name
@@ -33,7 +33,7 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     """
     if trust_remote_code:
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
-    rows = load_rows(path_or_dataset, split, ("ctx", "endings", "label"), num_samples_limit)
+    rows = load_rows(path_or_dataset, split, HELLASWAG, num_samples_limit)
     special = set(tokenizer.all_special_ids)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:

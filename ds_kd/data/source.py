@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-_FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+#: Columns that the data sets need.
+SQUAD = ("context", "question", "answers")
+HELLASWAG = ("ctx", "endings", "label")
+CHAT = ("messages",)
+
+FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
@@ -48,11 +53,11 @@ def _load(source: str, split: str) -> Any:
     import datasets
 
     path = Path(source)
-    if path.suffix in _FORMATS:
+    if path.suffix in FORMATS:
         if not path.is_file():
             raise FileNotFoundError("no such file")
         files = {split.split("[")[0]: str(path)}
-        return datasets.load_dataset(_FORMATS[path.suffix], data_files=files, split=split)
+        return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split=split)
     if (path / "dataset_dict.json").is_file():
         return _slice(datasets.load_from_disk(path), split)
     if (path / "state.json").is_file():

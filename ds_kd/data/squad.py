@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import cut_length, shift, tokenize_chat, tokenize_prompt_answer, use_template
-from ds_kd.data.source import load_rows, text_of, tokenize
+from ds_kd.data.source import SQUAD, load_rows, text_of, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
 
@@ -46,7 +46,7 @@ def make_squad_dataset(
     if seq_length is None and (padding == "max_length" or cut_length(1, truncation)):
         raise ValueError("padding: max_length and truncation need seq_length: an integer")
     use_template(tokenizer, chat_template)
-    rows = load_rows(dataset_name, split, ("context", "question", "answers"), limit_dataset_samples)
+    rows = load_rows(dataset_name, split, SQUAD, limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:

@@ -54,9 +54,10 @@ def build(
     from ds_kd.schedule import Schedule
     from ds_kd.state import TrainState
     from ds_kd.trainer import Trainer
+    from ds_kd.zero_config import load_zero_config
 
     config = engines.engine_config(
-        engines.load_zero_config(None, "deepspeed.student"),
+        load_zero_config(None, "deepspeed.student"),
         dtype,
         local,
         accumulation,

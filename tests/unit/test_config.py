@@ -12,6 +12,7 @@ import torch
 from ds_kd.config import check_world, load
 from ds_kd.schema import list_keys
 from ds_kd.targets import ConfigError, bind, resolve
+from tests import tiny
 from tests.scripts import script
 
 ROOT = Path(__file__).parents[2]
@@ -30,6 +31,14 @@ def test_the_guides_yaml_is_kept_byte_for_byte():
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
 def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # whatever the quickstart has left, or half left, in the tree
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
+    (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    for name in ("train", "validation"):
+        (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(tiny.squad_rows(1))
+    for name in ("student", "teacher"):
+        (tmp_path / "quickstart" / name).mkdir()
+        (tmp_path / "quickstart" / name / "config.json").write_text("{}")
+        (tmp_path / "quickstart" / name / "tokenizer.json").write_text("{}")
     cfg = load(path)
     bind(cfg.optimizer, params=[])
     bind(cfg.loss_fn)
@@ -71,9 +80,9 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["separate_meshes", "offload_teacher_model"],
+    ["separate_meshes", "teacher_distributed", "quantization"],
 )
-def test_sections_of_later_work_are_refused_with_a_sentence(section):
+def test_sections_that_do_not_fit_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
         load(GUIDE, [f"{section}={{a: 1}}"])
 
@@ -248,6 +257,57 @@ def test_submitting_checks_the_config_against_the_ranks(capsys):
     assert "step_scheduler.global_batch_size: got 12" in capsys.readouterr().err
     assert submit.main(["--config", str(GUIDE), *SLURM, *wrong[1:], "--dry-run"]) == 2
     assert "slurm.time: got 3600" in capsys.readouterr().err
+
+
+SQUAD_FILE = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, dataset_name: %s}"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("rows.jsonl", '{"context": "c", "question": "q"}', "first row has context, question"),
+        ("rows.json", '[{"text": "c"}]', "rows with context, question, answers.*has text"),
+        ("rows.json", "", "the file is empty"),
+        ("rows.jsonl", "[1, 2]", "first row is int"),
+        ("rows.jsonl", "{'a': 1}", "Expecting property name"),
+        ("rows.parquet", "no", "rows with context"),
+        ("other.jsonl", None, "a file that exists"),
+    ],
+)
+def test_a_data_file_without_the_needed_columns_is_told(tmp_path, name, content, words):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    with pytest.raises(ConfigError, match=f"dataset.dataset_name: .*{words}"):
+        load(GUIDE, [SQUAD_FILE % (tmp_path / name)])
+
+
+def test_a_data_file_with_its_columns_is_accepted(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(2))
+    load(GUIDE, [SQUAD_FILE % (tmp_path / "rows.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("deepspeed.teacher=nothing.json", "deepspeed.teacher: .*cannot be read"),
+        ("deepspeed.student={bf16: {enabled: true}}", r"belongs to the YAML \(model.torch_dtype"),
+        ("deepspeed.student={zero_optimization: {stage: 2}}", "stage is 2, expected 3"),
+        (
+            "deepspeed.student={zero_optimization: {offload_param: {device: nvme}}}",
+            "nvme_path is None, expected a directory",
+        ),
+    ],
+)
+def test_a_zero_file_is_checked_with_the_config(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load(GUIDE, [override])
+
+
+def test_a_variable_may_give_a_number(monkeypatch):
+    monkeypatch.setenv("MY_SEED", "7")
+    monkeypatch.setenv("MY_LR", "3e-5")
+    cfg = load(GUIDE, ["seed=${oc.env:MY_SEED}", "optimizer.lr=${oc.env:MY_LR}", "rng.seed=7"])
+    assert cfg.seed == 7 and cfg.optimizer.kwargs["lr"] == 3e-5
 
 
 def test_a_model_directory_without_config_or_tokenizer_is_told_by_key(tmp_path):

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.engines import build_student, engine_config, load_zero_config
+from ds_kd.engines import build_student, engine_config
+from ds_kd.zero_config import load_zero_config
 
 ZERO = sorted((Path(__file__).parents[2] / "ds_configs" / "zero").glob("*.json"))
 

@@ -1,0 +1,111 @@
+"""The files a config names, looked at before anything starts and without a heavy import."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD
+from ds_kd.targets import problem
+
+_FIRST_BYTES = 1 << 22  # of a data file; its first row is in there
+#: Data set → (the key that names its rows, the columns it needs).
+_DATA = {
+    "ds_kd.data.squad.make_squad_dataset": ("dataset_name", SQUAD),
+    "ds_kd.data.hellaswag.HellaSwag": ("path_or_dataset", HELLASWAG),
+    "ds_kd.data.chat.ChatDataset": ("path_or_dataset_id", CHAT),
+}
+
+
+def check_model(key: str, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the model that `from_pretrained` arguments name; a hub id is believed.
+
+    Args:
+        key: of the section.
+    """
+    key, name = f"{key}.pretrained_model_name_or_path", kwargs.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        return problem(key, name, "a directory or a hub id")
+    if _is_dir(name):
+        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs)
+        hint = "save the model and its tokenizer there with save_pretrained"
+        return problem(key, name, f"a directory with {lacking}", hint) if lacking else None
+    if _looks_local(name):
+        return problem(key, name, "a directory that exists, or a hub id")
+    return None
+
+
+def _is_dir(name: str) -> bool:
+    try:
+        return Path(name).is_dir()
+    except (OSError, ValueError):  # longer than a path may be, or a NUL
+        return False
+
+
+def _lacking(directory: Path, kwargs: dict[str, Any]) -> str | None:
+    """What a model's directory must hold and does not."""
+    if kwargs.get("gguf_file") is not None:
+        return None if (directory / str(kwargs["gguf_file"])).is_file() else "that gguf_file"
+    if not (directory / "config.json").is_file():
+        return "a config.json"
+    tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+    return None if any((directory / name).is_file() for name in tokenizers) else "a tokenizer"
+
+
+def _looks_local(name: str) -> bool:
+    """Whether no hub id is meant: more than one slash, or a directory of this machine in front."""
+    parts = Path(name).parts
+    if name.startswith((".", "/", "~")) or len(parts) > 2 or not parts:
+        return True
+    return _is_dir(parts[0]) or not name.isprintable()
+
+
+def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
+    """What is wrong with the local file that a data set names, by its first row."""
+    if target not in _DATA:
+        return None
+    argument, columns = _DATA[target]
+    name = kwargs.get(argument)
+    if not isinstance(name, str) or Path(name).suffix not in FORMATS:
+        return None
+    key = f"{key}.{argument}"
+    try:
+        if not Path(name).is_file():
+            return problem(key, name, "a file that exists")
+        found = _columns(Path(name))
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return problem(key, name, f"rows with {', '.join(columns)}", reason)
+    missing = [column for column in columns if column not in found]
+    if not missing:
+        return None
+    hint = f"its first row has {', '.join(found)}"
+    return problem(key, name, f"rows with {', '.join(columns)}", hint)
+
+
+def _columns(path: Path) -> list[str]:
+    """Of the first row.
+
+    Raises:
+        ValueError: no rows, or not what the name says.
+    """
+    if path.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return list(parquet.read_schema(path).names)
+    with path.open("rb") as file:
+        text = file.read(_FIRST_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
+    if not text:
+        raise ValueError("the file is empty")
+    if text.startswith("["):
+        text = text[1:].lstrip()
+    try:
+        row, _ = json.JSONDecoder().raw_decode(text)
+    except ValueError:
+        if len(text) * 4 >= _FIRST_BYTES:  # a row, or a file of one, that goes on
+            raise ValueError("its first row is not complete JSON within 4 MiB") from None
+        raise
+    if not isinstance(row, dict):
+        raise ValueError(f"its first row is {type(row).__name__}, not a mapping of columns")
+    return list(row)

@@ -1,0 +1,306 @@
+"""A YAML file and overrides → plain values, and where in the file each key stands.
+
+What would hurt (a file too large, anchors or interpolations that multiply, deep nesting) is refused
+before it is expanded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ds_kd.targets import ConfigError, is_secret, problem
+
+_MAX_BYTES, _MAX_NODES, _MAX_DEPTH, _MAX_LENGTH = 1 << 16, 20_000, 50, 1_000_000
+_STRING = "tag:yaml.org,2002:str"
+_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
+_RESOLVERS = ("oc.env", "oc.decode")
+_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
+
+
+@dataclass
+class Source:
+    """Where a config's keys stand.
+
+    Args:
+        path: the YAML, as it was given.
+        lines: its lines.
+        places: key → (line, column, width), from 1.
+        overridden: keys that the command line set.
+    """
+
+    path: str = ""
+    lines: list[str] = field(default_factory=list)
+    places: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    overridden: set[str] = field(default_factory=set)
+
+    def locate(self, line: str) -> str:
+        """A problem with the place of its key in front, and the line with a caret under it."""
+        match = re.match(r"[\w.\[\]]+", line)
+        key = match[0] if match else ""
+        while key:
+            if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
+                return f"command line: {line}"
+            if key in self.places:
+                row, column, width = self.places[key]
+                text, caret = self.lines[row - 1], " " * (column - 1) + "^" * width
+                return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
+            key = key.rpartition(".")[0]
+        return f"{self.path}: {line}" if self.path else line
+
+    @contextmanager
+    def locating(self) -> Iterator[None]:
+        """Give the `ConfigError` of this block its places."""
+        try:
+            yield
+        except ConfigError as error:
+            raise ConfigError([self.locate(line) for line in error.problems]) from error
+
+
+def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, Source]:
+    """Read a YAML file and put overrides over it.
+
+    Returns:
+        The resolved values, the same as YAML with secrets blanked, and where they stand.
+
+    Raises:
+        ConfigError: not readable, not UTF-8, not YAML, keys given twice, or something too large.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    source = Source(str(path))
+    try:
+        text = _text(Path(path))
+        source.lines = text.splitlines()
+        _outline(text, source)
+        raw = OmegaConf.create(text)
+        for override in overrides:
+            source.overridden.add(_override(raw, override))
+        plain = OmegaConf.to_container(raw, resolve=False)
+        _check_interpolations(plain)
+        data: Any = OmegaConf.to_container(raw, resolve=True)
+        shown = OmegaConf.to_yaml(OmegaConf.create(_blanked(data, plain)))
+        data = _marked(data, plain)
+    except OSError as error:
+        raise ConfigError(
+            [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
+        ) from None
+    except YAMLError as error:
+        raise ConfigError([_told(path, error)]) from None
+    except RecursionError:
+        raise ConfigError([f"{path}: nested too deeply; {_MAX_DEPTH} levels are allowed"]) from None
+    except (OmegaConfBaseException, ValueError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        key = getattr(error, "full_key", None)
+        if variable := re.search(r"Environment variable '(\w+)' not found", line):
+            name = variable[1]
+            line = f"the variable {name} is not set; set it, or write ${{oc.env:{name},default}}"
+        raise ConfigError([source.locate(f"{key}: {line}" if key else line)]) from None
+    return data, shown, source
+
+
+def _text(path: Path) -> str:
+    with path.open("rb") as file:
+        content = file.read(_MAX_BYTES + 1)
+    if len(content) > _MAX_BYTES:
+        raise ConfigError(
+            [f"{path}: larger than {_MAX_BYTES // 1024} KiB; a config is a few KiB of YAML"]
+        )
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        row = content[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            [f"{path}:{row}: byte {error.start} is not UTF-8; save the file as UTF-8"]
+        ) from None
+
+
+def _told(path: str | Path, error: Any) -> str:
+    """A YAML error in one line, with its place."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
+    what = getattr(error, "problem", None) or " ".join(str(error).split())
+    hint = "; indent with spaces" if "\\t" in what else ""
+    return f"{where}: not valid YAML: {what}{hint}"
+
+
+def _outline(text: str, source: Source) -> None:
+    """Note where keys stand; refuse what is too large, too deep, a key twice, or no mapping."""
+    import yaml
+
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    if not isinstance(root, yaml.MappingNode):
+        given = "an empty file" if root is None else f"a {root.id}"
+        raise ConfigError([f"{source.path}: got {given}, expected a mapping of sections"])
+    sizes: dict[int, int] = {}
+
+    def size(node: Any, depth: int) -> int:
+        """Nodes below, aliases counted as often as they stand there."""
+        if depth > _MAX_DEPTH:
+            raise RecursionError
+        if id(node) not in sizes:
+            sizes[id(node)] = _MAX_NODES + 1  # what an anchor inside itself finds
+            children = [] if isinstance(node, yaml.ScalarNode) else node.value
+            if isinstance(node, yaml.MappingNode):
+                children = [part for pair in children for part in pair]
+            sizes[id(node)] = 1 + sum(size(child, depth + 1) for child in children)
+        return sizes[id(node)]
+
+    if size(root, 0) > _MAX_NODES:
+        raise ConfigError(
+            [f"{source.path}: more than {_MAX_NODES} values, anchors counted where they are used"]
+        )
+    twice: list[str] = []
+
+    def walk(node: Any, prefix: str) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for k, child in enumerate(node.value):
+                walk(child, f"{prefix[:-1]}[{k}].")
+        if not isinstance(node, yaml.MappingNode):
+            return
+        seen: dict[str, int] = {}
+        for name, value in node.value:
+            row, column = name.start_mark.line + 1, name.start_mark.column + 1
+            if not isinstance(name, yaml.ScalarNode):
+                raise ConfigError([f"{source.path}:{row}:{column}: a key must be a word"])
+            if name.tag.endswith(":merge"):
+                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                    walk(merged, prefix)
+                continue
+            if name.tag != _STRING:
+                raise ConfigError(
+                    [f"{source.path}:{row}:{column}: the key {name.value} is no word to YAML; "
+                     f"put it in quotes"]
+                )  # fmt: skip
+            path = f"{prefix}{name.value}"
+            if name.value in seen:
+                twice.append(
+                    f"{source.path}:{row}:{column}: {path}: given twice, first in line "
+                    f"{seen[name.value]}; keep one"
+                )
+            seen[name.value] = row
+            source.places[path] = (row, column, max(1, len(name.value)))
+            walk(value, f"{path}.")
+
+    walk(root, "")
+    if twice:
+        raise ConfigError(twice)
+
+
+def _override(raw: Any, override: str) -> str:
+    """Set what `a.b.c=value` says, and return its key."""
+    from omegaconf import OmegaConf
+    from yaml import YAMLError
+
+    name, equals, value = override.partition("=")
+    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+        raise ConfigError([problem("override", override, "key.sub=value")])
+    try:
+        text = f"value: {value}"
+        _outline(text, Source(f"override {name}"))
+        made: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        OmegaConf.update(raw, name, made["value"], merge=False)
+    except YAMLError as error:
+        raise ConfigError([f"override {override!r}: {' '.join(str(error).split())}"]) from None
+    return name
+
+
+def _check_interpolations(tree: Any) -> None:
+    """Refuse resolvers that are not needed, and references that multiply each other.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    lengths: dict[str, int] = {}
+
+    def find(path: str) -> Any:
+        node = tree
+        for part in path.split("."):
+            node = node.get(part) if isinstance(node, dict) else None
+        return node
+
+    def length(value: Any, key: str) -> int:
+        if isinstance(value, dict):
+            return 1 + sum(length(v, f"{key}.{n}" if key else str(n)) for n, v in value.items())
+        if isinstance(value, list):
+            return 1 + sum(length(v, key) for v in value)
+        if not isinstance(value, str) or "${" not in value:
+            return len(value) if isinstance(value, str) else 1
+        if key not in lengths:
+            lengths[key] = _MAX_LENGTH + 1  # what a reference to itself finds
+            lengths[key] = len(value) + sum(
+                length(find(name), name) for name in _references(value, key)
+            )
+            if lengths[key] > _MAX_LENGTH:
+                raise ConfigError([f"{key}: its ${{…}} refer to itself or grow beyond all bounds"])
+        return lengths[key]
+
+    length(tree, "")
+
+
+def _references(value: str, key: str) -> list[str]:
+    """The keys that the `${…}` of a text refer to."""
+    names = []
+    while match := _INNERMOST.search(value):
+        inner = match[1].strip()
+        resolver, colon, _ = inner.partition(":")
+        if colon and resolver not in _RESOLVERS:
+            raise ConfigError(
+                [f"{key}: ${{{resolver}:…}} is not known here; write ${{section.key}} or "
+                 f"${{oc.env:VAR,default}}"]
+            )  # fmt: skip
+        if not colon:
+            if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", inner):
+                raise ConfigError(
+                    [problem(key, f"${{{inner}}}", "${section.key}, the whole key written out")]
+                )
+            names.append(inner)
+        value = value[: match.start()] + "\0" + value[match.end() :]
+    return names
+
+
+class FromEnvironment(str):
+    """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
+
+
+def _marked(tree: Any, plain: Any) -> Any:
+    if isinstance(tree, dict) and isinstance(plain, dict):
+        return {name: _marked(value, plain.get(name)) for name, value in tree.items()}
+    is_variable = isinstance(plain, str) and plain.startswith("${oc.env:")
+    return FromEnvironment(tree) if isinstance(tree, str) and is_variable else tree
+
+
+def decoded(value: Any) -> Any:
+    """The number or truth value that a variable's text stands for; anything else as it is."""
+    if not isinstance(value, FromEnvironment):
+        return value
+    from omegaconf import OmegaConf
+
+    if not re.fullmatch(r"[\w.+-]+", value):
+        return str(value)
+    made = OmegaConf.create(f"value: {value}").value
+    return made if isinstance(made, (int, float, bool)) else str(value)
+
+
+def _blanked(tree: Any, plain: Any, name: str = "") -> Any:
+    """The same tree without tokens, keys and passwords: it goes into logs and checkpoints.
+
+    Args:
+        plain: the tree before interpolation, which tells what came from a secret variable.
+    """
+    if isinstance(tree, dict):
+        inner = plain if isinstance(plain, dict) else {}
+        return {n: _blanked(v, inner.get(n), str(n)) for n, v in tree.items()}
+    if isinstance(tree, list):
+        texts = plain if isinstance(plain, list) else [None] * len(tree)
+        return [_blanked(v, text, name) for v, text in zip(tree, texts, strict=True)]
+    variables = re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
+    if tree and isinstance(tree, str) and any(is_secret(n) for n in (name, *variables)):
+        return "***"
+    return _SECRET_VALUE.sub("***", tree) if isinstance(tree, str) else tree

@@ -1,0 +1,107 @@
+"""ZeRO files: what they may hold, and what the YAML decides instead of them."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+#: What a ZeRO file may hold.
+ZERO_FILE_KEYS = {
+    "zero_optimization",
+    "aio",
+    "communication_data_type",
+    "comms_logger",
+    "seq_parallel_communication_data_type",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+}
+#: What the YAML decides, and where.
+FROM_YAML = {
+    "train_batch_size": "step_scheduler.global_batch_size",
+    "train_micro_batch_size_per_gpu": "step_scheduler.local_batch_size",
+    "gradient_accumulation_steps": "step_scheduler.global_batch_size",
+    "gradient_clipping": "clip_grad_norm",
+    "bf16": "model.torch_dtype",
+    "fp16": "model.torch_dtype",
+    "optimizer": "optimizer",
+    "scheduler": "lr_scheduler",
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+}
+_PLAIN_ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
+}
+
+
+def load_zero_config(
+    source: str | dict | None, key: str, stages: tuple[int, ...] = (3,)
+) -> dict[str, Any]:
+    """A ZeRO file (path, inline mapping, or None for plain ZeRO-3) → its checked content.
+
+    Raises:
+        ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
+            one that is not about ZeRO.
+    """
+    where = f"{key}: {source}" if isinstance(source, str) else key
+    if source is None:
+        return copy.deepcopy(_PLAIN_ZERO3)
+    if isinstance(source, str):
+        try:
+            source = json.loads(Path(source).read_text())
+        except OSError as error:
+            raise ValueError(
+                f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON "
+                f"file or an inline mapping"
+            ) from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not valid JSON: {error}") from None
+    if not isinstance(source, dict):
+        raise ValueError(f"{where}: expected a mapping with zero_optimization")
+    config = copy.deepcopy(source)
+    for name in list(config):
+        if config[name] == "auto":
+            del config[name]
+        elif name in FROM_YAML:
+            raise ValueError(
+                f"{where}: {name}={config[name]!r} belongs to the YAML ({FROM_YAML[name]}); "
+                f"remove it from the ZeRO file"
+            )
+        elif name not in ZERO_FILE_KEYS:
+            raise ValueError(
+                f"{where}: {name!r} is not a ZeRO, offload or communication key; remove it"
+            )
+    zero = config.setdefault("zero_optimization", {})
+    if not isinstance(zero, dict):
+        raise ValueError(f"{where}: zero_optimization must be a mapping, got {zero!r}")
+    for name in [name for name, value in zero.items() if value == "auto"]:
+        del zero[name]
+    stage = zero.setdefault("stage", 3)
+    if stage not in stages:
+        raise ValueError(
+            f"{where}: zero_optimization.stage is {stage!r}, expected "
+            f"{' or '.join(map(str, stages))}"
+        )
+    for part in ("offload_param", "offload_optimizer"):
+        offload = zero.get(part) or {}
+        path = offload.get("nvme_path") if isinstance(offload, dict) else None
+        if (
+            isinstance(offload, dict)
+            and offload.get("device") == "nvme"
+            and not (isinstance(path, str) and Path(path).is_dir())
+        ):
+            raise ValueError(
+                f"{where}: {part}.nvme_path is {path!r}, expected a directory on an NVMe disk"
+            )
+    return config
+
+
+def offloaded(config: dict[str, Any]) -> dict[str, Any]:
+    """The same ZeRO configuration with parameters kept in the host's memory, unless it says where
+    itself."""
+    zero = config["zero_optimization"]
+    return {
+        **config,
+        "zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": True}, **zero},
+    }

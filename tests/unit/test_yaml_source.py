@@ -1,0 +1,123 @@
+"""Whatever bytes a YAML holds: the right values, or one clear error with its place, at once."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from ds_kd.config import load
+from ds_kd.targets import ConfigError, problem
+from tests.scripts import script
+
+GOOD = (
+    "model: {pretrained_model_name_or_path: a/b}\nkd_ratio: 0\ndataset: {_target_: ds_kd.data.x}\n"
+)
+_TENS = "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]\n" for i in range(1, 12))
+_DOUBLES = "".join(f"d{i}: ${{d{i - 1}}}${{d{i - 1}}}\n" for i in range(1, 40))
+
+BAD = {
+    "anchors that multiply": ("k0: &k0 [1, 1]\n" + _TENS, "more than 20000 values"),
+    "references that multiply": ("d0: x\n" + _DOUBLES, "grow beyond all bounds"),
+    "an anchor inside itself": ("a: &x\n  b: *x\n", "values"),
+    "a reference to itself": ("a: ${b}\nb: ${a}\n", "refer to itself"),
+    "ten megabytes": ("a: " + "x" * 10_000_000, "larger than 64 KiB"),
+    "deep lists": ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+    "deep mappings": ("\n".join(" " * i + f"a{i}:" for i in range(200)), "nested too deeply"),
+    "a key twice": (
+        "seed: 1\nkd_ratio: 1\nseed: 2\n",
+        "c.yaml:3:1: seed: given twice, first in line 1",
+    ),
+    "a nested key twice": ("rng: {seed: 1, seed: 2}\n", "c.yaml:1:16: rng.seed: given twice"),
+    "tabs": ("model:\n\ta: 1\n", "c.yaml:2:1: not valid YAML: .*indent with spaces"),
+    "a key that is no word": ("on: 1\n", "c.yaml:1:1: the key on .*put it in quotes"),
+    "a list as a key": ("? [a, b]\n: 1\n", "a key must be a word"),
+    "two documents": ("a: 1\n---\nb: 2\n", "c.yaml:2:1: not valid YAML"),
+    "a Python object": (
+        "a: !!python/object/apply:os.system [id]\n",
+        "could not determine a constr",
+    ),
+    "nothing": ("", "got an empty file"),
+    "a list": ("- 1\n", "got a sequence"),
+    "a NUL": ("a: \x00\n", "not valid YAML"),
+    "a date": ("seed: 2026-01-01\n", "c.yaml:1:1: seed: got '2026-01-01'"),
+    "a variable that is not set": ("seed: ${oc.env:NO_SUCH}\n", "NO_SUCH is not set; set it, or"),
+    "a key that is not there": ("seed: ${no.such}\n", "c.yaml:1:1: seed: .*no.such"),
+    "a resolver": ("a: ${oc.create:'b'}\n", "a: .*oc.create.* is not known here"),
+    "a computed reference": ("seed: ${a.${b}}\n", "the whole key written out"),
+    "an open reference": ("seed: ${\n", "seed"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_yaml_is_one_clear_error_within_two_seconds(name, tmp_path):
+    content, expected = BAD[name]
+    path = tmp_path / "c.yaml"
+    path.write_text(content)
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=expected):
+        load(path)
+    assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        GOOD.encode("utf-8-sig"),
+        GOOD.replace("\n", "\r\n").encode(),
+        ("x-y: ignored\n" + GOOD).replace("x-y: ignored\n", "# αβγ\n").encode(),
+        GOOD.replace("kd_ratio: 0", "kd_ratio: ${oc.env:NO_SUCH,0}").encode(),
+        ("rng: &r {seed: 7}\n" + GOOD + "step_scheduler:\n  num_epochs: ${rng.seed}\n").encode(),
+    ],
+    ids=["BOM", "CRLF", "other letters", "a default of a variable", "anchor and reference"],
+)
+def test_unusual_but_right_yaml_loads(tmp_path, content):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:  # the data set alone is wrong
+        load(path, ["dataset._target_=nowhere.x"])
+    assert len(caught.value.problems) == 1 and "nowhere.x" in str(caught.value)
+
+
+def test_merge_keys_are_merged(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "dataloader: &d {shuffle: true}\nvalidation_dataloader: {<<: *d, drop_last: 5}\n" + GOOD
+    )
+    with pytest.raises(ConfigError, match=r"c\.yaml:.*validation_dataloader.drop_last: got 5"):
+        load(path)
+
+
+def test_bytes_that_are_not_utf8_are_told_with_their_line(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_bytes(b"seed: 1\nrecipe: \xe9\n")
+    with pytest.raises(ConfigError, match=r"c.yaml:2: byte 16 is not UTF-8"):
+        load(path)
+
+
+def test_a_problem_shows_its_line_with_a_caret_on_a_terminal(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "c.yaml"
+    path.write_text("rng:\n  sede: 1\n" + GOOD)
+    kd = script("kd")
+    words = ["--config", str(path), "--check", "rng.ranked=5"]
+    assert kd.main(words) == 2
+    plain = capsys.readouterr().err
+    assert f"{path}:2:3: rng.sede: unknown key; did you mean rng.seed?" in plain
+    assert "command line: rng.ranked: got 5" in plain and "^" not in plain
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert kd.main(words) == 2
+    assert "        sede: 1\n        ^^^^\n" in capsys.readouterr().err
+
+
+def test_secrets_are_shown_nowhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "hunter2")
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        GOOD.replace("ds_kd.data.x", "ds_kd.data.squad.make_squad_dataset")
+        + "wandb: {name: '${oc.env:MY_TOKEN}', token: hunter2, a: hf_hunter2hunter2hunter2, "
+        "url: 'https://me:hunter2@host/x'}\n"
+    )
+    cfg = load(path)
+    assert "hunter" not in cfg.text and "https://***@host/x" in cfg.text
+    assert cfg.wandb["name"] == "hunter2"
+    assert "hunter2" not in problem("model.token", "hunter2", "text")
