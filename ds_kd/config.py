@@ -9,13 +9,14 @@ from __future__ import annotations
 import difflib
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ds_kd import __version__
 from ds_kd.aliases import ALIASES, REFUSED_SECTIONS, transformers_schedule
 from ds_kd.preflight import check_data, check_model
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
-from ds_kd.targets import ConfigError, Target, problem, refuse
+from ds_kd.signatures import signature_of
+from ds_kd.targets import ConfigError, Target, problem, refuse, wrong_arguments
 from ds_kd.yaml_source import decoded, read
 from ds_kd.zero_config import load_zero_config
 
@@ -156,7 +157,7 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     return float(value) if kind in ("number", "clip") else value
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -213,11 +214,23 @@ def _target(
             problems.append(problem(f"{path}.{name}", inner, "true or false"))
         if name.endswith("_fn") and isinstance(inner, str) and (refusal := refuse(inner, allow)):
             problems.append(f"{path}.{name}: {refusal}")
+    target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
         _model(path, kwargs, allow, problems)
-    elif wrong := check_data(path, ALIASES.get(dotted, dotted), kwargs):
+        return target
+    signature = None if refusal else signature_of(target.target)
+    if signature is not None:
+        given, also = meta.get("given", ()), meta.get("flags", ())
+        taken = signature.annotations
+        problems += wrong_arguments(target, taken, signature.is_open, given, also)
+        for name in signature.required:
+            if name not in kwargs and name not in given:
+                problems.append(f"{path}.{name}: missing; {target.target} needs it")
+    elif not refusal and target.target.startswith("ds_kd."):
+        problems.append(f"{path}._target_: there is no {target.target}")
+    if wrong := check_data(path, target.target, kwargs):
         problems.append(wrong)
-    return Target(ALIASES.get(dotted, dotted), kwargs, path)
+    return target
 
 
 def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
@@ -282,6 +295,7 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
                  if getattr(peft, n)]  # fmt: skip
         if len(given) > 1:
             problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+    _losses(cfg, problems)
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
@@ -290,6 +304,24 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     schedule = cfg.lr_scheduler
     if schedule is not None and schedule.num_warmup_steps and schedule.warmup_ratio is not None:
         problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")
+
+
+def _losses(cfg: RunConfig, problems: list[str]) -> None:
+    """Bounds that a loss's annotations do not tell."""
+    if cfg.kd_loss_fn is None or cfg.loss_fn is None:
+        return
+    kwargs = cfg.kd_loss_fn.kwargs
+    temperature, chunk = kwargs.get("temperature"), kwargs.get("chunk_size")
+    if _is_number(temperature) and temperature <= 0:
+        problems.append(problem("kd_loss_fn.temperature", temperature, "a number > 0"))
+    if isinstance(chunk, int) and chunk < 0:
+        problems.append(problem("kd_loss_fn.chunk_size", chunk, "an integer ≥ 0"))
+    ignored = [part.kwargs.get("ignore_index", -100) for part in (cfg.loss_fn, cfg.kd_loss_fn)]
+    if ignored[0] != ignored[1]:
+        problems.append(
+            f"kd_loss_fn.ignore_index: {ignored[1]} and loss_fn.ignore_index: {ignored[0]} "
+            f"contradict each other; write the same"
+        )
 
 
 #: Of these the course of a run does not depend: where it is kept, shown, and when it stops.

@@ -291,7 +291,9 @@ def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:
     """As the YAML says; torch's one-pass kernels where it names neither kind and there are some."""
     chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
     extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
-    return instantiate(target, allow, params=parameters, **extra)
+    name = "model_params" if target.target.endswith(".DeepSpeedCPUAdam") else "params"
+    extra[name] = parameters
+    return instantiate(target, allow, **extra)
 
 
 def _packs(cfg: RunConfig) -> bool:

@@ -199,6 +199,7 @@ class TensorBoard:
 
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator")
 LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
 _COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
 
@@ -223,6 +224,7 @@ class RunConfig:
         None,
         "training data",
         "target",
+        given=("tokenizer",),
         required=True,
         example="dataset._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
     )
@@ -252,6 +254,7 @@ class RunConfig:
         "an element-wise optimizer and its arguments; torch.optim.AdamW by default",
         "target",
         target="torch.optim.AdamW",
+        given=("params", "model_params"),
         default={"lr": 1e-5},
     )
     lr_scheduler: LRScheduler | None = key(
@@ -270,12 +273,13 @@ class RunConfig:
         target=_LOADER,
         default=_COLLATE,
         flags=LOADER_FLAGS,
+        given=_GIVEN_TO_LOADER,
     )
     packed_sequence: PackedSequence = key(
         PackedSequence, "samples packed instead of padded", "section", section=PackedSequence
     )
     validation_dataset: Target | None = key(
-        None, "validation data; without it no validation", "target"
+        None, "validation data; without it no validation", "target", given=("tokenizer",)
     )
     validation_dataloader: Target = key(
         None,
@@ -284,6 +288,7 @@ class RunConfig:
         target=_LOADER,
         default=_COLLATE,
         flags=LOADER_FLAGS,
+        given=_GIVEN_TO_LOADER,
     )
     dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
     rng: Rng = key(Rng, "random numbers", "section", section=Rng)

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import re
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -145,33 +146,56 @@ def bind(
     """
     function = resolve(target.target, allow)
     parameters = inspect.signature(function).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    takes = [name for name in parameters if name not in extra]
-    problems = []
-    for name, value in target.kwargs.items():
-        if name in parameters:
-            expected = _mismatch(value, parameters[name].annotation)
-            if expected:
-                problems.append(problem(f"{target.key}.{name}", value, expected))
-        elif not open_ended:
-            near = difflib.get_close_matches(name, [*takes, *also], n=1)
-            hint = f"did you mean {target.key}.{near[0]}?" if near else ""
-            hint = hint or f"{target.target} takes {', '.join([*takes, *also])}"
-            problems.append(f"{target.key}.{name}: unknown key; {hint}")
+    is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    annotations = {name: p.annotation for name, p in parameters.items()}
+    problems = wrong_arguments(target, annotations, is_open, tuple(extra), also)
     if problems:
         raise ConfigError(problems)
     try:
         inspect.signature(function).bind(**target.kwargs, **extra)
     except TypeError as error:
         raise ConfigError(
-            [f"{target.key}: {error}; {target.target} takes {', '.join(takes)}"]
+            [f"{target.key}: {error}; {target.target} takes {', '.join(annotations)}"]
         ) from None
     return function
+
+
+def wrong_arguments(
+    target: Target,
+    annotations: Mapping[str, Any],
+    is_open: bool,
+    given: tuple[str, ...] = (),
+    also: tuple[str, ...] = (),
+) -> list[str]:
+    """What is wrong with a target's arguments, one line each.
+
+    Args:
+        annotations: argument → its annotation, an object or text.
+        is_open: whether it takes others too.
+        given: arguments that ds_kd gives itself.
+        also: keys of the section that something else takes.
+    """
+    takes = [*dict.fromkeys([*(name for name in annotations if name not in given), *also])]
+    problems = []
+    for name, value in target.kwargs.items():
+        key = f"{target.key}.{name}"
+        if name in given:
+            problems.append(f"{key}: ds_kd gives it itself; remove it")
+        elif name in annotations:
+            if expected := _mismatch(value, annotations[name]):
+                problems.append(problem(key, value, expected))
+        elif name not in also and not is_open:
+            near = difflib.get_close_matches(name, takes, n=1)
+            hint = f"did you mean {target.key}.{near[0]}?" if near else ""
+            hint = hint or f"{target.target} takes {', '.join(takes)}"
+            problems.append(f"{key}: unknown key; {hint}")
+    return problems
 
 
 def _mismatch(value: Any, annotation: Any) -> str:
     """What was expected of a plain value, or an empty string; only plain annotations are judged."""
     if isinstance(annotation, str):  # from __future__ import annotations
+        annotation = re.sub(r"^Optional\[(.*)\]$", r"\1", annotation)
         names = {part.strip() for part in annotation.split("|")}
     else:
         kinds = typing.get_args(annotation) or (annotation,)

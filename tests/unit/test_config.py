@@ -11,7 +11,7 @@ import torch
 
 from ds_kd.config import check_world, load
 from ds_kd.schema import list_keys
-from ds_kd.targets import ConfigError, bind, resolve
+from ds_kd.targets import ConfigError, Target, bind, resolve
 from tests import tiny
 from tests.scripts import script
 
@@ -179,12 +179,16 @@ def test_null_switches_a_section_off():
 
 
 def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
-    cfg = load(GUIDE, ["kd_loss_fn.temprature=2"])
-    with pytest.raises(ConfigError, match=r"temprature: .*did you mean kd_loss_fn.temperature"):
-        bind(cfg.kd_loss_fn)
-    cfg = load(GUIDE, ["kd_loss_fn.zzz=2"])
-    with pytest.raises(ConfigError, match=r"kd_loss_fn.zzz: .*takes ignore_index, temperature"):
-        bind(cfg.kd_loss_fn)
+    for refused in (
+        lambda kwargs: load(
+            GUIDE, [f"kd_loss_fn.{name}={value}" for name, value in kwargs.items()]
+        ),
+        lambda kwargs: bind(Target("ds_kd.losses.KDLoss", kwargs, "kd_loss_fn")),
+    ):
+        with pytest.raises(ConfigError, match=r"temprature: .*did you mean kd_loss_fn.temperature"):
+            refused({"temprature": 2})
+        with pytest.raises(ConfigError, match=r"kd_loss_fn.zzz: .*takes ignore_index, temperature"):
+            refused({"zzz": 2})
 
 
 @pytest.mark.parametrize(
@@ -197,9 +201,8 @@ def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
 )
 def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
     key, _, _ = override.partition("=")
-    cfg = load(GUIDE, [override])
     with pytest.raises(ConfigError, match=rf"{key}: got .*expected {expected}"):
-        bind(cfg.kd_loss_fn)
+        load(GUIDE, [override])
 
 
 @pytest.mark.parametrize(
@@ -289,6 +292,17 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("optimizer.lr=fast", "optimizer.lr: got 'fast', expected a number"),
+        ("optimizer.params=[1]", "optimizer.params: ds_kd gives it itself"),
+        ("dataset.splt=train", "did you mean dataset.split"),
+        ("dataloader.num_wokers=2", "did you mean dataloader.num_workers"),
+        ("kd_loss_fn.temperature=0", "got 0, expected a number > 0"),
+        ("loss_fn.ignore_index=-1", "contradict each other"),
+        ("dataset._target_=ds_kd.data.squad.nothing", "there is no ds_kd.data.squad.nothing"),
+        (
+            "validation_dataset={_target_: ds_kd.data.hellaswag.HellaSwag}",
+            "path_or_dataset: missing",
+        ),
         ("deepspeed.teacher=nothing.json", "deepspeed.teacher: .*cannot be read"),
         ("deepspeed.student={bf16: {enabled: true}}", r"belongs to the YAML \(model.torch_dtype"),
         ("deepspeed.student={zero_optimization: {stage: 2}}", "stage is 2, expected 3"),
@@ -298,7 +312,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ),
     ],
 )
-def test_a_zero_file_is_checked_with_the_config(override, words):
+def test_what_once_only_a_run_would_tell_is_told_with_the_config(override, words):
     with pytest.raises(ConfigError, match=words):
         load(GUIDE, [override])
 

@@ -10,9 +10,10 @@ from ds_kd.config import load
 from ds_kd.targets import ConfigError, problem
 from tests.scripts import script
 
-GOOD = (
-    "model: {pretrained_model_name_or_path: a/b}\nkd_ratio: 0\ndataset: {_target_: ds_kd.data.x}\n"
-)
+GOOD = """model: {pretrained_model_name_or_path: a/b}
+kd_ratio: 0
+dataset: {_target_: ds_kd.data.squad.make_squad_dataset}
+"""
 _TENS = "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]\n" for i in range(1, 12))
 _DOUBLES = "".join(f"d{i}: ${{d{i - 1}}}${{d{i - 1}}}\n" for i in range(1, 40))
 
@@ -113,8 +114,7 @@ def test_secrets_are_shown_nowhere(tmp_path, monkeypatch):
     monkeypatch.setenv("MY_TOKEN", "hunter2")
     path = tmp_path / "c.yaml"
     path.write_text(
-        GOOD.replace("ds_kd.data.x", "ds_kd.data.squad.make_squad_dataset")
-        + "wandb: {name: '${oc.env:MY_TOKEN}', token: hunter2, a: hf_hunter2hunter2hunter2, "
+        GOOD + "wandb: {name: '${oc.env:MY_TOKEN}', token: hunter2, a: hf_hunter2hunter2hunter2, "
         "url: 'https://me:hunter2@host/x'}\n"
     )
     cfg = load(path)

@@ -1,0 +1,88 @@
+"""The arguments of a function or class, read from its source file: nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+_HOPS = 4  # of `from .other import name`
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Args:
+    annotations: argument → its annotation as text, empty where there is none.
+    required: arguments without a default.
+    is_open: whether any others are taken too.
+    """
+
+    annotations: dict[str, str]
+    required: tuple[str, ...]
+    is_open: bool
+
+
+def signature_of(dotted: str) -> Signature | None:
+    """Of a dotted name; None where the source does not tell."""
+    module, _, name = dotted.rpartition(".")
+    for _ in range(_HOPS):
+        path = _file_of(module)
+        if path is None:
+            return None
+        try:
+            tree = ast.parse(path.read_text())
+        except (OSError, ValueError, SyntaxError):
+            return None
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == name:
+                init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
+                return _read(init[0], 1) if init else None
+            if isinstance(node, ast.FunctionDef) and node.name == name:
+                return _read(node, 0)
+        hop = _import_of(tree, name, module, path.name == "__init__.py")
+        if hop is None:
+            return None
+        module, name = hop
+    return None
+
+
+def _file_of(module: str) -> Path | None:
+    """Of a module, found without importing its parents, as importlib would."""
+    top, *rest = module.split(".")
+    try:
+        spec = importlib.util.find_spec(top)
+    except (ImportError, ValueError):
+        return None
+    for root in (spec.submodule_search_locations or ()) if spec is not None else ():
+        path = Path(root, *rest)
+        for found in (path / "__init__.py", path.with_suffix(".py")):
+            if found.is_file():
+                return found
+    return None
+
+
+def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tuple | None:
+    """(module, name) that a module's own `from … import …` takes a name from."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                if (alias.asname or alias.name) == name:
+                    parts = module.split(".")
+                    up = node.level - (1 if is_package else 0)
+                    base = parts[: len(parts) - up] if node.level else []
+                    return ".".join([*base, *filter(None, [node.module])]), alias.name
+    return None
+
+
+def _read(node: ast.stmt, skip: int) -> Signature | None:
+    if not isinstance(node, ast.FunctionDef):
+        return None
+    positional = [*node.args.posonlyargs, *node.args.args]
+    optional = {a.arg for a in positional[len(positional) - len(node.args.defaults) :]}
+    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+    optional |= {a.arg for a, default in pairs if default is not None}
+    arguments = [*positional[skip:], *node.args.kwonlyargs]
+    texts = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
+    required = tuple(name for name in texts if name not in optional)
+    return Signature(texts, required, node.args.kwarg is not None)
