@@ -212,8 +212,8 @@ def _target(
             )
         if name in meta.get("flags", ()) and not isinstance(inner, bool):
             problems.append(problem(f"{path}.{name}", inner, "true or false"))
-        if name.endswith("_fn") and isinstance(inner, str) and (refusal := refuse(inner, allow)):
-            problems.append(f"{path}.{name}: {refusal}")
+        if name.endswith("_fn") and isinstance(inner, str) and (refused := refuse(inner, allow)):
+            problems.append(f"{path}.{name}: {refused}")
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
         _model(path, kwargs, allow, problems)
@@ -296,6 +296,7 @@ def _contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
         if len(given) > 1:
             problems.append(f"peft: {' and '.join(given)} are both given; keep one")
     _losses(cfg, problems)
+    _optimizer(cfg, problems)
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
@@ -322,6 +323,21 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
             f"kd_loss_fn.ignore_index: {ignored[1]} and loss_fn.ignore_index: {ignored[0]} "
             f"contradict each other; write the same"
         )
+
+
+def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
+    """Bounds that all optimizers share."""
+    for name, value in (cfg.optimizer.kwargs if cfg.optimizer is not None else {}).items():
+        if name == "betas":
+            is_pair = isinstance(value, list) and len(value) == 2
+            good = is_pair and all(_is_number(beta) and 0 <= beta < 1 for beta in value)
+            expected = "two numbers, from 0 to below 1"
+        elif name in ("lr", "eps", "weight_decay", "momentum", "lr_decay", "alpha"):
+            good, expected = _is_number(value) and value >= 0, "a number ≥ 0"
+        else:
+            continue
+        if not good:
+            problems.append(problem(f"optimizer.{name}", value, expected))
 
 
 #: Of these the course of a run does not depend: where it is kept, shown, and when it stops.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ class Signature:
     is_open: bool
 
 
+@functools.cache
 def signature_of(dotted: str) -> Signature | None:
     """Of a dotted name; None where the source does not tell."""
     module, _, name = dotted.rpartition(".")

@@ -201,10 +201,11 @@ def _mismatch(value: Any, annotation: Any) -> str:
         kinds = typing.get_args(annotation) or (annotation,)
         names = {getattr(kind, "__name__", str(kind)) for kind in kinds}
     words = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text"}
-    if "Any" in names or not isinstance(value, (int, float, str, bool)) or not names & set(words):
+    nothing = {"None", "NoneType"}
+    if not names & set(words) or not names <= {*words, *nothing, "Tensor"}:
         return ""
     allowed = names | ({"int"} if "float" in names else set())
-    if type(value).__name__ in allowed:
+    if type(value).__name__ in allowed or (value is None and names & nothing):
         return ""
     return " or ".join(word for name, word in words.items() if name in names)
 
