@@ -54,7 +54,7 @@ REFERENCES = [
     "${optimizer.lr}", "${.lr}", "${..seed}", "${a[0]}", "$(id)", "`id`", "${oc.select:model}",
 ]  # fmt: skip
 SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([2**31, 2**63, -(2**70), 10**30]),
+    st.none(), st.booleans(), st.integers(-3, 70), st.sampled_from([2**31, 2**63, -(2**70)]),
     st.floats(), st.text(max_size=8), st.sampled_from(NAMES), st.sampled_from(REFERENCES),
     st.sampled_from(["../../etc/passwd", "/etc/passwd", "/dev/zero", "a" * 5000, "\x00", "none"]),
 )  # fmt: skip
@@ -111,7 +111,7 @@ class Watch(importlib.abc.MetaPathFinder):
     """Notes what is imported, and lets the others find it."""
 
     #: Reading a YAML and a data file's first row needs these.
-    ALLOWED = {"yaml", "omegaconf", "antlr4", "ds_kd", "pyarrow", "encodings", "_yaml"}
+    ALLOWED = ("yaml", "omegaconf", "antlr4", "ds_kd", "pyarrow", "encodings", "_yaml")
 
     def __init__(self):
         self.seen = set()
