@@ -63,6 +63,11 @@ class Head:
         return out
 
 
+def chunk_of(device: str) -> int:
+    """Tokens of a chunk where the config does not say; on a kind of device."""
+    return _CHUNK if device == "cpu" else _CHUNK_ON_GPU
+
+
 class DistillationLoss:
     """(1 - α)·CE + α·KD from hidden states, so that only supervised rows ever meet a head.
 
@@ -167,7 +172,7 @@ class DistillationLoss:
 
     def chunk_size(self, device: torch.device) -> int:
         """Tokens in one chunk."""
-        return self.kd.chunk_size or (_CHUNK if device.type == "cpu" else _CHUNK_ON_GPU)
+        return self.kd.chunk_size or chunk_of(device.type)
 
     def buffers(self, chunk: int, vocab: int, dtype: torch.dtype, device: torch.device) -> _Buffers:
         """Room for a chunk. A GPU's allocator keeps freed memory; on a CPU every page of new memory

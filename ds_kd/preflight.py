@@ -10,11 +10,11 @@ from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD
 from ds_kd.targets import problem
 
 _FIRST_BYTES = 1 << 22  # of a data file; its first row is in there
-#: Data set → (the key that names its rows, the columns it needs).
-_DATA = {
-    "ds_kd.data.squad.make_squad_dataset": ("dataset_name", SQUAD),
-    "ds_kd.data.hellaswag.HellaSwag": ("path_or_dataset", HELLASWAG),
-    "ds_kd.data.chat.ChatDataset": ("path_or_dataset_id", CHAT),
+#: Data set → (the key that names its rows, the columns it needs, the key that limits them).
+DATA = {
+    "ds_kd.data.squad.make_squad_dataset": ("dataset_name", SQUAD, "limit_dataset_samples"),
+    "ds_kd.data.hellaswag.HellaSwag": ("path_or_dataset", HELLASWAG, "num_samples_limit"),
+    "ds_kd.data.chat.ChatDataset": ("path_or_dataset_id", CHAT, "limit_dataset_samples"),
 }
 
 
@@ -63,9 +63,9 @@ def _looks_local(name: str) -> bool:
 
 def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
     """What is wrong with the local file that a data set names, by its first row."""
-    if target not in _DATA:
+    if target not in DATA:
         return None
-    argument, columns = _DATA[target]
+    argument, columns, _ = DATA[target]
     name = kwargs.get(argument)
     if not isinstance(name, str) or Path(name).suffix not in FORMATS:
         return None

@@ -54,7 +54,7 @@ def build(
     check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     distils = cfg.kd_ratio > 0
-    tokenizer = _tokenizer(cfg.model, world)
+    tokenizer = tokenizer_of(cfg.model, world)
     loader, sampler = _loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
     validation = None
     if cfg.validation_dataset is not None:
@@ -112,7 +112,7 @@ def _where(target: Target) -> dict[str, Any]:
     return {name: target.kwargs[name] for name in names if name in target.kwargs}
 
 
-def _tokenizer(target: Target, world: World) -> Any:
+def tokenizer_of(target: Target, world: World) -> Any:
     from transformers import AutoTokenizer
 
     kwargs = _where(target)
@@ -169,27 +169,31 @@ def _whole(loaded: Any) -> Any:
     return model
 
 
-def _dtype(target: Target) -> torch.dtype | None:
+def dtype_of(target: Target) -> torch.dtype | None:
     """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
     name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
     return models.DTYPES.get(name.removeprefix("torch."))
+
+
+def config_of(target: Target) -> Any:
+    """The HF configuration of a model."""
+    from transformers import AutoConfig
+
+    return _as_config_error(
+        f"{target.key}.pretrained_model_name_or_path",
+        _path(target),
+        lambda: AutoConfig.from_pretrained(_path(target), **_where(target)),
+        "a Hugging Face model with its config.json: a directory, or a hub id and a network",
+    )
 
 
 def _engine_config(
     cfg: RunConfig, target: Target, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
     steps = cfg.step_scheduler
-    dtype = _dtype(target)
+    dtype = dtype_of(target)
     if dtype is None:
-        from transformers import AutoConfig
-
-        config = _as_config_error(
-            f"{target.key}.pretrained_model_name_or_path",
-            _path(target),
-            lambda: AutoConfig.from_pretrained(_path(target), **_where(target)),
-            "a Hugging Face model with its config.json",
-        )
-        dtype = getattr(config, "dtype", None) or torch.float32
+        dtype = getattr(config_of(target), "dtype", None) or torch.float32
     accumulation = steps.global_batch_size // (steps.local_batch_size * world.size)
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
@@ -216,7 +220,7 @@ def _student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = _load_model(cfg.model, config, _packs(cfg), allow, _adapter(cfg))
+    model = _load_model(cfg.model, config, _packs(cfg), allow, adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
         _as_config_error(
             "distributed.activation_checkpointing",
@@ -227,7 +231,7 @@ def _student(
     vocab_size = None
     if teacher is not None:
         assert cfg.teacher_model is not None
-        teacher_tokenizer = _tokenizer(cfg.teacher_model, world)
+        teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
         rows = [m.config.get_text_config().vocab_size for m in (model, teacher.module.model)]
         vocab_size = _as_config_error(
             "teacher_model",
@@ -258,7 +262,7 @@ def _student(
     return engine
 
 
-def _adapter(cfg: RunConfig) -> Callable[[Any], None] | None:
+def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
     """What puts the adapter of the `peft` section into a model."""
     wanted = cfg.peft
     if wanted is None:

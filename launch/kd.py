@@ -4,6 +4,7 @@
     python launch/kd.py --config cfg.yaml …                        one rank
     torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
     python launch/kd.py --config cfg.yaml --check       tell what is wrong with it, run nothing
+    python launch/kd.py --config cfg.yaml --dry-run --gpu-memory 80GB  its plan: memory, time
     python launch/kd.py --list-keys [prefix]                            every key of the YAML
 
 SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes on.
@@ -41,6 +42,13 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     )
     parser.add_argument("--check", action="store_true", help="check the config, run nothing")
     parser.add_argument(
+        "--dry-run", action="store_true", help="check, print the plan of the run, run nothing"
+    )
+    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of the plan")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="of the plan: what has to fit, 80GB")
+    parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
+    parser.add_argument("--tflops", type=float, default=989.0, help="of the plan: that peak (H100)")
+    parser.add_argument(
         "--list-keys",
         nargs="?",
         const="",
@@ -69,7 +77,7 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
 def _plain(argv: list[str]) -> list[str]:
     """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
     own = {"--config", "--check", "--list-keys", "--verbose", "--allow-targets", "--local_rank"}
-    own |= {"--help"}
+    own |= {"--help", "--dry-run", "--ranks", "--gpu-memory", "--mfu", "--tflops"}
     plain, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -91,7 +99,18 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([*cfg.notes, f"{args.config}: nothing wrong with it"]))
         return 0
     with cfg.source.locating():
-        return train(cfg, args)
+        return dry_run(cfg, args) if args.dry_run else train(cfg, args)
+
+
+def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
+    quiet()
+    from ds_kd.config import check_world
+    from ds_kd.dry_run import bytes_of, describe
+
+    room = None if args.gpu_memory is None else bytes_of(args.gpu_memory)
+    check_world(cfg, args.ranks)
+    print(describe(cfg, args.ranks, room, args.mfu, args.tflops))
+    return 0
 
 
 def train(cfg: RunConfig, args: argparse.Namespace) -> int:

@@ -39,7 +39,7 @@ def test_only_the_recipe_reads_the_config():
     rooms = {"ds_kd.config", "ds_kd.schema", "ds_kd.targets"}
     readers = {path.name for path in PACKAGE.rglob("*.py") if rooms & imports(path)}
     describe = {"config.py", "schema.py", "slurm.py", "yaml_source.py", "preflight.py"}
-    assert readers == {*describe, "recipe.py"}
+    assert readers == {*describe, "recipe.py", "dry_run.py"}
 
 
 def test_losses_schedule_and_state_stand_alone():

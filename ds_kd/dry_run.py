@@ -1,0 +1,190 @@
+"""`--dry-run`: the plan of a run in words, from its config and the models' config.json alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from ds_kd import plan
+from ds_kd.data.source import load_rows
+from ds_kd.distillation import chunk_of
+from ds_kd.distributed import World
+from ds_kd.preflight import DATA
+from ds_kd.recipe import adapter_of, config_of, dtype_of, tokenizer_of
+from ds_kd.schema import RunConfig
+from ds_kd.targets import ConfigError, Target, instantiate, problem
+from ds_kd.zero_config import load_zero_config
+
+_GB = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_SAMPLES = 64  # that are tokenised to know their lengths
+_GUESS = 1024  # tokens of a sample where the data cannot be had
+
+
+def bytes_of(text: str) -> int:
+    """`80GB`, `24GiB` → bytes.
+
+    Raises:
+        ConfigError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    if match is None or match[2] not in _GB or float(match[1]) <= 0:
+        raise ConfigError([problem("--gpu-memory", text, "a size such as 80GB or 24GiB")])
+    return int(float(match[1]) * _GB[match[2]])
+
+
+def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: float) -> str:
+    """The plan as text.
+
+    Args:
+        world: ranks that the run would have.
+        room: bytes of an accelerator, or None.
+        mfu: share of an accelerator's peak that a step reaches.
+        tflops: that peak, in 10¹² operations per second.
+
+    Raises:
+        ConfigError: a model's config.json cannot be had.
+    """
+    student = _shape(cfg.model, cfg)
+    teacher = _shape(cfg.teacher_model) if cfg.kd_ratio > 0 and cfg.teacher_model else None
+    rows, tokens, supervised, told = _data(cfg)
+    steps = cfg.step_scheduler
+    packed = cfg.packed_sequence.packed_sequence_size
+    work = _work(cfg, world, packed or tokens, supervised)
+    lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
+    for name, shape in (("student", student), ("teacher", teacher)):
+        if shape is not None:
+            trained = f", {_count(shape.trained)} trained" if name == "student" else ""
+            lines.append(f"  {name}: {_count(shape.parameters)} parameters{trained}")
+    lines.append(
+        f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
+        f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
+    )
+    if rows is not None:
+        of_data = -(-rows // steps.global_batch_size) * steps.num_epochs
+        total = min(of_data, steps.max_steps or of_data)
+        note = "" if not packed else ", fewer as samples are packed"
+        lines.append(f"  steps: {total:,} from {rows:,} samples{note}")
+    elif steps.max_steps:
+        lines.append(f"  steps: at most {steps.max_steps:,}")
+    parts = plan.memory(student, teacher, work, world)
+    lines.append("  memory of a rank, estimated:")
+    lines += [f"    {name:<38}{_gib(size):>11}" for name, size in parts.items() if size]
+    lines.append(f"    {'on the accelerator, together':<38}{_gib(plan.on_device(parts)):>11}")
+    lines.append("  on other numbers of ranks (the same micro-batch):")
+    for ranks in plan.WORLDS:
+        parts = plan.memory(student, teacher, work, ranks)
+        states = sum(size for name, size in parts.items() if plan.is_state(name))
+        total = plan.on_device(parts)
+        fits = "" if room is None else ", fits" if total <= room else ", too much"
+        lines.append(f"    {ranks:>4}: {_gib(total)} of which states {_gib(states)}{fits}")
+    if room is not None:
+        lines.append(f"  {_advice(student, teacher, work, room)}")
+    flops = plan.operations(student, teacher, work)
+    lines.append(
+        f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
+        f"at {mfu:.0%} of {tflops:g} TFLOP/s"
+    )
+    return "\n".join(lines)
+
+
+def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, room: int) -> str:
+    found = plan.smallest_fit(student, teacher, work, room)
+    if found is None:
+        return (
+            f"nothing fits into {_gib(room)}: write distributed.activation_checkpointing: true, or "
+            f"a smaller step_scheduler.local_batch_size"
+        )
+    ranks, offer = found
+    moves = [
+        text
+        for name, text in (
+            ("offload_teacher", "offload_teacher_model: true"),
+            ("offload_optimizer", "deepspeed.student: ds_configs/zero/student_zero3_offload.json"),
+        )
+        if getattr(offer, name) and not getattr(work, name)
+    ]
+    return f"smallest that fits into {_gib(room)}: {ranks} rank(s)" + (
+        f" with {' and '.join(moves)}" if moves else " as written"
+    )
+
+
+def _shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
+    """Of a model by its config.json; with the adapters that `cfg` asks for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    config = config_of(target)
+    dtype = dtype_of(target) or getattr(config, "dtype", None) or torch.float32
+    with torch.device("meta"):
+        trusts = bool(target.kwargs.get("trust_remote_code", False))
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
+        if cfg is not None and (adapt := adapter_of(cfg)) is not None:
+            adapt(model)
+    return plan.shape_of(model, dtype.itemsize)
+
+
+def _data(cfg: RunConfig) -> tuple[int | None, int, float, str]:
+    """(samples, tokens of a micro-batch, share supervised, how that is known)."""
+    import torch
+
+    local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
+    guess = None, local * _GUESS, 1.0, f"guessed, {_GUESS} a sample: the data is not at hand"
+    if target.target not in DATA:
+        return guess
+    argument, columns, limit = DATA[target.target]
+    kwargs = target.kwargs
+    try:
+        source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
+        total = len(load_rows(source, split, columns, kwargs.get(limit)))
+        few = Target(target.target, {**kwargs, limit: min(total, _SAMPLES)}, target.key)
+        alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+        rows = instantiate(few, tokenizer=tokenizer_of(cfg.model, alone))
+        some = [(len(row["input_ids"]), row["labels"]) for row in rows]
+    except (ConfigError, ValueError):
+        return guess
+    lengths = sorted(length for length, _ in some)
+    labels = sum(label != -100 for _, row in some for label in row)
+    longest = lengths[9 * (len(lengths) - 1) // 10]
+    told = f"nine tenths of its first {len(some)} samples have at most {longest}"
+    return total, local * longest, labels / sum(lengths), told
+
+
+def _work(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Work:
+    import torch
+
+    steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs
+    zero = {
+        name: load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", (0, 3))[
+            "zero_optimization"
+        ]
+        for name in ("student", "teacher")
+    }
+    away = lambda name, part: bool((zero[name].get(part) or {}).get("device") in ("cpu", "nvme"))  # noqa: E731
+    local = steps.local_batch_size
+    packed = cfg.packed_sequence.packed_sequence_size
+    cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
+    values: dict[str, Any] = {
+        "tokens": packed * local if packed else tokens,
+        "length": max(1, (packed * local if packed else tokens) // local),
+        "supervised": supervised,
+        "micro_batches": max(1, steps.global_batch_size // (local * world)),
+        "chunk": kwargs.get("chunk_size") or chunk_of("cuda" if cuda else "cpu"),
+        "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
+        "optimizer": cfg.optimizer.target.rpartition(".")[2],
+        "checkpointing": cfg.distributed.activation_checkpointing,
+        "offload_weights": away("student", "offload_param"),
+        "offload_optimizer": away("student", "offload_optimizer"),
+        "offload_teacher": cfg.offload_teacher_model or away("teacher", "offload_param"),
+        "teacher_is_whole": zero["teacher"].get("stage") == 0,
+    }
+    if "reduce_bucket_size" in zero["student"]:
+        values["bucket"] = int(zero["student"]["reduce_bucket_size"])
+    return plan.Work(**values)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

@@ -1,0 +1,192 @@
+"""What a run will need, from the shapes of its models alone: bytes per rank, operations per step.
+
+Of ZeRO-3 a rank keeps 1/world of weights, fp32 master weights, optimizer state and gradients, and
+small parameters whole; a step adds gathered layers, activations, one chunk of logits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+_PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
+_BUCKET = 500_000_000  # elements: its reduce_bucket_size
+#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed.
+_OPTIMIZER_NUMBERS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1}
+WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A causal language model's sizes, in parameters.
+
+    Args:
+        parameters: all of them.
+        trained: those with a gradient.
+        small: those in tensors that ZeRO-3 keeps whole on every rank.
+        layers: their number.
+        layer: parameters of the largest.
+        vocabulary, hidden: of the head, `[vocabulary, hidden]`.
+        saved: numbers that a layer keeps per token for its backward, without checkpointing.
+        head_trained: whether the head's weight has a gradient.
+        width: bytes of a weight.
+    """
+
+    parameters: int
+    trained: int
+    small: int
+    layers: int
+    layer: int
+    vocabulary: int
+    hidden: int
+    saved: int
+    head_trained: bool
+    width: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step does besides its models.
+
+    Args:
+        tokens: of one micro-batch on one rank.
+        length: of its longest sample, for attention.
+        supervised: share of its tokens that meet the heads.
+        micro_batches: of one rank in a step.
+        chunk: tokens whose logits exist at one time.
+        temperature_is_one: a chunk needs one buffer less then.
+        optimizer: name of its class.
+        checkpointing: activations are computed again in backward.
+        offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
+        teacher_is_whole: on every rank (stage 0).
+    """
+
+    tokens: int
+    length: int
+    supervised: float = 1.0
+    micro_batches: int = 1
+    chunk: int = 2048
+    temperature_is_one: bool = True
+    optimizer: str = "AdamW"
+    checkpointing: bool = False
+    offload_weights: bool = False
+    offload_optimizer: bool = False
+    offload_teacher: bool = False
+    teacher_is_whole: bool = False
+    bucket: int = _BUCKET
+
+
+def shape_of(model: Any, width: int) -> Shape:
+    """Of an HF model, which may live on the meta device.
+
+    Args:
+        width: bytes of a weight.
+    """
+    config = model.config.get_text_config()
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    layers = [part for part in model.modules() if type(part).__name__ in kinds]
+    sizes = [sum(p.numel() for p in part.parameters()) for part in layers] or [0]
+    head = model.get_output_embeddings().weight
+    hidden = head.shape[1]
+    heads = getattr(config, "num_attention_heads", 1)
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
+    kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    # Inputs and outputs of two norms, q, attention's result twice, k and v; four in the MLP. bf16
+    # norms keep fp32 copies.
+    saved = 7 * hidden + 2 * heads * head_dim + 2 * kv + 4 * inner
+    saved += 4 * hidden if width == 2 else 0
+    parameters = [*model.parameters()]
+    return Shape(
+        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters if p.requires_grad),
+        sum(p.numel() for p in parameters if p.numel() <= _PERSISTS_BELOW),
+        len(layers) or getattr(config, "num_hidden_layers", 1),
+        max(sizes),
+        head.shape[0],
+        hidden,
+        saved,
+        bool(head.requires_grad),
+        width,
+    )
+
+
+def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
+    """Bytes of one rank by what they are for; those named `host …` are in the host's memory.
+
+    Returns:
+        States first (they stay), then what a step adds at its peak.
+    """
+    numbers = _OPTIMIZER_NUMBERS.get(work.optimizer, 2)
+    trained = 4 * student.trained // world
+
+    def shard(shape: Shape) -> int:
+        return shape.width * (shape.parameters // world + shape.small)
+
+    where = "host " if work.offload_weights else ""
+    out = {f"{where}student weights": shard(student)}
+    where = "host " if work.offload_optimizer else ""
+    out[f"{where}fp32 weights"] = trained if student.width == 2 else 0
+    out[f"{where}optimizer"] = numbers * trained
+    out[f"{where}gradients"] = trained
+    live = 2 * student.layer * student.width
+    heads = student.vocabulary * student.hidden * student.width
+    buffers = 2
+    if teacher is not None:
+        where = "host " if work.offload_teacher else ""
+        whole = teacher.parameters * teacher.width
+        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher)
+        live = max(live, 2 * teacher.layer * teacher.width)
+        heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
+        buffers = 3 if work.temperature_is_one else 4
+    rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
+    out["gathered layers and heads"] = live + heads
+    gradient = 4 * student.vocabulary * student.hidden if student.head_trained else 0
+    out["gradients before they are shared out"] = gradient + 4 * min(work.bucket, student.trained)
+    out["logits workspace"] = buffers * 4 * rows * student.vocabulary
+    layers = 1 if work.checkpointing else student.layers
+    kept = student.saved * layers + (student.hidden * student.layers if work.checkpointing else 0)
+    out["activations"] = work.tokens * kept * student.width
+    return out
+
+
+def is_state(name: str) -> bool:
+    """Whether these bytes stay between steps."""
+    return name.removeprefix("host ") in {
+        "student weights", "fp32 weights", "optimizer", "gradients", "teacher weights",
+    }  # fmt: skip
+
+
+def on_device(parts: dict[str, int]) -> int:
+    return sum(size for name, size in parts.items() if not name.startswith("host "))
+
+
+def smallest_fit(student: Shape, teacher: Shape | None, work: Work, room: int) -> tuple | None:
+    """(ranks, work) of the smallest world whose ranks have enough room: as written first, then with
+    teacher, optimizer and weights in the host's memory, one after the other; None where none has.
+    """
+    offers = [work, replace(work, offload_teacher=True)] if teacher is not None else [work]
+    offers.append(replace(offers[-1], offload_optimizer=True))
+    offers.append(replace(offers[-1], offload_weights=True))
+    for offer in offers:
+        for world in WORLDS:
+            if on_device(memory(student, teacher, offer, world)) <= room:
+                return world, offer
+    return None
+
+
+def operations(student: Shape, teacher: Shape | None, work: Work) -> float:
+    """Floating-point operations of one rank's step: two for each weight and token forward, twice as
+    many backward (half of that where weights are frozen), attention over half of a sample."""
+
+    def forward(shape: Shape) -> float:
+        body = shape.layer * shape.layers
+        attention = 2 * shape.layers * work.length * shape.hidden
+        head = shape.vocabulary * shape.hidden * work.supervised
+        return work.tokens * (2 * body + attention + 2 * head)
+
+    backward = 2.0 if student.trained * 2 > student.parameters else 1.0
+    again = 1.0 if work.checkpointing else 0.0
+    total = forward(student) * (1 + backward + again)
+    total += forward(teacher) if teacher is not None else 0.0
+    return total * work.micro_batches
