@@ -160,7 +160,7 @@ class Checkpointer:
 
     def _needed(self, engine: Any, consolidate: bool) -> int:
         """Bytes of a checkpoint, all ranks."""
-        total = int(sum_over_ranks([zero_files.state_bytes(engine, True)], self.world)[0])
+        total = int(sum_over_ranks([zero_files.written_bytes(engine)], self.world)[0])
         if consolidate:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total

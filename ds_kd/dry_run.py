@@ -177,8 +177,9 @@ def _work(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Wo
         "offload_teacher": cfg.offload_teacher_model or away("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
     }
-    if "reduce_bucket_size" in zero["student"]:
-        values["bucket"] = int(zero["student"]["reduce_bucket_size"])
+    for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):
+        if key in zero["student"]:
+            values[name] = int(float(zero["student"][key]))
     return plan.Work(**values)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
+_REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 #: fp32 numbers that an optimizer keeps for every weight; 2 where not listed.
 _OPTIMIZER_NUMBERS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1}
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -59,6 +60,7 @@ class Work:
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: on every rank (stage 0).
+        bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
     """
 
     tokens: int
@@ -74,6 +76,12 @@ class Work:
     offload_teacher: bool = False
     teacher_is_whole: bool = False
     bucket: int = _BUCKET
+    reuse: int = _REUSE
+
+
+def optimizer_numbers(name: str) -> int:
+    """fp32 numbers that an optimizer of this class keeps for every weight."""
+    return _OPTIMIZER_NUMBERS.get(name, 2)
 
 
 def shape_of(model: Any, width: int) -> Shape:
@@ -117,7 +125,7 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
     Returns:
         States first (they stay), then what a step adds at its peak.
     """
-    numbers = _OPTIMIZER_NUMBERS.get(work.optimizer, 2)
+    numbers = optimizer_numbers(work.optimizer)
     trained = 4 * student.trained // world
 
     def shard(shape: Shape) -> int:
@@ -126,9 +134,12 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
     where = "host " if work.offload_weights else ""
     out = {f"{where}student weights": shard(student)}
     where = "host " if work.offload_optimizer else ""
-    out[f"{where}fp32 weights"] = trained if student.width == 2 else 0
+    out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = numbers * trained
     out[f"{where}gradients"] = trained
+    if world > 1:  # DeepSpeed lets go of nothing that it will gather again soon
+        kept = min(student.parameters, work.reuse)
+        out["student weights, gathered"] = kept * student.width
     live = 2 * student.layer * student.width
     heads = student.vocabulary * student.hidden * student.width
     buffers = 2
@@ -140,7 +151,7 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
         heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
         buffers = 3 if work.temperature_is_one else 4
     rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
-    out["gathered layers and heads"] = live + heads
+    out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and on their way
     gradient = 4 * student.vocabulary * student.hidden if student.head_trained else 0
     out["gradients before they are shared out"] = gradient + 4 * min(work.bucket, student.trained)
     out["logits workspace"] = buffers * 4 * rows * student.vocabulary
@@ -153,7 +164,8 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
 def is_state(name: str) -> bool:
     """Whether these bytes stay between steps."""
     return name.removeprefix("host ") in {
-        "student weights", "fp32 weights", "optimizer", "gradients", "teacher weights",
+        "student weights", "student weights, gathered", "fp32 weights", "optimizer", "gradients",
+        "teacher weights",
     }  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_kd.plan import optimizer_numbers
+
 
 class _NotesErrors:
     """DeepSpeed's writer, which keeps what goes wrong to itself.
@@ -111,22 +113,36 @@ def _is_frozen(engine: Any) -> bool:
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
-def state_bytes(engine: Any, trained_alone: bool = False) -> int:
-    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, fp32 weights
-    and optimizer state, and what is too small to be sharded.
-
-    Args:
-        trained_alone: only what training changes; that is what a checkpoint holds.
-    """
-    parameters = [p for p in engine.module.parameters() if p.requires_grad or not trained_alone]
+def state_bytes(engine: Any) -> int:
+    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, those that are
+    whole, fp32 weights, optimizer state and gradients."""
+    parameters = [*engine.module.parameters()]
     tensors = [p.ds_tensor for p in parameters]
     tensors += [p.data for p in parameters if p.data.numel() == p.ds_numel]
+    gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
+    tensors += [] if gradients is None else [gradients]
+    return _bytes_of([*tensors, *_trained_tensors(engine)])
+
+
+def written_bytes(engine: Any) -> int:
+    """What this rank writes into a checkpoint: fp32 weights and optimizer state, which before the
+    first step is only going to be there."""
+    trained = _trained_tensors(engine)
+    optimizer = engine.optimizer.optimizer
+    if optimizer.state:
+        return _bytes_of(trained)
+    return _bytes_of(trained) * (1 + optimizer_numbers(type(optimizer).__name__))
+
+
+def _trained_tensors(engine: Any) -> list[torch.Tensor]:
+    tensors = [*(getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or ())]
     optimizer = getattr(engine.optimizer, "optimizer", None)
-    if optimizer is not None:
-        tensors += [p for group in optimizer.param_groups for p in group["params"]]
-        for state in optimizer.state.values():
-            tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
-    # A master copy may be the shard itself.
+    for state in optimizer.state.values() if optimizer is not None else ():
+        tensors += [value for value in state.values() if isinstance(value, torch.Tensor)]
+    return tensors
+
+
+def _bytes_of(tensors: list[torch.Tensor]) -> int:
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
