@@ -355,6 +355,28 @@ def test_checking_a_config_takes_no_heavy_import_and_tells_all_at_once(tmp_path)
     assert "kd_ratio: got 2" in bad.stderr and "did you mean step_scheduler.max_steps" in bad.stderr
 
 
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses(path):
+    import jsonschema
+    import yaml
+
+    from ds_kd.json_schema import json_schema
+
+    schema, run = json_schema(), yaml.safe_load(path.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.validate(run, schema)
+    for wrong in (
+        {"kd_ratio": 2},
+        {"step_schedular": {}},
+        {"rng": {"sede": 1}},
+        {"dist_env": {"backend": "mpi"}},
+        {"peft": {"dim": 0}},
+        {"distributed": {"tp_size": 2}},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**run, **wrong}, schema)
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]

@@ -1,0 +1,76 @@
+"""The config's schema as JSON Schema, for editors: `python -m ds_kd.json_schema`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ds_kd.schema import RunConfig, keys_of
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "int": {"type": "integer"},
+    "number": {"type": "number"},
+    "bool": {"type": "boolean"},
+    "str": {"type": "string"},
+    "mapping": {"type": "object"},
+    "list": {"type": "array"},
+    "names": {"type": ["array", "string"], "items": {"type": "string"}},
+    "nemo": {"type": "string", "pattern": r"^nemo_automodel\."},
+    "parallel": {"const": 1},
+    "clip": {
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "object", "properties": {"max_norm": {"type": "number"}}},
+        ]
+    },
+}
+_BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
+#: What `load` translates before it looks: NeMo-AutoModel's spellings.
+_ALSO = {
+    "lr_scheduler": {"lr_decay_style": {"type": "string"}, "lr_warmup_steps": {"type": "integer"},
+                     "min_lr": {"type": "number"}},
+}  # fmt: skip
+
+
+def json_schema() -> dict[str, Any]:
+    """Of a whole YAML; every value may also be null or an interpolation."""
+    made = _section(RunConfig)
+    made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    made["title"] = "ds_kd"
+    made["required"] = [name for name, meta in keys_of(RunConfig) if meta.get("required")]
+    return made
+
+
+def _section(cls: Any, also: dict[str, Any] | None = None) -> dict[str, Any]:
+    properties = {name: _key(name, meta) for name, meta in keys_of(cls)}
+    return {
+        "type": "object",
+        "properties": {**properties, **(also or {})},
+        "additionalProperties": False,
+    }
+
+
+def _key(name: str, meta: Any) -> dict[str, Any]:
+    kind = meta["kind"]
+    if kind == "section":
+        wanted = [_section(meta["section"], _ALSO.get(name))]
+        wanted += [{"type": "boolean"}] if name == "compile" else []
+    elif kind == "target":
+        wanted = [{"type": "object", "properties": {"_target_": {"type": "string"}}}]
+    elif kind == "choice":
+        among = [*meta["among"], *(word == "true" for word in meta["among"] if word in _TRUTH)]
+        wanted = [{"enum": among}]
+    elif kind == "any":
+        return {"description": meta["doc"]}
+    else:
+        wanted = [{**_TYPES[kind], **{_BOUNDS[n]: meta[n] for n in _BOUNDS if n in meta}}]
+    loose = [{"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]
+    loose += [{"const": "none"}] if name.endswith("_size") else []
+    return {"description": meta["doc"], "anyOf": [*wanted, *loose]}
+
+
+_TRUTH = ("true", "false")
+
+
+if __name__ == "__main__":
+    print(json.dumps(json_schema(), indent=1, ensure_ascii=False))
