@@ -377,6 +377,66 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
             jsonschema.validate({**run, **wrong}, schema)
 
 
+NEMO = "nemo_automodel.recipes.llm.kd.KnowledgeDistillationRecipeForNextTokenPrediction"
+
+
+def test_nemos_newer_spelling_of_its_example_loads():
+    cfg = load(
+        GUIDE,
+        [
+            f"recipe={{_target_: {NEMO}}}",
+            "distributed={strategy: fsdp2, dp_size: none, tp_size: 1, cp_size: 1, pp_size: 1}",
+            "peft={match_all_linear: true, dim: 16, alpha: 32, use_triton: true}",
+            "model.attn_implementation=sdpa",
+        ],
+    )
+    assert cfg.peft.dim == 16 and any("use_triton" in note for note in cfg.notes)
+    assert any("fsdp2 accepted" in note for note in cfg.notes)
+
+
+def test_nemos_examples_with_separate_meshes_say_what_cannot_run():
+    with pytest.raises(ConfigError) as caught:
+        load(
+            GUIDE,
+            [
+                "separate_meshes=true",
+                "teacher_distributed={strategy: fsdp2, dp_size: 1, tp_size: 2}",
+                "distributed={strategy: fsdp2, dp_size: 2}",
+            ],
+        )
+    told = "\n".join(caught.value.problems)
+    assert len(caught.value.problems) == 2
+    assert "separate_meshes: student and teacher share all ranks" in told
+    assert "teacher_distributed: student and teacher share all ranks" in told
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    models = [tiny.llama(tmp_path / name, layers) for name, layers in (("s", 2), ("t", 3))]
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(40))
+    kd = script("kd")
+    words = [
+        "--config", str(GUIDE), "--dry-run", "--ranks", "2", "--gpu-memory", "64GB",
+        f"model.pretrained_model_name_or_path={models[0]}", "validation_dataset=null",
+        f"teacher_model.pretrained_model_name_or_path={models[1]}",
+        f"dataset.dataset_name={tmp_path / 'rows.jsonl'}",
+        f"checkpoint.checkpoint_dir={tmp_path / 'run'}",
+    ]  # fmt: skip
+    assert kd.main(words) == 0
+    out = capsys.readouterr().out
+    for name, path in zip(("student", "teacher"), models, strict=True):
+        count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())
+        assert f"{name}: {count / 1e6:.2f} M parameters" in out
+    assert "plan for 2 rank(s)" in out and "steps: 4 from 40 samples" in out
+    assert "smallest that fits into 59.60 GiB: 1 rank(s) as written" in out
+    assert not (tmp_path / "run").exists()
+    assert kd.main([*words, "--gpu-memory", "lots"]) == 2
+    assert "--gpu-memory: got 'lots', expected a size" in capsys.readouterr().err
+    assert kd.main([*words, "--ranks", "3"]) == 2
+    assert "3 ranks" in capsys.readouterr().err
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
