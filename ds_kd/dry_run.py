@@ -44,12 +44,12 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
     Raises:
         ConfigError: a model's config.json cannot be had.
     """
-    student = _shape(cfg.model, cfg)
-    teacher = _shape(cfg.teacher_model) if cfg.kd_ratio > 0 and cfg.teacher_model else None
-    rows, tokens, supervised, told = _data(cfg)
+    student = model_shape(cfg.model, cfg)
+    teacher = model_shape(cfg.teacher_model) if cfg.kd_ratio > 0 and cfg.teacher_model else None
+    rows, tokens, supervised, told = data_of(cfg)
     steps = cfg.step_scheduler
     packed = cfg.packed_sequence.packed_sequence_size
-    work = _work(cfg, world, packed or tokens, supervised)
+    work = work_of(cfg, world, packed or tokens, supervised)
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     for name, shape in (("student", student), ("teacher", teacher)):
         if shape is not None:
@@ -108,7 +108,7 @@ def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, ro
     )
 
 
-def _shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
+def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
     """Of a model by its config.json; with the adapters that `cfg` asks for."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -123,7 +123,7 @@ def _shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
     return plan.shape_of(model, dtype.itemsize)
 
 
-def _data(cfg: RunConfig) -> tuple[int | None, int, float, str]:
+def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
     """(samples, tokens of a micro-batch, share supervised, how that is known)."""
     import torch
 
@@ -149,7 +149,7 @@ def _data(cfg: RunConfig) -> tuple[int | None, int, float, str]:
     return total, local * longest, labels / sum(lengths), told
 
 
-def _work(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Work:
+def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Work:
     import torch
 
     steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs

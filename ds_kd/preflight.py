@@ -73,7 +73,7 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
     try:
         if not Path(name).is_file():
             return problem(key, name, "a file that exists")
-        found = _columns(Path(name))
+        found = columns_of(Path(name))
     except (OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return problem(key, name, f"rows with {', '.join(columns)}", reason)
@@ -84,7 +84,7 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
     return problem(key, name, f"rows with {', '.join(columns)}", hint)
 
 
-def _columns(path: Path) -> list[str]:
+def columns_of(path: Path) -> list[str]:
     """Of the first row.
 
     Raises:

@@ -437,6 +437,26 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert "3 ranks" in capsys.readouterr().err
 
 
+def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
+    models = [tiny.llama(tmp_path / name, layers) for name, layers in (("s", 2), ("t", 3))]
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(tiny.squad_rows(40))
+    new = script("new_config")
+    words = ["--student", str(models[0]), "--teacher", str(models[1]), "--gpus", "4"]
+    assert new.main([*words, "--data", str(rows)]) == 0
+    path = tmp_path / "new.yaml"
+    path.write_text(capsys.readouterr().out)
+    cfg = load(path)
+    assert cfg.dataset.target == "ds_kd.data.squad.make_squad_dataset"
+    assert cfg.step_scheduler.local_batch_size == 16 and not cfg.offload_teacher_model
+    check_world(cfg, 4)
+    assert new.main([*words, "--data", str(rows), "--gpu-memory", "100KB"]) == 2
+    assert "GiB are needed on each" in capsys.readouterr().err
+    rows.write_text('{"text": 1}')
+    assert new.main([*words, "--data", str(rows)]) == 2
+    assert "its first row has text" in capsys.readouterr().err
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]

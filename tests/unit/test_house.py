@@ -46,7 +46,7 @@ def test_only_the_recipe_reads_the_config():
         "preflight.py",
         "json_schema.py",
     }
-    assert readers == {*describe, "recipe.py", "dry_run.py"}
+    assert readers == {*describe, "recipe.py", "dry_run.py", "starter.py"}
 
 
 def test_losses_schedule_and_state_stand_alone():
