@@ -63,7 +63,7 @@ def transformers_schedule(section: dict, problems: list[str]) -> dict:
         return section
     rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}
     style, least = section.get("lr_decay_style", "cosine"), section.get("min_lr")
-    if style not in _DECAY_STYLES:
+    if not isinstance(style, str) or style not in _DECAY_STYLES:
         problems.append(
             f"lr_scheduler.lr_decay_style: got {style!r}, expected one of "
             f"{', '.join(_DECAY_STYLES)}, or lr_scheduler.name with transformers' own"

@@ -115,6 +115,7 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
     return values
 
 
+_LARGEST = 1e30
 _KINDS = {"bool": bool, "str": str, "mapping": dict, "list": list, "any": object}
 
 
@@ -158,7 +159,9 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < _LARGEST and math.isfinite(value)
 
 
 def _expected(meta: Any) -> str:
@@ -216,7 +219,15 @@ def _target(
             problems.append(f"{path}.{name}: {refused}")
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
+        if target.target != MODEL and not refusal and not allow:
+            problems.append(problem(f"{path}._target_", dotted, MODEL))
         _model(path, kwargs, allow, problems)
+        return target
+    kind = meta.get("calls", ())
+    if not refusal and not target.target.startswith(kind or "") and not allow:
+        problems.append(
+            problem(f"{path}._target_", dotted, f"a name that begins with {' or '.join(kind)}")
+        )
         return target
     signature = None if refusal else signature_of(target.target)
     if signature is not None:

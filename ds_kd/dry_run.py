@@ -15,7 +15,16 @@ from ds_kd.schema import RunConfig
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.zero_config import load_zero_config
 
-_GB = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_GB = {
+    "TB": 1e12,
+    "TIB": 2**40,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 _SAMPLES = 64  # that are tokenised to know their lengths
 _GUESS = 1024  # tokens of a sample where the data cannot be had
 
@@ -26,7 +35,7 @@ def bytes_of(text: str) -> int:
     Raises:
         ConfigError: not a size.
     """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?I?B?)", text.strip().upper())
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]I?B)", text.strip().upper())
     if match is None or match[2] not in _GB or float(match[1]) <= 0:
         raise ConfigError([problem("--gpu-memory", text, "a size such as 80GB or 24GiB")])
     return int(float(match[1]) * _GB[match[2]])

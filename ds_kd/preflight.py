@@ -43,14 +43,21 @@ def _is_dir(name: str) -> bool:
         return False
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
+
+
 def _lacking(directory: Path, kwargs: dict[str, Any]) -> str | None:
     """What a model's directory must hold and does not."""
     if kwargs.get("gguf_file") is not None:
-        return None if (directory / str(kwargs["gguf_file"])).is_file() else "that gguf_file"
-    if not (directory / "config.json").is_file():
+        return None if _is_file(directory / str(kwargs["gguf_file"])) else "that gguf_file"
+    if not _is_file(directory / "config.json"):
         return "a config.json"
     tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
-    return None if any((directory / name).is_file() for name in tokenizers) else "a tokenizer"
+    return None if any(_is_file(directory / name) for name in tokenizers) else "a tokenizer"
 
 
 def _looks_local(name: str) -> bool:
@@ -74,7 +81,7 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
         if not Path(name).is_file():
             return problem(key, name, "a file that exists")
         found = columns_of(Path(name))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return problem(key, name, f"rows with {', '.join(columns)}", reason)
     missing = [column for column in columns if column not in found]

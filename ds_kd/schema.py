@@ -184,9 +184,9 @@ class Slurm:
     partition: str | None = key(None, "queue", "str")
     log_dir: str = key(".", "of the job's log and each attempt's", "str")
     container_image: str | None = key(None, "image to run in (pyxis)", "str")
-    container_mounts: list = key(list, "`HOST:CONTAINER` directories of it", "list")
+    container_mounts: list = key(list, "`HOST:CONTAINER` directories of it", "names")
     env_vars: dict = key(dict, "environment variables of the job", "mapping")
-    sbatch_options: list = key(list, "any other options of sbatch", "list")
+    sbatch_options: list = key(list, "any other options of sbatch", "names")
 
 
 @dataclass
@@ -225,6 +225,7 @@ class RunConfig:
         "training data",
         "target",
         given=("tokenizer",),
+        calls=("ds_kd.data.",),
         required=True,
         example="dataset._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
     )
@@ -236,6 +237,7 @@ class RunConfig:
         "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
         "target",
         target="ds_kd.losses.KDLoss",
+        calls=("ds_kd.losses.KDLoss",),
         default={},
     )
     peft: Peft | None = key(
@@ -247,6 +249,7 @@ class RunConfig:
         "cross-entropy: ignore_index, fp32_upcast",
         "target",
         target="ds_kd.losses.MaskedCrossEntropy",
+        calls=("ds_kd.losses.MaskedCrossEntropy",),
         default={},
     )
     optimizer: Target = key(
@@ -255,6 +258,7 @@ class RunConfig:
         "target",
         target="torch.optim.AdamW",
         given=("params", "model_params"),
+        calls=("torch.optim.", "deepspeed.ops."),
         default={"lr": 1e-5},
     )
     lr_scheduler: LRScheduler | None = key(
@@ -274,12 +278,17 @@ class RunConfig:
         default=_COLLATE,
         flags=LOADER_FLAGS,
         given=_GIVEN_TO_LOADER,
+        calls=(_LOADER,),
     )
     packed_sequence: PackedSequence = key(
         PackedSequence, "samples packed instead of padded", "section", section=PackedSequence
     )
     validation_dataset: Target | None = key(
-        None, "validation data; without it no validation", "target", given=("tokenizer",)
+        None,
+        "validation data; without it no validation",
+        "target",
+        given=("tokenizer",),
+        calls=("ds_kd.data.",),
     )
     validation_dataloader: Target = key(
         None,
@@ -289,6 +298,7 @@ class RunConfig:
         default=_COLLATE,
         flags=LOADER_FLAGS,
         given=_GIVEN_TO_LOADER,
+        calls=(_LOADER,),
     )
     dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
     rng: Rng = key(Rng, "random numbers", "section", section=Rng)

@@ -107,7 +107,7 @@ def starter(student: str, teacher: str, data: str, gpus: int, room: int) -> str:
 
 def _yaml(name: str) -> str:
     """A name as YAML reads it back."""
-    return name if re.fullmatch(r"[A-Za-z0-9_./-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
 def _target_of(data: str) -> str:
@@ -117,7 +117,7 @@ def _target_of(data: str) -> str:
         return "ds_kd.data.squad.make_squad_dataset"
     try:
         found = columns_of(path)
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             [problem("--data", data, "rows of JSON or parquet", str(error))]
         ) from None

@@ -45,10 +45,22 @@ class ConfigError(Exception):
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     """One line of a `ConfigError`; long values are cut, secret ones not shown."""
-    shown = "***" if is_secret(key.rpartition(".")[2]) else repr(given)
+    shown = "***" if is_secret(key.rpartition(".")[2]) else repr(without_secrets(given))
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
     return " ".join(line.splitlines())
+
+
+def without_secrets(value: Any) -> Any:
+    """The same value, tokens, keys and passwords in it blanked."""
+    if isinstance(value, dict):
+        return {n: "***" if is_secret(str(n)) else without_secrets(v) for n, v in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    named = re.sub(r"(?i)((?:token|key|secret|password)\s*[=:]\s*)\S+", r"\1***", value)
+    return re.sub(r"\bhf_\w{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)", "***", named)
 
 
 def is_secret(name: str) -> bool:

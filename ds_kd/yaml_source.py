@@ -40,7 +40,7 @@ class Source:
 
     def locate(self, line: str) -> str:
         """A problem with the place of its key in front, and the line with a caret under it."""
-        match = re.match(r"[\w.\[\]]+", line)
+        match = re.match(r"[\w.\[\]-]+", line)
         key = match[0] if match else ""
         while key:
             if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
@@ -200,14 +200,17 @@ def _override(raw: Any, override: str) -> str:
 
     name, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-        raise ConfigError([problem("override", override, "key.sub=value")])
+        raise ConfigError([problem("override", name, "key.sub=value")])
     try:
         text = f"value: {value}"
         _outline(text, Source(f"override {name}"))
         made: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
+        if set(made) != {"value"}:
+            raise ConfigError([f"override {name}: expected one value, without a line break"])
         OmegaConf.update(raw, name, made["value"], merge=False)
     except YAMLError as error:
-        raise ConfigError([f"override {override!r}: {' '.join(str(error).split())}"]) from None
+        what = getattr(error, "problem", None) or "not one value of YAML"
+        raise ConfigError([f"override {name}: not valid YAML: {what}"]) from None
     return name
 
 
@@ -222,14 +225,17 @@ def _check_interpolations(tree: Any) -> None:
     def find(path: str) -> Any:
         node = tree
         for part in path.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
+            if isinstance(node, list) and part.isdigit():
+                node = node[int(part)] if int(part) < len(node) else None
+            else:
+                node = node.get(part) if isinstance(node, dict) else None
         return node
 
     def length(value: Any, key: str) -> int:
         if isinstance(value, dict):
             return 1 + sum(length(v, f"{key}.{n}" if key else str(n)) for n, v in value.items())
         if isinstance(value, list):
-            return 1 + sum(length(v, key) for v in value)
+            return 1 + sum(length(v, f"{key}.{k}") for k, v in enumerate(value))
         if not isinstance(value, str) or "${" not in value:
             return len(value) if isinstance(value, str) else 1
         if key not in lengths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ FROM_YAML = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
+_DEVICES = ("cpu", "nvme", "none")
+#: Of zero_optimization, to find misspellings; DeepSpeed judges the others.
+_ZERO_KEYS = (
+    "stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "allgather_bucket_size",
+    "contiguous_gradients", "overlap_comm", "reduce_scatter", "sub_group_size",
+    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
+    "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save",
+)  # fmt: skip
 _PLAIN_ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
 }
@@ -49,14 +58,15 @@ def load_zero_config(
         return copy.deepcopy(_PLAIN_ZERO3)
     if isinstance(source, str):
         try:
-            source = json.loads(Path(source).read_text())
+            source = json.loads(Path(source).read_text(encoding="utf-8"))
         except OSError as error:
             raise ValueError(
                 f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON "
                 f"file or an inline mapping"
             ) from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not valid JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{where}: not valid JSON: {reason}") from None
     if not isinstance(source, dict):
         raise ValueError(f"{where}: expected a mapping with zero_optimization")
     config = copy.deepcopy(source)
@@ -65,7 +75,7 @@ def load_zero_config(
             del config[name]
         elif name in FROM_YAML:
             raise ValueError(
-                f"{where}: {name}={config[name]!r} belongs to the YAML ({FROM_YAML[name]}); "
+                f"{where}: {_shown(name, config[name])} belongs to the YAML ({FROM_YAML[name]}); "
                 f"remove it from the ZeRO file"
             )
         elif name not in ZERO_FILE_KEYS:
@@ -78,14 +88,22 @@ def load_zero_config(
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]
     stage = zero.setdefault("stage", 3)
-    if stage not in stages:
+    if type(stage) is not int or stage not in stages:
         raise ValueError(
             f"{where}: zero_optimization.stage is {stage!r}, expected "
             f"{' or '.join(map(str, stages))}"
         )
+    _check_numbers(zero, where)
     for part in ("offload_param", "offload_optimizer"):
-        offload = zero.get(part) or {}
-        path = offload.get("nvme_path") if isinstance(offload, dict) else None
+        offload = zero.get(part)
+        if offload is None:
+            continue
+        if not isinstance(offload, dict) or offload.get("device") not in _DEVICES:
+            raise ValueError(
+                f"{where}: {part} is {offload!r}, expected a mapping whose device is "
+                f"{' or '.join(_DEVICES)}"
+            )
+        path = offload.get("nvme_path")
         if (
             isinstance(offload, dict)
             and offload.get("device") == "nvme"
@@ -95,6 +113,23 @@ def load_zero_config(
                 f"{where}: {part}.nvme_path is {path!r}, expected a directory on an NVMe disk"
             )
     return config
+
+
+def _shown(name: str, value: Any) -> str:
+    """A key with its plain value; a section may hold secrets."""
+    return name if isinstance(value, (dict, list)) else f"{name}={value!r}"
+
+
+def _check_numbers(zero: dict[str, Any], where: str) -> None:
+    """Misspelt keys that would be ignored in silence, and sizes that are none."""
+    for name, value in zero.items():
+        near = difflib.get_close_matches(name, _ZERO_KEYS, n=1, cutoff=0.85)
+        if name not in _ZERO_KEYS and near:
+            raise ValueError(f"{where}: {name} is unknown; did you mean {near[0]}?")
+        if not name.endswith(("_size", "_distance", "_parameters", "_threshold")):
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
+            raise ValueError(f"{where}: {name} is {value!r}, expected a number ≥ 0")
 
 
 def offloaded(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ Exit code: 0 done or stopped so, 1 the run failed, 2 the config or the command i
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -69,6 +70,10 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
+    for name in ("ranks", "mfu", "tflops"):
+        value = getattr(args, name)
+        if not (value > 0 and math.isfinite(value)):
+            parser.error(f"--{name}: got {value}, expected a number > 0")
     if args.config is None and args.list_keys is None:
         parser.error("the following arguments are required: -c/--config")
     return args

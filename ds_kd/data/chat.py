@@ -54,6 +54,8 @@ def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[
         ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens
             cannot be found.
     """
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError(f"messages is {messages!r:.80}, expected a list of {{role, content}}")
     if not all(message.get("role") and message.get("content") is not None for message in messages):
         raise ValueError("every message needs a `role` and a `content`")
     if not any(message["role"] == "assistant" for message in messages):

@@ -164,7 +164,7 @@ def test_secrets_never_reach_the_text_that_is_logged():
         ("dataloader.batch_size=9", "step_scheduler.local_batch_size"),
         ("dist_env.timeout_minutes=.inf", "expected a number > 0"),
         ("model.trust_remote_code=true", "--allow-targets meta-llama/Llama-3.2-1B"),
-        ("kd_ratio=[1", "override 'kd_ratio="),
+        ("kd_ratio=[1", "override kd_ratio: not valid YAML"),
     ],
 )
 def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
@@ -315,6 +315,66 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
 def test_what_once_only_a_run_would_tell_is_told_with_the_config(override, words):
     with pytest.raises(ConfigError, match=words):
         load(GUIDE, [override])
+
+
+HUGE = "1" + "0" * 400
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        (
+            "deepspeed.student={zero_optimization: {offload_param: cpu}}",
+            "a mapping whose device is",
+        ),
+        ("deepspeed.student={zero_optimization: {reduce_bucket_size: abc}}", "a number ≥ 0"),
+        ("deepspeed.student={zero_optimization: {ofload_param: {}}}", "did you mean offload_param"),
+        ("deepspeed.teacher={zero_optimization: {stage: false}}", "stage is False"),
+        (f"kd_ratio={HUGE}", "kd_ratio: got 1000"),
+        (f"optimizer.lr={HUGE}", "optimizer.lr: got 1000"),
+        ("lr_scheduler={lr_decay_style: [cosine]}", "lr_decay_style: got"),
+        ("kd_ratio=0.5\nfoo: 3", "expected one value, without a line break"),
+        ("slurm.container_mounts=[1, 2]", "a list of names"),
+        ("model._target_=torch.optim.Adam", "model._target_: got 'torch.optim.Adam'"),
+        ("kd_loss_fn._target_=ds_kd.losses.MaskedCrossEntropy", "begins with ds_kd.losses.KDLoss"),
+        ("optimizer._target_=ds_kd.losses.KDLoss", "begins with torch.optim."),
+        ("dataset._target_=ds_kd.losses.KDLoss", "begins with ds_kd.data."),
+    ],
+)
+def test_what_a_newcomer_found_is_refused(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "wandb.api-key=hunter2",
+        'model.token="hunter2',
+        "wandb=[{api_key: hunter2}]",
+        "slurm.env_vars=[WANDB_API_KEY=hunter2]",
+        "model.pretrained_model_name_or_path=https://me:hunter2@host/x",
+        "deepspeed.student={wandb: {api_key: hunter2}}",
+    ],
+)
+def test_no_message_tells_a_secret(override):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert "hunter2" not in str(caught.value)
+
+
+@pytest.mark.parametrize("words", [["--ranks", "0"], ["--mfu", "nan"], ["--tflops", "-1"]])
+def test_a_plan_for_nonsense_is_refused(words, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script("kd").main(["--config", str(GUIDE), "--dry-run", *words])
+    assert caught.value.code == 2 and "expected a number > 0" in capsys.readouterr().err
+
+
+def test_rows_nested_beyond_reading_are_told(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"dataset.dataset_name: .*rows with"):
+        load(GUIDE, [SQUAD_FILE % (tmp_path / "rows.jsonl")])
 
 
 def test_a_variable_may_give_a_number(monkeypatch):

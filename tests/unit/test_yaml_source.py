@@ -17,7 +17,10 @@ dataset: {_target_: ds_kd.data.squad.make_squad_dataset}
 _TENS = "".join(f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]\n" for i in range(1, 12))
 _DOUBLES = "".join(f"d{i}: ${{d{i - 1}}}${{d{i - 1}}}\n" for i in range(1, 40))
 
+_LISTED = "".join(f'- "{f"${{recipe.{k}}}" * 10}"\n' for k in range(9))
+
 BAD = {
+    "list items that multiply": ("recipe:\n- x\n" + _LISTED, "grow beyond all bounds"),
     "anchors that multiply": ("k0: &k0 [1, 1]\n" + _TENS, "more than 20000 values"),
     "references that multiply": ("d0: x\n" + _DOUBLES, "grow beyond all bounds"),
     "an anchor inside itself": ("a: &x\n  b: *x\n", "values"),
