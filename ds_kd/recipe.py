@@ -32,6 +32,7 @@ from ds_kd.zero_config import load_zero_config, offloaded
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
 
 _HASHED_SAMPLES = 64
+_NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
 
 def build(
@@ -120,7 +121,7 @@ def tokenizer_of(target: Target, world: World) -> Any:
         f"{target.key}.pretrained_model_name_or_path",
         _path(target),
         lambda: rank0_first(lambda: AutoTokenizer.from_pretrained(_path(target), **kwargs), world),
-        "a Hugging Face model with its tokenizer: a directory, or a hub id and a network (HF_HUB_OFFLINE=1 takes what is in its cache)",
+        "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK,
     )
     tokenizer.padding_side = "right"
     return tokenizer
@@ -148,7 +149,7 @@ def _load_model(
             f"{target.key}.pretrained_model_name_or_path",
             _path(target),
             lambda: _whole(instantiate(target, allow, **extra)),
-            "a Hugging Face causal language model: a directory, or a hub id and a network (HF_HUB_OFFLINE=1 takes what is in its cache)",
+            "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK,
         )
         if adapt is not None:
             adapt(model)
@@ -183,7 +184,7 @@ def config_of(target: Target) -> Any:
         f"{target.key}.pretrained_model_name_or_path",
         _path(target),
         lambda: AutoConfig.from_pretrained(_path(target), **_where(target)),
-        "a Hugging Face model with its config.json: a directory, or a hub id and a network (HF_HUB_OFFLINE=1 takes what is in its cache)",
+        "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK,
     )
 
 
