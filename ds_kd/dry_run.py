@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from ds_kd import plan
@@ -142,15 +143,18 @@ def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
         return guess
     argument, columns, limit = DATA[target.target]
     kwargs = target.kwargs
+    source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
     try:
-        source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
         few = Target(target.target, {**kwargs, limit: min(total, _SAMPLES)}, target.key)
         alone = World(0, 1, 0, torch.device("cpu"), "gloo")
         rows = instantiate(few, tokenizer=tokenizer_of(cfg.model, alone))
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
-    except (ConfigError, ValueError):
-        return guess
+    except (ConfigError, ValueError) as error:
+        if isinstance(error, ConfigError) or not Path(str(source)).exists():
+            return guess
+        reason = str(error).splitlines()[0]
+        raise ConfigError([f"{target.key}.{argument}: {reason}"]) from error
     lengths = sorted(length for length, _ in some)
     labels = sum(label != -100 for _, row in some for label in row)
     longest = lengths[9 * (len(lengths) - 1) // 10]

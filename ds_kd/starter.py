@@ -80,7 +80,11 @@ def starter(student: str, teacher: str, data: str, gpus: int, room: int) -> str:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.yaml"
         path.write_text(_TEMPLATE.format(**values))
-        cfg = load(path)
+        try:
+            cfg = load(path)
+        except ConfigError as error:  # the file is nobody's
+            lines = [line.split("\n")[0].rpartition(f"{path}:")[2] for line in error.problems]
+            raise ConfigError([re.sub(r"^\d+:\d+: ", "", line) for line in lines]) from None
     assert cfg.teacher_model is not None
     shapes = model_shape(cfg.model), model_shape(cfg.teacher_model)
     _, tokens, supervised, _ = data_of(cfg)

@@ -491,6 +491,8 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert "plan for 2 rank(s)" in out and "steps: 4 from 40 samples" in out
     assert "smallest that fits into 59.60 GiB: 1 rank(s) as written" in out
     assert not (tmp_path / "run").exists()
+    assert kd.main([*words, "dataset.limit_dataset_samples=0"]) == 2
+    assert "dataset.dataset_name: the sample limit must be" in capsys.readouterr().err
     assert kd.main([*words, "--gpu-memory", "lots"]) == 2
     assert "--gpu-memory: got 'lots', expected a size" in capsys.readouterr().err
     assert kd.main([*words, "--ranks", "3"]) == 2
@@ -512,6 +514,9 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     check_world(cfg, 4)
     assert new.main([*words, "--data", str(rows), "--gpu-memory", "100KB"]) == 2
     assert "GiB are needed on each" in capsys.readouterr().err
+    assert new.main([*words[:2], "--teacher", "/nowhere", "--data", str(rows)]) == 2
+    told = capsys.readouterr().err
+    assert "- teacher_model.pretrained_model_name_or_path: got '/nowhere'" in told
     rows.write_text('{"text": 1}')
     assert new.main([*words, "--data", str(rows)]) == 2
     assert "its first row has text" in capsys.readouterr().err
