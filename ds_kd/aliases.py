@@ -71,6 +71,9 @@ def transformers_schedule(section: dict, problems: list[str]) -> dict:
         return rest
     plain, with_least, keyword = _DECAY_STYLES[style]
     made: dict = {"name": plain, "num_warmup_steps": section.get("lr_warmup_steps", 0)}
+    if least is not None and not (type(least) in (int, float) and least >= 0):
+        problems.append(f"lr_scheduler.min_lr: got {least!r}, expected a number ≥ 0")
+        least = None
     if least and with_least is None:
         problems.append(f"lr_scheduler.min_lr: {style} does not decay to one; remove it")
     elif least:

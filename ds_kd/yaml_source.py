@@ -13,13 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_kd.targets import ConfigError, is_secret, problem
+from ds_kd.targets import ConfigError, is_secret, problem, without_secrets
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH, _MAX_LENGTH = 1 << 16, 20_000, 50, 1_000_000
 _STRING = "tag:yaml.org,2002:str"
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 _RESOLVERS = ("oc.env", "oc.decode")
-_SECRET_VALUE = re.compile(r"\bhf_\w{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)")
 
 
 @dataclass
@@ -309,4 +308,4 @@ def _blanked(tree: Any, plain: Any, name: str = "") -> Any:
     variables = re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
     if tree and isinstance(tree, str) and any(is_secret(n) for n in (name, *variables)):
         return "***"
-    return _SECRET_VALUE.sub("***", tree) if isinstance(tree, str) else tree
+    return without_secrets(tree)

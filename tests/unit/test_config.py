@@ -333,6 +333,7 @@ HUGE = "1" + "0" * 400
         (f"kd_ratio={HUGE}", "kd_ratio: got 1000"),
         (f"optimizer.lr={HUGE}", "optimizer.lr: got 1000"),
         ("lr_scheduler={lr_decay_style: [cosine]}", "lr_decay_style: got"),
+        ("lr_scheduler={min_lr: abc}", "lr_scheduler.min_lr: got 'abc'"),
         ("kd_ratio=0.5\nfoo: 3", "expected one value, without a line break"),
         ("slurm.container_mounts=[1, 2]", "a list of names"),
         ("model._target_=torch.optim.Adam", "model._target_: got 'torch.optim.Adam'"),
