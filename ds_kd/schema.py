@@ -1,6 +1,6 @@
 """The config's schema: every key with its default, kind, bounds and meaning.
 
-It is the documentation as well: `python -m ds_kd.schema` prints it as the README's table.
+It is the documentation as well, see `key_table`.
 """
 
 from __future__ import annotations
@@ -330,82 +330,9 @@ def keys_of(cls: Any) -> list[tuple[str, Any]]:
     return [(f.name, f.metadata) for f in dataclasses.fields(cls) if f.metadata]
 
 
-def every_key() -> list[tuple[str, str, str]]:
-    """(key, meaning, default as YAML) of the whole schema."""
-    rows = []
-    for name, meta in keys_of(RunConfig):
-        section = meta.get("section")
-        default = "required" if meta.get("required") else ""
-        if section is None and not default:
-            default = _show(meta.get("default", default_of(RunConfig, name)))
-        rows.append((name, meta["doc"], default))
-        for inner, inner_meta in keys_of(section) if section else ():
-            default = _show(default_of(section, inner))
-            rows.append((f"{name}.{inner}", inner_meta["doc"], default))
-    return rows
-
-
-#: Units of what is counted or measured, by the last part of a key.
-_UNITS = {
-    "global_batch_size": "samples", "local_batch_size": "samples", "num_epochs": "epochs",
-    "max_steps": "steps", "val_every_steps": "steps", "ckpt_every_steps": "steps",
-    "max_skipped_steps": "steps", "timeout_minutes": "minutes", "num_warmup_steps": "steps",
-    "warmup_ratio": "share of all steps", "packed_sequence_size": "tokens",
-    "clip_grad_norm": "L2 norm", "keep_last": "checkpoints", "keep_best": "checkpoints",
-    "dropout": "probability", "nodes": "machines", "ntasks_per_node": "ranks",
-    "gpus_per_node": "accelerators", "cpus_per_task": "cores", "time": "HH:MM:SS",
-    "dp_size": "ranks", "kd_ratio": "share",
-}  # fmt: skip
-#: What NeMo-AutoModel calls it, where the name is another; and what it has no name for.
-_NEMO_NAMES = {
-    "lr_scheduler.name": "lr_decay_style", "lr_scheduler.num_warmup_steps": "lr_warmup_steps",
-    "lr_scheduler.scheduler_specific_kwargs": "min_lr",
-}  # fmt: skip
-_OWN = (
-    "step_scheduler.max_skipped_steps", "step_scheduler.val_at_start", "checkpoint.keep",
-    "checkpoint.on_failed_save", "lr_scheduler.warmup_ratio", "deepspeed", "tensorboard",
-)  # fmt: skip
-
-
-def key_table() -> str:
-    """Every key as a markdown table."""
-    lines = ["| key | meaning | unit | default | in NeMo-AutoModel |", "|---|---|---|---|---|"]
-    for name, doc, default in every_key():
-        shown = default if default in ("", "required") else f"`{default}`"
-        unit = _UNITS.get(name.rpartition(".")[2], "")
-        nemo = "—" if name.startswith(_OWN) else _NEMO_NAMES.get(name, "same")
-        lines.append(f"| `{name}` | {doc} | {unit} | {shown} | {nemo} |")
-    return "\n".join(lines)
-
-
-def list_keys(prefix: str = "") -> list[str]:
-    """A line for each key that begins so, for a terminal."""
-    rows = [row for row in every_key() if row[0].startswith(prefix)]
-    if not rows:
-        return [
-            f"no key begins with {prefix}; there are: {', '.join(n for n, _ in keys_of(RunConfig))}"
-        ]
-    width = max(len(name) for name, _, _ in rows)
-    return [
-        f"{name:<{width}}  {doc}" + (f" [{default}]" if default else "")
-        for name, doc, default in rows
-    ]
-
-
 def default_of(cls: Any, name: str) -> Any:
     """What a key is where nothing is written; {} for a section."""
     found = next(f for f in dataclasses.fields(cls) if f.name == name)
     if found.default is not dataclasses.MISSING:
         return found.default
     return [] if found.default_factory is list else {}
-
-
-def _show(value: Any) -> str:
-    text = (
-        "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
-    )
-    return text
-
-
-if __name__ == "__main__":
-    print(key_table())

@@ -137,10 +137,24 @@ def _outline(text: str, source: Source) -> None:
     if not isinstance(root, yaml.MappingNode):
         given = "an empty file" if root is None else f"a {root.id}"
         raise ConfigError([f"{source.path}: got {given}, expected a mapping of sections"])
+    if _size(root) > _MAX_NODES:
+        raise ConfigError(
+            [f"{source.path}: more than {_MAX_NODES} values, anchors counted where they are used"]
+        )
+    _note_places(root, source)
+
+
+def _size(root: Any) -> int:
+    """Nodes of a tree, aliases counted as often as they stand there.
+
+    Raises:
+        RecursionError: too deep.
+    """
+    import yaml
+
     sizes: dict[int, int] = {}
 
     def size(node: Any, depth: int) -> int:
-        """Nodes below, aliases counted as often as they stand there."""
         if depth > _MAX_DEPTH:
             raise RecursionError
         if id(node) not in sizes:
@@ -151,10 +165,13 @@ def _outline(text: str, source: Source) -> None:
             sizes[id(node)] = 1 + sum(size(child, depth + 1) for child in children)
         return sizes[id(node)]
 
-    if size(root, 0) > _MAX_NODES:
-        raise ConfigError(
-            [f"{source.path}: more than {_MAX_NODES} values, anchors counted where they are used"]
-        )
+    return size(root, 0)
+
+
+def _note_places(root: Any, source: Source) -> None:
+    """Where each key stands; refuses keys that are no words or stand there twice."""
+    import yaml
+
     twice: list[str] = []
 
     def walk(node: Any, prefix: str) -> None:

@@ -57,16 +57,7 @@ def load_zero_config(
     if source is None:
         return copy.deepcopy(_PLAIN_ZERO3)
     if isinstance(source, str):
-        try:
-            source = json.loads(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ValueError(
-                f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON "
-                f"file or an inline mapping"
-            ) from None
-        except (ValueError, RecursionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{where}: not valid JSON: {reason}") from None
+        source = _read(source, where)
     if not isinstance(source, dict):
         raise ValueError(f"{where}: expected a mapping with zero_optimization")
     config = copy.deepcopy(source)
@@ -94,6 +85,24 @@ def load_zero_config(
             f"{' or '.join(map(str, stages))}"
         )
     _check_numbers(zero, where)
+    _check_offload(zero, where)
+    return config
+
+
+def _read(path: str, where: str) -> Any:
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(
+            f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON file or "
+            f"an inline mapping"
+        ) from None
+    except (ValueError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{where}: not valid JSON: {reason}") from None
+
+
+def _check_offload(zero: dict[str, Any], where: str) -> None:
     for part in ("offload_param", "offload_optimizer"):
         offload = zero.get(part)
         if offload is None:
@@ -104,15 +113,11 @@ def load_zero_config(
                 f"{' or '.join(_DEVICES)}"
             )
         path = offload.get("nvme_path")
-        if (
-            isinstance(offload, dict)
-            and offload.get("device") == "nvme"
-            and not (isinstance(path, str) and Path(path).is_dir())
-        ):
+        is_there = isinstance(path, str) and Path(path).is_dir()
+        if offload["device"] == "nvme" and not is_there:
             raise ValueError(
                 f"{where}: {part}.nvme_path is {path!r}, expected a directory on an NVMe disk"
             )
-    return config
 
 
 def _shown(name: str, value: Any) -> str:

@@ -24,8 +24,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import load
+from ds_kd.key_table import list_keys
 from ds_kd.quiet import quiet
-from ds_kd.schema import RunConfig, list_keys
+from ds_kd.schema import RunConfig
 from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
 

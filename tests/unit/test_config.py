@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_kd.config import check_world, load
-from ds_kd.schema import list_keys
+from ds_kd.key_table import list_keys
 from ds_kd.targets import ConfigError, Target, bind, resolve
 from tests import tiny
 from tests.scripts import script

@@ -45,6 +45,8 @@ def test_only_the_recipe_reads_the_config():
         "yaml_source.py",
         "preflight.py",
         "json_schema.py",
+        "key_table.py",
+        "contradictions.py",
     }
     assert readers == {*describe, "recipe.py", "dry_run.py", "starter.py"}
 
