@@ -133,7 +133,20 @@ def _outline(text: str, source: Source) -> None:
     """Note where keys stand; refuse what is too large, too deep, a key twice, or no mapping."""
     import yaml
 
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    class Shallow(yaml.SafeLoader):
+        """Stops at the first level too deep: PyYAML takes seconds over thousands of them."""
+
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise RecursionError
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    root = yaml.compose(text, Loader=Shallow)
     if not isinstance(root, yaml.MappingNode):
         given = "an empty file" if root is None else f"a {root.id}"
         raise ConfigError([f"{source.path}: got {given}, expected a mapping of sections"])
