@@ -11,7 +11,8 @@ from ds_kd.data.source import load_rows
 from ds_kd.distillation import chunk_of
 from ds_kd.distributed import World
 from ds_kd.preflight import DATA
-from ds_kd.recipe import adapter_of, config_of, dtype_of, tokenizer_of
+from ds_kd.pretrained import config_of, dtype_of, tokenizer_of
+from ds_kd.recipe import adapter_of
 from ds_kd.schema import RunConfig
 from ds_kd.targets import ConfigError, Target, instantiate, problem
 from ds_kd.zero_config import load_zero_config

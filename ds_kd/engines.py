@@ -1,15 +1,12 @@
 """The two DeepSpeed engines.
 
 The student trains in ZeRO-3: parameters, gradients and optimizer states sharded over the ranks. The
-teacher runs in
-ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist, sharded over the
-same ranks and gathered layer
-by layer. Both are plain `DeepSpeedEngine`s.
+teacher runs in ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist,
+sharded over the same ranks and gathered layer by layer. Both are plain `DeepSpeedEngine`s.
 
 The ZeRO files say where tensors live. Everything that changes the mathematics (batch, accumulation,
-dtype, clipping) comes from the
-YAML and is written into the engine's configuration here, explicitly: DeepSpeed's own default clips
-gradients at 1.0.
+dtype, clipping) comes from the YAML and is written into the engine's configuration here,
+explicitly: DeepSpeed's own default clips gradients at 1.0.
 """
 
 from __future__ import annotations
@@ -85,8 +82,7 @@ def build_student(
     if type(made).__name__ not in ELEMENTWISE:
         raise ValueError(
             f"optimizer: {type(made).__name__} looks at whole matrices, and ZeRO-3 gives it "
-            f"flat shards: its steps would be "
-            f"wrong. Use one of {', '.join(sorted(ELEMENTWISE))}."
+            f"flat shards: its steps would be wrong. Use one of {', '.join(sorted(ELEMENTWISE))}."
         )
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from ds_kd import engines, lora, models
-from ds_kd.attention import attend_by_sample
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
 from ds_kd.config import check_world, fingerprint
 from ds_kd.data.packing import PackedDataset, lengths_of
@@ -21,18 +20,19 @@ from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
 from ds_kd.metrics import Metrics
+from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.schedule import Schedule
-from ds_kd.schema import LOADER_FLAGS, MODEL, RunConfig
+from ds_kd.schema import LOADER_FLAGS, RunConfig
 from ds_kd.state import TrainState, seed_rank
-from ds_kd.targets import ConfigError, Target, instantiate, problem
+from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
 from ds_kd.trainer import Trainer
-from ds_kd.zero_config import load_zero_config, offloaded
+from ds_kd.zero_config import load_zero_config, offloaded, offloads_optimizer
 
 #: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
+_CPU_ADAM = "deepspeed.ops.adam.DeepSpeedCPUAdam"
 
 _HASHED_SAMPLES = 64
-_NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
 
 def build(
@@ -93,101 +93,6 @@ def build(
     )
 
 
-def _as_config_error(key: str, given: Any, function: Callable[[], Any], expected: str) -> Any:
-    """Run `function`; what it refuses with ValueError or OSError becomes a ConfigError of `key`."""
-    try:
-        return function()
-    except (ValueError, OSError) as error:
-        raise ConfigError(
-            [problem(key, given, expected, str(error).strip().splitlines()[0])]
-        ) from error
-
-
-def _path(target: Target) -> str:
-    return str(target.kwargs["pretrained_model_name_or_path"])
-
-
-def _where(target: Target) -> dict[str, Any]:
-    """The arguments that say which files are meant, for config and tokenizer as for the model."""
-    names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
-    return {name: target.kwargs[name] for name in names if name in target.kwargs}
-
-
-def tokenizer_of(target: Target, world: World) -> Any:
-    from transformers import AutoTokenizer
-
-    kwargs = _where(target)
-    tokenizer = _as_config_error(
-        f"{target.key}.pretrained_model_name_or_path",
-        _path(target),
-        lambda: rank0_first(lambda: AutoTokenizer.from_pretrained(_path(target), **kwargs), world),
-        "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK,
-    )
-    tokenizer.padding_side = "right"
-    return tokenizer
-
-
-def _load_model(
-    target: Target,
-    zero: dict[str, Any],
-    packs: bool,
-    allow: tuple[str, ...],
-    adapt: Callable[[Any], None] | None = None,
-) -> Any:
-    """The HF model, sharded while it loads; `adapt` is called with it."""
-    kwargs = dict(target.kwargs)
-    name = kwargs.pop("torch_dtype", kwargs.pop("dtype", "auto"))
-    name = str(name).removeprefix("torch.")
-    extra: dict[str, Any] = {}
-    if target.target == MODEL:
-        extra["output_loading_info"] = True
-        if "gguf_file" not in kwargs:
-            extra["use_safetensors"] = True
-    target = Target(target.target, {**kwargs, "dtype": models.DTYPES.get(name, name)}, target.key)
-    with models.zero3_init(zero):
-        model = _as_config_error(
-            f"{target.key}.pretrained_model_name_or_path",
-            _path(target),
-            lambda: _whole(instantiate(target, allow, **extra)),
-            "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK,
-        )
-        if adapt is not None:
-            adapt(model)
-    if packs:
-        attend_by_sample(model)
-    return model
-
-
-def _whole(loaded: Any) -> Any:
-    """The model, if its files had all its weights; transformers would make up the rest."""
-    if not isinstance(loaded, tuple):
-        return loaded
-    model, info = loaded
-    missing = sorted({*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])})
-    if missing:
-        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
-        raise ValueError(f"its files lack weights, or hold them in other shapes: {names}")
-    return model
-
-
-def dtype_of(target: Target) -> torch.dtype | None:
-    """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
-    name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
-    return models.DTYPES.get(name.removeprefix("torch."))
-
-
-def config_of(target: Target) -> Any:
-    """The HF configuration of a model."""
-    from transformers import AutoConfig
-
-    return _as_config_error(
-        f"{target.key}.pretrained_model_name_or_path",
-        _path(target),
-        lambda: AutoConfig.from_pretrained(_path(target), **_where(target)),
-        "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK,
-    )
-
-
 def _engine_config(
     cfg: RunConfig, target: Target, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
@@ -204,7 +109,7 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
     if cfg.offload_teacher_model:
         zero = offloaded(zero)
     config = _engine_config(cfg, target, zero, world, None)
-    module = models.Teacher(_load_model(target, config, _packs(cfg), allow))
+    module = models.Teacher(load_model(target, config, _packs(cfg), allow))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, target, engine, world)
     _compile(cfg, module.model)
@@ -221,9 +126,9 @@ def _student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = _load_model(cfg.model, config, _packs(cfg), allow, adapter_of(cfg))
+    model = load_model(cfg.model, config, _packs(cfg), allow, adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
-        _as_config_error(
+        as_config_error(
             "distributed.activation_checkpointing",
             True,
             lambda: model.gradient_checkpointing_enable({"use_reentrant": False}),
@@ -234,9 +139,9 @@ def _student(
         assert cfg.teacher_model is not None
         teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
         rows = [m.config.get_text_config().vocab_size for m in (model, teacher.module.model)]
-        vocab_size = _as_config_error(
+        vocab_size = as_config_error(
             "teacher_model",
-            _path(cfg.teacher_model),
+            name_of(cfg.teacher_model),
             lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
             "a teacher with the student's tokenizer",
         )
@@ -246,13 +151,15 @@ def _student(
     except ValueError as error:  # begins with the argument's name
         raise ConfigError([f"loss_fn, kd_loss_fn: {error}"]) from error
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
-    engine = _as_config_error(
+    keeps_states_in_host = world.device.type != "cpu" and offloads_optimizer(zero)
+    optimizer = for_host(cfg.optimizer) if keeps_states_in_host else cfg.optimizer
+    engine = as_config_error(
         "optimizer",
         cfg.optimizer.target,
         lambda: engines.build_student(
             module,
             config,
-            lambda parameters: _optimizer(cfg.optimizer, parameters, allow),
+            lambda parameters: _optimizer(optimizer, parameters, allow),
             _lr_scheduler(cfg, schedule),
         ),
         "an element-wise optimizer",
@@ -271,11 +178,11 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
 
     def adapt(model: Any) -> None:
         chosen = wanted.target_modules, wanted.exclude_modules
-        names = _as_config_error(
+        names = as_config_error(
             "peft",
             {"target_modules": chosen[0], "exclude_modules": chosen[1]},
             lambda: lora.linear_maps(model, *chosen, wanted.match_all_linear),
-            f"names of linear maps of {_path(cfg.model)}",
+            f"names of linear maps of {name_of(cfg.model)}",
         )
         lora.add_adapter(
             model,
@@ -286,19 +193,33 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
             wanted.use_dora,
             wanted.lora_A_init,
             cfg.rng.seed,
-            _path(cfg.model),
+            name_of(cfg.model),
         )
 
     return adapt
+
+
+def for_host(target: Target) -> Target:
+    """DeepSpeed's Adam for states in the host's memory, where the YAML names torch's: the same
+    arithmetic on vector instructions and all cores. Others stay, as do arguments it lacks."""
+    of_torch = {"torch.optim.Adam": (False, 0.0), "torch.optim.AdamW": (True, 1e-2)}
+    known = {"lr", "betas", "eps", "weight_decay"}
+    if target.target not in of_torch or not set(target.kwargs) <= known:
+        return target
+    decoupled, weight_decay = of_torch[target.target]
+    kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
+    return Target(_CPU_ADAM, kwargs, target.key)
 
 
 def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:
     """As the YAML says; torch's one-pass kernels where it names neither kind and there are some."""
     chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
     extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
-    name = "model_params" if target.target.endswith(".DeepSpeedCPUAdam") else "params"
-    extra[name] = parameters
-    return instantiate(target, allow, **extra)
+    extra["model_params" if target.target == _CPU_ADAM else "params"] = parameters
+    try:
+        return instantiate(target, allow, **extra)
+    except RuntimeError as error:  # DeepSpeed's, of an operator that it cannot build
+        raise ValueError(str(error)) from error
 
 
 def _packs(cfg: RunConfig) -> bool:
@@ -312,7 +233,7 @@ def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> N
         checks.append((models.check_packing, "a model that keeps packed samples apart"))
     for check, expected in checks:
         probe = functools.partial(check, engine, world.device, target.key)
-        _as_config_error(target.key, _path(target), probe, expected)
+        as_config_error(target.key, name_of(target), probe, expected)
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:
@@ -347,7 +268,7 @@ def _samples(
     """The data set; packs where the YAML wants them."""
     names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
     name = next((name for name in names if name in dataset.kwargs), None)
-    rows = _as_config_error(
+    rows = as_config_error(
         f"{dataset.key}.{name}" if name else dataset.key,
         dataset.kwargs[name] if name else dataset.target,
         lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
@@ -356,7 +277,7 @@ def _samples(
     if not _packs(cfg):
         return rows
     size = cfg.packed_sequence.packed_sequence_size
-    return _as_config_error(
+    return as_config_error(
         "packed_sequence.packed_sequence_size",
         size,
         lambda: PackedDataset(rows, size, cfg.rng.seed),
@@ -404,7 +325,7 @@ def _loader(
         )
         return built, sampler
 
-    made: tuple[Any, GlobalBatchSampler] = _as_config_error(
+    made: tuple[Any, GlobalBatchSampler] = as_config_error(
         loader.key, loader.kwargs, make, "arguments that fit the data"
     )
     return made
@@ -425,7 +346,7 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
             )
         )
 
-    _as_config_error(
+    as_config_error(
         "tensorboard.log_dir",
         cfg.tensorboard_dir,
         lambda: on_rank0(make, world),
@@ -441,7 +362,7 @@ def _checkpointer(
     if not wanted.enabled:
         return None
     directory = Path(wanted.checkpoint_dir)
-    _as_config_error(
+    as_config_error(
         "checkpoint.checkpoint_dir",
         wanted.checkpoint_dir,
         lambda: on_rank0(lambda: os.makedirs(directory, exist_ok=True), world),

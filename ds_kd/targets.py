@@ -11,7 +11,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,16 @@ def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
     return " ".join(line.splitlines())
+
+
+def as_config_error(key: str, given: Any, function: Callable[[], Any], expected: str) -> Any:
+    """Run `function`; what it refuses, or cannot import, becomes a ConfigError of `key`."""
+    try:
+        return function()
+    except (ValueError, OSError, ImportError) as error:
+        raise ConfigError(
+            [problem(key, given, expected, str(error).strip().splitlines()[0])]
+        ) from error
 
 
 def without_secrets(value: Any) -> Any:

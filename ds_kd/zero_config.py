@@ -145,3 +145,9 @@ def offloaded(config: dict[str, Any]) -> dict[str, Any]:
         **config,
         "zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": True}, **zero},
     }
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether optimizer states live outside the accelerator."""
+    part = config["zero_optimization"].get("offload_optimizer") or {}
+    return part.get("device") in ("cpu", "nvme")

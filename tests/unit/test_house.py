@@ -47,6 +47,7 @@ def test_only_the_recipe_reads_the_config():
         "json_schema.py",
         "key_table.py",
         "contradictions.py",
+        "pretrained.py",
     }
     assert readers == {*describe, "recipe.py", "dry_run.py", "starter.py"}
 

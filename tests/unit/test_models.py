@@ -50,7 +50,7 @@ def test_a_head_smaller_than_the_tokenizer_is_refused(make):
 def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from ds_kd.recipe import _load_model
+    from ds_kd.pretrained import load_model
     from ds_kd.schema import MODEL
     from ds_kd.targets import ConfigError, Target
 
@@ -60,4 +60,4 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     save_file(weights, path / "model.safetensors", {"format": "pt"})
     target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
     with pytest.raises(ConfigError, match=r"lack weights.*lm_head.weight"):
-        _load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
+        load_model(target, {"zero_optimization": {"stage": 0}}, False, ())

@@ -1,0 +1,120 @@
+"""A model section of the YAML → its tokenizer, configuration and sharded model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ds_kd import models
+from ds_kd.attention import attend_by_sample
+from ds_kd.distributed import World, rank0_first
+from ds_kd.schema import MODEL
+from ds_kd.targets import Target, as_config_error, instantiate
+
+_NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
+
+
+def name_of(target: Target) -> str:
+    """The directory or hub id."""
+    return str(target.kwargs["pretrained_model_name_or_path"])
+
+
+def _where(target: Target) -> dict[str, Any]:
+    """The arguments that say which files are meant, for config and tokenizer as for the model."""
+    names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
+    return {name: target.kwargs[name] for name in names if name in target.kwargs}
+
+
+def tokenizer_of(target: Target, world: World) -> Any:
+    """The model's tokenizer, padding on the right; rank 0 loads it first.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    from transformers import AutoTokenizer
+
+    kwargs = _where(target)
+    tokenizer = as_config_error(
+        f"{target.key}.pretrained_model_name_or_path",
+        name_of(target),
+        lambda: rank0_first(
+            lambda: AutoTokenizer.from_pretrained(name_of(target), **kwargs), world
+        ),
+        "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK,
+    )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def load_model(
+    target: Target,
+    zero: dict[str, Any],
+    packs: bool,
+    allow: tuple[str, ...],
+    adapt: Callable[[Any], None] | None = None,
+) -> Any:
+    """The Hugging Face model, sharded while it loads.
+
+    Args:
+        zero: the engine's DeepSpeed configuration.
+        packs: whether attention must keep samples of a pack apart.
+        adapt: called with the model before it is returned.
+
+    Raises:
+        ConfigError: it cannot be had, or its files lack weights.
+    """
+    kwargs = {n: v for n, v in target.kwargs.items() if n not in ("torch_dtype", "dtype")}
+    extra: dict[str, Any] = {"dtype": dtype_of(target) or "auto"}
+    if target.target == MODEL:
+        extra["output_loading_info"] = True
+        if "gguf_file" not in kwargs:
+            extra["use_safetensors"] = True
+    target = Target(target.target, kwargs, target.key)
+    with models.zero3_init(zero):
+        model = as_config_error(
+            f"{target.key}.pretrained_model_name_or_path",
+            name_of(target),
+            lambda: _whole(instantiate(target, allow, **extra)),
+            "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK,
+        )
+        if adapt is not None:
+            adapt(model)
+    if packs:
+        attend_by_sample(model)
+    return model
+
+
+def _whole(loaded: Any) -> Any:
+    """The model, if its files had all its weights; transformers would make up the rest."""
+    if not isinstance(loaded, tuple):
+        return loaded
+    model, info = loaded
+    missing = sorted({*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])})
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
+        raise ValueError(f"its files lack weights, or hold them in other shapes: {names}")
+    return model
+
+
+def dtype_of(target: Target) -> torch.dtype | None:
+    """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
+    name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
+    return models.DTYPES.get(name.removeprefix("torch."))
+
+
+def config_of(target: Target) -> Any:
+    """The model's Hugging Face configuration.
+
+    Raises:
+        ConfigError: it cannot be had.
+    """
+    from transformers import AutoConfig
+
+    return as_config_error(
+        f"{target.key}.pretrained_model_name_or_path",
+        name_of(target),
+        lambda: AutoConfig.from_pretrained(name_of(target), **_where(target)),
+        "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK,
+    )
