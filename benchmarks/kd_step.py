@@ -97,7 +97,8 @@ def full() -> list[Cell]:
 
 
 class Worker:
-    """One contender of one cell, in processes of its own, waiting for orders.
+    """One contender of one cell, in processes of its own, waiting for orders; its name is
+    `PLACE-CONTENDER`.
 
     Orders and answers are JSON lines in two named pipes, which also reach a rank that a launcher
     started.
@@ -183,7 +184,7 @@ def work(args: argparse.Namespace) -> None:
         for p in (args.teacher, args.student)
     ]
     job = Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048)
-    with CONTENDERS[args.worker][0](job) as step:
+    with CONTENDERS[args.worker.partition("-")[2]][0](job) as step:
         while True:
             box = [json.loads(line) if orders and (line := orders.readline()) else None]
             if cell.ranks > 1:
@@ -224,41 +225,54 @@ def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[
 
 def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
     """One cell's contenders, step by step in turn."""
-    import measure
     from contenders import available
-    from transformers import AutoTokenizer
 
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
-    steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
+    names = [*available(wanted)]
+    rows = in_turn([(cell, name, args) for name in names], directory)
+    plain = next((row["step s"] for row in rows if row["contender"] == "plain"), None)
+    if plain is not None:
+        for row in rows:
+            row["× plain"] = plain / row["step s"]
+    return rows
+
+
+def in_turn(
+    entries: list[tuple[Cell, str, argparse.Namespace]], directory: Path
+) -> list[dict[str, Any]]:
+    """A row for each (cell, contender, arguments): one step of each, then the next of each, so that
+    a slow minute of the machine meets all."""
+    import measure
+    from transformers import AutoTokenizer
+
+    rows = []
     with contextlib.ExitStack() as stack:
         # One after the other, so that they do not fight for the cores while they load.
-        workers = {}
-        for name in available(wanted):
-            workers[name] = Worker(name, cell, args, directory)
-            stack.callback(workers[name].close)
-            workers[name].ask("step", 0)
-        taken: dict[str, list[float]] = {name: [] for name in workers}
-        losses = {}
-        for k in range(1, len(steps)):
-            for name, worker in workers.items():
-                seconds, losses[name] = worker.ask("step", k)
-                taken[name].append(seconds)
-        peaks = {name: worker.ask("peak", 1) for name, worker in workers.items()}
-        counted = [measure.tokens_in(step)[0] for step in steps]
-        tokens = statistics.median(counted[1:])
-        middle = min(range(1, len(steps)), key=lambda k: abs(counted[k] - tokens))
-        about = {name: worker.ask("about", middle) for name, worker in workers.items()}
-    made = []
-    for name in workers:
-        median = statistics.median(taken[name])
-        row = {"cell": cell.name, "contender": name, "step s": median, "tokens/s": tokens / median}
-        if "plain" in workers:
-            row["× plain"] = statistics.median(taken["plain"]) / median
-        row["efficiency"] = about[name]["ideal"] / median
-        row["peak GiB"] = peaks[name] / measure.GIB
-        row["states GiB"] = about[name]["states"] / measure.GIB
-        made.append({**row, "loss": losses[name]})
-    return made
+        workers = []
+        for place, (cell, name, args) in enumerate(entries):
+            worker = Worker(f"{place}-{name}", cell, args, directory)
+            stack.callback(worker.close)
+            worker.ask("step", 0)
+            steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
+            workers.append((worker, [measure.tokens_in(step)[0] for step in steps]))
+        answers: list[list[list[float]]] = [[] for _ in workers]
+        for k in range(1, max(len(counted) for _, counted in workers)):
+            for (worker, _), taken in zip(workers, answers, strict=True):
+                taken.append(worker.ask("step", k))
+        for (worker, counted), taken, (cell, name, _) in zip(
+            workers, answers, entries, strict=True
+        ):
+            tokens = statistics.median(counted[1:])
+            middle = min(range(1, len(counted)), key=lambda k: abs(counted[k] - tokens))
+            about, peak = worker.ask("about", middle), worker.ask("peak", 1)
+            median = statistics.median(seconds for seconds, _ in taken)
+            row = {"cell": cell.name, "contender": name, "step s": median}
+            row["tokens/s"] = tokens / median
+            row["efficiency"] = about["ideal"] / median
+            row["peak GiB"] = peak / measure.GIB
+            row["states GiB"] = about["states"] / measure.GIB
+            rows.append({**row, "loss": taken[-1][1]})
+    return rows
 
 
 def workspace(cell: Cell) -> list[dict[str, Any]]:

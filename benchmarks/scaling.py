@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_step import BASE, ROOT, SQUAD, Cell, run_cell
+from kd_step import BASE, ROOT, SQUAD, Cell, WorkerError, in_turn
 
 TOKENS = (256, 512, 1024, 2048)
 VOCABULARIES = (49152, 98304, 151936)
@@ -73,18 +73,24 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
     args = parser.parse_args()
-    args.contenders, args.squad = ["ds_kd"], SQUAD
+    args.squad = SQUAD
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         for axis in args.axes:
-            of_axis = []
-            for x, cell, teacher in cells(axis, args.teacher, Path(directory)):
-                run = argparse.Namespace(**{**vars(args), "teacher": teacher})
-                (found,) = run_cell(cell, run, Path(directory))
-                if "step s" not in found:
-                    print(f"{axis} {x}: {found['contender']}", file=sys.stderr)
-                    return 1
-                of_axis.append({"axis": axis, "x": x, **found})
+            points = [*cells(axis, args.teacher, Path(directory))]
+            entries = [
+                (cell, "ds_kd", argparse.Namespace(**{**vars(args), "teacher": teacher}))
+                for _, cell, teacher in points
+            ]
+            try:
+                found = in_turn(entries, Path(directory))
+            except WorkerError as error:
+                print(f"{axis}: {error}", file=sys.stderr)
+                return 1
+            of_axis = [
+                {"axis": axis, "x": point[0], **row}
+                for point, row in zip(points, found, strict=True)
+            ]
             column = "states GiB" if axis == "ranks" else "step s"
             fitted = slope([r["x"] for r in of_axis], [r[column] for r in of_axis])
             for row in of_axis:
