@@ -7,13 +7,14 @@ what was expected, what to type next.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
 from ds_kd.aliases import ALIASES, REFUSED_SECTIONS, transformers_schedule
 from ds_kd.contradictions import find_contradictions, is_number
-from ds_kd.preflight import check_data, check_model
+from ds_kd.preflight import check_data, check_directory, check_model
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
 from ds_kd.signatures import signature_of
 from ds_kd.targets import ConfigError, Target, problem, refuse, wrong_arguments
@@ -45,8 +46,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     for name in [n for n in data if n in REFUSED_SECTIONS]:
         if data.pop(name) not in (None, False):
             problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
-    if isinstance(data.get("lr_scheduler"), dict):
-        data["lr_scheduler"] = transformers_schedule(data["lr_scheduler"], problems)
+    schedule = data.get("lr_scheduler")
+    if isinstance(schedule, dict):
+        data["lr_scheduler"] = transformers_schedule(schedule, problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
     values = _section(RunConfig, data, "", problems)
@@ -55,8 +57,12 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             values[name] = _target(data.get(name), name, meta, allow, problems)
     cfg = RunConfig(**values, text=text)
     find_contradictions(cfg, data, problems)
+    for path, directory in _DIRECTORIES.items():
+        name = directory(cfg)
+        if name is not None and (wrong := check_directory(path, name)):
+            problems.append(wrong)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_once(problems, schedule))
     if cfg.seed is not None:
         cfg.rng.seed = cfg.seed
     if cfg.checkpoint.save_consolidated == "true":
@@ -75,6 +81,31 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             f"place"
         )
     return cfg
+
+
+#: What a run writes.
+_DIRECTORIES: dict[str, Callable[[RunConfig], str | None]] = {
+    "checkpoint.checkpoint_dir": lambda cfg: cfg.checkpoint.checkpoint_dir,
+    "tensorboard.log_dir": lambda cfg: cfg.tensorboard.log_dir,
+    "slurm.log_dir": lambda cfg: cfg.slurm.log_dir if cfg.slurm is not None else None,
+}
+#: Of lr_scheduler: what `transformers_schedule` makes of NeMo-AutoModel's names.
+_NEMO_NAMES = {
+    "num_warmup_steps": "lr_warmup_steps",
+    "scheduler_specific_kwargs.min_lr": "min_lr",
+    "scheduler_specific_kwargs.lr_end": "min_lr",
+}
+
+
+def _once(problems: list[str], schedule: Any) -> list[str]:
+    """Each key's problem once, under the name that was written."""
+    found: dict[str, str] = {}
+    for line in problems:
+        for ours, theirs in _NEMO_NAMES.items():
+            if isinstance(schedule, dict) and theirs in schedule:
+                line = line.replace(f"lr_scheduler.{ours}:", f"lr_scheduler.{theirs}:")
+        found.setdefault(line.partition(": got ")[0], line)
+    return [*found.values()]
 
 
 def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
@@ -176,10 +207,10 @@ def _expected(meta: Any) -> str:
     text = words.get(kind, kind)
     if "low" in meta and "high" in meta:
         return f"{text} from {meta['low']} to {meta['high']}"
-    for name, sign in (("low", "≥"), ("above", ">"), ("high", "≤")):
-        if name in meta:
-            text += f" {sign} {meta[name]}"
-    return text
+    bounds = (("low", "≥"), ("above", ">"), ("high", "≤"))
+    return " ".join(
+        [text, " and ".join(f"{sign} {meta[name]}" for name, sign in bounds if name in meta)]
+    ).strip()
 
 
 def _target(
@@ -207,8 +238,8 @@ def _target(
             )
         if name in meta.get("flags", ()) and not isinstance(inner, bool):
             problems.append(problem(f"{path}.{name}", inner, "true or false"))
-        if name.endswith("_fn") and isinstance(inner, str) and (refused := refuse(inner, allow)):
-            problems.append(f"{path}.{name}: {refused}")
+        if name.endswith("_fn") and inner is not None:
+            problems += _function(f"{path}.{name}", inner, allow)
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
         if target.target != MODEL and not refusal and not allow:
@@ -236,6 +267,18 @@ def _target(
     return target
 
 
+def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
+    """What is wrong with the dotted name of a function."""
+    if not isinstance(name, str):
+        return [problem(path, name, "a dotted name")]
+    if refused := refuse(name, allow):
+        return [f"{path}: {refused}"]
+    dotted = ALIASES.get(name, name)
+    if dotted.startswith("ds_kd.") and signature_of(dotted) is None:
+        return [f"{path}: there is no {dotted}"]
+    return []
+
+
 def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
     name = kwargs.get("pretrained_model_name_or_path")
     if wrong := check_model(path, kwargs):
@@ -249,9 +292,16 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
             problems.append(
                 problem(
-                    f"{path}.{spelling}", dtype, "bf16, fp32 or auto", f"write {spelling}: bf16"
+                    f"{path}.{spelling}",
+                    kwargs[spelling],
+                    "bf16, fp32 or auto",
+                    f"write {spelling}: bf16",
                 )
             )
+    attention = kwargs.get("attn_implementation")
+    is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
+    if attention is not None and not is_kernel and attention not in _ATTENTION:
+        problems.append(problem(f"{path}.attn_implementation", attention, " or ".join(_ATTENTION)))
     if kwargs.get("trust_remote_code") and name not in allow:
         problems.append(
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
@@ -259,6 +309,10 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         )
 
 
+_ATTENTION = (
+    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "flex_attention",
+)  # fmt: skip
 #: Of from_pretrained, to find misspellings; it takes others, which models then judge.
 _MODEL_KEYS = {
     "pretrained_model_name_or_path",

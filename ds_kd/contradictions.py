@@ -4,13 +4,36 @@ and bounds of what a `_target_` is given."""
 from __future__ import annotations
 
 import math
+import re
 from typing import Any, TypeGuard
 
+from ds_kd.preflight import DATA
 from ds_kd.schema import RunConfig
-from ds_kd.targets import problem
+from ds_kd.signatures import signature_of
+from ds_kd.targets import Target, problem, wrong_arguments
 from ds_kd.zero_config import load_zero_config
 
 _LARGEST = 1e30
+#: transformers' schedules by name; each takes other arguments.
+_SCHEDULES = {
+    "constant": "get_constant_schedule",
+    "constant_with_warmup": "get_constant_schedule_with_warmup",
+    "cosine": "get_cosine_schedule_with_warmup",
+    "cosine_with_min_lr": "get_cosine_with_min_lr_schedule_with_warmup",
+    "cosine_with_restarts": "get_cosine_with_hard_restarts_schedule_with_warmup",
+    "inverse_sqrt": "get_inverse_sqrt_schedule",
+    "linear": "get_linear_schedule_with_warmup",
+    "polynomial": "get_polynomial_decay_schedule_with_warmup",
+    "warmup_stable_decay": "get_wsd_schedule",
+}
+_GIVEN_TO_SCHEDULE = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
+#: The least that a loader's arguments may be.
+_LOADER_LEAST = {
+    "num_workers": 0, "timeout": 0, "prefetch_factor": 1, "batch_size": 1,
+    "snapshot_every_n_steps": 1,
+}  # fmt: skip
+#: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
+_SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
 
 
 def is_number(value: Any) -> TypeGuard[int | float]:
@@ -50,9 +73,11 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
             load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
         except ValueError as error:
             problems.append(str(error))
-    schedule = cfg.lr_scheduler
-    if schedule is not None and schedule.num_warmup_steps and schedule.warmup_ratio is not None:
-        problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")
+    _schedule(cfg, problems)
+    for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
+        _data(target, problems)
+    for target in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        _loader(target, problems)
 
 
 def _losses(cfg: RunConfig, problems: list[str]) -> None:
@@ -61,7 +86,7 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
         return
     kwargs = cfg.kd_loss_fn.kwargs
     temperature, chunk = kwargs.get("temperature"), kwargs.get("chunk_size")
-    if is_number(temperature) and temperature <= 0:
+    if isinstance(temperature, (int, float)) and not (is_number(temperature) and temperature > 0):
         problems.append(problem("kd_loss_fn.temperature", temperature, "a number > 0"))
     if isinstance(chunk, int) and chunk < 0:
         problems.append(problem("kd_loss_fn.chunk_size", chunk, "an integer ≥ 0"))
@@ -86,3 +111,59 @@ def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
             continue
         if not good:
             problems.append(problem(f"optimizer.{name}", value, expected))
+
+
+def _schedule(cfg: RunConfig, problems: list[str]) -> None:
+    """What the schedule of that name takes."""
+    wanted = cfg.lr_scheduler
+    if wanted is None:
+        return
+    if wanted.num_warmup_steps and wanted.warmup_ratio is not None:
+        problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")
+    key, given = "lr_scheduler.scheduler_specific_kwargs", wanted.scheduler_specific_kwargs
+    signature = signature_of(f"transformers.optimization.{_SCHEDULES[wanted.name]}")
+    if signature is not None:
+        taken = signature.annotations
+        target = Target(f"the schedule {wanted.name}", given, key)
+        if given and not set(taken) - set(_GIVEN_TO_SCHEDULE):
+            problems.append(f"{key}: {target.target} takes none; remove them")
+        else:
+            problems += wrong_arguments(target, taken, signature.is_open, _GIVEN_TO_SCHEDULE)
+        lacking = [n for n in signature.required if n not in {*_GIVEN_TO_SCHEDULE, *given}]
+        problems += [f"{key}.{name}: missing; {target.target} needs it" for name in lacking]
+    if wanted.name == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(given)) != 1:
+        problems.append(f"{key}: give min_lr, or min_lr_rate as a share of optimizer.lr")
+    lr = cfg.optimizer.kwargs.get("lr") if cfg.optimizer is not None else None
+    for name, is_least in (("min_lr", False), ("lr_end", True)):
+        least = given.get(name)
+        if is_number(lr) and is_number(least) and (least > lr or (least == lr and is_least)):
+            problems.append(problem(f"{key}.{name}", least, f"less than optimizer.lr {lr}"))
+
+
+def _data(target: Target, problems: list[str]) -> None:
+    """Bounds of the arguments that the project's data sets share."""
+    if target.target not in DATA:
+        return
+    for name in ("seq_length", DATA[target.target][2]):
+        value = target.kwargs.get(name)
+        if isinstance(value, (int, float)) and not value >= 1:
+            problems.append(problem(f"{target.key}.{name}", value, "an integer ≥ 1"))
+    split = target.kwargs.get("split")
+    parts = re.split(r"\s*\+\s*", split) if isinstance(split, str) else []
+    if not all(_SPLIT.fullmatch(part) for part in parts):
+        expected = "a split such as train, train[:1000] or train[90%:]"
+        problems.append(problem(f"{target.key}.split", split, expected))
+
+
+def _loader(target: Target, problems: list[str]) -> None:
+    """Bounds of a loader's arguments, and those that need worker processes."""
+    for name, least in _LOADER_LEAST.items():
+        value = target.kwargs.get(name)
+        if isinstance(value, (int, float)) and not value >= least:
+            problems.append(problem(f"{target.key}.{name}", value, f"a number ≥ {least}"))
+    for name in ("prefetch_factor", "persistent_workers"):
+        if target.kwargs.get(name) and not target.kwargs.get("num_workers"):
+            problems.append(
+                f"{target.key}.{name}: is for worker processes; set {target.key}.num_workers, or "
+                f"remove it"
+            )

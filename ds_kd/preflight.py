@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,13 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
         return None
     argument, columns, _ = DATA[target]
     name = kwargs.get(argument)
-    if not isinstance(name, str) or Path(name).suffix not in FORMATS:
+    if not isinstance(name, str):
         return None
     key = f"{key}.{argument}"
+    if Path(name).suffix not in FORMATS:
+        if _is_dir(name) or not _looks_local(name):
+            return None
+        return problem(key, name, "a .json, .jsonl or .parquet file, a directory, or a hub id")
     try:
         if not Path(name).is_file():
             return problem(key, name, "a file that exists")
@@ -89,6 +94,25 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
         return None
     hint = f"its first row has {', '.join(found)}"
     return problem(key, name, f"rows with {', '.join(columns)}", hint)
+
+
+def check_directory(key: str, name: str) -> str | None:
+    """What is in the way of a directory that a run will write; makes nothing."""
+    path = Path(name).absolute()
+    try:
+        there = next(p for p in (path, *path.parents) if p.exists())
+    except (OSError, ValueError):  # longer than a path may be, or a NUL
+        return problem(key, name, "the path of a directory")
+    if not there.is_dir():
+        return problem(key, name, "a directory", f"{there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return problem(key, name, "a directory that can be written", f"{there} cannot")
+    return None
+
+
+def has_gpu() -> bool:
+    """Whether this machine shows an accelerator of NVIDIA's or AMD's to its processes."""
+    return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))
 
 
 def columns_of(path: Path) -> list[str]:

@@ -51,7 +51,7 @@ class DistEnv:
         among=("nccl", "gloo"),
     )
     timeout_minutes: float = key(
-        10.0, "how long a collective waits for a missing rank", "number", above=0
+        10.0, "how long a collective waits for a missing rank", "number", above=0, high=10_080
     )
 
 

@@ -70,6 +70,9 @@ def starter(student: str, teacher: str, data: str, gpus: int, room: int) -> str:
     Raises:
         ConfigError: something named does not exist, or nothing fits.
     """
+    for option, name in (("--student", student), ("--teacher", teacher), ("--data", data)):
+        if "${" in name:
+            raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
     target = _target_of(data)
     values = {
         "student": _yaml(student), "teacher": _yaml(teacher), "data": _yaml(data), "gpus": gpus,

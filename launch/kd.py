@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import load
 from ds_kd.key_table import list_keys
+from ds_kd.preflight import has_gpu
 from ds_kd.quiet import quiet
 from ds_kd.schema import RunConfig
 from ds_kd.signals import StopRequest
@@ -102,7 +103,10 @@ def run(args: argparse.Namespace) -> int:
         return 0
     cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
     if args.check:
-        print("\n".join([*cfg.notes, f"{args.config}: nothing wrong with it"]))
+        notes = [*cfg.notes]
+        if cfg.dist_env.backend == "nccl" and not has_gpu():
+            notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
+        print("\n".join([*notes, f"{args.config}: nothing wrong with it"]))
         return 0
     with cfg.source.locating():
         return dry_run(cfg, args) if args.dry_run else train(cfg, args)

@@ -310,11 +310,52 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.student={zero_optimization: {offload_param: {device: nvme}}}",
             "nvme_path is None, expected a directory",
         ),
+        ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
+        ("dataset.limit_dataset_samples=0", "got 0, expected an integer ≥ 1"),
+        ("dataset.split='train[:'", "dataset.split: got .*expected a split such as"),
+        ("dataset.dataset_name=./rows", "a .json, .jsonl or .parquet file, a directory, or a hub"),
+        ("dataloader.num_workers=-1", "dataloader.num_workers: got -1, expected a number ≥ 0"),
+        ("dataloader.prefetch_factor=2", "prefetch_factor: is for worker processes"),
+        ("dataloader.collate_fn=5", "dataloader.collate_fn: got 5, expected a dotted name"),
+        ("dataloader.worker_init_fn=ds_kd.data.no.such", "there is no ds_kd.data.no.such"),
+        ("kd_loss_fn.temperature=.nan", "temperature: got nan, expected a number > 0"),
+        ("kd_loss_fn.temperature=.inf", "temperature: got inf, expected a number > 0"),
+        ("dist_env.timeout_minutes=1e9", "expected a number > 0 and ≤ 10080"),
+        (f"checkpoint.checkpoint_dir={__file__}/run", "expected a directory; .*py is a file"),
+        ("model.attn_implementation=flash", "got 'flash', expected sdpa or eager or"),
+        ("model.torch_dtype=null", "model.torch_dtype: got None, expected bf16"),
+        ("lr_scheduler={lr_warmup_steps: abc}", "lr_scheduler.lr_warmup_steps: got 'abc'"),
+        ("lr_scheduler={min_lr: 1}", "lr_scheduler.min_lr: got 1, expected less than optimizer"),
+        (
+            "lr_scheduler={name: linear, scheduler_specific_kwargs: {power: 2}}",
+            "the schedule linear takes none; remove them",
+        ),
+        (
+            "lr_scheduler={name: polynomial, scheduler_specific_kwargs: {powr: 2}}",
+            "did you mean lr_scheduler.scheduler_specific_kwargs.power",
+        ),
+        (
+            "lr_scheduler={name: warmup_stable_decay}",
+            "scheduler_specific_kwargs.num_decay_steps: missing",
+        ),
+        ("lr_scheduler={name: cosine_with_min_lr}", "give min_lr, or min_lr_rate"),
     ],
 )
 def test_what_once_only_a_run_would_tell_is_told_with_the_config(override, words):
     with pytest.raises(ConfigError, match=words):
         load(GUIDE, [override])
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr=null", "dataloader.num_workers=true"])
+def test_a_key_is_told_of_once(override):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize("split", ["train", "train[:100]", "train[10%:-5%]", "train+validation"])
+def test_the_splits_of_datasets_are_accepted(split):
+    load(GUIDE, [f"dataset.split='{split}'"])
 
 
 HUGE = "1" + "0" * 400
@@ -492,8 +533,9 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert "plan for 2 rank(s)" in out and "steps: 4 from 40 samples" in out
     assert "smallest that fits into 59.60 GiB: 1 rank(s) as written" in out
     assert not (tmp_path / "run").exists()
-    assert kd.main([*words, "dataset.limit_dataset_samples=0"]) == 2
-    assert "dataset.dataset_name: the sample limit must be" in capsys.readouterr().err
+    assert kd.main([*words, "dataset.split='train[:0]'"]) == 2
+    told = capsys.readouterr().err
+    assert "dataset.dataset_name: " in told and "no data" in told
     assert kd.main([*words, "--gpu-memory", "lots"]) == 2
     assert "--gpu-memory: got 'lots', expected a size" in capsys.readouterr().err
     assert kd.main([*words, "--ranks", "3"]) == 2
@@ -541,7 +583,7 @@ def test_keys_are_listed_by_prefix():
 def test_nemos_spelling_of_a_schedule_ends_where_it_says(nemo, least):
     from transformers import get_scheduler
 
-    wanted = load(GUIDE, [f"lr_scheduler={nemo}"]).lr_scheduler
+    wanted = load(GUIDE, [f"lr_scheduler={nemo}", "optimizer.lr=1e-3"]).lr_scheduler
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1e-3)
     scheduler = get_scheduler(
         wanted.name,
