@@ -46,6 +46,9 @@ REFUSED_SECTIONS = {
     "quantization": "quantised training is not supported; remove the section",
 }
 
+#: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
+NEMO_KERNELS = {"use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf"}
+
 #: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one
 #: calls it.
 _DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {

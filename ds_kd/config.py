@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import ALIASES, REFUSED_SECTIONS, transformers_schedule
+from ds_kd.aliases import ALIASES, NEMO_KERNELS, REFUSED_SECTIONS, transformers_schedule
 from ds_kd.contradictions import find_contradictions, is_number
 from ds_kd.preflight import check_data, check_directory, check_model
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
@@ -51,11 +51,12 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
         data["lr_scheduler"] = transformers_schedule(schedule, problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
+    notes = _without_kernels(data)
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
             values[name] = _target(data.get(name), name, meta, allow, problems)
-    cfg = RunConfig(**values, text=text)
+    cfg = RunConfig(**values, text=text, notes=notes)
     find_contradictions(cfg, data, problems)
     for path, directory in _DIRECTORIES.items():
         name = directory(cfg)
@@ -81,6 +82,19 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             f"place"
         )
     return cfg
+
+
+def _without_kernels(data: dict) -> list[str]:
+    """Take NeMo-AutoModel's choices of kernels out of the models' sections; what to say of it."""
+    notes = []
+    for section in ("model", "teacher_model"):
+        given = data.get(section)
+        if not isinstance(given, dict):
+            continue
+        for name in NEMO_KERNELS & set(given):
+            del given[name]
+            notes.append(f"{section}.{name}: accepted; it changes speed alone, not results")
+    return sorted(notes)
 
 
 #: What a run writes.

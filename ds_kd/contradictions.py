@@ -11,7 +11,7 @@ from ds_kd.preflight import DATA
 from ds_kd.schema import RunConfig
 from ds_kd.signatures import signature_of
 from ds_kd.targets import Target, problem, wrong_arguments
-from ds_kd.zero_config import load_zero_config
+from ds_kd.zero_config import load_zero_config, offloads_optimizer
 
 _LARGEST = 1e30
 #: transformers' schedules by name; each takes other arguments.
@@ -57,6 +57,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
+    if cfg.offload_teacher_model and cfg.kd_ratio == 0:
+        problems.append("offload_teacher_model: at kd_ratio 0 there is no teacher; remove it")
     given = (data.get("rng") or {}).get("seed") if isinstance(data.get("rng"), dict) else None
     if cfg.seed is not None and given not in (None, cfg.seed):
         problems.append(f"seed: {cfg.seed} and rng.seed: {given} contradict each other; keep one")
@@ -70,9 +72,15 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _optimizer(cfg, problems)
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
-            load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
+            zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
         except ValueError as error:
             problems.append(str(error))
+            continue
+        if name == "teacher" and offloads_optimizer(zero):
+            problems.append(
+                "deepspeed.teacher: offload_optimizer: a teacher has no optimizer; remove it, or "
+                "write offload_param"
+            )
     _schedule(cfg, problems)
     for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
         _data(target, problems)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from typing import Any
 
 from ds_kd.schema import RunConfig, keys_of
@@ -73,4 +74,5 @@ _TRUTH = ("true", "false")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends without a word
     print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

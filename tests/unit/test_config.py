@@ -310,6 +310,10 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.student={zero_optimization: {offload_param: {device: nvme}}}",
             "nvme_path is None, expected a directory",
         ),
+        (
+            "deepspeed.teacher={zero_optimization: {offload_optimizer: {device: cpu}}}",
+            "a teacher has no optimizer; remove it, or write offload_param",
+        ),
         ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
         ("dataset.limit_dataset_samples=0", "got 0, expected an integer ≥ 1"),
         ("dataset.split='train[:'", "dataset.split: got .*expected a split such as"),
@@ -490,8 +494,11 @@ def test_nemos_newer_spelling_of_its_example_loads():
             "distributed={strategy: fsdp2, dp_size: none, tp_size: 1, cp_size: 1, pp_size: 1}",
             "peft={match_all_linear: true, dim: 16, alpha: 32, use_triton: true}",
             "model.attn_implementation=sdpa",
+            "model.use_liger_kernel=true",
         ],
     )
+    assert "use_liger_kernel" not in cfg.model.kwargs
+    assert any("use_liger_kernel: accepted" in note for note in cfg.notes)
     assert cfg.peft.dim == 16 and any("use_triton" in note for note in cfg.notes)
     assert any("fsdp2 accepted" in note for note in cfg.notes)
 
