@@ -1,12 +1,10 @@
 """The two models: loaded under ZeRO-3, split into body and head.
 
 A causal language model is a body (tokens → hidden states) and a head (hidden states → logits).
-`[tokens, vocab]` logits are by far
-the largest tensors of a distillation step, so neither model ever returns them: the teacher returns
-hidden states at the
-supervised positions, and the student's head module is *called with the loss*. Calling the module,
-rather than touching
-its weight, is what makes ZeRO-3 gather the (perhaps tied) weight for forward and backward.
+`[tokens, vocab]` logits are by far the largest tensors of a distillation step, so neither model
+ever returns them: the teacher returns hidden states at the supervised positions, and the student's
+head module is *called with the loss*. Calling the module, rather than touching its weight, is what
+makes ZeRO-3 gather the (perhaps tied) weight for forward and backward.
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
 
     transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last
-    one created wins; two
-    models with two configurations must therefore each be loaded inside a block of their own.
+    one created wins; two models with two configurations must therefore each be loaded inside a
+    block of their own.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -240,8 +238,8 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
     """Refuse a model whose head does more than `Head` computes.
 
     Runs a few tokens through the model as transformers defines it and through body + `Head`:
-    whatever a new architecture
-    does between hidden states and logits shows as a difference, without a list of architectures.
+    whatever a new architecture does between hidden states and logits shows as a difference, without
+    a list of architectures.
 
     Args:
         engine: of a `Student` or `Teacher` (a collective call).
