@@ -35,6 +35,17 @@ UNSUPPORTED = {
     "torch.optim.Muon": "it looks at whole matrices and ZeRO-3 gives it flat shards; write "
     "torch.optim.AdamW",
     "torch.optim.LBFGS": "it needs a closure and whole vectors; write torch.optim.AdamW",
+    **dict.fromkeys(
+        (
+            "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy",
+            "nemo_automodel.components.loss.chunked_ce.ChunkedCrossEntropy",
+            "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy",
+            "torch.nn.CrossEntropyLoss",
+        ),
+        "ds_kd's own cross-entropy never holds whole logits; leave the section out, or write "
+        "ds_kd.losses.MaskedCrossEntropy",
+    ),
+    "torch.nn.KLDivLoss": "write ds_kd.losses.KDLoss",
 }
 
 #: Sections of the schema that belong to later work: refused, never silently ignored.
@@ -44,6 +55,14 @@ REFUSED_SECTIONS = {
     "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
     "the teacher)",
     "quantization": "quantised training is not supported; remove the section",
+}
+
+_PLACES = "ZeRO-3 places the weights; remove it"
+_QUANTIZES = "quantised weights are not supported; remove it and write torch_dtype: bf16"
+#: Arguments of from_pretrained that contradict ZeRO-3.
+NOT_WITH_ZERO = {
+    **dict.fromkeys(("device_map", "max_memory", "tp_plan", "offload_folder"), _PLACES),
+    **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), _QUANTIZES),
 }
 
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
@@ -62,6 +81,12 @@ _NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
 
 def transformers_schedule(section: dict, problems: list[str]) -> dict:
     """NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
+    target = section.get("_target_")
+    if target is not None and not str(target).startswith("nemo_automodel."):
+        problems.append(
+            f"lr_scheduler._target_: got {target!r}, expected none; write lr_scheduler.name with a "
+            f"schedule of transformers, such as cosine"
+        )
     if not _NEMO_SCHEDULE & set(section):
         return section
     rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}

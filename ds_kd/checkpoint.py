@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 
 from ds_kd import lora, manifest, zero_files
 from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
+from ds_kd.errors import first_line
 from ds_kd.export import export_adapter, export_student
 from ds_kd.manifest import ADAPTER, ENGINE, MODEL, CheckpointError, error_of, verify
 from ds_kd.state import TrainState, rng_state, set_rng_state
@@ -171,7 +172,7 @@ class Checkpointer:
     def _all_well(self, error: Exception | None) -> None:
         """Raise on every rank what any of them met (a collective)."""
         texts: list[Any] = [None] * self.world.size
-        text = None if error is None else str(error).strip().splitlines()[0]
+        text = None if error is None else first_line(error)
         dist.all_gather_object(texts, text, group=self.world.host_group)
         for rank, text in enumerate(texts):
             if text is not None:
@@ -227,7 +228,7 @@ class Checkpointer:
                 loaded = self._load_cut_anew(engine, found, saved["world_size"])
         except RuntimeError as error:
             raise CheckpointError(
-                f"{found} does not fit this model ({str(error).strip().splitlines()[0]}); give "
+                f"{found} does not fit this model ({first_line(error)}); give "
                 f"checkpoint.checkpoint_dir another directory to start anew"
             ) from error
         if not loaded:

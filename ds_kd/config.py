@@ -7,12 +7,17 @@ what was expected, what to type next.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import ALIASES, NEMO_KERNELS, REFUSED_SECTIONS, transformers_schedule
+from ds_kd.aliases import (
+    ALIASES,
+    NEMO_KERNELS,
+    NOT_WITH_ZERO,
+    REFUSED_SECTIONS,
+    transformers_schedule,
+)
 from ds_kd.contradictions import find_contradictions, is_number
 from ds_kd.preflight import check_data, check_directory, check_model
 from ds_kd.schema import MODEL, RunConfig, default_of, keys_of
@@ -48,7 +53,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
     schedule = data.get("lr_scheduler")
     if isinstance(schedule, dict):
-        data["lr_scheduler"] = transformers_schedule(schedule, problems)
+        data["lr_scheduler"] = transformers_schedule(decoded(schedule), problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
     notes = _without_kernels(data)
@@ -58,9 +63,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             values[name] = _target(data.get(name), name, meta, allow, problems)
     cfg = RunConfig(**values, text=text, notes=notes)
     find_contradictions(cfg, data, problems)
-    for path, directory in _DIRECTORIES.items():
-        name = directory(cfg)
-        if name is not None and (wrong := check_directory(path, name)):
+    for path, name in _written(cfg, data).items():
+        if wrong := check_directory(path, name):
             problems.append(wrong)
     if problems:
         raise ConfigError(_once(problems, schedule))
@@ -97,12 +101,16 @@ def _without_kernels(data: dict) -> list[str]:
     return sorted(notes)
 
 
-#: What a run writes.
-_DIRECTORIES: dict[str, Callable[[RunConfig], str | None]] = {
-    "checkpoint.checkpoint_dir": lambda cfg: cfg.checkpoint.checkpoint_dir,
-    "tensorboard.log_dir": lambda cfg: cfg.tensorboard.log_dir,
-    "slurm.log_dir": lambda cfg: cfg.slurm.log_dir if cfg.slurm is not None else None,
-}
+def _written(cfg: RunConfig, data: dict) -> dict[str, str]:
+    """The directories that a run writes, by key."""
+    named = {
+        "checkpoint.checkpoint_dir": cfg.checkpoint.enabled and cfg.checkpoint.checkpoint_dir,
+        "tensorboard.log_dir": cfg.tensorboard.enabled and cfg.tensorboard.log_dir,
+    }
+    absent = {name for name in data if data[name] is None}
+    return {n: path for n, path in named.items() if path and n.partition(".")[0] not in absent}
+
+
 #: Of lr_scheduler: what `transformers_schedule` makes of NeMo-AutoModel's names.
 _NEMO_NAMES = {
     "num_warmup_steps": "lr_warmup_steps",
@@ -141,7 +149,7 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
         if isinstance(value, str) and value.lower() == "none" and prefix == "distributed.":
             value = None
         has_default = default_of(cls, name) is not None or "default" in meta
-        if value is None and has_default and meta["kind"] != "section":
+        if value is None and has_default and meta["kind"] not in ("section", "names"):
             problems.append(
                 problem(path, None, _expected(meta), "leave the key out for its default")
             )
@@ -149,7 +157,8 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
             continue
         if meta["kind"] == "section":
             if not isinstance(value, dict):
-                problems.append(problem(path, value, "a mapping"))
+                first = next(n for n, _ in keys_of(meta["section"]) if n != "_target_")
+                problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
                 continue
             values[name] = meta["section"](**_section(meta["section"], value, f"{path}.", problems))
         else:
@@ -165,7 +174,8 @@ _KINDS = {"bool": bool, "str": str, "mapping": dict, "list": list, "any": object
 def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     """The value in its own type, or None after noting what is wrong."""
     kind, expected = meta["kind"], _expected(meta)
-    value = decoded(value) if kind in ("int", "number", "bool", "clip", "choice") else value
+    # Where text is meant, that of a variable stays one.
+    value = value if kind in ("str", "names", "mapping") else decoded(value)
     if kind == "clip":
         value = (
             value.get("max_norm")
@@ -178,7 +188,7 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     elif kind == "nemo":
         good = isinstance(value, str) and value.startswith("nemo_automodel.")
     elif kind == "names":
-        value = [value] if isinstance(value, str) else [] if value is None else value
+        value = [value] if isinstance(value, str) else value
         good = isinstance(value, list) and all(isinstance(name, str) and name for name in value)
     elif kind == "int":
         good = isinstance(value, int) and not isinstance(value, bool)
@@ -214,7 +224,7 @@ def _expected(meta: Any) -> str:
         "list": "a list",
         "names": "a list of names",
         "target": "a mapping with _target_",
-        "clip": "a number > 0 or {max_norm: number}",
+        "clip": "a number > 0 or {max_norm: number}, or nothing for no clipping",
         "nemo": "a name of NeMo-AutoModel, or nothing",
         "parallel": "1 (no such parallelism here)",
     }
@@ -238,9 +248,12 @@ def _target(
         problems.append(problem(path, value, "a mapping with _target_"))
         return None
     kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
+    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
+        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
     dotted = value.get("_target_", meta.get("target"))
     if not isinstance(dotted, str):
-        problems.append(problem(f"{path}._target_", dotted, "a dotted name"))
+        hint = f"for example {meta['example']}" if "example" in meta else ""
+        problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
     refusal = refuse(dotted, allow)
     if refusal:
@@ -301,6 +314,7 @@ def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str])
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
         if near:
             problems.append(f"{path}.{given}: unknown key; did you mean {path}.{near[0]}?")
+    problems += [f"{path}.{n}: {NOT_WITH_ZERO[n]}" for n in kwargs if n in NOT_WITH_ZERO]
     for spelling in ("torch_dtype", "dtype"):
         dtype = str(kwargs.get(spelling, "auto")).removeprefix("torch.")
         if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
@@ -343,7 +357,8 @@ _MODEL_KEYS = {
 }
 
 
-#: Of these the course of a run does not depend: where it is kept, shown, and when it stops.
+#: On these the course of a run does not depend: where it is kept and shown. When it stops belongs
+#: to them too, unless a schedule of the learning rate is stretched over it.
 _NOT_OF_THE_COURSE = (
     "checkpoint.",
     "tensorboard.",
@@ -351,8 +366,7 @@ _NOT_OF_THE_COURSE = (
     "dist_env.",
     "validation_",
     "recipe",
-    "step_scheduler.max_steps",
-    "step_scheduler.num_epochs",
+    "slurm.",
     "step_scheduler.val_",
     "step_scheduler.ckpt_",
 )
@@ -366,12 +380,15 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
 
     flat: dict[str, Any] = {}
+    elsewhere: tuple[str, ...] = _NOT_OF_THE_COURSE
+    if cfg.lr_scheduler is None or cfg.lr_scheduler.name.startswith("constant"):
+        elsewhere = (*elsewhere, "step_scheduler.max_steps", "step_scheduler.num_epochs")
 
     def walk(tree: Any, prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, dict) and value:
                 walk(value, f"{prefix}{name}.")
-            elif not f"{prefix}{name}".startswith(_NOT_OF_THE_COURSE):
+            elif not f"{prefix}{name}".startswith(elsewhere):
                 flat[f"{prefix}{name}"] = value
 
     walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")

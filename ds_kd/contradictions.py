@@ -26,6 +26,7 @@ _SCHEDULES = {
     "polynomial": "get_polynomial_decay_schedule_with_warmup",
     "warmup_stable_decay": "get_wsd_schedule",
 }
+_NAMES_OF_SCHEDULE = ("warmup_type", "decay_type")  # the others are numbers
 _GIVEN_TO_SCHEDULE = ("optimizer", "num_warmup_steps", "num_training_steps", "last_epoch")
 #: The least that a loader's arguments may be.
 _LOADER_LEAST = {
@@ -64,6 +65,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(f"seed: {cfg.seed} and rng.seed: {given} contradict each other; keep one")
     peft = cfg.peft
     if peft is not None:
+        if peft.dropout and peft.dropout_position == "post":
+            problems.append("peft.dropout_position: dropout is on an adapter's input; write pre")
         given = [n for n in ("match_all_linear", "target_modules", "exclude_modules")
                  if getattr(peft, n)]  # fmt: skip
         if len(given) > 1:
@@ -80,6 +83,12 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
             problems.append(
                 "deepspeed.teacher: offload_optimizer: a teacher has no optimizer; remove it, or "
                 "write offload_param"
+            )
+        stage = zero["zero_optimization"]["stage"]
+        if name == "teacher" and cfg.offload_teacher_model and stage == 0:
+            problems.append(
+                "offload_teacher_model: a teacher at stage 0 stays on the accelerator; write stage "
+                "3 in deepspeed.teacher, or remove it"
             )
     _schedule(cfg, problems)
     for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
@@ -141,10 +150,20 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
         problems += [f"{key}.{name}: missing; {target.target} needs it" for name in lacking]
     if wanted.name == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(given)) != 1:
         problems.append(f"{key}: give min_lr, or min_lr_rate as a share of optimizer.lr")
+    if wanted.name == "constant" and (wanted.num_warmup_steps or wanted.warmup_ratio):
+        problems.append("lr_scheduler.name: constant has no warm-up; write constant_with_warmup")
+    for name, value in given.items():
+        if name in _NAMES_OF_SCHEDULE or (value is None and name != "lr_end"):
+            continue
+        low = 1 if name == "timescale" else 0
+        if not (is_number(value) and value >= low):
+            problems.append(problem(f"{key}.{name}", value, f"a number ≥ {low}"))
     lr = cfg.optimizer.kwargs.get("lr") if cfg.optimizer is not None else None
-    for name, is_least in (("min_lr", False), ("lr_end", True)):
+    for name in ("min_lr", "lr_end"):
         least = given.get(name)
-        if is_number(lr) and is_number(least) and (least > lr or (least == lr and is_least)):
+        if not (is_number(lr) and is_number(least)) or least < lr:
+            continue
+        if not (name == "min_lr" and least == lr > 0):
             problems.append(problem(f"{key}.{name}", least, f"less than optimizer.lr {lr}"))
 
 
@@ -156,6 +175,14 @@ def _data(target: Target, problems: list[str]) -> None:
         value = target.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
             problems.append(problem(f"{target.key}.{name}", value, "an integer ≥ 1"))
+    cuts = target.kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    needs = cuts or target.kwargs.get("padding") == "max_length"
+    if (
+        needs
+        and target.target.endswith(".make_squad_dataset")
+        and target.kwargs.get("seq_length") is None
+    ):
+        problems.append(f"{target.key}.seq_length: missing; truncation and padding need it")
     split = target.kwargs.get("split")
     parts = re.split(r"\s*\+\s*", split) if isinstance(split, str) else []
     if not all(_SPLIT.fullmatch(part) for part in parts):
@@ -169,7 +196,7 @@ def _loader(target: Target, problems: list[str]) -> None:
         value = target.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= least:
             problems.append(problem(f"{target.key}.{name}", value, f"a number ≥ {least}"))
-    for name in ("prefetch_factor", "persistent_workers"):
+    for name in ("prefetch_factor", "persistent_workers", "timeout"):
         if target.kwargs.get(name) and not target.kwargs.get("num_workers"):
             problems.append(
                 f"{target.key}.{name}: is for worker processes; set {target.key}.num_workers, or "

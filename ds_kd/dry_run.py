@@ -1,4 +1,5 @@
-"""`--dry-run`: the plan of a run in words, from its config and the models' config.json alone."""
+"""`--dry-run`: the plan of a run in words, from its config, the models' config.json and the lengths
+of a few samples; no weights."""
 
 from __future__ import annotations
 
@@ -10,11 +11,12 @@ from ds_kd import plan
 from ds_kd.data.source import load_rows
 from ds_kd.distillation import chunk_of
 from ds_kd.distributed import World
+from ds_kd.errors import first_line
 from ds_kd.preflight import DATA
-from ds_kd.pretrained import config_of, dtype_of, tokenizer_of
+from ds_kd.pretrained import config_of, dtype_of, name_of, tokenizer_of
 from ds_kd.recipe import adapter_of
 from ds_kd.schema import RunConfig
-from ds_kd.targets import ConfigError, Target, instantiate, problem
+from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
 from ds_kd.zero_config import load_zero_config
 
 _GB = {
@@ -111,9 +113,11 @@ def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, ro
         for name, text in (
             ("offload_teacher", "offload_teacher_model: true"),
             ("offload_optimizer", "deepspeed.student: ds_configs/zero/student_zero3_offload.json"),
+            ("offload_weights", "deepspeed.student: ds_configs/zero/student_zero3_offload.json"),
         )
         if getattr(offer, name) and not getattr(work, name)
     ]
+    moves = [*dict.fromkeys(moves)]
     return f"smallest that fits into {_gib(room)}: {ranks} rank(s)" + (
         f" with {' and '.join(moves)}" if moves else " as written"
     )
@@ -128,7 +132,12 @@ def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
     dtype = dtype_of(target) or getattr(config, "dtype", None) or torch.float32
     with torch.device("meta"):
         trusts = bool(target.kwargs.get("trust_remote_code", False))
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
+        model = as_config_error(
+            f"{target.key}.pretrained_model_name_or_path",
+            name_of(target),
+            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trusts),
+            "a Hugging Face causal language model",
+        )
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)
     return plan.shape_of(model, dtype.itemsize)
@@ -154,8 +163,7 @@ def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
     except (ConfigError, ValueError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
             return guess
-        reason = str(error).splitlines()[0]
-        raise ConfigError([f"{target.key}.{argument}: {reason}"]) from error
+        raise ConfigError([f"{target.key}.{argument}: {first_line(error)}"]) from error
     lengths = sorted(length for length, _ in some)
     labels = sum(label != -100 for _, row in some for label in row)
     longest = lengths[9 * (len(lengths) - 1) // 10]
@@ -184,7 +192,9 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
         "chunk": kwargs.get("chunk_size") or chunk_of("cuda" if cuda else "cpu"),
         "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
-        "optimizer": cfg.optimizer.target.rpartition(".")[2],
+        "optimizer_numbers": plan.optimizer_numbers(
+            cfg.optimizer.target.rpartition(".")[2], cfg.optimizer.kwargs
+        ),
         "checkpointing": cfg.distributed.activation_checkpointing,
         "offload_weights": away("student", "offload_param"),
         "offload_optimizer": away("student", "offload_optimizer"),

@@ -11,6 +11,7 @@ import torch
 
 from ds_kd import lora, zero_files
 from ds_kd.distributed import World, on_rank0
+from ds_kd.errors import first_line
 from ds_kd.manifest import ADAPTER, ENGINE, MANIFEST, MODEL, CheckpointError, error_of, verify
 from ds_kd.models import gathered
 from ds_kd.shards import ShardWriter
@@ -88,16 +89,17 @@ def export_checkpoint(checkpoint: Path, out: Path) -> None:
 
 def _export_merged(checkpoint: Path, out: Path) -> None:
     from peft import PeftConfig, PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    dtype = AutoConfig.from_pretrained(checkpoint / MODEL).dtype or torch.float32
     config = PeftConfig.from_pretrained(str(checkpoint / ADAPTER))
     base = config.base_model_name_or_path
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision)
+        model = AutoModelForCausalLM.from_pretrained(base, revision=config.revision, dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint / ADAPTER}: the model it adapts, {base}, cannot be loaded "
-            f"({str(error).strip().splitlines()[0]}); put it there, or write its path into "
+            f"({first_line(error)}); put it there, or write its path into "
             f"adapter_config.json"
         ) from error
     merged: Any = PeftModel.from_pretrained(model, str(checkpoint / ADAPTER)).merge_and_unload()

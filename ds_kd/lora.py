@@ -43,7 +43,12 @@ def linear_maps(
     maps = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not (match_all_linear or target_modules or exclude_modules):
         target_modules = ["*_proj"]
+    # To exclude the head, or with a `*` what this model has not, does no harm.
+    others = [name for name, _ in model.named_modules()]
     for pattern in (*target_modules, *exclude_modules):
+        is_exclusion = pattern in exclude_modules
+        if is_exclusion and ("*" in pattern or any(_matches(pattern, name) for name in others)):
+            continue
         if not any(_matches(pattern, name) for name in maps):
             kinds = sorted({name.rpartition(".")[2] for name in maps})
             near = difflib.get_close_matches(pattern, kinds, n=1)
@@ -77,6 +82,7 @@ def add_adapter(
     init: str,
     seed: int,
     base: str,
+    revision: str | None = None,
 ) -> None:
     """Freeze `model` and put a trainable adapter beside each of its maps `names`.
 
@@ -88,7 +94,7 @@ def add_adapter(
         dropout: on the adapter's input.
         use_dora: a trained length of each output besides (Liu et al. 2024).
         init: of A; `xavier` (normal) or `uniform` (Kaiming's).
-        base: name or path of the model, for whoever loads the adapter.
+        base, revision: name or path of the model, for whoever loads the adapter.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -101,6 +107,7 @@ def add_adapter(
         bias="none",
         task_type="CAUSAL_LM",
         base_model_name_or_path=base,
+        revision=revision,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -12,8 +12,10 @@ from typing import Any
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
-#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed.
+#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed. Some of its arguments
+#: each ask for one more.
 _OPTIMIZER_NUMBERS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1}
+_ONE_MORE = {"SGD": ("momentum",), "RMSprop": ("momentum", "centered")}
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -56,7 +58,7 @@ class Work:
         micro_batches: of one rank in a step.
         chunk: tokens whose logits exist at one time.
         temperature_is_one: a chunk needs one buffer less then.
-        optimizer: name of its class.
+        optimizer_numbers: fp32 numbers that the optimizer keeps for every weight.
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: on every rank (stage 0).
@@ -69,7 +71,7 @@ class Work:
     micro_batches: int = 1
     chunk: int = 2048
     temperature_is_one: bool = True
-    optimizer: str = "AdamW"
+    optimizer_numbers: int = 2
     checkpointing: bool = False
     offload_weights: bool = False
     offload_optimizer: bool = False
@@ -79,9 +81,10 @@ class Work:
     reuse: int = _REUSE
 
 
-def optimizer_numbers(name: str) -> int:
+def optimizer_numbers(name: str, arguments: dict[str, Any]) -> int:
     """fp32 numbers that an optimizer of this class keeps for every weight."""
-    return _OPTIMIZER_NUMBERS.get(name, 2)
+    more = _ONE_MORE.get(name, ("amsgrad",))
+    return _OPTIMIZER_NUMBERS.get(name, 2) + sum(bool(arguments.get(part)) for part in more)
 
 
 def shape_of(model: Any, width: int) -> Shape:
@@ -125,7 +128,6 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
     Returns:
         States first (they stay), then what a step adds at its peak.
     """
-    numbers = optimizer_numbers(work.optimizer)
     trained = 4 * student.trained // world
 
     def shard(shape: Shape) -> int:
@@ -135,7 +137,7 @@ def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dic
     out = {f"{where}student weights": shard(student)}
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
-    out[f"{where}optimizer"] = numbers * trained
+    out[f"{where}optimizer"] = work.optimizer_numbers * trained
     out[f"{where}gradients"] = trained
     if world > 1:  # DeepSpeed lets go of nothing that it will gather again soon
         kept = min(student.parameters, work.reuse)

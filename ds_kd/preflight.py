@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD
+from ds_kd.errors import first_line
 from ds_kd.targets import problem
 
 _FIRST_BYTES = 1 << 22  # of a data file; its first row is in there
@@ -66,7 +69,18 @@ def _looks_local(name: str) -> bool:
     parts = Path(name).parts
     if name.startswith((".", "/", "~")) or len(parts) > 2 or not parts:
         return True
-    return _is_dir(parts[0]) or not name.isprintable()
+    if not name.isprintable():
+        return True
+    return len(parts) == 2 and _is_misspelt(parts[1], Path(parts[0]))
+
+
+def _is_misspelt(name: str, directory: Path) -> bool:
+    """Whether `directory` holds almost this name; with other digits it is another model."""
+    try:
+        near = difflib.get_close_matches(name, os.listdir(directory), n=3, cutoff=0.8)
+    except (OSError, ValueError):
+        return False
+    return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
 
 
 def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
@@ -87,8 +101,7 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
             return problem(key, name, "a file that exists")
         found = columns_of(Path(name))
     except (OSError, ValueError, RecursionError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return problem(key, name, f"rows with {', '.join(columns)}", reason)
+        return problem(key, name, f"rows with {', '.join(columns)}", first_line(error))
     missing = [column for column in columns if column not in found]
     if not missing:
         return None
@@ -105,6 +118,8 @@ def check_directory(key: str, name: str) -> str | None:
         return problem(key, name, "the path of a directory")
     if not there.is_dir():
         return problem(key, name, "a directory", f"{there} is a file")
+    if there == Path(there.anchor):  # of another machine, perhaps; there the run will tell
+        return None
     if not os.access(there, os.W_OK | os.X_OK):
         return problem(key, name, "a directory that can be written", f"{there} cannot")
     return None

@@ -10,6 +10,7 @@ import torch
 from ds_kd import models
 from ds_kd.attention import attend_by_sample
 from ds_kd.distributed import World, rank0_first
+from ds_kd.errors import first_line
 from ds_kd.schema import MODEL
 from ds_kd.targets import Target, as_config_error, instantiate
 
@@ -76,7 +77,7 @@ def load_model(
         model = as_config_error(
             f"{target.key}.pretrained_model_name_or_path",
             name_of(target),
-            lambda: _whole(instantiate(target, allow, **extra)),
+            lambda: _whole(target, allow, extra),
             "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK,
         )
         if adapt is not None:
@@ -86,8 +87,14 @@ def load_model(
     return model
 
 
-def _whole(loaded: Any) -> Any:
+def _whole(target: Target, allow: tuple[str, ...], extra: dict[str, Any]) -> Any:
     """The model, if its files had all its weights; transformers would make up the rest."""
+    from safetensors import SafetensorError
+
+    try:
+        loaded = instantiate(target, allow, **extra)
+    except SafetensorError as error:
+        raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded

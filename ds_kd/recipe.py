@@ -19,18 +19,19 @@ from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
+from ds_kd.errors import first_line
 from ds_kd.metrics import Metrics
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.schedule import Schedule
 from ds_kd.schema import LOADER_FLAGS, RunConfig
 from ds_kd.state import TrainState, seed_rank
-from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
+from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
 from ds_kd.trainer import Trainer
 from ds_kd.zero_config import load_zero_config, offloaded, offloads_optimizer
 
 #: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
-_CPU_ADAM = "deepspeed.ops.adam.DeepSpeedCPUAdam"
+_CPU_ADAM, _FUSED_ADAM = (f"deepspeed.ops.adam.{n}" for n in ("DeepSpeedCPUAdam", "FusedAdam"))
 
 _HASHED_SAMPLES = 64
 
@@ -151,15 +152,16 @@ def _student(
     except ValueError as error:  # begins with the argument's name
         raise ConfigError([f"loss_fn, kd_loss_fn: {error}"]) from error
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
-    keeps_states_in_host = world.device.type != "cpu" and offloads_optimizer(zero)
-    optimizer = for_host(cfg.optimizer) if keeps_states_in_host else cfg.optimizer
+    optimizer = cfg.optimizer
+    if world.device.type != "cpu":
+        optimizer = placed(optimizer, offloads_optimizer(zero))
     engine = as_config_error(
         "optimizer",
         cfg.optimizer.target,
         lambda: engines.build_student(
             module,
             config,
-            lambda parameters: _optimizer(optimizer, parameters, allow),
+            lambda parameters: _optimizer(optimizer, parameters, allow, cfg.optimizer),
             _lr_scheduler(cfg, schedule),
         ),
         "an element-wise optimizer",
@@ -194,32 +196,61 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
             wanted.lora_A_init,
             cfg.rng.seed,
             name_of(cfg.model),
+            cfg.model.kwargs.get("revision"),
         )
 
     return adapt
 
 
-def for_host(target: Target) -> Target:
-    """DeepSpeed's Adam for states in the host's memory, where the YAML names torch's: the same
-    arithmetic on vector instructions and all cores. Others stay, as do arguments it lacks."""
-    of_torch = {"torch.optim.Adam": (False, 0.0), "torch.optim.AdamW": (True, 1e-2)}
-    known = {"lr", "betas", "eps", "weight_decay"}
-    if target.target not in of_torch or not set(target.kwargs) <= known:
+def placed(target: Target, in_host: bool) -> Target:
+    """The optimizer for states on an accelerator or in the host's memory.
+
+    There torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's Adam for the host: the
+    same arithmetic on vector instructions and all cores.
+
+    Args:
+        target: what the YAML names.
+        in_host: whether `offload_optimizer` puts the states there.
+
+    Raises:
+        ConfigError: an optimizer that cannot work there.
+    """
+    key = f"{target.key}._target_"
+    if not in_host:
+        if target.target == _CPU_ADAM:
+            hint = "write torch.optim.AdamW, or offload_optimizer in deepspeed.student"
+            raise ConfigError([problem(key, _CPU_ADAM, "an optimizer of the accelerator", hint)])
         return target
-    decoupled, weight_decay = of_torch[target.target]
-    kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
-    return Target(_CPU_ADAM, kwargs, target.key)
+    of = {
+        "torch.optim.Adam": (False, 0.0),
+        "torch.optim.AdamW": (True, 1e-2),
+        _FUSED_ADAM: (True, 0.0),
+    }
+    if target.target in of and set(target.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
+        decoupled, weight_decay = of[target.target]
+        kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
+        return Target(_CPU_ADAM, kwargs, target.key)
+    if target.target == _FUSED_ADAM:
+        hint = f"with offload_optimizer write {_CPU_ADAM}"
+        raise ConfigError([problem(key, _FUSED_ADAM, "an optimizer of the host", hint)])
+    return target
 
 
-def _optimizer(target: Target, parameters: list, allow: tuple[str, ...]) -> Any:
-    """As the YAML says; torch's one-pass kernels where it names neither kind and there are some."""
+def _optimizer(target: Target, parameters: list, allow: tuple[str, ...], named: Target) -> Any:
+    """As the YAML says; torch's one-pass kernels where it names neither kind and there are some.
+
+    Args:
+        named: what is taken where DeepSpeed cannot build its own in the place of torch's.
+    """
     chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
     extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
     extra["model_params" if target.target == _CPU_ADAM else "params"] = parameters
     try:
         return instantiate(target, allow, **extra)
     except RuntimeError as error:  # DeepSpeed's, of an operator that it cannot build
-        raise ValueError(str(error)) from error
+        if target is named or not named.target.startswith("torch."):
+            raise ValueError(first_line(error)) from error
+    return _optimizer(named, parameters, allow, named)
 
 
 def _packs(cfg: RunConfig) -> bool:
@@ -297,7 +328,9 @@ def _loader(
     """The data set, cut into this rank's micro-batches."""
     rows = _samples(cfg, dataset, tokenizer, world, allow)
     steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
-    local = steps.local_batch_size if training else kwargs.pop("batch_size", steps.local_batch_size)
+    local = steps.local_batch_size
+    if not training:
+        local = kwargs.pop("batch_size", None) or local
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"

@@ -23,6 +23,9 @@ def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
     return field(default=default, metadata=meta)
 
 
+_SEED = 2**62  # torch takes 64 bits, and each rank adds its number
+
+
 @dataclass
 class StepScheduler:
     global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
@@ -58,7 +61,7 @@ class DistEnv:
 @dataclass
 class Rng:
     _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
-    seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0)
+    seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0, high=_SEED)
     ranked: bool = key(True, "each rank draws its own dropout masks", "bool")
 
 
@@ -153,7 +156,11 @@ class Peft:
     dim: int = key(8, "rank of the adapters", "int", low=1)
     alpha: float = key(32, "they are scaled by alpha / dim", "number", above=0)
     dropout: float = key(0.0, "on an adapter's input", "number", low=0, high=1)
-    dropout_position: str = key("pre", "only pre", "choice", among=("pre",))
+    dropout_position: str = key(
+        "pre", "only pre, unless dropout is 0", "choice", among=("pre", "post")
+    )
+    lora_dtype: str | None = key(None, "only null: the student's", "choice", among=("null",))
+    moe_rank_scaling: bool = key(False, "only false", "bool", among=(False,))
     lora_A_init: str = key("xavier", "normal; or Kaiming's", "choice", among=("xavier", "uniform"))
     use_dora: bool = key(False, "DoRA: a trained length of each output besides", "bool")
     use_triton: bool = key(False, "accepted; peft's PyTorch code is used", "bool")
@@ -169,7 +176,10 @@ class Compile:
     )  # fmt: skip
     dynamic: bool = key(True, "one version for all lengths; false makes one for each", "bool")
     fullgraph: bool = key(False, "only false: attention stays outside", "bool", among=(False,))
-    backend: str = key("inductor", "of torch.compile", "str")
+    backend: str = key(
+        "inductor", "of torch.compile", "choice",
+        among=("inductor", "cudagraphs", "aot_eager", "eager"),
+    )  # fmt: skip
 
 
 @dataclass
@@ -302,7 +312,7 @@ class RunConfig:
     )
     dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
     rng: Rng = key(Rng, "random numbers", "section", section=Rng)
-    seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0)
+    seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0, high=_SEED)
     checkpoint: Checkpoint = key(Checkpoint, "what is kept", "section", section=Checkpoint)
     distributed: Distributed = key(
         Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed

@@ -16,7 +16,9 @@ _OPTIONS = (
 )
 
 
-def sbatch_command(wanted: Slurm, config: str, overrides: list[str]) -> list[str]:
+def sbatch_command(
+    wanted: Slurm, config: str, overrides: list[str]
+) -> tuple[dict[str, str], list[str]]:
     """What to type in the repository's root.
 
     Args:
@@ -25,18 +27,17 @@ def sbatch_command(wanted: Slurm, config: str, overrides: list[str]) -> list[str
         overrides: `key.sub=value` of the run.
 
     Returns:
-        The words of one `env … sbatch … launch/slurm.sh …` command: sbatch hands variables on to
-        the job.
+        Variables to set, which sbatch hands on to the job, and the words of one
+        `sbatch … launch/slurm.sh …` command.
     """
     variables = {name: str(value) for name, value in wanted.env_vars.items()}
     variables["LOG_DIR"] = wanted.log_dir
     if wanted.container_image is not None:
         variables["CONTAINER_IMAGE"] = wanted.container_image
         variables["CONTAINER_MOUNTS"] = ",".join(wanted.container_mounts)
-    command = ["env", *(f"{name}={value}" for name, value in variables.items()), "sbatch"]
-    command.append(f"--output={wanted.log_dir}/slurm-%x-%j.log")
+    command = ["sbatch", f"--output={wanted.log_dir}/slurm-%x-%j.log"]
     for name in _OPTIONS:
         value = getattr(wanted, name)
         if value is not None:
             command.append(f"--{name.replace('_', '-')}={value}")
-    return [*command, *wanted.sbatch_options, "launch/slurm.sh", config, *overrides]
+    return variables, [*command, *wanted.sbatch_options, "launch/slurm.sh", config, *overrides]

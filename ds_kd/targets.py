@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.aliases import ALIASES, ALLOWED, UNSUPPORTED
+from ds_kd.errors import first_line
 
 
 class ConfigError(Exception):
@@ -56,9 +57,7 @@ def as_config_error(key: str, given: Any, function: Callable[[], Any], expected:
     try:
         return function()
     except (ValueError, OSError, ImportError) as error:
-        raise ConfigError(
-            [problem(key, given, expected, str(error).strip().splitlines()[0])]
-        ) from error
+        raise ConfigError([problem(key, given, expected, first_line(error))]) from error
 
 
 def without_secrets(value: Any) -> Any:
@@ -217,7 +216,7 @@ def wrong_arguments(
 def _mismatch(value: Any, annotation: Any) -> str:
     """What was expected of a plain value, or an empty string; only plain annotations are judged."""
     if isinstance(annotation, str):  # from __future__ import annotations
-        annotation = re.sub(r"^Optional\[(.*)\]$", r"\1", annotation)
+        annotation = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", annotation)
         names = {part.strip() for part in annotation.split("|")}
     else:
         kinds = typing.get_args(annotation) or (annotation,)

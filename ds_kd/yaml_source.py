@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ds_kd.errors import first_line
 from ds_kd.targets import ConfigError, is_secret, problem, without_secrets
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH, _MAX_LENGTH = 1 << 16, 20_000, 50, 1_000_000
@@ -46,7 +47,9 @@ class Source:
                 return f"command line: {line}"
             if key in self.places:
                 row, column, width = self.places[key]
-                text, caret = self.lines[row - 1], " " * (column - 1) + "^" * width
+                before, after = self.lines[row - 1][: column - 1], self.lines[row - 1][column - 1 :]
+                before, after = without_secrets(before), without_secrets(after)
+                text, caret = before + after, " " * len(before) + "^" * width
                 return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
             key = key.rpartition(".")[0]
         return f"{self.path}: {line}" if self.path else line
@@ -85,7 +88,7 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
         _check_interpolations(plain)
         data: Any = OmegaConf.to_container(raw, resolve=True)
         shown = OmegaConf.to_yaml(OmegaConf.create(_blanked(data, plain)))
-        data = _marked(data, plain)
+        data = _marked(data, plain, plain)
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
@@ -95,7 +98,7 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
     except RecursionError:
         raise ConfigError([f"{path}: nested too deeply; {_MAX_DEPTH} levels are allowed"]) from None
     except (OmegaConfBaseException, ValueError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         key = getattr(error, "full_key", None)
         if variable := re.search(r"Environment variable '(\w+)' not found", line):
             name = variable[1]
@@ -125,8 +128,12 @@ def _told(path: str | Path, error: Any) -> str:
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     what = getattr(error, "problem", None) or " ".join(str(error).split())
-    hint = "; indent with spaces" if "\\t" in what else ""
+    hint = "; indent with spaces" if "\\t" in what else _hint(str(mark and mark.get_snippet()))
     return f"{where}: not valid YAML: {what}{hint}"
+
+
+def _hint(text: str) -> str:
+    return "; inside {…} or […] put ${…} in quotes" if "${" in text else ""
 
 
 def _outline(text: str, source: Source) -> None:
@@ -239,7 +246,7 @@ def _override(raw: Any, override: str) -> str:
         OmegaConf.update(raw, name, made["value"], merge=False)
     except YAMLError as error:
         what = getattr(error, "problem", None) or "not one value of YAML"
-        raise ConfigError([f"override {name}: not valid YAML: {what}"]) from None
+        raise ConfigError([f"override {name}: not valid YAML: {what}{_hint(value)}"]) from None
     return name
 
 
@@ -251,15 +258,6 @@ def _check_interpolations(tree: Any) -> None:
     """
     lengths: dict[str, int] = {}
 
-    def find(path: str) -> Any:
-        node = tree
-        for part in path.split("."):
-            if isinstance(node, list) and part.isdigit():
-                node = node[int(part)] if int(part) < len(node) else None
-            else:
-                node = node.get(part) if isinstance(node, dict) else None
-        return node
-
     def length(value: Any, key: str) -> int:
         if isinstance(value, dict):
             return 1 + sum(length(v, f"{key}.{n}" if key else str(n)) for n, v in value.items())
@@ -270,13 +268,23 @@ def _check_interpolations(tree: Any) -> None:
         if key not in lengths:
             lengths[key] = _MAX_LENGTH + 1  # what a reference to itself finds
             lengths[key] = len(value) + sum(
-                length(find(name), name) for name in _references(value, key)
+                length(_find(tree, name), name) for name in _references(value, key)
             )
             if lengths[key] > _MAX_LENGTH:
                 raise ConfigError([f"{key}: its ${{…}} refer to itself or grow beyond all bounds"])
         return lengths[key]
 
     length(tree, "")
+
+
+def _find(tree: Any, path: str) -> Any:
+    """What stands at a dotted key; None where there is none."""
+    for part in path.split("."):
+        if isinstance(tree, list) and part.isdigit():
+            tree = tree[int(part)] if int(part) < len(tree) else None
+        else:
+            tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _references(value: str, key: str) -> list[str]:
@@ -304,15 +312,28 @@ class FromEnvironment(str):
     """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
 
 
-def _marked(tree: Any, plain: Any) -> Any:
-    if isinstance(tree, dict) and isinstance(plain, dict):
-        return {name: _marked(value, plain.get(name)) for name, value in tree.items()}
+def _marked(tree: Any, plain: Any, root: Any) -> Any:
+    """The same tree with what came from variables marked, through references too."""
+    if isinstance(tree, dict):
+        inner = plain if isinstance(plain, dict) else {}
+        return {name: _marked(value, inner.get(name), root) for name, value in tree.items()}
+    if isinstance(tree, list):
+        texts = plain if isinstance(plain, list) else [None] * len(tree)
+        return [_marked(value, text, root) for value, text in zip(tree, texts, strict=True)]
+    if not isinstance(tree, str):
+        return tree
+    while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
+        plain = _find(root, name[1])
     is_variable = isinstance(plain, str) and plain.startswith("${oc.env:")
-    return FromEnvironment(tree) if isinstance(tree, str) and is_variable else tree
+    return FromEnvironment(tree) if is_variable else tree
 
 
 def decoded(value: Any) -> Any:
-    """The number or truth value that a variable's text stands for; anything else as it is."""
+    """The numbers and truth values that variables' texts stand for; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: decoded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [decoded(inner) for inner in value]
     if not isinstance(value, FromEnvironment):
         return value
     from omegaconf import OmegaConf

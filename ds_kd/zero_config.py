@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ds_kd.errors import first_line
+
 #: What a ZeRO file may hold.
 ZERO_FILE_KEYS = {
     "zero_optimization",
@@ -32,12 +34,26 @@ FROM_YAML = {
     "wandb": "wandb",
 }
 _DEVICES = ("cpu", "nvme", "none")
-#: Of zero_optimization, to find misspellings; DeepSpeed judges the others.
+#: Of zero_optimization, to find misspellings; DeepSpeed judges the others. Some have a second name
+#: with `stage3_` in front.
+_STAGE3_KEYS = (
+    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
+    "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
+    "gather_fp16_weights_on_model_save", "module_granularity_threshold",
+    "use_all_reduce_for_fetch_params", "allgather_sequential",
+)  # fmt: skip
 _ZERO_KEYS = (
     "stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "allgather_bucket_size",
     "contiguous_gradients", "overlap_comm", "reduce_scatter", "sub_group_size",
-    "stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold", "stage3_gather_16bit_weights_on_model_save",
+    "use_multi_rank_bucket_allreduce", "allgather_partitions", "compute_grad_norm",
+    "load_from_fp32_weights", "elastic_checkpoint", "zenflow", "cpu_offload_param",
+    "cpu_offload_use_pin_memory", "cpu_offload", "ignore_unused_parameters", "legacy_stage1",
+    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size",
+    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
+    "mics_shard_size", "mics_hierarchical_params_gather", "memory_efficient_linear",
+    "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
+    "enable_sanity_checks", "leaf_module",
+    *_STAGE3_KEYS, *(f"stage3_{name}" for name in _STAGE3_KEYS),
 )  # fmt: skip
 _PLAIN_ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
@@ -98,8 +114,7 @@ def _read(path: str, where: str) -> Any:
             f"an inline mapping"
         ) from None
     except (ValueError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{where}: not valid JSON: {reason}") from None
+        raise ValueError(f"{where}: not valid JSON: {first_line(error)}") from None
 
 
 def _check_offload(zero: dict[str, Any], where: str) -> None:
@@ -131,7 +146,8 @@ def _check_numbers(zero: dict[str, Any], where: str) -> None:
         near = difflib.get_close_matches(name, _ZERO_KEYS, n=1, cutoff=0.85)
         if name not in _ZERO_KEYS and near:
             raise ValueError(f"{where}: {name} is unknown; did you mean {near[0]}?")
-        if not name.endswith(("_size", "_distance", "_parameters", "_threshold")):
+        is_size = name.endswith(("_size", "_distance", "_parameters", "_threshold"))
+        if not is_size or name == "mics_shard_size":  # -1 switches that one off
             continue
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ValueError(f"{where}: {name} is {value!r}, expected a number ≥ 0")
@@ -141,10 +157,9 @@ def offloaded(config: dict[str, Any]) -> dict[str, Any]:
     """The same ZeRO configuration with parameters kept in the host's memory, unless it says where
     itself."""
     zero = config["zero_optimization"]
-    return {
-        **config,
-        "zero_optimization": {"offload_param": {"device": "cpu", "pin_memory": True}, **zero},
-    }
+    there = (zero.get("offload_param") or {}).get("device", "none") != "none"
+    host = {"device": "cpu", "pin_memory": True}
+    return config if there else {**config, "zero_optimization": {**zero, "offload_param": host}}
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:

@@ -69,7 +69,20 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
         loaded, _ = engine.load_checkpoint(
             str(directory), tag=tag, load_module_strict=not _is_frozen(engine)
         )
+    if loaded is not None:
+        settle(engine.optimizer.optimizer)
     return loaded is not None
+
+
+def settle(optimizer: torch.optim.Optimizer) -> None:
+    """Complete loaded states that another class of Adam may have saved (offload switched on or
+    off): torch replaces a group whole, and DeepSpeed's counts steps in a plain number."""
+    for group in optimizer.param_groups:
+        for name, value in optimizer.defaults.items():
+            group.setdefault(name, value)
+    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
+        for state in optimizer.state.values():
+            state["step"] = int(state["step"])
 
 
 def cut_anew(directory: Path, tag: str, out: Path) -> None:
@@ -131,7 +144,8 @@ def written_bytes(engine: Any) -> int:
     optimizer = engine.optimizer.optimizer
     if optimizer.state:
         return _bytes_of(trained)
-    return _bytes_of(trained) * (1 + optimizer_numbers(type(optimizer).__name__))
+    numbers = optimizer_numbers(type(optimizer).__name__, optimizer.defaults)
+    return _bytes_of(trained) * (1 + numbers)
 
 
 def _trained_tensors(engine: Any) -> list[torch.Tensor]:

@@ -4,12 +4,13 @@
     python launch/export.py checkpoints/LATEST my-student
 
 Needs no GPU and no job; plain `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit
-code 2 for a wrong path.
+code 2 for a path that is wrong or cannot be written.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -29,14 +30,25 @@ def main(argv: list[str] | None = None) -> int:
     from ds_kd.quiet import quiet
 
     quiet()
+    from safetensors import SafetensorError
+
+    from ds_kd.errors import first_line
     from ds_kd.export import export_checkpoint
     from ds_kd.manifest import CheckpointError
 
+    aside = args.out.with_name(f"{args.out.name}.part")
     try:
-        export_checkpoint(args.checkpoint.resolve(), args.out)
+        shutil.rmtree(aside, ignore_errors=True)
+        export_checkpoint(args.checkpoint.resolve(), aside)
+        aside.rename(args.out)
     except CheckpointError as error:
         print(error, file=sys.stderr)
         return 2
+    except (OSError, SafetensorError) as error:
+        print(f"{args.out}: cannot be written ({first_line(error)})", file=sys.stderr)
+        return 2
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     print(f"wrote {args.out}; load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
     return 0
 

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.errors import first_line
 from ds_kd.quiet import quiet
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -120,19 +121,15 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
         where = "there" if path.is_dir() else "(no such directory, so the hub was asked)"
-        reason = _first_line(error)
+        reason = first_line(error)
         raise PruneError(
             f"--teacher {source}: no model with a tokenizer {where}: {reason}"
         ) from error
     try:
         model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
-        raise PruneError(f"--teacher {source}: {_first_line(error)}") from error
+        raise PruneError(f"--teacher {source}: {first_line(error)}") from error
     return model.eval(), tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def logits(model: Any) -> Any:

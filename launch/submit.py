@@ -10,6 +10,7 @@ Exit code: sbatch's, 2 when the config or the command is wrong.
 
 from __future__ import annotations
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,21 +22,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # kd.py puts the root 
 from kd import parse
 
 from ds_kd.config import check_world, load
+from ds_kd.preflight import check_directory
 from ds_kd.slurm import sbatch_command
-from ds_kd.targets import ConfigError
+from ds_kd.targets import ConfigError, is_secret, without_secrets
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 def main(argv: list[str] | None = None) -> int:
     words = sys.argv[1:] if argv is None else argv
-    dry_run = "--dry-run" in words
     if {"-h", "--help"} & set(words):
         print(__doc__)
         return 0
-    args = parse([word for word in words if word != "--dry-run"], prog="submit.py")
+    args = parse(words, prog="submit.py")
+    if args.config is None:
+        print("submit.py: --config is missing", file=sys.stderr)
+        return 2
+    config = Path(args.config).resolve()
+    os.chdir(ROOT)  # where the job will start: the YAML's relative paths are meant from there
     try:
-        cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
+        cfg = load(config, args.overrides, allow=tuple(args.allow_targets))
         if cfg.slurm is None:
             raise ConfigError(
                 [
@@ -48,20 +54,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\n{error}", file=sys.stderr)
         return 2
     options = [f"--allow-targets={prefix}" for prefix in args.allow_targets]
-    command = sbatch_command(
-        cfg.slurm, str(Path(args.config).resolve()), [*args.overrides, *options]
-    )
-    print(shlex.join(command))
-    if dry_run:
+    variables, command = sbatch_command(cfg.slurm, str(config), [*args.overrides, *options])
+    named = {name: "***" if is_secret(name) else value for name, value in variables.items()}
+    shown = ["env", *(f"{name}={value}" for name, value in named.items()), *command]
+    print(shlex.join(map(without_secrets, shown)), flush=True)
+    if args.dry_run or args.check:
         return 0
-    (ROOT / cfg.slurm.log_dir).mkdir(parents=True, exist_ok=True)
     if shutil.which("sbatch") is None:
         print(
             "\nsbatch: not found; submit from a machine of the cluster, or add --dry-run",
             file=sys.stderr,
         )
         return 2
-    return subprocess.run(command, cwd=ROOT).returncode
+    if wrong := check_directory("slurm.log_dir", cfg.slurm.log_dir):
+        print(f"\n{ConfigError([wrong])}", file=sys.stderr)
+        return 2
+    Path(cfg.slurm.log_dir).mkdir(parents=True, exist_ok=True)
+    return subprocess.run(command, env={**os.environ, **variables}).returncode
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from ds_kd.errors import first_line
+
 #: Columns that the data sets need.
 SQUAD = ("context", "question", "answers")
 HELLASWAG = ("ctx", "endings", "label")
@@ -96,7 +98,7 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     if isinstance(error, StopIteration):
         return "no rows"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return first_line(error)
 
 
 def text_of(row: dict[str, Any], column: str) -> str:

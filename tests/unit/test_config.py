@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.config import check_world, load
+from ds_kd.config import check_world, fingerprint, load
 from ds_kd.key_table import list_keys
 from ds_kd.targets import ConfigError, Target, bind, resolve
 from tests import tiny
@@ -213,7 +213,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
         ("kd_ratio=null", "leave the key out"),
         ("optimizer=null", "leave the key out"),
         ("model.torch_dtyp=bf16", "did you mean model.torch_dtype"),
-        ("model.pretrained_model_name_or_path=ds_kd/nope", "a directory that exists"),
+        ("model.pretrained_model_name_or_path=ds_kd/daata", "a directory that exists"),
         ("step_scheduler.global_batch_size=18", "write 19"),
     ],
 )
@@ -249,6 +249,11 @@ def test_the_slurm_section_becomes_an_sbatch_command(capsys):
         assert option in words
     assert words[words.index("launch/slurm.sh") + 1] == str(GUIDE.resolve())
     assert words[-1] == batch
+    secret = "slurm.env_vars={WANDB_API_KEY: abc123}"
+    assert submit.main(["--config", str(GUIDE), *SLURM, batch, secret, "--check"]) == 0
+    out = capsys.readouterr().out
+    assert "abc123" not in out and "WANDB_API_KEY=***" in out.replace("'", "")
+    assert submit.main(["--list-keys"]) == 2
 
 
 def test_submitting_checks_the_config_against_the_ranks(capsys):
@@ -314,6 +319,27 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.teacher={zero_optimization: {offload_optimizer: {device: cpu}}}",
             "a teacher has no optimizer; remove it, or write offload_param",
         ),
+        ("model.device_map=auto", "model.device_map: ZeRO-3 places the weights"),
+        ("model.quantization_config={load_in_4bit: true}", "quantised weights are not supported"),
+        ("dataset.truncation=true", "dataset.seq_length: missing"),
+        ("dataloader.timeout=30", "dataloader.timeout: is for worker processes"),
+        ("seed=18446744073709551616", "seed: got 1844.*expected an integer from 0"),
+        ("compile={enabled: true, backend: indctor}", "compile.backend: got 'indctor'"),
+        ("lr_scheduler={name: constant, num_warmup_steps: 9}", "write constant_with_warmup"),
+        ("lr_scheduler=cosine", "lr_scheduler: got 'cosine', expected a mapping such as {name:"),
+        (
+            "lr_scheduler={_target_: torch.optim.lr_scheduler.ConstantLR}",
+            "lr_scheduler._target_: got .*write lr_scheduler.name",
+        ),
+        (
+            "lr_scheduler={name: inverse_sqrt, scheduler_specific_kwargs: {timescale: 0}}",
+            "timescale: got 0, expected a number ≥ 1",
+        ),
+        ("peft={dropout: 0.1, dropout_position: post}", "dropout_position: .*write pre"),
+        (
+            "loss_fn._target_=nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy",
+            "leave the section out, or write ds_kd.losses.MaskedCrossEntropy",
+        ),
         ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
         ("dataset.limit_dataset_samples=0", "got 0, expected an integer ≥ 1"),
         ("dataset.split='train[:'", "dataset.split: got .*expected a split such as"),
@@ -355,6 +381,41 @@ def test_a_key_is_told_of_once(override):
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, [override])
     assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "dataloader={prefetch_factor: null, snapshot_every_n_steps: null}",
+        "validation_dataloader.batch_size=null",
+        "deepspeed.student={zero_optimization: {param_persistence_threshold: 0, "
+        "stage3_model_persistence_threshold: 1, mics_shard_size: -1}}",
+        "distributed.tp_size=${oc.env:N}",
+        "clip_grad_norm={max_norm: '${oc.env:N}'}",
+        "lr_scheduler={lr_decay_style: cosine, min_lr: '${oc.env:SMALL}'}",
+        "optimizer.betas=['${oc.env:SMALL}', 0.95]",
+        "validation_dataset.num_samples_limit=${rng.seed}",
+        "deepspeed.student={zero_optimization: {sub_group_size: '${oc.env:N}'}}",
+        "peft={lora_dtype: null, moe_rank_scaling: false, dropout_position: post}",
+        "peft={target_modules: null}",
+        "checkpoint={enabled: false, checkpoint_dir: /proc/version/x}",
+        "checkpoint.checkpoint_dir=/no-such-disk/run",
+        "teacher_model.pretrained_model_name_or_path=Qwen/Qwen3-0.6B",
+    ],
+)
+def test_a_right_config_is_not_refused(override, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-1.7B").mkdir(parents=True)  # an owner's models, or one of them
+    monkeypatch.setenv("N", "1")
+    monkeypatch.setenv("SMALL", "1e-6")
+    load(GUIDE, ["rng.seed=${oc.env:N}", override])
+
+
+def test_a_schedule_makes_the_end_of_a_run_part_of_its_course():
+    end = ["step_scheduler.max_steps=5"]
+    assert "step_scheduler.max_steps" not in fingerprint(load(GUIDE, end))
+    with_schedule = fingerprint(load(GUIDE, [*end, "lr_scheduler={name: linear}"]))
+    assert with_schedule["step_scheduler.max_steps"] == 5
 
 
 @pytest.mark.parametrize("split", ["train", "train[:100]", "train[10%:-5%]", "train+validation"])

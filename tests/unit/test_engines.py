@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from ds_kd.engines import build_student, engine_config
-from ds_kd.recipe import _optimizer, for_host
-from ds_kd.targets import Target
+from ds_kd.recipe import _optimizer, placed
+from ds_kd.targets import ConfigError, Target
 from ds_kd.zero_config import load_zero_config
+from ds_kd.zero_files import settle
 
 ZERO = sorted((Path(__file__).parents[2] / "ds_configs" / "zero").glob("*.json"))
 
@@ -51,16 +52,24 @@ def test_clipping_is_written_even_when_off():
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's default would be 1.0
 
 
+def named(name, **kwargs):
+    return Target(name, kwargs, "optimizer")
+
+
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
 def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name):
-    named = Target(f"torch.optim.{name}", {"lr": 0.1, "betas": [0.8, 0.95]}, "optimizer")
-    if name == "Adam":
-        named.kwargs["weight_decay"] = 0.1
+    decay = {"weight_decay": 0.1} if name == "Adam" else {}
+    of_torch = named(f"torch.optim.{name}", lr=0.1, betas=[0.8, 0.95], **decay)
     results = []
-    for target in (named, for_host(named)):
+    for target in (of_torch, placed(of_torch, in_host=True)):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 37))
-        made = _optimizer(target, [parameter], ())
+        made = _optimizer(of_torch, [parameter], (), of_torch)
         for step in range(1, 4):
+            if step == 3 and target is not of_torch:  # a run that goes on with offload switched on
+                saved = made.state_dict()
+                made = _optimizer(target, [parameter], (), of_torch)
+                made.load_state_dict(saved)
+                settle(made)
             parameter.grad = torch.linspace(1, -2, 37) / step
             made.step()
         results.append((type(made).__name__, parameter.detach()))
@@ -70,10 +79,26 @@ def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name
 
 
 def test_an_optimizer_with_arguments_that_deepspeeds_lacks_stays():
-    target = Target("torch.optim.AdamW", {"amsgrad": True}, "optimizer")
-    assert for_host(target) is target
-    sgd = Target("torch.optim.SGD", {"lr": 0.1}, "optimizer")
-    assert for_host(sgd) is sgd
+    for target in (named("torch.optim.AdamW", amsgrad=True), named("torch.optim.SGD", lr=0.1)):
+        assert placed(target, in_host=True) is target
+
+
+def test_an_optimizer_that_cannot_work_where_its_states_are_is_refused():
+    with pytest.raises(ConfigError, match="expected an optimizer of the accelerator"):
+        placed(named("deepspeed.ops.adam.DeepSpeedCPUAdam"), in_host=False)
+    with pytest.raises(ConfigError, match="expected an optimizer of the host"):
+        placed(named("deepspeed.ops.adam.FusedAdam", bias_correction=False), in_host=True)
+
+
+def test_where_deepspeeds_adam_cannot_be_built_torchs_stays(monkeypatch):
+    def cannot(*_, **__):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", cannot)
+    of_torch = named("torch.optim.AdamW", lr=0.1)
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    found = _optimizer(placed(of_torch, in_host=True), [parameter], (), of_torch)
+    assert type(found) is torch.optim.AdamW
 
 
 def test_an_optimizer_that_is_not_element_wise_is_refused():

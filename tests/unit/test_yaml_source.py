@@ -35,6 +35,7 @@ BAD = {
     "a nested key twice": ("rng: {seed: 1, seed: 2}\n", "c.yaml:1:16: rng.seed: given twice"),
     "tabs": ("model:\n\ta: 1\n", "c.yaml:2:1: not valid YAML: .*indent with spaces"),
     "a key that is no word": ("on: 1\n", "c.yaml:1:1: the key on .*put it in quotes"),
+    "a reference in a list": ("a: [${seed}]\n", "put .*in quotes"),
     "a list as a key": ("? [a, b]\n: 1\n", "a key must be a word"),
     "two documents": ("a: 1\n---\nb: 2\n", "c.yaml:2:1: not valid YAML"),
     "a Python object": (
