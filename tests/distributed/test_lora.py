@@ -194,3 +194,4 @@ def test_maps_are_chosen_as_nemo_chooses_them_but_never_the_head(model):
         "model.layers.1.self_attn.v_proj",
     ]
     assert not any("mlp" in name for name in linear_maps(model, [], ["*mlp*"]))
+    assert linear_maps(model, [], ["lm_head", "*vision*"]) == every

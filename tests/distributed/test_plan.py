@@ -94,3 +94,25 @@ def test_states_are_planned_within_15_percent(results):
 def test_the_peak_is_planned_within_30_percent(results):
     for name, (_, _, planned, peak) in results.items():
         assert abs(planned / peak - 1) < 0.30, f"{name}: {planned / 2**20} {peak / 2**20} MiB"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "numbers"),
+    [
+        ("AdamW", {}, 2),
+        ("AdamW", {"amsgrad": True}, 3),
+        ("SGD", {"momentum": 0.9}, 1),
+        ("SGD", {"momentum": 0}, 0),
+        ("RMSprop", {"centered": True, "momentum": 0.9}, 3),
+        ("Adagrad", {}, 1),
+    ],
+)
+def test_the_plan_counts_what_torchs_optimizers_keep(name, arguments, numbers):
+    from ds_kd.plan import optimizer_numbers
+
+    parameter = torch.nn.Parameter(torch.zeros(7))
+    parameter.grad = torch.ones(7)
+    optimizer = getattr(torch.optim, name)([parameter], lr=0.1, **arguments)
+    optimizer.step()
+    kept = [v for v in optimizer.state[parameter].values() if torch.is_tensor(v) and v.numel() == 7]
+    assert optimizer_numbers(name, arguments) == len(kept) == numbers

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -32,3 +34,18 @@ def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
     patient = Checkpointer(tmp_path, world, None, say=said.append)
     patient._warn(999.0, "took")
     assert len(said) == 1
+
+
+def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
+    from ds_kd import export
+    from tests.scripts import script
+
+    def runs_out(_, out):
+        out.mkdir()
+        (out / "model.safetensors").write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, "export_checkpoint", runs_out)
+    assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []

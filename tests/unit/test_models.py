@@ -61,3 +61,15 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
     with pytest.raises(ConfigError, match=r"lack weights.*lm_head.weight"):
         load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
+
+
+def test_a_damaged_file_of_weights_is_told(tmp_path):
+    from ds_kd.pretrained import load_model
+    from ds_kd.schema import MODEL
+    from ds_kd.targets import ConfigError, Target
+
+    path = tiny.llama(tmp_path / "model")
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
+    with pytest.raises(ConfigError, match="a file of its weights is damaged"):
+        load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
