@@ -60,19 +60,37 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         )
     if cfg.offload_teacher_model and cfg.kd_ratio == 0:
         problems.append("offload_teacher_model: at kd_ratio 0 there is no teacher; remove it")
-    given = (data.get("rng") or {}).get("seed") if isinstance(data.get("rng"), dict) else None
-    if cfg.seed is not None and given not in (None, cfg.seed):
-        problems.append(f"seed: {cfg.seed} and rng.seed: {given} contradict each other; keep one")
-    peft = cfg.peft
-    if peft is not None:
-        if peft.dropout and peft.dropout_position == "post":
-            problems.append("peft.dropout_position: dropout is on an adapter's input; write pre")
-        given = [n for n in ("match_all_linear", "target_modules", "exclude_modules")
-                 if getattr(peft, n)]  # fmt: skip
-        if len(given) > 1:
-            problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+    is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
+    if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
+        problems.append(
+            f"seed: {cfg.seed} and rng.seed: {cfg.rng.seed} contradict each other; keep one"
+        )
+    _peft(cfg, problems)
     _losses(cfg, problems)
     _optimizer(cfg, problems)
+    _zero(cfg, problems)
+    _schedule(cfg, problems)
+    for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
+        _data(target, problems)
+    for target in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        _loader(target, problems)
+
+
+def _peft(cfg: RunConfig, problems: list[str]) -> None:
+    """Which maps get an adapter, and what dropout is on."""
+    peft = cfg.peft
+    if peft is None:
+        return
+    if peft.dropout and peft.dropout_position == "post":
+        problems.append("peft.dropout_position: dropout is on an adapter's input; write pre")
+    names = ("match_all_linear", "target_modules", "exclude_modules")
+    given = [name for name in names if getattr(peft, name)]
+    if len(given) > 1:
+        problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+
+
+def _zero(cfg: RunConfig, problems: list[str]) -> None:
+    """The two ZeRO files against each other's engines."""
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
@@ -90,11 +108,6 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
                 "offload_teacher_model: a teacher at stage 0 stays on the accelerator; write stage "
                 "3 in deepspeed.teacher, or remove it"
             )
-    _schedule(cfg, problems)
-    for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
-        _data(target, problems)
-    for target in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        _loader(target, problems)
 
 
 def _losses(cfg: RunConfig, problems: list[str]) -> None:
