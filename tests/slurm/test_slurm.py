@@ -30,6 +30,7 @@ def cluster():
     root.chmod(0o755)
     made = Cluster(root)
     made.environment.update(environment())
+    made.environment.pop("PYTHONUNBUFFERED", None)  # submit.py's lines come in order without it
     made.environment["PATH"] = f"{Path(sys.executable).parent}:{made.environment['PATH']}:/usr/sbin"
     try:
         made.start()
