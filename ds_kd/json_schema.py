@@ -34,7 +34,7 @@ _ALSO = {
 
 
 def json_schema() -> dict[str, Any]:
-    """Of a whole YAML; every value may also be null or an interpolation."""
+    """Of a whole YAML; null and interpolations pass everywhere, `load` judges them."""
     made = _section(RunConfig)
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "ds_kd"

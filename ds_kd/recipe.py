@@ -221,13 +221,13 @@ def placed(target: Target, in_host: bool) -> Target:
             hint = "write torch.optim.AdamW, or offload_optimizer in deepspeed.student"
             raise ConfigError([problem(key, _CPU_ADAM, "an optimizer of the accelerator", hint)])
         return target
-    of = {
+    known = {  # → whether its weight decay is decoupled, and the default of that
         "torch.optim.Adam": (False, 0.0),
         "torch.optim.AdamW": (True, 1e-2),
         _FUSED_ADAM: (True, 0.0),
     }
-    if target.target in of and set(target.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
-        decoupled, weight_decay = of[target.target]
+    if target.target in known and set(target.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
+        decoupled, weight_decay = known[target.target]
         kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
         return Target(_CPU_ADAM, kwargs, target.key)
     if target.target == _FUSED_ADAM:
