@@ -68,6 +68,15 @@ NOT_WITH_ZERO = {
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
 NEMO_KERNELS = {"use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf"}
 
+#: Keys of NeMo-AutoModel that have no meaning here, and what does the same.
+REFUSED_KEYS = {
+    "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
+    "checkpoint.single_rank_consolidation": "rank 0 writes the student; remove it",
+    "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself; remove it",
+    "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps; the last step is saved",
+    "ci": "settings of NeMo-AutoModel's own tests; remove the section",
+}
+
 #: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one
 #: calls it.
 _DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {

@@ -15,6 +15,7 @@ from ds_kd.aliases import (
     ALIASES,
     NEMO_KERNELS,
     NOT_WITH_ZERO,
+    REFUSED_KEYS,
     REFUSED_SECTIONS,
     transformers_schedule,
 )
@@ -136,6 +137,9 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
     values = {}
     for name, value in data.items():
         path = f"{prefix}{name}"
+        if path in REFUSED_KEYS:
+            problems.append(f"{path}: {REFUSED_KEYS[path]}")
+            continue
         if name not in known:
             near = difflib.get_close_matches(str(name), [*known], n=1)
             hint = (

@@ -143,6 +143,7 @@ class PackedSequence:
         "int",
         low=0,
     )
+    split_across_pack: bool = key(False, "only false: samples stay whole", "bool", among=(False,))
 
 
 @dataclass

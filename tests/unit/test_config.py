@@ -319,6 +319,8 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.teacher={zero_optimization: {offload_optimizer: {device: cpu}}}",
             "a teacher has no optimizer; remove it, or write offload_param",
         ),
+        ("checkpoint.restore_from=x", "restore_from: the same checkpoint_dir resumes by itself"),
+        ("packed_sequence.split_across_pack=true", "split_across_pack: got True, expected false"),
         ("model.device_map=auto", "model.device_map: ZeRO-3 places the weights"),
         ("model.quantization_config={load_in_4bit: true}", "quantised weights are not supported"),
         ("dataset.truncation=true", "dataset.seq_length: missing"),
