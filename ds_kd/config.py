@@ -78,6 +78,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             getattr(cfg, name).enabled = False
     if cfg.wandb is not None and cfg.wandb.pop("enabled", True) is False:
         cfg.wandb = None
+    if cfg.wandb is not None and "save_dir" in cfg.wandb:  # NeMo-AutoModel's word
+        cfg.wandb["dir"] = cfg.wandb.pop("save_dir")
     if cfg.peft is not None and cfg.peft.use_triton:
         cfg.notes.append("peft.use_triton: accepted; peft's PyTorch code takes its place")
     if data.get("distributed"):

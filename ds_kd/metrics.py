@@ -11,6 +11,8 @@ from typing import Any, TextIO
 
 import torch
 
+from ds_kd.errors import first_line
+
 _GIB = 2**30
 
 
@@ -38,7 +40,7 @@ class Metrics:
         out: console.
 
     Raises:
-        ValueError: `wandb` is asked for and not installed.
+        ValueError: `wandb` is asked for and not installed, or does not start.
     """
 
     def __init__(
@@ -72,7 +74,10 @@ class Metrics:
                 raise ValueError(
                     "wandb: the package is not installed; pip install wandb, or remove the section"
                 ) from None
-            self._wandb = client.init(**wandb)
+            try:
+                self._wandb = client.init(**wandb)
+            except Exception as error:  # its own kinds, and TypeError for an unknown argument
+                raise ValueError(f"wandb: wandb.init says: {first_line(error)}") from error
 
     def say(self, text: str) -> None:
         print(text, file=self.out, flush=True)

@@ -379,11 +379,14 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
             )
         )
 
+    def everywhere() -> None:
+        try:
+            on_rank0(make, world)
+        except ValueError as error:  # wandb's
+            raise ConfigError([str(error)]) from error
+
     as_config_error(
-        "tensorboard.log_dir",
-        cfg.tensorboard_dir,
-        lambda: on_rank0(make, world),
-        "a directory that can be written",
+        "tensorboard.log_dir", cfg.tensorboard_dir, everywhere, "a directory that can be written"
     )
     return made[0] if made else None
 

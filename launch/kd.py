@@ -15,6 +15,7 @@ Exit code: 0 done or stopped so, 1 the run failed, 2 the config or the command i
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 import sys
@@ -106,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
         notes = [*cfg.notes]
         if cfg.dist_env.backend == "nccl" and not has_gpu():
             notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
+        if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
+            notes.append("wandb: the package is not installed here; pip install wandb")
         print("\n".join([*notes, f"{args.config}: nothing wrong with it"]))
         return 0
     with cfg.source.locating():
