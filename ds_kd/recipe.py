@@ -19,19 +19,15 @@ from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
-from ds_kd.errors import first_line
 from ds_kd.metrics import Metrics
+from ds_kd.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.schedule import Schedule
 from ds_kd.schema import LOADER_FLAGS, RunConfig
 from ds_kd.state import TrainState, seed_rank
-from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
 from ds_kd.trainer import Trainer
 from ds_kd.zero_config import load_zero_config, offloaded, offloads_optimizer
-
-#: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
-_FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
-_CPU_ADAM, _FUSED_ADAM = (f"deepspeed.ops.adam.{n}" for n in ("DeepSpeedCPUAdam", "FusedAdam"))
 
 _HASHED_SAMPLES = 64
 
@@ -161,8 +157,8 @@ def _student(
         lambda: engines.build_student(
             module,
             config,
-            lambda parameters: _optimizer(optimizer, parameters, allow, cfg.optimizer),
-            _lr_scheduler(cfg, schedule),
+            lambda parameters: build_optimizer(optimizer, parameters, allow, cfg.optimizer),
+            build_schedule(cfg.lr_scheduler, schedule.total_steps),
         ),
         "an element-wise optimizer",
     )
@@ -202,57 +198,6 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
     return adapt
 
 
-def placed(target: Target, in_host: bool) -> Target:
-    """The optimizer for states on an accelerator or in the host's memory.
-
-    There torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's Adam for the host: the
-    same arithmetic on vector instructions and all cores.
-
-    Args:
-        target: what the YAML names.
-        in_host: whether `offload_optimizer` puts the states there.
-
-    Raises:
-        ConfigError: an optimizer that cannot work there.
-    """
-    key = f"{target.key}._target_"
-    if not in_host:
-        if target.target == _CPU_ADAM:
-            hint = "write torch.optim.AdamW, or offload_optimizer in deepspeed.student"
-            raise ConfigError([problem(key, _CPU_ADAM, "an optimizer of the accelerator", hint)])
-        return target
-    known = {  # → whether its weight decay is decoupled, and the default of that
-        "torch.optim.Adam": (False, 0.0),
-        "torch.optim.AdamW": (True, 1e-2),
-        _FUSED_ADAM: (True, 0.0),
-    }
-    if target.target in known and set(target.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
-        decoupled, weight_decay = known[target.target]
-        kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
-        return Target(_CPU_ADAM, kwargs, target.key)
-    if target.target == _FUSED_ADAM:
-        hint = f"with offload_optimizer write {_CPU_ADAM}"
-        raise ConfigError([problem(key, _FUSED_ADAM, "an optimizer of the host", hint)])
-    return target
-
-
-def _optimizer(target: Target, parameters: list, allow: tuple[str, ...], named: Target) -> Any:
-    """As the YAML says; torch's one-pass kernels where it names neither kind and there are some.
-
-    Args:
-        named: what is taken where DeepSpeed cannot build its own in the place of torch's.
-    """
-    chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
-    extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
-    extra["model_params" if target.target == _CPU_ADAM else "params"] = parameters
-    try:
-        return instantiate(target, allow, **extra)
-    except RuntimeError as error:  # DeepSpeed's, of an operator that it cannot build
-        if target is named or not named.target.startswith("torch."):
-            raise ValueError(first_line(error)) from error
-    return _optimizer(named, parameters, allow, named)
-
-
 def _packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
@@ -273,24 +218,6 @@ def _compile(cfg: RunConfig, model: Any) -> None:
         models.compile_layers(
             model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
         )
-
-
-def _lr_scheduler(cfg: RunConfig, schedule: Schedule) -> Callable[[Any], Any] | None:
-    wanted = cfg.lr_scheduler
-    if wanted is None:
-        return None
-    from transformers import get_scheduler
-
-    warmup = wanted.num_warmup_steps
-    if wanted.warmup_ratio is not None:
-        warmup = round(wanted.warmup_ratio * schedule.total_steps)
-    return functools.partial(
-        get_scheduler,
-        wanted.name,
-        num_warmup_steps=warmup,
-        num_training_steps=schedule.total_steps,
-        scheduler_specific_kwargs=wanted.scheduler_specific_kwargs or None,
-    )
 
 
 def _samples(

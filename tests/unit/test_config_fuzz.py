@@ -17,10 +17,9 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_kd import recipe
 from ds_kd.config import load
 from ds_kd.distillation import DistillationLoss
-from ds_kd.schedule import Schedule
+from ds_kd.optimizer import build_schedule
 from ds_kd.targets import ConfigError, bind, instantiate
 from tests import tiny
 
@@ -152,7 +151,7 @@ def build(cfg):
         bind(cfg.optimizer, params=parameters)
     else:
         optimizer = instantiate(cfg.optimizer, params=parameters)
-        schedule = recipe._lr_scheduler(cfg, Schedule(4, 1))
+        schedule = build_schedule(cfg.lr_scheduler, 4)
         if schedule is not None:
             schedule(optimizer)
     DistillationLoss(instantiate(cfg.loss_fn), instantiate(cfg.kd_loss_fn), cfg.kd_ratio)

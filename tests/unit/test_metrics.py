@@ -21,5 +21,5 @@ def test_what_wandb_refuses_is_told(monkeypatch):
     client.init = lambda project=None: None
     monkeypatch.setitem(sys.modules, "wandb", client)
     Metrics(None, wandb={"project": "p"})
-    with pytest.raises(ValueError, match=r"wandb: wandb.init says: .*unexpected keyword .*'projct'"):
+    with pytest.raises(ValueError, match=r"wandb: wandb\.init says: .*unexpected .*'projct'"):
         Metrics(None, wandb={"projct": "p"})
