@@ -74,6 +74,16 @@ REFUSED_KEYS = {
     "checkpoint.single_rank_consolidation": "rank 0 writes the student; remove it",
     "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself; remove it",
     "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps; the last step is saved",
+    "step_scheduler.gc_every_steps": "Python collects by itself; remove it",
+    "step_scheduler.log_remote_every_steps": "every step is logged; remove it",
+    "step_scheduler.grad_acc_steps": "it follows from global_batch_size; remove it",
+    "distributed.defer_fsdp_grad_sync": "ZeRO-3 reduces every micro-batch; remove it",
+    "peft.rank": "write peft.dim",
+    "peft.r": "write peft.dim",
+    "peft.lora_alpha": "write peft.alpha",
+    "peft.lora_dropout": "write peft.dropout",
+    "mlflow": "metrics go to TensorBoard, metrics.jsonl and wandb; remove the section",
+    "fp8": "fp8 is not supported; remove the section",
     "ci": "settings of NeMo-AutoModel's own tests; remove the section",
 }
 

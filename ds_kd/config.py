@@ -7,6 +7,7 @@ what was expected, what to type next.
 from __future__ import annotations
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -139,11 +140,13 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
     values = {}
     for name, value in data.items():
         path = f"{prefix}{name}"
+        if path in REFUSED_KEYS and _is_off(value):
+            continue
         if path in REFUSED_KEYS:
             problems.append(f"{path}: {REFUSED_KEYS[path]}")
             continue
         if name not in known:
-            near = difflib.get_close_matches(str(name), [*known], n=1)
+            near = difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.75)
             hint = (
                 f"; did you mean {prefix}{near[0]}?"
                 if near
@@ -212,9 +215,23 @@ def _value(path: str, value: Any, meta: Any, problems: list[str]) -> Any:
     if good and kind == "bool":
         good = value in meta.get("among", (value,))
     if not good:
-        problems.append(problem(path, value, expected))
+        problems.append(problem(path, value, expected, _quotes(kind, value)))
         return None
     return float(value) if kind in ("number", "clip") else value
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("enabled") is False
+    return value is None or value is False
+
+
+def _quotes(kind: str, value: Any) -> str:
+    """A hint where quotes are what is wrong."""
+    if kind == "str" and isinstance(value, (int, float)):
+        return "put it in quotes"
+    is_number = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
+    return "write it without quotes" if kind in ("int", "number") and is_number else ""
 
 
 def _expected(meta: Any) -> str:
@@ -251,7 +268,8 @@ def _target(
             problems.append(f"{path}: missing; {meta['doc']}, for example {meta['example']}")
         return Target(meta["target"], dict(meta["default"]), path) if "default" in meta else None
     if not isinstance(value, dict):
-        problems.append(problem(path, value, "a mapping with _target_"))
+        first = "pretrained_model_name_or_path" if meta.get("target") == MODEL else "_target_"
+        problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
         return None
     kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
     if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats

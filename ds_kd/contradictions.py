@@ -33,6 +33,13 @@ _LOADER_LEAST = {
     "num_workers": 0, "timeout": 0, "prefetch_factor": 1, "batch_size": 1,
     "snapshot_every_n_steps": 1,
 }  # fmt: skip
+#: Hugging Face's words for how samples are padded and cut.
+_WORDS = {
+    "padding": ("max_length", "longest", "do_not_pad"),
+    "truncation": ("longest_first", "only_first", "only_second", "do_not_truncate"),
+}
+#: As sbatch reads a time limit.
+_TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
 
@@ -65,6 +72,14 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             f"seed: {cfg.seed} and rng.seed: {cfg.rng.seed} contradict each other; keep one"
         )
+    ranks = cfg.distributed.dp_size
+    if ranks and steps.global_batch_size % (steps.local_batch_size * ranks):
+        problems.append(problem(
+            "step_scheduler.global_batch_size", steps.global_batch_size,
+            f"a multiple of local_batch_size {steps.local_batch_size} × dp_size {ranks}",
+        ))  # fmt: skip
+    if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
+        problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
     _peft(cfg, problems)
     _losses(cfg, problems)
     _optimizer(cfg, problems)
@@ -188,6 +203,11 @@ def _data(target: Target, problems: list[str]) -> None:
         value = target.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
             problems.append(problem(f"{target.key}.{name}", value, "an integer ≥ 1"))
+    for name, words in _WORDS.items():
+        value = target.kwargs.get(name)
+        if isinstance(value, str) and value not in words:
+            expected = f"true, false or {' or '.join(words)}"
+            problems.append(problem(f"{target.key}.{name}", value, expected))
     cuts = target.kwargs.get("truncation") not in (None, False, "do_not_truncate")
     needs = cuts or target.kwargs.get("padding") == "max_length"
     if (

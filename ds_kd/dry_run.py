@@ -73,7 +73,15 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
     if rows is not None:
-        of_data = -(-rows // steps.global_batch_size) * steps.num_epochs
+        of_epoch = -(-rows // steps.global_batch_size)
+        if cfg.dataloader.kwargs.get("drop_last"):
+            of_epoch = rows // steps.global_batch_size
+        if of_epoch == 0:
+            raise ConfigError(
+                [f"dataloader.drop_last: {rows} samples make no global batch of "
+                 f"{steps.global_batch_size}; write false, or a smaller one"]
+            )  # fmt: skip
+        of_data = of_epoch * steps.num_epochs
         total = min(of_data, steps.max_steps or of_data)
         note = "" if not packed else ", fewer as samples are packed"
         lines.append(f"  steps: {total:,} from {rows:,} samples{note}")

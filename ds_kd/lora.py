@@ -50,6 +50,8 @@ def linear_maps(
         if is_exclusion and ("*" in pattern or any(_matches(pattern, name) for name in others)):
             continue
         if not any(_matches(pattern, name) for name in maps):
+            if any(m is head and _matches(pattern, n) for n, m in model.named_modules()):
+                raise ValueError(f"{pattern}: the language-model head never gets an adapter")
             kinds = sorted({name.rpartition(".")[2] for name in maps})
             near = difflib.get_close_matches(pattern, kinds, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
@@ -175,8 +177,11 @@ def plain_weights(
 
 @torch.no_grad()
 def _merged(layer: Any) -> Tensor:
+    """W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded once."""
     weight = layer.get_base_layer().weight
-    variant = layer.lora_variant.get(ADAPTER)
-    if variant is not None:
-        return variant.merge_safe(layer, ADAPTER, weight)
-    return weight + layer.get_delta_weight(ADAPTER).to(weight.dtype)
+    low, high = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
+    merged = weight.float() + layer.scaling[ADAPTER] * (high @ low)
+    if layer.use_dora[ADAPTER]:
+        lengths = layer.lora_magnitude_vector[ADAPTER].weight.float()
+        merged *= (lengths / merged.norm(dim=1))[:, None]
+    return merged.to(weight.dtype)

@@ -298,6 +298,7 @@ class RunConfig:
         None,
         "validation data; without it no validation",
         "target",
+        example="validation_dataset._target_: ds_kd.data.squad.make_squad_dataset",
         given=("tokenizer",),
         calls=("ds_kd.data.",),
     )

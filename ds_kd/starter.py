@@ -44,7 +44,7 @@ dataloader:
   shuffle: true
 step_scheduler:
   global_batch_size: {batch}         # samples per optimizer step, over all ranks
-  local_batch_size: {local}           # of one forward on one rank: the largest that fits
+  local_batch_size: {local}           # of one forward on one rank: what fits, of 1 to 16
   num_epochs: 1
   ckpt_every_steps: 200
 distributed:

@@ -96,7 +96,9 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
     """Why this name may not be used, or an empty string; imports nothing."""
     name = ALIASES.get(dotted, dotted)
     if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
-        return f"{dotted!r} is not a dotted public name"
+        whole = next((known for known in ALLOWED if known.endswith(f".{dotted}")), "")
+        hint = f"; did you mean {whole}?" if whole else ""
+        return f"{dotted!r} is not a dotted public name{hint}"
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
     opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)

@@ -43,7 +43,7 @@ class Source:
         match = re.match(r"[\w.\[\]-]+", line)
         key = match[0] if match else ""
         while key:
-            if any(key == name or key.startswith(f"{name}.") for name in self.overridden):
+            if any(f"{key}.".startswith(f"{name}.") for name in self.overridden):
                 return f"command line: {line}"
             if key in self.places:
                 row, column, width = self.places[key]
@@ -51,6 +51,8 @@ class Source:
                 before, after = without_secrets(before), without_secrets(after)
                 text, caret = before + after, " " * len(before) + "^" * width
                 return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
+            if any(name.startswith(f"{key}.") for name in self.overridden):
+                return f"command line: {line}"
             key = key.rpartition(".")[0]
         return f"{self.path}: {line}" if self.path else line
 

@@ -34,8 +34,7 @@ FROM_YAML = {
     "wandb": "wandb",
 }
 _DEVICES = ("cpu", "nvme", "none")
-#: Of zero_optimization, to find misspellings; DeepSpeed judges the others. Some have a second name
-#: with `stage3_` in front.
+#: Of zero_optimization. Some have a second name with `stage3_` in front.
 _STAGE3_KEYS = (
     "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
     "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
@@ -54,6 +53,10 @@ _ZERO_KEYS = (
     "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
     "enable_sanity_checks", "leaf_module",
     *_STAGE3_KEYS, *(f"stage3_{name}" for name in _STAGE3_KEYS),
+)  # fmt: skip
+_OFFLOAD_KEYS = (
+    "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "ratio",
+    "pipeline_read", "pipeline_write", "fast_init", "super_offload", "cpuadam_cores_perc",
 )  # fmt: skip
 _PLAIN_ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
@@ -127,12 +130,21 @@ def _check_offload(zero: dict[str, Any], where: str) -> None:
                 f"{where}: {part} is {offload!r}, expected a mapping whose device is "
                 f"{' or '.join(_DEVICES)}"
             )
+        _check_names(offload, _OFFLOAD_KEYS, f"{where}: {part}")
         path = offload.get("nvme_path")
         is_there = isinstance(path, str) and Path(path).is_dir()
         if offload["device"] == "nvme" and not is_there:
             raise ValueError(
                 f"{where}: {part}.nvme_path is {path!r}, expected a directory on an NVMe disk"
             )
+
+
+def _check_names(section: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    for name in section:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
+            hint = f"did you mean {near[0]}?" if near else "DeepSpeed has no such key; remove it"
+            raise ValueError(f"{where}: {name} is unknown; {hint}")
 
 
 def _shown(name: str, value: Any) -> str:
@@ -142,10 +154,8 @@ def _shown(name: str, value: Any) -> str:
 
 def _check_numbers(zero: dict[str, Any], where: str) -> None:
     """Misspelt keys that would be ignored in silence, and sizes that are none."""
+    _check_names(zero, _ZERO_KEYS, where)
     for name, value in zero.items():
-        near = difflib.get_close_matches(name, _ZERO_KEYS, n=1, cutoff=0.85)
-        if name not in _ZERO_KEYS and near:
-            raise ValueError(f"{where}: {name} is unknown; did you mean {near[0]}?")
         is_size = name.endswith(("_size", "_distance", "_parameters", "_threshold"))
         if not is_size or name == "mics_shard_size":  # -1 switches that one off
             continue

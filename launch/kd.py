@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.config import load
+from ds_kd.config import check_world, load
 from ds_kd.key_table import list_keys
 from ds_kd.preflight import has_gpu
 from ds_kd.quiet import quiet
@@ -48,7 +48,7 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the plan of the run, run nothing"
     )
-    parser.add_argument("--ranks", type=int, default=1, metavar="N", help="of the plan")
+    parser.add_argument("--ranks", type=int, metavar="N", help="of the plan, or to check for")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of the plan: what has to fit, 80GB")
     parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
     parser.add_argument("--tflops", type=float, default=989.0, help="of the plan: that peak (H100)")
@@ -75,8 +75,10 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
     for name in ("ranks", "mfu", "tflops"):
         value = getattr(args, name)
-        if not (value > 0 and math.isfinite(value)):
+        if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name}: got {value}, expected a number > 0")
+    if args.mfu > 1:
+        parser.error(f"--mfu: got {args.mfu:g}, expected a share from 0 to 1, such as 0.4")
     if args.config is None and args.list_keys is None:
         parser.error("the following arguments are required: -c/--config")
     return args
@@ -104,6 +106,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
     if args.check:
+        with cfg.source.locating():
+            check_world(cfg, args.ranks or cfg.distributed.dp_size or 1)
         notes = [*cfg.notes]
         if cfg.dist_env.backend == "nccl" and not has_gpu():
             notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
@@ -117,12 +121,12 @@ def run(args: argparse.Namespace) -> int:
 
 def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     quiet()
-    from ds_kd.config import check_world
     from ds_kd.dry_run import bytes_of, describe
 
     room = None if args.gpu_memory is None else bytes_of(args.gpu_memory)
-    check_world(cfg, args.ranks)
-    print(describe(cfg, args.ranks, room, args.mfu, args.tflops))
+    ranks = args.ranks or cfg.distributed.dp_size or 1
+    check_world(cfg, ranks)
+    print(describe(cfg, ranks, room, args.mfu, args.tflops))
     return 0
 
 

@@ -105,6 +105,12 @@ def kept(world, paths, root, dtype, use_dora):
         out["exported"] = far(load(root / "exported"))
         again = PeftModel.from_pretrained(load(paths["student"]), root / "exported" / "adapter")
         out["exported_adapter"] = far(again.eval())
+        final, exported = (
+            load(path).state_dict() for path in (root / "cut/final", root / "exported")
+        )
+        out["apart"] = max(
+            (final[n].float() - exported[n].float()).abs().max().item() for n in final
+        )
     sizes = [p.stat().st_size for p in (latest / "engine").rglob("*") if p.is_file()]
     out["engine_bytes"] = sum(sizes)
     out["whole_bytes"] = sum(p.numel() * 12 for p in load(paths["student"]).parameters())
@@ -158,6 +164,11 @@ def test_adapter_merged_model_and_export_give_the_students_logits(results):
         assert run["base"] > 4 * limit, f"{name}: the adapter does nothing"
         for what in ("adapter", "final", "exported", "exported_adapter"):
             assert run[what] <= limit, f"{name}, {what}: {run}"
+
+
+def test_final_and_export_are_the_same_weights(results):
+    apart = {name: run["apart"] for name, run in results["runs"].items()}
+    assert apart["bf16"] == 0 and max(apart.values()) <= 1e-6, apart
 
 
 def test_frozen_weights_are_not_written_again(results):

@@ -319,6 +319,25 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.teacher={zero_optimization: {offload_optimizer: {device: cpu}}}",
             "a teacher has no optimizer; remove it, or write offload_param",
         ),
+        (
+            "deepspeed.student={zero_optimization: {stgae: 3}}",
+            "deepspeed.student: stgae is unknown; did you mean stage",
+        ),
+        (
+            "deepspeed.student={zero_optimization: {offload_param: {device: cpu, pin_memry: true}}}",
+            "offload_param: pin_memry is unknown; did you mean pin_memory",
+        ),
+        ("peft={rank: 8}", "peft.rank: write peft.dim"),
+        (
+            "dataset={_target_: ds_kd.data.squad.make_squad_dataset, truncation: maybe}",
+            "got 'maybe'",
+        ),
+        ("slurm={time: 4h}", "slurm.time: got '4h', expected days-hours"),
+        ("slurm.time=50400", "expected text; put it in quotes"),
+        ("kd_ratio='0.5'", "expected a number from 0 to 1; write it without quotes"),
+        ("optimizer._target_=AdamW", "did you mean torch.optim.AdamW"),
+        ("modle.pretrained=3", "command line: modle: unknown key; did you mean model"),
+        ("distributed.dp_size=3", "a multiple of local_batch_size 1 × dp_size 3"),
         ("checkpoint.restore_from=x", "restore_from: the same checkpoint_dir resumes by itself"),
         ("packed_sequence.split_across_pack=true", "split_across_pack: got True, expected false"),
         ("model.device_map=auto", "model.device_map: ZeRO-3 places the weights"),
@@ -400,6 +419,9 @@ def test_a_key_is_told_of_once(override):
         "deepspeed.student={zero_optimization: {sub_group_size: '${oc.env:N}'}}",
         "peft={lora_dtype: null, moe_rank_scaling: false, dropout_position: post}",
         "peft={target_modules: null}",
+        "fp8={enabled: false}",
+        "slurm={time: 1-00:00:00}",
+        "packed_sequence={packed_sequence_size: 0, split_across_pack: false}",
         "checkpoint={enabled: false, checkpoint_dir: /proc/version/x}",
         "checkpoint.checkpoint_dir=/no-such-disk/run",
         "teacher_model.pretrained_model_name_or_path=Qwen/Qwen3-0.6B",
@@ -606,6 +628,11 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert kd.main([*words, "dataset.split='train[:0]'"]) == 2
     told = capsys.readouterr().err
     assert "dataset.dataset_name: " in told and "no data" in told
+    few = ["dataloader.drop_last=true", "step_scheduler.global_batch_size=64"]
+    assert kd.main([*words, *few]) == 2
+    assert "40 samples make no global batch of 64" in capsys.readouterr().err
+    assert kd.main([*words[:2], "--check", "--ranks", "3"]) == 2
+    assert "global_batch_size: got 32, expected a multiple of" in capsys.readouterr().err
     assert kd.main([*words, "--gpu-memory", "lots"]) == 2
     assert "--gpu-memory: got 'lots', expected a size" in capsys.readouterr().err
     assert kd.main([*words, "--ranks", "3"]) == 2
