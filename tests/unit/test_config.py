@@ -324,8 +324,8 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
             "deepspeed.student: stgae is unknown; did you mean stage",
         ),
         (
-            "deepspeed.student={zero_optimization: {offload_param: {device: cpu, pin_memry: true}}}",
-            "offload_param: pin_memry is unknown; did you mean pin_memory",
+            "deepspeed.teacher={zero_optimization: {offload_param: {device: cpu, pin: 1}}}",
+            "offload_param: pin is unknown; DeepSpeed has no such key; remove it",
         ),
         ("peft={rank: 8}", "peft.rank: write peft.dim"),
         (
