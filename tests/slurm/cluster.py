@@ -117,6 +117,8 @@ class Cluster:
         self._until(lambda: self.about(job, "JobState") == "PENDING", "the requeued job", 90)
         # Those two minutes let the nodes clear up; started before, the attempt would be killed too.
         self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "idle nodes")
+        # A node counts in whole seconds: what starts in the one that ended the attempt is refused.
+        time.sleep(2)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
     def _daemon(self, *words: str) -> None:
