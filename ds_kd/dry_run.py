@@ -72,21 +72,7 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
-    if rows is not None:
-        of_epoch = -(-rows // steps.global_batch_size)
-        if cfg.dataloader.kwargs.get("drop_last"):
-            of_epoch = rows // steps.global_batch_size
-        if of_epoch == 0:
-            raise ConfigError(
-                [f"dataloader.drop_last: {rows} samples make no global batch of "
-                 f"{steps.global_batch_size}; write false, or a smaller one"]
-            )  # fmt: skip
-        of_data = of_epoch * steps.num_epochs
-        total = min(of_data, steps.max_steps or of_data)
-        note = "" if not packed else ", fewer as samples are packed"
-        lines.append(f"  steps: {total:,} from {rows:,} samples{note}")
-    elif steps.max_steps:
-        lines.append(f"  steps: at most {steps.max_steps:,}")
+    lines += _steps(cfg, rows)
     parts = plan.memory(student, teacher, work, world)
     lines.append("  memory of a rank, estimated:")
     lines += [f"    {name:<38}{_gib(size):>11}" for name, size in parts.items() if size]
@@ -106,6 +92,26 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
     )
     return "\n".join(lines)
+
+
+def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
+    """How many steps the run has, as far as its data is known."""
+    steps = cfg.step_scheduler
+    if rows is None:
+        return [f"  steps: at most {steps.max_steps:,}"] if steps.max_steps else []
+    of_epoch = -(-rows // steps.global_batch_size)
+    if cfg.dataloader.kwargs.get("drop_last"):
+        of_epoch = rows // steps.global_batch_size
+    if of_epoch == 0:
+        raise ConfigError(
+            [f"dataloader.drop_last: {rows} samples make no global batch of "
+             f"{steps.global_batch_size}; write false, or a smaller one"]
+        )  # fmt: skip
+    of_data = of_epoch * steps.num_epochs
+    total = min(of_data, steps.max_steps or of_data)
+    packs = cfg.packed_sequence.packed_sequence_size
+    note = ", fewer as samples are packed" if packs else ""
+    return [f"  steps: {total:,} from {rows:,} samples{note}"]
 
 
 def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, room: int) -> str:

@@ -48,6 +48,7 @@ def test_only_the_recipe_reads_the_config():
         "key_table.py",
         "contradictions.py",
         "pretrained.py",
+        "target_check.py",
         "optimizer.py",
     }
     assert readers == {*describe, "recipe.py", "dry_run.py", "starter.py"}

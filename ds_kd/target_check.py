@@ -1,0 +1,143 @@
+"""The `_target_` sections of a config: names, arguments, models and data, judged without importing
+anything they call."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ds_kd.aliases import ALIASES, NOT_WITH_ZERO
+from ds_kd.preflight import check_data, check_model
+from ds_kd.schema import MODEL
+from ds_kd.signatures import signature_of
+from ds_kd.targets import Target, problem, refuse, wrong_arguments
+from ds_kd.yaml_source import decoded
+
+
+def check_target(
+    value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: list[str]
+) -> Target | None:
+    """The `Target` of a section, after noting in `problems` all that is wrong with it.
+
+    Args:
+        value: what the YAML holds there.
+        path: its key.
+        meta: of the schema.
+        allow: prefixes of `_target_` names opened on the command line.
+    """
+    if value is None:
+        if meta.get("required"):
+            problems.append(f"{path}: missing; {meta['doc']}, for example {meta['example']}")
+        return Target(meta["target"], dict(meta["default"]), path) if "default" in meta else None
+    if not isinstance(value, dict):
+        first = "pretrained_model_name_or_path" if meta.get("target") == MODEL else "_target_"
+        problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
+        return None
+    kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
+    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
+        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
+    dotted = value.get("_target_", meta.get("target"))
+    if not isinstance(dotted, str):
+        hint = f"for example {meta['example']}" if "example" in meta else ""
+        problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
+        return None
+    refusal = refuse(dotted, allow)
+    if refusal:
+        problems.append(f"{path}._target_: {refusal}")
+    for name, inner in kwargs.items():
+        if isinstance(inner, dict) and "_target_" in inner:
+            problems.append(
+                f"{path}.{name}: a _target_ inside a _target_ is not called; give plain values"
+            )
+        if name in meta.get("flags", ()) and not isinstance(inner, bool):
+            problems.append(problem(f"{path}.{name}", inner, "true or false"))
+        if name.endswith("_fn") and inner is not None:
+            problems += _function(f"{path}.{name}", inner, allow)
+    target = Target(ALIASES.get(dotted, dotted), kwargs, path)
+    if meta.get("target") == MODEL:
+        if target.target != MODEL and not refusal and not allow:
+            problems.append(problem(f"{path}._target_", dotted, MODEL))
+        _model(path, kwargs, allow, problems)
+        return target
+    kind = meta.get("calls", ())
+    if not refusal and not target.target.startswith(kind or "") and not allow:
+        problems.append(
+            problem(f"{path}._target_", dotted, f"a name that begins with {' or '.join(kind)}")
+        )
+        return target
+    signature = None if refusal else signature_of(target.target)
+    if signature is not None:
+        given, also = meta.get("given", ()), meta.get("flags", ())
+        taken = signature.annotations
+        problems += wrong_arguments(target, taken, signature.is_open, given, also)
+        for name in signature.required:
+            if name not in kwargs and name not in given:
+                problems.append(f"{path}.{name}: missing; {target.target} needs it")
+    elif not refusal and target.target.startswith("ds_kd."):
+        problems.append(f"{path}._target_: there is no {target.target}")
+    if wrong := check_data(path, target.target, kwargs):
+        problems.append(wrong)
+    return target
+
+
+def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
+    """What is wrong with the dotted name of a function."""
+    if not isinstance(name, str):
+        return [problem(path, name, "a dotted name")]
+    if refused := refuse(name, allow):
+        return [f"{path}: {refused}"]
+    dotted = ALIASES.get(name, name)
+    if dotted.startswith("ds_kd.") and signature_of(dotted) is None:
+        return [f"{path}: there is no {dotted}"]
+    return []
+
+
+def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
+    name = kwargs.get("pretrained_model_name_or_path")
+    if wrong := check_model(path, kwargs):
+        problems.append(wrong)
+    for given in set(kwargs) - _MODEL_KEYS:
+        near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
+        if near:
+            problems.append(f"{path}.{given}: unknown key; did you mean {path}.{near[0]}?")
+    problems += [f"{path}.{n}: {NOT_WITH_ZERO[n]}" for n in kwargs if n in NOT_WITH_ZERO]
+    for spelling in ("torch_dtype", "dtype"):
+        dtype = str(kwargs.get(spelling, "auto")).removeprefix("torch.")
+        if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
+            problems.append(
+                problem(
+                    f"{path}.{spelling}",
+                    kwargs[spelling],
+                    "bf16, fp32 or auto",
+                    f"write {spelling}: bf16",
+                )
+            )
+    attention = kwargs.get("attn_implementation")
+    is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
+    if attention is not None and not is_kernel and attention not in _ATTENTION:
+        problems.append(problem(f"{path}.attn_implementation", attention, " or ".join(_ATTENTION)))
+    if kwargs.get("trust_remote_code") and name not in allow:
+        problems.append(
+            f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
+            f"{name} to permit it"
+        )
+
+
+_ATTENTION = (
+    "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+    "flex_attention",
+)  # fmt: skip
+#: Of from_pretrained, to find misspellings; it takes others, which models then judge.
+_MODEL_KEYS = {
+    "pretrained_model_name_or_path",
+    "torch_dtype",
+    "dtype",
+    "attn_implementation",
+    "trust_remote_code",
+    "revision",
+    "cache_dir",
+    "gguf_file",
+    "subfolder",
+    "token",
+    "use_safetensors",
+}
