@@ -48,15 +48,6 @@ UNSUPPORTED = {
     "torch.nn.KLDivLoss": "write ds_kd.losses.KDLoss",
 }
 
-#: Sections of the schema that belong to later work: refused, never silently ignored.
-REFUSED_SECTIONS = {
-    "separate_meshes": "student and teacher share all ranks here; remove it and "
-    "teacher_distributed",
-    "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
-    "the teacher)",
-    "quantization": "quantised training is not supported; remove the section",
-}
-
 _PLACES = "ZeRO-3 places the weights; remove it"
 _QUANTIZES = "quantised weights are not supported; remove it and write torch_dtype: bf16"
 #: Arguments of from_pretrained that contradict ZeRO-3.
@@ -68,8 +59,14 @@ NOT_WITH_ZERO = {
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
 NEMO_KERNELS = {"use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf"}
 
-#: Keys of NeMo-AutoModel that have no meaning here, and what does the same.
+#: Keys of NeMo-AutoModel that have no meaning here: refused unless they are off, and what to do
+#: instead.
 REFUSED_KEYS = {
+    "separate_meshes": "student and teacher share all ranks here; remove it and "
+    "teacher_distributed",
+    "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
+    "the teacher)",
+    "quantization": "quantised training is not supported; remove the section",
     "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
     "checkpoint.single_rank_consolidation": "rank 0 writes the student; remove it",
     "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself; remove it",

@@ -15,7 +15,6 @@ from ds_kd import __version__
 from ds_kd.aliases import (
     NEMO_KERNELS,
     REFUSED_KEYS,
-    REFUSED_SECTIONS,
     transformers_schedule,
 )
 from ds_kd.contradictions import find_contradictions, is_number
@@ -48,9 +47,6 @@ def load(
 
 def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     problems: list[str] = []
-    for name in [n for n in data if n in REFUSED_SECTIONS]:
-        if data.pop(name) not in (None, False):
-            problems.append(f"{name}: {REFUSED_SECTIONS[name]}")
     schedule = data.get("lr_scheduler")
     if isinstance(schedule, dict):
         data["lr_scheduler"] = transformers_schedule(decoded(schedule), problems)
@@ -138,10 +134,9 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
     values = {}
     for name, value in data.items():
         path = f"{prefix}{name}"
-        if path in REFUSED_KEYS and _is_off(value):
-            continue
         if path in REFUSED_KEYS:
-            problems.append(f"{path}: {REFUSED_KEYS[path]}")
+            if not _is_off(value):
+                problems.append(f"{path}: {REFUSED_KEYS[path]}")
             continue
         if name not in known:
             near = difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.75)

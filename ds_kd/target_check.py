@@ -45,14 +45,7 @@ def check_target(
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
     for name, inner in kwargs.items():
-        if isinstance(inner, dict) and "_target_" in inner:
-            problems.append(
-                f"{path}.{name}: a _target_ inside a _target_ is not called; give plain values"
-            )
-        if name in meta.get("flags", ()) and not isinstance(inner, bool):
-            problems.append(problem(f"{path}.{name}", inner, "true or false"))
-        if name.endswith("_fn") and inner is not None:
-            problems += _function(f"{path}.{name}", inner, allow)
+        problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
         if target.target != MODEL and not refusal and not allow:
@@ -78,6 +71,18 @@ def check_target(
     if wrong := check_data(path, target.target, kwargs):
         problems.append(wrong)
     return target
+
+
+def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:
+    """What is wrong with an argument whatever is called with it."""
+    problems = []
+    if isinstance(value, dict) and "_target_" in value:
+        problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
+    if is_flag and not isinstance(value, bool):
+        problems.append(problem(path, value, "true or false"))
+    if path.endswith("_fn") and value is not None:
+        problems += _function(path, value, allow)
+    return problems
 
 
 def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:

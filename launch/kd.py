@@ -106,8 +106,9 @@ def run(args: argparse.Namespace) -> int:
         return 0
     cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
     if args.check:
-        with cfg.source.locating():
-            check_world(cfg, args.ranks or cfg.distributed.dp_size or 1)
+        if args.ranks is not None:
+            with cfg.source.locating():
+                check_world(cfg, args.ranks)
         notes = [*cfg.notes]
         if cfg.dist_env.backend == "nccl" and not has_gpu():
             notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
