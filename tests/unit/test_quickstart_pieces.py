@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd import prune as pruning
 from tests import tiny
 from tests.scripts import LAUNCH, script
 
@@ -106,7 +107,7 @@ def test_sentences_end_at_full_stops_but_not_at_abbreviations():
     ],
 )
 def test_kept_layers_are_evenly_spaced_from_first_to_last(keep, total, layers):
-    assert prune.choose_layers(str(keep), total) == layers
+    assert pruning.choose_layers(str(keep), total) == layers
 
 
 def test_a_pruned_model_is_the_teacher_with_the_other_layers_skipped(tmp_path):
@@ -131,8 +132,48 @@ def test_a_pruned_model_is_the_teacher_with_the_other_layers_skipped(tmp_path):
 
 def test_pruning_renumbers_the_layers_of_the_model_in_memory(tmp_path):
     model = load(tiny.llama(tmp_path / "teacher", layers=5))
-    prune.prune(model, [0, 2, 4])
+    pruning.prune(model, [0, 2, 4])
     assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1, 2]
+
+
+def test_layers_that_turn_the_stream_least_are_dropped_for_calibration_rows(tmp_path):
+    teacher = tiny.llama(tmp_path / "teacher", layers=5)
+    model = load(teacher)
+    for idle in (1, 3):  # a layer that adds nothing has an influence of exactly 0
+        torch.nn.init.zeros_(model.model.layers[idle].self_attn.o_proj.weight)
+        torch.nn.init.zeros_(model.model.layers[idle].mlp.down_proj.weight)
+    model.save_pretrained(teacher)
+    rows = tmp_path / "rows.jsonl"
+    answer = {"text": ["the answer"], "answer_start": [0]}
+    row = {"context": "a context", "question": "a question", "answers": answer}
+    rows.write_text(json.dumps(row) + "\n")
+    command = ["--teacher", str(teacher), "--keep-layers", "3", "--calibration", str(rows)]
+    assert prune.main([*command, "--output", str(tmp_path / "student")]) == 0
+    pruned, tokens = load(tmp_path / "student"), [5, 9, 33, 70, 4]
+    assert pruned.config.num_hidden_layers == 3
+    torch.testing.assert_close(logits(pruned, tokens), logits(model, tokens), atol=1e-6, rtol=1e-5)
+
+
+def test_block_influence_is_the_mean_turn_of_supervised_tokens(tmp_path):
+    model = load(tiny.llama(tmp_path / "teacher", layers=3))
+    sample = {"input_ids": [5, 9, 33, 70], "labels": [-100, 33, 70, -100]}
+    stream = model.model(torch.tensor([[5, 9, 33, 70]]), output_hidden_states=True).hidden_states
+    # By hand for layer 1: positions 1 and 2 are supervised.
+    turns = [1 - torch.cosine_similarity(stream[1][0, i], stream[2][0, i], dim=0) for i in (1, 2)]
+    influence = pruning.block_influence(model, [sample])
+    assert influence[1] == pytest.approx(sum(turns).item() / 2, rel=1e-5)
+    assert pruning.most_influential([0.1, 0.5, 0.2, 0.9, 0.0], 3) == [0, 3, 4]
+
+
+def test_calibration_rows_that_no_data_set_reads_are_a_users_error(tmp_path, capsys):
+    teacher = tiny.llama(tmp_path / "teacher")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"other": "column"}\n')
+    command = ["--teacher", str(teacher), "--keep-layers", "1", "--calibration", str(rows)]
+    assert prune.main([*command, "--output", str(tmp_path / "student")]) == 2
+    message = capsys.readouterr().err
+    assert "--calibration" in message and "columns other" in message
+    assert message.count("\n") == 1
 
 
 def test_settings_given_per_layer_are_pruned_too(tmp_path):

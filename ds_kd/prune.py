@@ -1,0 +1,269 @@
+"""Depth pruning: a student made of some of a model's layers and everything else of it.
+
+A transformer's layers all read and write the same residual stream, so a model with some of them
+missing still computes something, badly. It starts far nearer to the teacher than random weights do:
+embeddings, head and final norm fit at once, and the kept layers have only to learn to bridge the
+gaps.
+
+Two ways to choose. Evenly spaced layers, first and last included, need no data: those two do what
+no other does (lift embeddings into the stream, prepare it for the head). With calibration texts,
+`block_influence` measures how much each layer turns the stream (Men et al. 2024, arXiv:2403.03853),
+and the layers that turn it least are dropped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ds_kd.errors import first_line
+from ds_kd.losses import IGNORE_INDEX
+
+#: Rows that `block_influence` looks at; more of them change its order of layers little.
+CALIBRATION_SAMPLES = 32
+# Settings that list layer numbers; those that list one value per layer are found by their length.
+LISTS_OF_LAYERS = ("mlp_only_layers",)
+
+
+class PruneError(Exception):
+    """The command cannot be carried out; the message is for the user."""
+
+
+def evenly_spaced(keep: int, total: int) -> list[int]:
+    """`keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
+    if keep == 1:
+        return [0]
+    # round() would send halves to the even neighbour; adding 1/2 in integers sends them all up.
+    return [(2 * i * (total - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]
+
+
+def choose_layers(text: str, total: int) -> list[int]:
+    """Which layers `--keep-layers` means in a model of `total` layers."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise PruneError(
+            f"--keep-layers {text}: give a count such as 6, or layer numbers such as 0,5,11"
+        ) from None
+    if len(numbers) == 1:
+        if not 1 <= numbers[0] <= total:
+            raise PruneError(
+                f"--keep-layers {text}: the model has {total} layers; give 1 to {total}"
+            )
+        return evenly_spaced(numbers[0], total)
+    if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= total:
+        raise PruneError(
+            f"--keep-layers {text}: numbers must rise and lie between 0 and {total - 1}"
+        )
+    return numbers
+
+
+def calibration_samples(source: Path, tokenizer: Any) -> list[dict[str, list[int]]]:
+    """Return the first `CALIBRATION_SAMPLES` rows of a data file, tokenised.
+
+    Raises:
+        PruneError: no data set reads them, or no token of them is supervised.
+    """
+    from ds_kd.data.detect import samples_of
+
+    try:
+        samples = list(samples_of(str(source), tokenizer, CALIBRATION_SAMPLES))
+    except ValueError as error:
+        raise PruneError(f"--calibration {source}: {first_line(error)}") from error
+    if all(label == IGNORE_INDEX for sample in samples for label in sample["labels"]):
+        raise PruneError(f"--calibration {source}: no token of its first rows is supervised")
+    return samples
+
+
+def block_influence(model: Any, samples: list[dict[str, list[int]]]) -> list[float]:
+    """Measure how much each layer turns the residual stream where tokens are supervised.
+
+    Args:
+        model: a Hugging Face causal language model in eval mode.
+        samples: `input_ids` and shifted `labels`, as the data sets give them.
+
+    Returns:
+        Per layer, the mean of 1 - cos(stream before, stream after) over supervised positions
+        (block influence, Men et al. 2024, arXiv:2403.03853, equation 1).
+    """
+    import torch
+
+    total = model.config.get_text_config().num_hidden_layers
+    sums, count = torch.zeros(total, dtype=torch.float64), 0
+    for sample in samples:
+        rows = [i for i, label in enumerate(sample["labels"]) if label != IGNORE_INDEX]
+        with torch.no_grad():
+            out = model.base_model(
+                input_ids=torch.tensor([sample["input_ids"]]),
+                use_cache=False,
+                output_hidden_states=True,
+            )
+        stream = torch.stack(out.hidden_states)[:, 0, rows].float()
+        # The last of transformers' hidden states has passed the final norm; cosine forgives a
+        # scale, and the last layer is kept whatever it measures.
+        cosine = torch.nn.functional.cosine_similarity(stream[:-1], stream[1:], dim=-1)
+        sums += (1 - cosine).sum(-1).double()
+        count += len(rows)
+    return [float(value) / count for value in sums]
+
+
+def most_influential(influence: list[float], keep: int) -> list[int]:
+    """Return the numbers of the first, the last and the most influential layers, rising."""
+    last = len(influence) - 1
+    ranked = sorted(range(last + 1), key=lambda i: (i not in (0, last), -influence[i]))
+    return sorted(ranked[:keep])
+
+
+def find_layers(model: Any, total: int) -> tuple[Any, str]:
+    """The module that holds the model's layers, and its attribute name there."""
+    from torch.nn import ModuleList
+
+    names = [n for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == total]
+    # A mixture of experts with as many experts as layers has such lists inside the one meant.
+    outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
+    if len(outermost) != 1:
+        raise PruneError(
+            f"{type(model).__name__}: expected one ModuleList of {total} layers, found "
+            f"{outermost or 'none'}; only decoder-only models can be pruned"
+        )
+    parent, _, attribute = outermost[0].rpartition(".")
+    return model.get_submodule(parent), attribute
+
+
+def prune_config(config: Any, keep: list[int]) -> None:
+    """Make `config` describe the kept layers: their number and every setting given per layer."""
+    total = config.num_hidden_layers
+    for key, value in list(vars(config).items()):
+        if key in LISTS_OF_LAYERS and value:
+            setattr(config, key, [keep.index(layer) for layer in value if layer in keep])
+        elif isinstance(value, (list, tuple)) and len(value) == total and "layer" in key:
+            setattr(config, key, [value[layer] for layer in keep])
+    config.num_hidden_layers = len(keep)
+
+
+def prune(model: Any, keep: list[int]) -> None:
+    """Drop all layers of `model` but `keep`, in place."""
+    from torch.nn import ModuleList
+
+    config = model.config.get_text_config()
+    parent, attribute = find_layers(model, config.num_hidden_layers)
+    layers = getattr(parent, attribute)
+    setattr(parent, attribute, ModuleList(layers[i] for i in keep))
+    for position, layer in enumerate(getattr(parent, attribute)):
+        for module in layer.modules():
+            if hasattr(module, "layer_idx"):  # the key-value cache is addressed by it
+                module.layer_idx = position
+    prune_config(config, keep)
+
+
+def load(source: str, dtype: str) -> tuple[Any, Any]:
+    """Load the model and tokenizer of a directory or hub id.
+
+    Raises:
+        PruneError: they cannot be had.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(source)
+    is_hub_id = source.count("/") <= 1 and not source.startswith(("/", "."))
+    if not path.is_dir() and not is_hub_id:
+        raise PruneError(f"--teacher {source}: no such directory")
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        where = "there" if path.is_dir() else "(no such directory, so the hub was asked)"
+        reason = first_line(error)
+        raise PruneError(
+            f"--teacher {source}: no model with a tokenizer {where}: {reason}"
+        ) from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise PruneError(f"--teacher {source}: {first_line(error)}") from error
+    return model.eval(), tokenizer
+
+
+def logits(model: Any) -> Any:
+    """`[1, 16, vocabulary]` for fixed random tokens."""
+    import torch
+
+    size = model.get_input_embeddings().num_embeddings
+    tokens = torch.randint(0, size, (1, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits.float()
+
+
+def verify(directory: Path, expected: Any) -> None:
+    """Load the result as a user would and compare.
+
+    Same weights, same operations: the difference is 0 wherever loading picked the same kernels, and
+    rounding otherwise. A lost or misplaced layer changes logits by their own size.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
+    difference = (logits(model) - expected).abs().max().item()
+    if not difference <= 1e-2 * expected.abs().max().item():
+        raise PruneError(
+            f"the written model differs from the pruned one by {difference:.3g} in logits: this "
+            "architecture has settings per layer which prune.py does not know"
+        )
+
+
+def write_pruned(
+    source: str,
+    keep_layers: str,
+    output: Path,
+    dtype: str = "auto",
+    calibration: Path | None = None,
+) -> str:
+    """Write the pruned model, loaded again and compared, and return a line that describes it.
+
+    Args:
+        source: directory or hub id of the model to prune.
+        keep_layers: how many layers to keep, or their numbers (`0,5,11`).
+        output: directory to write; it appears whole or not at all.
+        dtype: of the weights, as `from_pretrained` takes it.
+        calibration: a text or JSON-lines file; with it a count keeps the most influential layers.
+
+    Raises:
+        PruneError: the model, the layers, the file or the output do not fit.
+    """
+    if output.exists():
+        raise PruneError(f"--output {output} exists; remove it or give another name")
+    partial = output.with_name(output.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise PruneError(f"--output {output}: cannot be written ({error.strerror})") from None
+    try:
+        described = _prune_into(partial, source, keep_layers, dtype, calibration)
+        partial.rename(output)  # only a whole and checked student ever carries the final name
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return described
+
+
+def _prune_into(
+    directory: Path, source: str, keep_layers: str, dtype: str, calibration: Path | None
+) -> str:
+    model, tokenizer = load(source, dtype)
+    total, before = model.config.get_text_config().num_hidden_layers, model.num_parameters()
+    keep = choose_layers(keep_layers, total)
+    if calibration is not None and "," not in keep_layers:
+        influence = block_influence(model, calibration_samples(calibration, tokenizer))
+        keep = most_influential(influence, len(keep))
+    prune(model, keep)
+
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    verify(directory, logits(model))
+    after = model.num_parameters()
+    return (
+        f"kept layers {', '.join(map(str, keep))} of {total}\n"
+        f"parameters: {before / 1e6:.1f} M → {after / 1e6:.1f} M ({after / before - 1:+.0%})"
+    )
