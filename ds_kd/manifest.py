@@ -11,12 +11,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ds_kd.errors import UserError
+
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
 #: Of torch and safetensors, besides the system's own, where a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError):
     """A checkpoint cannot be used or written; the message names the file and what to do."""
 
 

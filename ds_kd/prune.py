@@ -17,7 +17,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from ds_kd.errors import first_line
+from ds_kd.errors import UserError, first_line
 from ds_kd.losses import IGNORE_INDEX
 
 #: Rows that `block_influence` looks at; more of them change its order of layers little.
@@ -26,7 +26,7 @@ CALIBRATION_SAMPLES = 32
 LISTS_OF_LAYERS = ("mlp_only_layers",)
 
 
-class PruneError(Exception):
+class PruneError(UserError):
     """The command cannot be carried out; the message is for the user."""
 
 

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.aliases import ALIASES, ALLOWED, UNSUPPORTED
-from ds_kd.errors import first_line
+from ds_kd.errors import UserError, first_line
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
     def __init__(self, problems: list[str]):

@@ -21,6 +21,7 @@ import torch
 
 from ds_kd.checkpoint import Checkpointer
 from ds_kd.distributed import World, lost_ranks, sum_over_ranks
+from ds_kd.errors import UserError
 from ds_kd.losses import SUMS
 from ds_kd.metrics import Metrics, memory_gib
 from ds_kd.schedule import Schedule
@@ -29,7 +30,7 @@ from ds_kd.state import TrainState
 Batch = dict[str, Any]
 
 
-class TrainingError(RuntimeError):
+class TrainingError(UserError):
     """The run cannot go on; the message says why and which samples were involved."""
 
 

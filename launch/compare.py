@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.errors import UserError
 from ds_kd.quiet import quiet
 
 NEW_TOKENS = 40
@@ -29,7 +30,7 @@ SHOWN = (
 )
 
 
-class CompareError(Exception):
+class CompareError(UserError):
     """Something to compare is missing; the message is for the user."""
 
 

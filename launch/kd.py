@@ -25,6 +25,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import check_world, load
+from ds_kd.errors import UserError
 from ds_kd.key_table import list_keys
 from ds_kd.preflight import has_gpu
 from ds_kd.quiet import quiet
@@ -187,11 +188,7 @@ def main(argv: list[str] | None = None) -> int:
         return run(args)
     except ConfigError as error:
         message, code = error.text(excerpts=sys.stderr.isatty()), 2
-    except Exception as error:
-        # The project's own errors are for users: one message. Anything else is a bug and keeps its
-        # traceback.
-        if not type(error).__module__.startswith("ds_kd."):
-            raise
+    except UserError as error:
         message, code = str(error), 1
     if _speaks():
         rank = int(os.environ.get("RANK", "0"))
