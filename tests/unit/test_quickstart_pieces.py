@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd import comparison
 from ds_kd import prune as pruning
+from ds_kd.data.detect import samples_of
 from tests import tiny
 from tests.scripts import LAUNCH, script
 
@@ -34,6 +36,12 @@ def load(path: Path, dtype: str | torch.dtype = "auto"):
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def load_tokenizer(path: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path)
 
 
 # ----------------------------------------------------------------------------------------- dataset
@@ -351,7 +359,7 @@ def test_the_comparison_reads_first_and_last_validation_and_the_median_speed():
         {"step": 3, "train_loss": 6.0, "tokens_per_sec": 200.0},
         {"step": 3, "val_loss": 3.0, "val_ce_loss": 4.0, "val_kd_loss": 2.5},
     ]
-    text = "\n".join(compare.summary(records))
+    text = "\n".join(comparison.summary(records))
     # CE 8 → 4 is -50 %, KD 10 → 2.5 is -75 %; the median of 100, 300, 200 is 200.
     assert "step 0 → 3" in text and "-50 %" in text and "-75 %" in text and "200 tokens/s" in text
 
@@ -369,6 +377,33 @@ def test_the_comparison_shows_the_answers_of_all_three_models(tmp_path, capsys):
     shown = capsys.readouterr().out
     for label in ("teacher", "student before", "student after", "top-1 agreement"):
         assert label in shown
-    metrics.write_text("")
-    assert compare.main(command) == 2
-    assert "fewer than two validations" in capsys.readouterr().err
+    metrics.write_text("")  # as after a run without validation: the answers are shown all the same
+    assert compare.main(command) == 0
+    shown = capsys.readouterr().out
+    assert "fewer than two validations" in shown and "student after" in shown
+
+
+def test_rows_of_every_data_set_can_be_asked_about(tmp_path):
+    model = tiny.llama(tmp_path / "model")
+    chat = load_tokenizer(model)
+    chat.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} <eos> {% endfor %}"
+        "{% if add_generation_prompt %}assistant {% endif %}"
+    )
+    chat.save_pretrained(tmp_path / "chat")
+    turns = [("user", "w5"), ("assistant", "w6"), ("user", "w7 w8"), ("assistant", "w9 w10")]
+    row = {"messages": [{"role": role, "content": text} for role, text in turns]}
+    (tmp_path / "chat.jsonl").write_text(json.dumps(row) + "\n")
+    sample = samples_of(str(tmp_path / "chat.jsonl"), chat, 1)[0]
+    prompt, expected = comparison.question_of(sample, chat)
+    # The header (an unknown word here) belongs to the question, the last turn alone is asked for.
+    unknown = chat.unk_token_id
+    assert chat.decode(prompt).endswith("w7 w8 <eos> <unk>") and prompt[-1] == unknown
+    assert chat.decode(expected).startswith("w9 w10")
+
+    row = {"ctx": "w5 w6", "endings": ["w7", "w8 w9"], "label": 1}
+    (tmp_path / "hellaswag.jsonl").write_text(json.dumps(row) + "\n")
+    plain = load_tokenizer(model)
+    sample = samples_of(str(tmp_path / "hellaswag.jsonl"), plain, 1)[0]
+    prompt, expected = comparison.question_of(sample, plain)
+    assert plain.decode(prompt) == "w5 w6" and plain.decode(expected).startswith("w8 w9")

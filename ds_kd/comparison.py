@@ -1,0 +1,157 @@
+"""What a distillation run achieved: its log's numbers, and a held-out row put to all models."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+from ds_kd.data.detect import samples_of
+from ds_kd.errors import UserError, first_line
+from ds_kd.losses import IGNORE_INDEX
+
+NEW_TOKENS = 40
+_PROMPT_SHOWN = 400  # characters of a long prompt's end
+SHOWN = (
+    ("val_ce_loss", "CE, nats per token"),
+    ("val_kd_loss", "KD, nats per token"),
+    ("val_top1_agreement", "top-1 agreement"),
+)
+
+
+class CompareError(UserError):
+    """Something to compare is missing; the message is for the user."""
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the records of a JSON-lines file.
+
+    Raises:
+        CompareError: it cannot be read, or a line is not JSON.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise CompareError(f"{path}: {error.strerror}") from error
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records += [json.loads(line)] if line.strip() else []
+        except json.JSONDecodeError as error:
+            raise CompareError(f"{path}, line {number}: not JSON: {error.msg}") from error
+    return records
+
+
+def summary(records: list[dict[str, Any]]) -> list[str]:
+    """Return lines that tell validation before and after a run, and its speed."""
+    validations = [record for record in records if "val_loss" in record]
+    if len(validations) < 2:
+        return [
+            "the log holds fewer than two validations, so there is no before and after; give the "
+            "run a validation_dataset and step_scheduler.val_at_start: true"
+        ]
+    first, last = validations[0], validations[-1]
+    lines = [f"validation                before  →  after (step {first['step']} → {last['step']})"]
+    for key, label in SHOWN:
+        if key in first and key in last:
+            was, now = first[key], last[key]
+            is_loss = key.endswith("_loss") and was
+            fell = f"   {100 * (now / was - 1):+.0f} %" if is_loss else ""
+            lines.append(f"  {label:<20} {was:9.4f}  → {now:8.4f}{fell}")
+    speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]
+    if speeds:
+        median = statistics.median(speeds)
+        lines.append(f"speed: {median:.0f} tokens/s (median of {len(speeds)} steps)")
+    return lines
+
+
+def question_of(sample: dict[str, list[int]], tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens that ask for the last supervised run of a sample, and those of that run.
+
+    Args:
+        sample: `input_ids` and shifted `labels`.
+        tokenizer: where a chat template opens the answer with a header, the header is part of the
+            question.
+
+    Raises:
+        CompareError: nothing in the sample is supervised.
+    """
+    labels = sample["labels"]
+    supervised = [i for i, label in enumerate(labels) if label != IGNORE_INDEX]
+    if not supervised:
+        raise CompareError("that row has no supervised token, so there is nothing to ask for")
+    start = supervised[-1]
+    while start and labels[start - 1] != IGNORE_INDEX:
+        start -= 1
+    prompt, answer = sample["input_ids"][: start + 1], labels[start : supervised[-1] + 1]
+    header = _answer_header(tokenizer)
+    if header and answer[: len(header)] == header:
+        prompt, answer = prompt + header, answer[len(header) :]
+    return prompt, answer
+
+
+def _answer_header(tokenizer: Any) -> list[int]:
+    """Tokens with which the chat template opens an assistant's turn; none without a template."""
+    if tokenizer.chat_template is None:
+        return []
+    turn = [{"role": "user", "content": "x"}]
+    closed, opened = (
+        list(
+            tokenizer.apply_chat_template(turn, add_generation_prompt=opens, return_dict=True)[
+                "input_ids"
+            ]
+        )
+        for opens in (False, True)
+    )
+    return opened[len(closed) :] if opened[: len(closed)] == closed else []
+
+
+def answer(directory: Path, prompt: list[int]) -> str:
+    """Return the greedy answer of a model to the prompt's tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    ids = torch.tensor([prompt])
+    out = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )
+    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip()
+
+
+def compare(models: dict[str, Path], data: Path, row: int) -> list[tuple[str, str]]:
+    """Return (label, text) of a held-out question, its expected answer and every model's.
+
+    Args:
+        models: directories by label; they share one tokenizer.
+        data: rows of any data set of the schema.
+        row: which of them, from 0.
+
+    Raises:
+        CompareError: a model or that row is missing.
+    """
+    from transformers import AutoTokenizer
+
+    for directory in models.values():
+        if not (directory / "config.json").is_file():
+            raise CompareError(f"{directory}: no Hugging Face model there")
+    tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
+    try:
+        samples = samples_of(str(data), tokenizer, row + 1)
+    except ValueError as error:
+        raise CompareError(f"--data: {first_line(error)}") from error
+    if row >= len(samples):
+        raise CompareError(f"--row {row}: {data} has {len(samples)} rows")
+    prompt, expected = question_of(samples[row], tokenizer)
+    question, wanted = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (prompt, expected)
+    )
+    if len(question) > _PROMPT_SHOWN:
+        question = "… " + question[-_PROMPT_SHOWN:]
+    told = [("question", question), ("expected", wanted)]
+    return told + [(label, answer(path, prompt)) for label, path in models.items()]
