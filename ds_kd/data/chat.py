@@ -1,8 +1,8 @@
 """Text → token ids and the mask of supervised tokens, and the one label shift of the project.
 
-What is supervised follows NeMo-AutoModel: in plain form everything after the prompt's tokens; in
-chat form everything an assistant turn adds to the rendered conversation (header and closing tokens
-included), or what the template marks with `{% generation %}`.
+In plain form the answer's tokens are supervised, and EOS after them; in chat form everything an
+assistant turn adds to the rendered conversation (header and closing tokens included), or what the
+template marks with `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -35,16 +35,36 @@ def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> di
 def tokenize_prompt_answer(
     tokenizer: Any, prompt: str, answer: str
 ) -> tuple[list[int], list[bool]]:
-    """Plain form: `prompt + answer` with special tokens; supervised after the prompt's tokens.
+    """Tokenise running text; supervised are all tokens that hold some of the answer, and EOS.
 
-    The prompt's tokens are counted alone, as in NeMo-AutoModel: where a prompt ends in a space that
-    a BPE merges into the answer's first token, that one token counts as the prompt's.
+    The text is tokenised once, as the model will read it. Where a BPE merges the prompt's last
+    space into the answer's first token, that token is the answer's: it has its characters. EOS ends
+    the answer, so that the student learns to stop; an empty answer supervises nothing.
+
+    Args:
+        tokenizer: one with offsets tells which characters each token holds; of one without, what
+            follows the tokens that the text shares with its prompt alone is the answer's.
+        prompt, answer: texts, joined as they are.
     """
-    ids = tokenizer(prompt + answer)["input_ids"]
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    start = len(prompt_ids) + (bos is not None and ids[:1] == [bos] and prompt_ids[:1] != [bos])
-    return ids, [i >= start for i in range(len(ids))]
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        # Special tokens, however many a tokenizer puts in front, hold no characters: (0, 0).
+        mask = [start < end and end > len(prompt) for start, end in offsets]
+    else:
+        ids = list(tokenizer(prompt + answer)["input_ids"])
+        alone = tokenizer(prompt.rstrip())["input_ids"]
+        same = [one == other for one, other in zip(ids, alone, strict=False)]
+        start = [*same, False].index(False)
+        mask = [i >= start for i in range(len(ids))]
+    if not answer.strip():
+        return ids, [False] * len(ids)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids, mask
+    if ids[-1] == eos:
+        return ids, [*mask[:-1], True]
+    return [*ids, eos], [*mask, True]
 
 
 def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
