@@ -15,8 +15,10 @@ import torch
 from ds_kd import engines, lora, models
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
 from ds_kd.config import check_world, fingerprint
+from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
+from ds_kd.data.supervision import tell_unsupervised
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
 from ds_kd.metrics import Metrics
@@ -223,15 +225,8 @@ def _compile(cfg: RunConfig, model: Any) -> None:
 def _samples(
     cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
 ) -> Any:
-    """The data set; packs where the YAML wants them."""
-    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-    name = next((name for name in names if name in dataset.kwargs), None)
-    rows = as_config_error(
-        f"{dataset.key}.{name}" if name else dataset.key,
-        dataset.kwargs[name] if name else dataset.target,
-        lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
-        "a data set",
-    )
+    """The data set, its samples checked; packs where the YAML wants them."""
+    rows = samples_of(dataset, tokenizer, world, allow)
     if not _packs(cfg):
         return rows
     size = cfg.packed_sequence.packed_sequence_size
@@ -241,6 +236,35 @@ def _samples(
         lambda: PackedDataset(rows, size, cfg.rng.seed),
         f"room for every sample of {dataset.key}",
     )
+
+
+def samples_of(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
+    """Build a data set and check what it gives.
+
+    Raises:
+        ConfigError: it cannot be had, its samples break the contract of `ds_kd.data.own`, or none
+            of them is supervised.
+    """
+    kwargs = dict(dataset.kwargs)
+    labels = kwargs.pop("labels", SHIFTED)
+    wanted = Target(dataset.target, kwargs, dataset.key)
+    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
+    name = next((name for name in names if name in dataset.kwargs), None)
+    key = f"{dataset.key}.{name}" if name else dataset.key
+    given = dataset.kwargs[name] if name else dataset.target
+    rows = as_config_error(
+        key,
+        given,
+        lambda: rank0_first(lambda: instantiate(wanted, allow, tokenizer=tokenizer), world),
+        "a data set",
+    )
+    if not dataset.target.startswith("ds_kd.data."):
+        own = functools.partial(OwnSamples, rows, len(tokenizer), labels)
+        rows = as_config_error(dataset.key, dataset.target, own, "a data set as docs/data.md says")
+    told = as_config_error(key, given, lambda: tell_unsupervised(rows), "samples that teach")
+    if told and world.is_main:
+        print(f"{dataset.key}: {told}", flush=True)
+    return rows
 
 
 def _loader(

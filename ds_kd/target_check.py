@@ -52,6 +52,11 @@ def check_target(
             problems.append(problem(f"{path}._target_", dotted, MODEL))
         _model(path, kwargs, allow, problems)
         return target
+    for name, among in meta.get("words", {}).items():
+        if name in kwargs and kwargs[name] not in among:
+            problems.append(problem(f"{path}.{name}", kwargs[name], " or ".join(among)))
+    if target.target.startswith("ds_kd.data.") and kwargs.pop("labels", "") == "unshifted":
+        problems.append(f"{path}.labels: {target.target} shifts its labels itself; remove it")
     kind = meta.get("calls", ())
     if not refusal and not target.target.startswith(kind or "") and not allow:
         problems.append(
@@ -60,7 +65,7 @@ def check_target(
         return target
     signature = None if refusal else signature_of(target.target)
     if signature is not None:
-        given, also = meta.get("given", ()), meta.get("flags", ())
+        given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
         taken = signature.annotations
         problems += wrong_arguments(target, taken, signature.is_open, given, also)
         for name in signature.required:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ HELLASWAG = ("ctx", "endings", "label")
 CHAT = ("messages",)
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_FIRST = 16  # rows tried before all of them, and as many random ones
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
@@ -123,5 +125,9 @@ def tokenize(rows: Any, function: Any) -> Any:
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {**function(row, index), "sample_id": str(row[id_column] if id_column else index)}
 
+    # A bad row is told at once where it is among these, not after hours of good ones.
+    first, spread = range(min(len(rows), _FIRST)), random.Random(0)
+    for index in [*first, *spread.sample(range(len(rows)), min(len(rows), _FIRST))]:
+        sample(rows[index], index)
     workers = min(4, os.cpu_count() or 1) if len(rows) >= _MULTIPROCESS_FROM else None
     return rows.map(sample, with_indices=True, remove_columns=rows.column_names, num_proc=workers)
