@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ds_kd.data.messages import conversation_of
 from ds_kd.data.source import CHAT, load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
@@ -67,45 +68,51 @@ def tokenize_prompt_answer(
     return [*ids, eos], [*mask, True]
 
 
-def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def tokenize_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
+) -> tuple[list[int], list[bool]]:
     """Chat form: the tokenizer's template; supervised are the assistant's turns.
 
+    Args:
+        messages, tools: as `conversation_of` gives them.
+
     Raises:
-        ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens
-            cannot be found.
+        ValueError: the template refuses the conversation, leaves calls of tools out, or rewrites
+            earlier turns so that their tokens cannot be found.
     """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"messages is {messages!r:.80}, expected a list of {{role, content}}")
-    if not all(message.get("role") and message.get("content") is not None for message in messages):
-        raise ValueError("every message needs a `role` and a `content`")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("a conversation without an assistant turn has nothing to learn")
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        out = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    template = tokenizer.get_chat_template(tools=tools)
+    if any(m.get("tool_calls") for m in messages) and "tool_calls" not in template:
+        raise ValueError(
+            "the chat template leaves tool_calls out, so the turn would be learnt empty; give "
+            "chat_template: one that renders them"
+        )
+    if _GENERATION.search(template):
+        out = _render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
         return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-    ids = list(_render(tokenizer, messages)["input_ids"])
+    ids = list(_render(tokenizer, messages, tools)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            start, end = (_prefix(tokenizer, messages[:k], ids) for k in (turn, turn + 1))
+            start, end = (_prefix(tokenizer, messages[:k], tools, ids) for k in (turn, turn + 1))
             mask[start:end] = [True] * (end - start)
     return ids, mask
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
-    except TemplateError as error:  # a system turn, two user turns in a row: some refuse these
+        return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
+    # A system turn, two user turns in a row: some refuse these; others fail on what is not there.
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> int:
+def _prefix(tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]) -> int:
     """How many tokens of the whole conversation the first messages take."""
     if not messages:
         return 0
-    part = list(_render(tokenizer, messages)["input_ids"])
+    part = list(_render(tokenizer, messages, tools)["input_ids"])
     # A template may close a conversation with a token that a further message replaces.
     if part and part[-1] == tokenizer.eos_token_id and ids[: len(part)] != part:
         part = part[:-1]
@@ -149,7 +156,7 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     chat_template: str | None = None,
 ) -> Any:
     """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant
-    turn is supervised.
+    turn is supervised, its `tool_calls` too. A `tools` column goes to the template.
 
     Raises:
         ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
@@ -166,7 +173,8 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            return shift(*tokenize_chat(tokenizer, row["messages"]), length)
+            talk, tools = conversation_of(row, any_role=chat_template is not None)
+            return shift(*tokenize_chat(tokenizer, talk, tools), length)
         except ValueError as error:
             raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import shift, tokenize_prompt_answer
-from ds_kd.data.source import HELLASWAG, load_rows, text_of, tokenize
+from ds_kd.data.source import HELLASWAG, hellaswag_texts, load_rows, tokenize
 
 _CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it
 
@@ -40,20 +40,9 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            label = int(row["label"])
-            if label < 0:  # a test split may carry -1, which Python would read as the last ending
-                raise IndexError
-            ending = row["endings"][label]
-        except (ValueError, TypeError, IndexError):
-            raise ValueError(
-                f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of "
-                f"{len(row['endings'])} endings (a test split has no labels)"
-            ) from None
-        try:
-            texts = text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+            context, ending = hellaswag_texts(row)
         except ValueError as error:
             raise ValueError(f"{path_or_dataset!r}, row {index}: {error}") from None
-        context, ending = texts
         gap = "" if ending.startswith(_CLOSE_UP) else " "
         return shift(*tokenize_prompt_answer(tokenizer, context + gap, ending))
 

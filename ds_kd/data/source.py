@@ -115,6 +115,41 @@ def text_of(row: dict[str, Any], column: str) -> str:
     return value
 
 
+def squad_texts(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return context, question and the first answer, stripped, empty where there is none.
+
+    Raises:
+        ValueError: one of them is not text.
+    """
+    context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
+    try:
+        texts = answers["text"]
+        if isinstance(texts, str):  # whose first item would be a letter
+            raise TypeError
+        return context, question, str(texts[0].strip()) if texts else ""
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"answers is {answers!r}, expected {{'text': [text, …]}}") from None
+
+
+def hellaswag_texts(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the context and the right ending.
+
+    Raises:
+        ValueError: one of them is not text, or the label names no ending.
+    """
+    try:
+        label = int(row["label"])
+        if label < 0:  # a test split may carry -1, which Python would read as the last ending
+            raise IndexError
+        ending = row["endings"][label]
+    except (ValueError, TypeError, IndexError):
+        count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
+        raise ValueError(
+            f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
+        ) from None
+    return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+
+
 def tokenize(rows: Any, function: Any) -> Any:
     """`function(row, index) -> sample` over all rows, cached by `datasets`.
 
