@@ -94,15 +94,19 @@ def _is_misspelt(name: str, directory: Path) -> bool:
     return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
 
 
-def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the local file that a data set names, by its first rows."""
+def check_data(key: str, target: str, kwargs: dict[str, Any], written: str = "") -> str | None:
+    """What is wrong with the local file that a data set names, by its first rows.
+
+    Args:
+        written: what the config calls the argument that names it, where that is a synonym.
+    """
     if target not in DATA:
         return None
     argument, columns, _ = DATA[target]
     name = kwargs.get(argument)
     if not isinstance(name, str):
         return None
-    key = f"{key}.{argument}"
+    key = f"{key}.{written or argument}"
     if Path(name).suffix not in FORMATS:
         if _is_dir(name) or not _looks_local(name):
             return None

@@ -15,7 +15,7 @@ from ds_kd.data.packing import PackedDataset
 from ds_kd.data.source import load_rows, tokenize
 from ds_kd.data.supervision import tell_unsupervised
 from ds_kd.distributed import World
-from ds_kd.recipe import samples_of
+from ds_kd.loaders import samples_of
 from ds_kd.targets import ConfigError, Target
 from tests import tiny
 
