@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD
+from ds_kd.data.messages import conversation_of
+from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD, hellaswag_texts, squad_texts
 from ds_kd.errors import first_line
 from ds_kd.targets import problem
 
 _FIRST_BYTES = 1 << 22  # of a data file; its first row is in there
+_FIRST_ROWS = 16  # of which the content is looked at
 #: Data set → (the key that names its rows, the columns it needs, the key that limits them).
 DATA = {
     "ds_kd.data.squad.make_squad_dataset": ("dataset_name", SQUAD, "limit_dataset_samples"),
     "ds_kd.data.hellaswag.HellaSwag": ("path_or_dataset", HELLASWAG, "num_samples_limit"),
     "ds_kd.data.chat.ChatDataset": ("path_or_dataset_id", CHAT, "limit_dataset_samples"),
+}
+
+#: Data set → what reads its row, and so tells what is wrong with it.
+_READERS = {
+    "ds_kd.data.squad.make_squad_dataset": squad_texts,
+    "ds_kd.data.hellaswag.HellaSwag": hellaswag_texts,
+    "ds_kd.data.chat.ChatDataset": conversation_of,
 }
 
 
@@ -83,15 +94,19 @@ def _is_misspelt(name: str, directory: Path) -> bool:
     return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
 
 
-def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
-    """What is wrong with the local file that a data set names, by its first row."""
+def check_data(key: str, target: str, kwargs: dict[str, Any], written: str = "") -> str | None:
+    """What is wrong with the local file that a data set names, by its first rows.
+
+    Args:
+        written: what the config calls the argument that names it, where that is a synonym.
+    """
     if target not in DATA:
         return None
     argument, columns, _ = DATA[target]
     name = kwargs.get(argument)
     if not isinstance(name, str):
         return None
-    key = f"{key}.{argument}"
+    key = f"{key}.{written or argument}"
     if Path(name).suffix not in FORMATS:
         if _is_dir(name) or not _looks_local(name):
             return None
@@ -104,9 +119,29 @@ def check_data(key: str, target: str, kwargs: dict[str, Any]) -> str | None:
         return problem(key, name, f"rows with {', '.join(columns)}", first_line(error))
     missing = [column for column in columns if column not in found]
     if not missing:
-        return None
+        wrong = _wrong_row(Path(name), target, kwargs)
+        return problem(key, name, "rows that can be learnt from", wrong) if wrong else None
     hint = f"its first row has {', '.join(found)}"
     return problem(key, name, f"rows with {', '.join(columns)}", hint)
+
+
+def _wrong_row(path: Path, target: str, kwargs: dict[str, Any]) -> str:
+    """What is wrong with the content of the first rows; nothing is said where others are wanted."""
+    if path.suffix == ".parquet" or "[" in str(kwargs.get("split")):
+        return ""
+    given = kwargs.get(DATA[target][2])
+    limit = given if isinstance(given, int) and given > 0 else _FIRST_ROWS
+    reader: Any = _READERS[target]
+    if reader is conversation_of and kwargs.get("chat_template") is not None:
+        reader = functools.partial(conversation_of, any_role=True)
+    for index, row in enumerate(_first_rows(path, min(limit, _FIRST_ROWS))):
+        try:
+            reader(row)
+        except KeyError as error:
+            return f"row {index}: no column {error}"
+        except ValueError as error:
+            return f"row {index}: {error}"
+    return ""
 
 
 def check_directory(key: str, name: str) -> str | None:
@@ -140,12 +175,9 @@ def columns_of(path: Path) -> list[str]:
         from pyarrow import parquet
 
         return list(parquet.read_schema(path).names)
-    with path.open("rb") as file:
-        text = file.read(_FIRST_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
+    text = _beginning(path)
     if not text:
         raise ValueError("the file is empty")
-    if text.startswith("["):
-        text = text[1:].lstrip()
     try:
         row, _ = json.JSONDecoder().raw_decode(text)
     except ValueError:
@@ -155,3 +187,25 @@ def columns_of(path: Path) -> list[str]:
     if not isinstance(row, dict):
         raise ValueError(f"its first row is {type(row).__name__}, not a mapping of columns")
     return list(row)
+
+
+def _beginning(path: Path) -> str:
+    """The first rows of a JSON file, behind the bracket of an array."""
+    with path.open("rb") as file:
+        text = file.read(_FIRST_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
+    return text.removeprefix("[").lstrip()
+
+
+def _first_rows(path: Path, most: int) -> Iterator[dict[str, Any]]:
+    """Whole rows at the beginning of a JSON file; what cannot be read there, `datasets` tells."""
+    text, at, decoder = _beginning(path), 0, json.JSONDecoder()
+    for _ in range(most):
+        try:
+            row, at = decoder.raw_decode(text, at)
+        except (ValueError, RecursionError):
+            return
+        if not isinstance(row, dict):
+            return
+        yield row
+        while at < len(text) and text[at] in ", \t\r\n":
+            at += 1

@@ -15,15 +15,14 @@ import torch
 from ds_kd import engines, lora, models
 from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
 from ds_kd.config import check_world, fingerprint
-from ds_kd.data.packing import PackedDataset, lengths_of
-from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.distillation import DistillationLoss
-from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
+from ds_kd.distributed import World, on_rank0, seconds_after_sigterm
+from ds_kd.loaders import build_loader, packs
 from ds_kd.metrics import Metrics
 from ds_kd.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.schedule import Schedule
-from ds_kd.schema import LOADER_FLAGS, RunConfig
+from ds_kd.schema import RunConfig
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
 from ds_kd.trainer import Trainer
@@ -53,10 +52,10 @@ def build(
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     distils = cfg.kd_ratio > 0
     tokenizer = tokenizer_of(cfg.model, world)
-    loader, sampler = _loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
+    loader, sampler = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
     validation = None
     if cfg.validation_dataset is not None:
-        validation, _ = _loader(
+        validation, _ = build_loader(
             cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, allow, False
         )
     schedule = Schedule(
@@ -106,7 +105,7 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
     if cfg.offload_teacher_model:
         zero = offloaded(zero)
     config = _engine_config(cfg, target, zero, world, None)
-    module = models.Teacher(load_model(target, config, _packs(cfg), allow))
+    module = models.Teacher(load_model(target, config, packs(cfg), allow))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, target, engine, world)
     _compile(cfg, module.model)
@@ -123,7 +122,7 @@ def _student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, _packs(cfg), allow, adapter_of(cfg))
+    model = load_model(cfg.model, config, packs(cfg), allow, adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
         as_config_error(
             "distributed.activation_checkpointing",
@@ -198,14 +197,10 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
     return adapt
 
 
-def _packs(cfg: RunConfig) -> bool:
-    return cfg.packed_sequence.packed_sequence_size > 0
-
-
 def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> None:
     """What only the loaded model can tell."""
     checks = [(models.check_head, "a linear head")]
-    if _packs(cfg):
+    if packs(cfg):
         checks.append((models.check_packing, "a model that keeps packed samples apart"))
     for check, expected in checks:
         probe = functools.partial(check, engine, world.device, target.key)
@@ -218,77 +213,6 @@ def _compile(cfg: RunConfig, model: Any) -> None:
         models.compile_layers(
             model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
         )
-
-
-def _samples(
-    cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
-) -> Any:
-    """The data set; packs where the YAML wants them."""
-    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-    name = next((name for name in names if name in dataset.kwargs), None)
-    rows = as_config_error(
-        f"{dataset.key}.{name}" if name else dataset.key,
-        dataset.kwargs[name] if name else dataset.target,
-        lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
-        "a data set",
-    )
-    if not _packs(cfg):
-        return rows
-    size = cfg.packed_sequence.packed_sequence_size
-    return as_config_error(
-        "packed_sequence.packed_sequence_size",
-        size,
-        lambda: PackedDataset(rows, size, cfg.rng.seed),
-        f"room for every sample of {dataset.key}",
-    )
-
-
-def _loader(
-    cfg: RunConfig,
-    dataset: Target,
-    loader: Target,
-    tokenizer: Any,
-    world: World,
-    allow: tuple[str, ...],
-    training: bool,
-) -> tuple[Any, GlobalBatchSampler]:
-    """The data set, cut into this rank's micro-batches."""
-    rows = _samples(cfg, dataset, tokenizer, world, allow)
-    steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
-    local = steps.local_batch_size
-    if not training:
-        local = kwargs.pop("batch_size", None) or local
-    shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
-    if kwargs.get("collate_fn") is None:
-        kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
-
-    def make() -> tuple[Any, GlobalBatchSampler]:
-        sampler = GlobalBatchSampler(
-            len(rows),
-            steps.global_batch_size if training else local * world.size,
-            local,
-            world.rank,
-            world.size,
-            shuffle=shuffle,
-            seed=cfg.rng.seed,
-            drop_last=drop_last,
-            lengths=lengths_of(rows) if grouped and not _packs(cfg) else None,
-        )
-        built = instantiate(
-            Target(loader.target, kwargs, loader.key),
-            allow,
-            LOADER_FLAGS,
-            dataset=WithFiller(rows),
-            batch_sampler=sampler,
-            # Of its own: an iterator draws from it when made, and dropout must not notice.
-            generator=torch.Generator().manual_seed(cfg.rng.seed),
-        )
-        return built, sampler
-
-    made: tuple[Any, GlobalBatchSampler] = as_config_error(
-        loader.key, loader.kwargs, make, "arguments that fit the data"
-    )
-    return made
 
 
 def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

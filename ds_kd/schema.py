@@ -212,6 +212,8 @@ _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 _GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator")
 LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
+#: Taken by ds_kd from a data set's section, see `ds_kd.data.own`.
+_LABELS = {"labels": ("shifted", "unshifted")}
 _COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
 
 
@@ -236,6 +238,7 @@ class RunConfig:
         "training data",
         "target",
         given=("tokenizer",),
+        words=_LABELS,
         calls=("ds_kd.data.",),
         required=True,
         example="dataset._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
@@ -300,6 +303,7 @@ class RunConfig:
         "target",
         example="validation_dataset._target_: ds_kd.data.squad.make_squad_dataset",
         given=("tokenizer",),
+        words=_LABELS,
         calls=("ds_kd.data.",),
     )
     validation_dataloader: Target = key(

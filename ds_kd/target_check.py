@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from ds_kd.aliases import ALIASES, NOT_WITH_ZERO
-from ds_kd.preflight import check_data, check_model
+from ds_kd.preflight import DATA, check_data, check_model
 from ds_kd.schema import MODEL
 from ds_kd.signatures import signature_of
 from ds_kd.targets import Target, problem, refuse, wrong_arguments
@@ -41,6 +41,7 @@ def check_target(
         hint = f"for example {meta['example']}" if "example" in meta else ""
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
+    written = _take_synonym(path, ALIASES.get(dotted, dotted), kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
@@ -52,6 +53,11 @@ def check_target(
             problems.append(problem(f"{path}._target_", dotted, MODEL))
         _model(path, kwargs, allow, problems)
         return target
+    for name, among in meta.get("words", {}).items():
+        if name in kwargs and kwargs[name] not in among:
+            problems.append(problem(f"{path}.{name}", kwargs[name], " or ".join(among)))
+    if target.target.startswith("ds_kd.data.") and kwargs.pop("labels", "") == "unshifted":
+        problems.append(f"{path}.labels: {target.target} shifts its labels itself; remove it")
     kind = meta.get("calls", ())
     if not refusal and not target.target.startswith(kind or "") and not allow:
         problems.append(
@@ -60,7 +66,7 @@ def check_target(
         return target
     signature = None if refusal else signature_of(target.target)
     if signature is not None:
-        given, also = meta.get("given", ()), meta.get("flags", ())
+        given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
         taken = signature.annotations
         problems += wrong_arguments(target, taken, signature.is_open, given, also)
         for name in signature.required:
@@ -68,9 +74,21 @@ def check_target(
                 problems.append(f"{path}.{name}: missing; {target.target} needs it")
     elif not refusal and target.target.startswith("ds_kd."):
         problems.append(f"{path}._target_: there is no {target.target}")
-    if wrong := check_data(path, target.target, kwargs):
+    if wrong := check_data(path, target.target, kwargs, written):
         problems.append(wrong)
     return target
+
+
+def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list[str]) -> str:
+    """Put `dataset_name` under the name that the data set has for its source, and return which of
+    the two is written."""
+    own = DATA[target][0] if target in DATA else "dataset_name"
+    if own == "dataset_name" or "dataset_name" not in kwargs:
+        return own
+    if own in kwargs:
+        problems.append(f"{path}: dataset_name and {own} are both given; keep one")
+    kwargs.setdefault(own, kwargs.pop("dataset_name"))
+    return "dataset_name"
 
 
 def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:

@@ -5,6 +5,7 @@
     torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
     python launch/kd.py --config cfg.yaml --check       tell what is wrong with it, run nothing
     python launch/kd.py --config cfg.yaml --dry-run --gpu-memory 80GB  its plan: memory, time
+    python launch/kd.py --config cfg.yaml --show-samples 3  what is supervised of its first samples
     python launch/kd.py --list-keys [prefix]                            every key of the YAML
 
 SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes on.
@@ -49,6 +50,12 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     parser.add_argument(
         "--dry-run", action="store_true", help="check, print the plan of the run, run nothing"
     )
+    parser.add_argument(
+        "--show-samples",
+        type=int,
+        metavar="N",
+        help="print the first N training samples, supervised tokens marked; loads no model",
+    )
     parser.add_argument("--ranks", type=int, metavar="N", help="of the plan, or to check for")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of the plan: what has to fit, 80GB")
     parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
@@ -74,10 +81,10 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
-    for name in ("ranks", "mfu", "tflops"):
+    for name in ("ranks", "mfu", "tflops", "show_samples"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"--{name}: got {value}, expected a number > 0")
+            parser.error(f"--{name.replace('_', '-')}: got {value}, expected a number > 0")
     if args.mfu > 1:
         parser.error(f"--mfu: got {args.mfu:g}, expected a share from 0 to 1, such as 0.4")
     if args.config is None and args.list_keys is None:
@@ -88,7 +95,7 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
 def _plain(argv: list[str]) -> list[str]:
     """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
     own = {"--config", "--check", "--list-keys", "--verbose", "--allow-targets", "--local_rank"}
-    own |= {"--help", "--dry-run", "--ranks", "--gpu-memory", "--mfu", "--tflops"}
+    own |= {"--help", "--dry-run", "--ranks", "--gpu-memory", "--mfu", "--tflops", "--show-samples"}
     plain, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -118,6 +125,8 @@ def run(args: argparse.Namespace) -> int:
         print("\n".join([*notes, f"{args.config}: nothing wrong with it"]))
         return 0
     with cfg.source.locating():
+        if args.show_samples is not None:
+            return show_samples(cfg, args)
         return dry_run(cfg, args) if args.dry_run else train(cfg, args)
 
 
@@ -129,6 +138,18 @@ def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     ranks = args.ranks or cfg.distributed.dp_size or 1
     check_world(cfg, ranks)
     print(describe(cfg, ranks, room, args.mfu, args.tflops))
+    return 0
+
+
+def show_samples(cfg: RunConfig, args: argparse.Namespace) -> int:
+    if not args.verbose:
+        quiet()
+    from ds_kd import loaders
+
+    shown = loaders.show_samples(
+        cfg, args.show_samples, tuple(args.allow_targets), sys.stdout.isatty()
+    )
+    print("\n".join(shown))
     return 0
 
 

@@ -1,8 +1,8 @@
 """Text → token ids and the mask of supervised tokens, and the one label shift of the project.
 
-What is supervised follows NeMo-AutoModel: in plain form everything after the prompt's tokens; in
-chat form everything an assistant turn adds to the rendered conversation (header and closing tokens
-included), or what the template marks with `{% generation %}`.
+In plain form the answer's tokens are supervised, and EOS after them; in chat form everything an
+assistant turn adds to the rendered conversation (header and closing tokens included), or what the
+template marks with `{% generation %}`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ds_kd.data.messages import conversation_of
 from ds_kd.data.source import CHAT, load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
@@ -35,57 +36,83 @@ def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> di
 def tokenize_prompt_answer(
     tokenizer: Any, prompt: str, answer: str
 ) -> tuple[list[int], list[bool]]:
-    """Plain form: `prompt + answer` with special tokens; supervised after the prompt's tokens.
+    """Tokenise running text; supervised are all tokens that hold some of the answer, and EOS.
 
-    The prompt's tokens are counted alone, as in NeMo-AutoModel: where a prompt ends in a space that
-    a BPE merges into the answer's first token, that one token counts as the prompt's.
+    The text is tokenised once, as the model will read it. Where a BPE merges the prompt's last
+    space into the answer's first token, that token is the answer's: it has its characters. EOS ends
+    the answer, so that the student learns to stop; an empty answer supervises nothing.
+
+    Args:
+        tokenizer: one with offsets tells which characters each token holds; of one without, what
+            follows the tokens that the text shares with its prompt alone is the answer's.
+        prompt, answer: texts, joined as they are.
     """
-    ids = tokenizer(prompt + answer)["input_ids"]
-    prompt_ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    bos = tokenizer.bos_token_id
-    start = len(prompt_ids) + (bos is not None and ids[:1] == [bos] and prompt_ids[:1] != [bos])
-    return ids, [i >= start for i in range(len(ids))]
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+        ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
+        # Special tokens, however many a tokenizer puts in front, hold no characters: (0, 0).
+        mask = [start < end and end > len(prompt) for start, end in offsets]
+    else:
+        ids = list(tokenizer(prompt + answer)["input_ids"])
+        alone = tokenizer(prompt.rstrip())["input_ids"]
+        same = [one == other for one, other in zip(ids, alone, strict=False)]
+        start = [*same, False].index(False)
+        mask = [i >= start for i in range(len(ids))]
+    if not answer.strip():
+        return ids, [False] * len(ids)
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        return ids, mask
+    if ids[-1] == eos:
+        return ids, [*mask[:-1], True]
+    return [*ids, eos], [*mask, True]
 
 
-def tokenize_chat(tokenizer: Any, messages: list[dict[str, str]]) -> tuple[list[int], list[bool]]:
+def tokenize_chat(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
+) -> tuple[list[int], list[bool]]:
     """Chat form: the tokenizer's template; supervised are the assistant's turns.
 
+    Args:
+        messages, tools: as `conversation_of` gives them.
+
     Raises:
-        ValueError: no assistant turn, or the template rewrites earlier turns so that their tokens
-            cannot be found.
+        ValueError: the template refuses the conversation, leaves calls of tools out, or rewrites
+            earlier turns so that their tokens cannot be found.
     """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError(f"messages is {messages!r:.80}, expected a list of {{role, content}}")
-    if not all(message.get("role") and message.get("content") is not None for message in messages):
-        raise ValueError("every message needs a `role` and a `content`")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("a conversation without an assistant turn has nothing to learn")
-    if _GENERATION.search(tokenizer.get_chat_template()):
-        out = _render(tokenizer, messages, return_assistant_tokens_mask=True)
+    template = tokenizer.get_chat_template(tools=tools)
+    if any(m.get("tool_calls") for m in messages) and "tool_calls" not in template:
+        raise ValueError(
+            "the chat template leaves tool_calls out, so the turn would be learnt empty; give "
+            "chat_template: one that renders them"
+        )
+    if _GENERATION.search(template):
+        out = _render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
         return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
-    ids = list(_render(tokenizer, messages)["input_ids"])
+    ids = list(_render(tokenizer, messages, tools)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
         if message["role"] == "assistant":
-            start, end = (_prefix(tokenizer, messages[:k], ids) for k in (turn, turn + 1))
+            start, end = (_prefix(tokenizer, messages[:k], tools, ids) for k in (turn, turn + 1))
             mask[start:end] = [True] * (end - start)
     return ids, mask
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], **kwargs: Any) -> Any:
+def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
-        return tokenizer.apply_chat_template(messages, return_dict=True, **kwargs)
-    except TemplateError as error:  # a system turn, two user turns in a row: some refuse these
+        return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
+    # A system turn, two user turns in a row: some refuse these; others fail on what is not there.
+    except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _prefix(tokenizer: Any, messages: list[dict[str, str]], ids: list[int]) -> int:
+def _prefix(tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]) -> int:
     """How many tokens of the whole conversation the first messages take."""
     if not messages:
         return 0
-    part = list(_render(tokenizer, messages)["input_ids"])
+    part = list(_render(tokenizer, messages, tools)["input_ids"])
     # A template may close a conversation with a token that a further message replaces.
     if part and part[-1] == tokenizer.eos_token_id and ids[: len(part)] != part:
         part = part[:-1]
@@ -129,7 +156,7 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     chat_template: str | None = None,
 ) -> Any:
     """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant
-    turn is supervised.
+    turn is supervised, its `tool_calls` too. A `tools` column goes to the template.
 
     Raises:
         ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
@@ -146,7 +173,8 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            return shift(*tokenize_chat(tokenizer, row["messages"]), length)
+            talk, tools = conversation_of(row, any_role=chat_template is not None)
+            return shift(*tokenize_chat(tokenizer, talk, tools), length)
         except ValueError as error:
             raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None
 

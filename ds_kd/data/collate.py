@@ -46,7 +46,8 @@ def default_collater(
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
     if packed:
-        # What pads is a sample of its own.
+        # What pads is a sample of its own; one without a token is none to attention.
+        lengths = [n for n in lengths if n > 0]
         lengths += [length - sum(lengths)] * (length > sum(lengths))
         positions = torch.cat([torch.arange(n) for n in lengths])[None]
         extra = {"position_ids": positions, "segment_lengths": lengths}

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.data.chat import shift
-from ds_kd.data.source import HELLASWAG, load_rows, text_of, tokenize
+from ds_kd.data.chat import shift, tokenize_prompt_answer
+from ds_kd.data.source import HELLASWAG, hellaswag_texts, load_rows, tokenize
+
+_CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it
 
 
 def HellaSwag(  # a class in NeMo-AutoModel, hence the name
@@ -18,7 +20,8 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
 ) -> Any:
     """Rows with `ctx`, `endings` and `label` → samples whose gold ending is supervised.
 
-    Context and ending are tokenised apart and joined, as in NeMo-AutoModel.
+    Context and ending are one running text with a space between them, but before a comma and the
+    like.
 
     Args:
         path_or_dataset, split: see `load_rows`.
@@ -34,26 +37,13 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     if trust_remote_code:
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
     rows = load_rows(path_or_dataset, split, HELLASWAG, num_samples_limit)
-    special = set(tokenizer.all_special_ids)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            label = int(row["label"])
-            if label < 0:  # a test split may carry -1, which Python would read as the last ending
-                raise IndexError
-            ending = row["endings"][label]
-        except (ValueError, TypeError, IndexError):
-            raise ValueError(
-                f"{path_or_dataset!r}, row {index}: label {row['label']!r} names none of "
-                f"{len(row['endings'])} endings (a test split has no labels)"
-            ) from None
-        try:
-            texts = text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+            context, ending = hellaswag_texts(row)
         except ValueError as error:
             raise ValueError(f"{path_or_dataset!r}, row {index}: {error}") from None
-        context, target = (tokenizer(text)["input_ids"] for text in texts)
-        context = context[:-1] if context and context[-1] in special else context
-        target = target[1:] if target and target[0] in special else target
-        return shift(context + target, [False] * len(context) + [True] * len(target))
+        gap = "" if ending.startswith(_CLOSE_UP) else " "
+        return shift(*tokenize_prompt_answer(tokenizer, context + gap, ending))
 
     return tokenize(rows, sample)

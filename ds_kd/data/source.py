@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ HELLASWAG = ("ctx", "endings", "label")
 CHAT = ("messages",)
 
 FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_FIRST = 16  # rows tried before all of them, and as many random ones
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
@@ -113,6 +115,41 @@ def text_of(row: dict[str, Any], column: str) -> str:
     return value
 
 
+def squad_texts(row: dict[str, Any]) -> tuple[str, str, str]:
+    """Return context, question and the first answer, stripped, empty where there is none.
+
+    Raises:
+        ValueError: one of them is not text.
+    """
+    context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
+    try:
+        texts = answers["text"]
+        if isinstance(texts, str):  # whose first item would be a letter
+            raise TypeError
+        return context, question, str(texts[0].strip()) if texts else ""
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"answers is {answers!r}, expected {{'text': [text, …]}}") from None
+
+
+def hellaswag_texts(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the context and the right ending.
+
+    Raises:
+        ValueError: one of them is not text, or the label names no ending.
+    """
+    try:
+        label = int(row["label"])
+        if label < 0:  # a test split may carry -1, which Python would read as the last ending
+            raise IndexError
+        ending = row["endings"][label]
+    except (ValueError, TypeError, IndexError):
+        count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
+        raise ValueError(
+            f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
+        ) from None
+    return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+
+
 def tokenize(rows: Any, function: Any) -> Any:
     """`function(row, index) -> sample` over all rows, cached by `datasets`.
 
@@ -123,5 +160,9 @@ def tokenize(rows: Any, function: Any) -> Any:
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         return {**function(row, index), "sample_id": str(row[id_column] if id_column else index)}
 
+    # A bad row is told at once where it is among these, not after hours of good ones.
+    first, spread = range(min(len(rows), _FIRST)), random.Random(0)
+    for index in [*first, *spread.sample(range(len(rows)), min(len(rows), _FIRST))]:
+        sample(rows[index], index)
     workers = min(4, os.cpu_count() or 1) if len(rows) >= _MULTIPROCESS_FROM else None
     return rows.map(sample, with_indices=True, remove_columns=rows.column_names, num_proc=workers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.data.chat import cut_length, shift, tokenize_chat, tokenize_prompt_answer, use_template
-from ds_kd.data.source import SQUAD, load_rows, text_of, tokenize
+from ds_kd.data.source import SQUAD, load_rows, squad_texts, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
 
@@ -51,8 +51,7 @@ def make_squad_dataset(
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
-            context, question = text_of(row, "context"), text_of(row, "question")
-            answer = _answer(row["answers"])
+            context, question, answer = squad_texts(row)
         except ValueError as error:
             raise ValueError(f"{dataset_name!r}, row {index}: {error}") from None
         prompt = f"Context: {context} Question: {question} Answer: "
@@ -66,15 +65,6 @@ def make_squad_dataset(
         return made
 
     return tokenize(rows, sample)
-
-
-def _answer(answers: Any) -> str:
-    """The first answer, or an empty text where there is none."""
-    try:
-        texts = answers["text"]
-        return str(texts[0].strip()) if texts else ""
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"answers is {answers!r}, expected {{'text': [text, …]}}") from None
 
 
 def _padded(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:

@@ -1,0 +1,162 @@
+"""Data sets of the user's own: what a sample must hold, and which way its labels look.
+
+The contract: a list, or anything with a length and an index, of mappings with `input_ids` and
+`labels`, equally long. Labels are shifted (position `i` holds the token that follows it, -100 where
+none is learnt), or unshifted as Hugging Face's models take them (position `i` holds its own token)
+where the config says so.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from ds_kd.losses import IGNORE_INDEX
+
+SHIFTED, UNSHIFTED = "shifted", "unshifted"
+_FIRST_SAMPLES = 16  # enough to tell which way labels look
+
+
+class DataError(ValueError):
+    """A sample that cannot be trained on."""
+
+
+class OwnSamples(Dataset):
+    """A user's data set, each sample checked as it is read, its labels shifted.
+
+    Args:
+        dataset: with a length and an index.
+        vocab_size: ids lie below it.
+        labels: `shifted` or `unshifted`, as the samples have them.
+
+    Raises:
+        DataError: no length or index, a sample out of the contract, or labels that look the other
+            way in the first samples.
+    """
+
+    def __init__(self, dataset: Any, vocab_size: int, labels: str = SHIFTED):
+        if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+            raise DataError(
+                f"it is {type(dataset).__name__}, which has no length or no index, and samples are "
+                "drawn by number; return a list, or a datasets.Dataset that does not stream"
+            )
+        if isinstance(dataset, Mapping):
+            raise DataError(f"it has the splits or columns {', '.join(map(str, dataset))}, not "
+                            "samples by number; return one split")  # fmt: skip
+        self.dataset, self.vocab_size, self.labels = dataset, vocab_size, labels
+        self._check_direction()
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        sample = self._checked(index)
+        return _shift(sample) if self.labels == UNSHIFTED else sample
+
+    def _checked(self, index: int) -> dict[str, Any]:
+        """The sample as it came, with lists in place of tensors, and a `sample_id`."""
+        given = self.dataset[index]
+        try:
+            return {"sample_id": str(index), **check_sample(given, self.vocab_size)}
+        except DataError as error:
+            raise DataError(f"sample {index}: {error}") from None
+
+    def _check_direction(self) -> None:
+        own = follows = positions = inner = 0
+        for index in range(min(len(self), _FIRST_SAMPLES)):
+            for label, here, following in _supervised(self._checked(index)):
+                positions += 1
+                own += label == here
+                inner += following is not None
+                follows += label == following
+        are_own = 0 < positions == own and follows < inner
+        are_shifted = 0 < inner == follows and own < positions
+        if self.labels == SHIFTED and are_own:
+            raise DataError(
+                "the labels of its first samples equal their input_ids, as Hugging Face's models "
+                "take them, and a position learns the token after it; write labels: unshifted in "
+                "this section"
+            )
+        if self.labels == UNSHIFTED and are_shifted:
+            raise DataError(
+                "the labels of its first samples are the tokens that follow already; remove "
+                "labels: unshifted"
+            )
+
+
+def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
+    """Return the sample with plain lists of integers.
+
+    Raises:
+        DataError: keys missing, unequal lengths, ids outside the vocabulary, padding on the left.
+    """
+    if not isinstance(given, Mapping):
+        raise DataError(f"it is {type(given).__name__}, expected a mapping with input_ids, labels")
+    for name in ("input_ids", "labels"):
+        if name not in given:
+            raise DataError(f"no {name}; it has {', '.join(map(str, given)) or 'nothing'}")
+    sample = dict(given)
+    lists = ("input_ids", "labels", "segment_lengths", "attention_mask")
+    sample |= {name: _integers(name, given[name]) for name in lists if name in given}
+    ids, labels = sample["input_ids"], sample["labels"]
+    if len(ids) != len(labels):
+        raise DataError(f"{len(ids)} input_ids and {len(labels)} labels; give equally many")
+    for name, wrong in (
+        ("input_ids", [i for i in ids if not 0 <= i < vocab_size]),
+        ("labels", [i for i in labels if i != IGNORE_INDEX and not 0 <= i < vocab_size]),
+    ):
+        if wrong:
+            also = f", or {IGNORE_INDEX} for none" if name == "labels" else ""
+            raise DataError(
+                f"{name} holds {wrong[0]}; the tokenizer's ids go from 0 to {vocab_size - 1}{also}"
+            )
+    lengths = sample.get("segment_lengths", [len(ids)])
+    if sum(lengths) != len(ids):
+        raise DataError(f"segment_lengths add up to {sum(lengths)} of {len(ids)} tokens")
+    mask = sample.get("attention_mask", [])
+    if mask[:1] == [0] and any(mask):
+        raise DataError("it is padded on the left; leave padding to the collater, or pad right")
+    return sample
+
+
+def _integers(name: str, value: Any) -> list[int]:
+    """A list of a list, tuple, array or tensor."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return [operator.index(i) for i in plain]
+    except TypeError:
+        shape = getattr(value, "shape", None)
+        what = f"of shape {[*shape]}" if shape is not None else f"{value!r:.60}"
+        raise DataError(f"{name} is {what}, expected one list of integers") from None
+
+
+def _supervised(sample: dict[str, Any]) -> Iterator[tuple[int, int, int | None]]:
+    """(label, token there, token after it in the same segment) of every supervised position."""
+    ids, labels, start = sample["input_ids"], sample["labels"], 0
+    for length in sample.get("segment_lengths", [len(ids)]):
+        end = start + length
+        for i in range(start, end):
+            if labels[i] != IGNORE_INDEX:
+                yield labels[i], ids[i], ids[i + 1] if i + 1 < end else None
+        start = end
+
+
+def _shift(sample: dict[str, Any]) -> dict[str, Any]:
+    """Hugging Face's labels in place of shifted ones: each segment is one position shorter."""
+    ids, labels, lengths, start = [], [], [], 0
+    for length in sample.get("segment_lengths", [len(sample["input_ids"])]):
+        kept = max(0, length - 1)
+        ids += sample["input_ids"][start : start + kept]
+        labels += sample["labels"][start + 1 : start + 1 + kept]
+        lengths.append(kept)
+        start += length
+    made = {**sample, "input_ids": ids, "labels": labels}
+    if "segment_lengths" in sample:
+        made["segment_lengths"] = lengths
+    if "num_tokens" in sample:
+        lost = len(sample["input_ids"]) - len(ids)
+        made["num_tokens"] = max(0, int(sample["num_tokens"]) - lost)
+    return made

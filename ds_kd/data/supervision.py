@@ -1,0 +1,68 @@
+"""How many samples of a data set teach anything, told before a run begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.losses import IGNORE_INDEX
+
+_MOST = 1000  # samples that are made one by one to be looked at
+_NAMED = 5
+_TOLERATED = 0.01
+
+
+def tell_unsupervised(dataset: Any) -> str:
+    """Return a sentence on the samples without a supervised token, empty where there is none.
+
+    Args:
+        dataset: samples with `labels`; all are counted where they are at hand, else a thousand
+            spread over the data set.
+
+    Raises:
+        ValueError: none of the samples has one.
+    """
+    looked_at, empty = _unsupervised(dataset)
+    if not empty:
+        return ""
+    if len(empty) == looked_at:
+        raise ValueError(
+            f"none of the {looked_at} samples looked at has a supervised token; see them with "
+            "--show-samples 3, and mind seq_length with truncation"
+        )
+    share = len(empty) / looked_at
+    names = ", ".join(empty[:_NAMED]) + (", …" if len(empty) > _NAMED else "")
+    of = f"{looked_at} looked at" if looked_at < len(dataset) else f"{looked_at}"
+    told = f"{len(empty)} of {of} samples ({share:.1%}) have no supervised token: {names}"
+    if share <= _TOLERATED:
+        return told
+    return f"warning: {told}; they cost their time and teach nothing (--show-samples shows them)"
+
+
+def _unsupervised(dataset: Any) -> tuple[int, list[str]]:
+    """(samples looked at, ids of those without a supervised token)."""
+    if hasattr(dataset, "with_format"):
+        counts = _counts(dataset)
+        empty = [k for k, count in enumerate(counts) if not count]
+        names = dataset.select(empty)["sample_id"] if empty else []
+        return len(counts), [str(name) for name in names]
+    step = max(1, len(dataset) // _MOST)
+    chosen, unsupervised = range(0, len(dataset), step), list[str]()
+    for k in chosen:
+        sample = dataset[k]
+        if all(label == IGNORE_INDEX for label in sample["labels"]):
+            unsupervised.append(str(sample.get("sample_id", k)))
+    return len(chosen), unsupervised
+
+
+def _counts(dataset: Any) -> list[int]:
+    """Supervised tokens of every sample of a `datasets.Dataset`, without making lists of them."""
+    import numpy as np
+    import pyarrow.compute as pc
+
+    counts: list[int] = []
+    for chunk in dataset.with_format("arrow")["labels"][:].chunks:
+        taught = np.cumsum(chunk.flatten().to_numpy(zero_copy_only=False) != IGNORE_INDEX)
+        ends = np.cumsum(pc.list_value_length(chunk).to_numpy(zero_copy_only=False))
+        upto = np.concatenate([[0], taught])[ends]
+        counts += np.diff(upto, prepend=0).tolist()
+    return counts

@@ -1,0 +1,151 @@
+"""From a config's data sections to samples and the loaders that serve them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from ds_kd.data.own import SHIFTED, OwnSamples
+from ds_kd.data.packing import PackedDataset, lengths_of
+from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
+from ds_kd.data.show import render
+from ds_kd.data.supervision import tell_unsupervised
+from ds_kd.distributed import World, rank0_first
+from ds_kd.pretrained import tokenizer_of
+from ds_kd.schema import LOADER_FLAGS, RunConfig
+from ds_kd.targets import Target, as_config_error, instantiate
+
+
+def packs(cfg: RunConfig) -> bool:
+    return cfg.packed_sequence.packed_sequence_size > 0
+
+
+def _samples(
+    cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
+) -> Any:
+    """The data set, its samples checked; packs where the YAML wants them."""
+    rows = samples_of(dataset, tokenizer, world, allow)
+    if not packs(cfg):
+        return rows
+    size = cfg.packed_sequence.packed_sequence_size
+    return as_config_error(
+        "packed_sequence.packed_sequence_size",
+        size,
+        lambda: PackedDataset(rows, size, cfg.rng.seed),
+        f"room for every sample of {dataset.key}",
+    )
+
+
+def samples_of(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
+    """Build a data set and check what it gives.
+
+    Raises:
+        ConfigError: it cannot be had, its samples break the contract of `ds_kd.data.own`, or none
+            of them is supervised.
+    """
+    rows = _built(dataset, tokenizer, world, allow)
+    key, given = _source(dataset)
+    told = as_config_error(key, given, lambda: tell_unsupervised(rows), "samples that teach")
+    if told and world.is_main:
+        print(f"{dataset.key}: {told}", flush=True)
+    return rows
+
+
+def show_samples(cfg: RunConfig, count: int, allow: tuple[str, ...], colour: bool) -> list[str]:
+    """Render the first training samples; loads the tokenizer and the data, no model.
+
+    Args:
+        count: how many.
+        colour: mark supervised tokens by colour, else by brackets.
+
+    Raises:
+        ConfigError: the tokenizer or the data set cannot be had.
+    """
+    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+    tokenizer = tokenizer_of(cfg.model, alone)
+    rows = _built(cfg.dataset, tokenizer, alone, allow)
+    return [render(rows[k], tokenizer, colour) for k in range(min(count, len(rows)))]
+
+
+def _source(dataset: Target) -> tuple[str, Any]:
+    """The key that names a data set's rows and what it holds, for messages."""
+    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
+    name = next((name for name in names if name in dataset.kwargs), None)
+    if name is None:
+        return dataset.key, dataset.target
+    return f"{dataset.key}.{name}", dataset.kwargs[name]
+
+
+def _built(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
+    """The data set, what comes out of it checked where it is not ours."""
+    kwargs = dict(dataset.kwargs)
+    labels = kwargs.pop("labels", SHIFTED)
+    wanted = Target(dataset.target, kwargs, dataset.key)
+    key, given = _source(dataset)
+    rows = as_config_error(
+        key,
+        given,
+        lambda: rank0_first(lambda: instantiate(wanted, allow, tokenizer=tokenizer), world),
+        "a data set",
+    )
+    if not dataset.target.startswith("ds_kd.data."):
+        own = functools.partial(OwnSamples, rows, len(tokenizer), labels)
+        rows = as_config_error(dataset.key, dataset.target, own, "a data set as docs/data.md says")
+    return rows
+
+
+def build_loader(
+    cfg: RunConfig,
+    dataset: Target,
+    loader: Target,
+    tokenizer: Any,
+    world: World,
+    allow: tuple[str, ...],
+    training: bool,
+) -> tuple[Any, GlobalBatchSampler]:
+    """Build the loader of a data set, which gives this rank's micro-batches, and their sampler.
+
+    Args:
+        training: whether a batch is cut as a step of training, else as the loader's section says.
+
+    Raises:
+        ConfigError: the data set or the loader cannot be built; names the key.
+    """
+    rows = _samples(cfg, dataset, tokenizer, world, allow)
+    steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
+    local = steps.local_batch_size
+    if not training:
+        local = kwargs.pop("batch_size", None) or local
+    shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
+    if kwargs.get("collate_fn") is None:
+        kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
+
+    def make() -> tuple[Any, GlobalBatchSampler]:
+        sampler = GlobalBatchSampler(
+            len(rows),
+            steps.global_batch_size if training else local * world.size,
+            local,
+            world.rank,
+            world.size,
+            shuffle=shuffle,
+            seed=cfg.rng.seed,
+            drop_last=drop_last,
+            lengths=lengths_of(rows) if grouped and not packs(cfg) else None,
+        )
+        built = instantiate(
+            Target(loader.target, kwargs, loader.key),
+            allow,
+            LOADER_FLAGS,
+            dataset=WithFiller(rows),
+            batch_sampler=sampler,
+            # Of its own: an iterator draws from it when made, and dropout must not notice.
+            generator=torch.Generator().manual_seed(cfg.rng.seed),
+        )
+        return built, sampler
+
+    made: tuple[Any, GlobalBatchSampler] = as_config_error(
+        loader.key, loader.kwargs, make, "arguments that fit the data"
+    )
+    return made
