@@ -115,9 +115,12 @@ def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root)
     rows.write_text(before.replace("w7 w8", "w8 w7"))
     result = kd(*overrides, "optimizer.lr=0.02")
     rows.write_text(before)
-    assert result.returncode == 0, result.stderr
     assert "resuming, but optimizer.lr was 0.01 and is 0.02" in result.stdout
     assert "resuming, but training data was '22 samples, " in result.stdout
+    # The run is finished: what is there is not the student that was asked for.
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "optimizer.lr was 0.01 and is 0.02" in result.stderr
+    assert "another directory, or the old values" in result.stderr and "done" not in result.stdout
 
 
 def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):
