@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_kd.distributed import _free_port
+from ds_kd.run_lock import RunLock
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -170,6 +171,25 @@ def test_final_loads_as_the_guide_shows(finished, root):
     ids = AutoTokenizer.from_pretrained(root / "run/final")("w1 w5", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3).shape[1] >= 3
     assert (root / "run/LATEST").resolve().name == "step_0000006"
+
+
+def test_final_is_real_files_and_the_runs_yaml_lies_beside_each_checkpoint(finished, root):
+    assert not any(
+        path.is_symlink() for path in [root / "run/final", *(root / "run/final").iterdir()]
+    )
+    text = (root / "run/LATEST/config.yaml").read_text()
+    assert "global_batch_size: 8" in text and str(root / "squad.jsonl") in text
+
+
+def test_a_second_run_in_one_directory_is_refused_and_removes_nothing(overrides, tmp_path):
+    lock = RunLock(tmp_path)
+    lock.take()
+    (tmp_path / ".saving.step_0000001").mkdir()  # which the run that has it is just writing
+    refused = kd(*overrides, f"checkpoint.checkpoint_dir={tmp_path}", ranks=2)
+    lock.release()
+    assert refused.returncode != 0 and "Traceback" not in refused.stderr, refused.stderr
+    assert f"process {os.getpid()} on {socket.gethostname()}" in refused.stderr
+    assert "another directory" in refused.stderr and (tmp_path / ".saving.step_0000001").is_dir()
 
 
 def test_a_users_mistakes_exit_2_without_a_traceback(overrides, root):
