@@ -4,13 +4,15 @@
         step_0000200/           one checkpoint; written aside as .saving.step_…, verified, renamed
             engine/             DeepSpeed's shards: weights, optimizer, LR schedule
             state.json          TrainState, world size, fingerprint of the run
+            config.yaml         the run's YAML with its overrides, secrets blanked
             rng_rank0.pt …      random-number generators of each rank
             model/              Hugging Face config and tokenizer; the weights too, if consolidated
             adapter/            LoRA weights as peft writes them, if the run trains such
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
-        final  -> step_0000200/model    the newest consolidated student
         BEST   -> step_0000150          lowest validation loss of those that are there
+        final/                          the newest consolidated student: real files
+        RUNNING                         there while a run has the directory (`run_lock`)
         PREEMPTED                       there while a run waits to be started again after a signal
 
 The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
@@ -24,6 +26,8 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,30 +35,40 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_kd import lora, manifest, zero_files
-from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
+from ds_kd import lora, manifest, publication, restore, zero_files
+from ds_kd.distributed import World, on_rank0, sum_over_ranks
 from ds_kd.errors import first_line
 from ds_kd.export import export_adapter, export_student
-from ds_kd.manifest import ADAPTER, ENGINE, MODEL, CheckpointError, error_of, verify
-from ds_kd.state import TrainState, rng_state, set_rng_state
+from ds_kd.manifest import (
+    ADAPTER,
+    CONFIG,
+    ENGINE,
+    LATEST,
+    MODEL,
+    STATE,
+    CheckpointError,
+    error_of,
+)
+from ds_kd.retention import Retention, step_name, steps_in
+from ds_kd.run_lock import DirectoryInUse, RunLock
+from ds_kd.state import TrainState, rng_state
 
-STATE = "state.json"
-LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 PREEMPTED = "PREEMPTED"
 _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
 
 
-def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
-    """What differs between two fingerprints, a line each."""
-    return [
-        f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
+def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
+    """Return what differs between two fingerprints, by name, a line each."""
+    return {
+        name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
         for name in sorted(saved.keys() | present.keys())
         if saved.get(name) != present.get(name)
-    ]
+    }
 
 
+@dataclass
 class Checkpointer:
-    """Saves, finds and restores the checkpoints of one run.
+    """Saves and restores the checkpoints of one run.
 
     Args:
         directory: `checkpoint.checkpoint_dir`.
@@ -62,32 +76,28 @@ class Checkpointer:
         tokenizer: saved beside the model.
         save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
             `false` with none.
-        keep_last: how many checkpoints stay; None keeps all.
-        keep_best: how many of the lowest validation losses stay besides.
+        retention: how many checkpoints stay.
+        fingerprint: what the course of the run depends on, by name; plain values.
+        config_text: the run's YAML, kept beside each checkpoint.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
         patience: seconds that the launcher leaves a run after SIGTERM, if it is not patient.
-        fingerprint: what the course of the run depends on, by name; plain values.
         say: prints on rank 0.
+        lock: held by this run on rank 0; nothing is published once another run has it.
+        changes: what `resume` found changed in the fingerprint, by name, a line each.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        world: World,
-        tokenizer: Any,
-        save_consolidated: str = "final",
-        keep_last: int | None = None,
-        fingerprint: dict[str, Any] | None = None,
-        say: Any = print,
-        keep_best: int = 1,
-        stops_on_failed_save: bool = False,
-        patience: float | None = None,
-    ):
-        self.directory, self.world, self.tokenizer = directory, world, tokenizer
-        self.save_consolidated, self.keep_last, self.say = save_consolidated, keep_last, say
-        self.fingerprint = fingerprint or {}
-        self.patience = patience
-        self.keep_best, self.stops_on_failed_save = keep_best, stops_on_failed_save
+    directory: Path
+    world: World
+    tokenizer: Any
+    save_consolidated: str = "final"
+    retention: Retention = Retention()
+    fingerprint: dict[str, Any] = field(default_factory=dict)
+    config_text: str = ""
+    stops_on_failed_save: bool = False
+    patience: float | None = None
+    say: Callable[[str], None] = print
+    lock: RunLock | None = None
+    changes: dict[str, str] = field(default_factory=dict)
 
     def save(
         self,
@@ -116,9 +126,8 @@ class Checkpointer:
             self._warn(time.monotonic() - started, "took")
             return target
         except (OSError, SafetensorError) as error:  # on every rank, see `_all_well`
-            aside = self._aside(state.step)
-            on_rank0(lambda: shutil.rmtree(aside, ignore_errors=True), self.world)
-            kept = on_rank0(lambda: [path.name for path in self._all()[:1]], self.world)
+            on_rank0(lambda: error_of(lambda: publication.repair(self.directory)), self.world)
+            kept = on_rank0(lambda: [p.name for p in steps_in(self.directory)[:1]], self.world)
             message = (
                 f"the checkpoint of step {state.step} cannot be written: {error}; "
                 f"{f'{kept[0]} is the last' if kept else 'there is none yet'}"
@@ -166,9 +175,6 @@ class Checkpointer:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total
 
-    def _aside(self, step: int) -> Path:
-        return self.directory / f".saving.step_{step:07d}"
-
     def _all_well(self, error: Exception | None) -> None:
         """Raise on every rank what any of them met (a collective)."""
         texts: list[Any] = [None] * self.world.size
@@ -181,15 +187,17 @@ class Checkpointer:
     def _save(
         self, engine: Any, state: TrainState, is_last: bool, validation_loss: float | None
     ) -> Path:
-        target = self.directory / f"step_{state.step:07d}"
-        aside = self._aside(state.step)
+        target = self.directory / step_name(state.step)
+        aside = self.directory / f".saving.{target.name}"
         consolidate = self.save_consolidated == "every" or (
             self.save_consolidated == "final" and is_last
         )
         needed = self._needed(engine, consolidate)
 
         def prepare() -> None:
-            _fresh(aside / MODEL)
+            self._check_lock()
+            publication.remove(aside)
+            (aside / MODEL).mkdir(parents=True)
             _check_free(self.directory, needed)
 
         on_rank0(prepare, self.world)
@@ -202,68 +210,49 @@ class Checkpointer:
         if consolidate:
             export_student(engine, aside / MODEL, self.world)
         files = self._manifest(aside)
-        on_rank0(lambda: self._publish(aside, target, files, consolidate), self.world)
+        on_rank0(lambda: self._publish(aside, target, files), self.world)
         return target
 
     def resume(self, engine: Any, state: TrainState) -> Path | None:
-        """Restore the newest good checkpoint; None when there is none at all.
+        """Restore the checkpoint that `LATEST` names, or the one that takes its place; None when
+        there is none at all.
 
-        What has changed since it was saved is named, as the run will not be what it would have
-        been. Another number of ranks sees the same global batches in the same order.
+        What a killed save left undone is done. What has changed since the checkpoint was saved is
+        named and kept in `changes`. Another number of ranks sees the same global batches in the
+        same order.
 
         Raises:
             CheckpointError: checkpoints exist and none is good, or this one holds another model.
         """
-        found = on_rank0(self._newest_good, self.world)
+
+        def find() -> Path | None:
+            publication.repair(self.directory)
+            return restore.find(self.directory, self.say)
+
+        found = on_rank0(find, self.world)
         if found is None:
             return None
-        saved = json.loads((found / STATE).read_text())
+        scratch = self.directory / ".cut_anew"
+        saved = restore.load(engine, state, found, scratch, self.world, self.say)
+        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
         if self.world.is_main:
-            for line in differences(saved.get("fingerprint", {}), self.fingerprint):
+            for line in self.changes.values():
                 self.say(f"resuming, but {line}")
-        try:
-            if saved["world_size"] == self.world.size:
-                loaded = zero_files.load_engine(engine, found, ENGINE)
-            else:
-                loaded = self._load_cut_anew(engine, found, saved["world_size"])
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"{found} does not fit this model ({first_line(error)}); give "
-                f"checkpoint.checkpoint_dir another directory to start anew"
-            ) from error
-        if not loaded:
-            raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
-        state.load_state_dict(saved["train_state"])
-        rng = found / f"rng_rank{self.world.rank}.pt"
-        if rng.is_file():  # a rank more than there were draws from its own seed
-            set_rng_state(torch.load(rng, weights_only=True))
+        on_rank0(lambda: publication.complete(found, self.directory), self.world)
         return found
 
-    def _load_cut_anew(self, engine: Any, found: Path, ranks: int) -> bool:
-        """Into another number of ranks."""
-        if self.world.is_main:
-            self.say(
-                f"{found.name} was saved by {ranks} ranks and is cut anew for {self.world.size}: "
-                f"the same batches in the same order, rounded otherwise"
-            )
-        out = self.directory / ".cut_anew"
-
-        def cut() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-            try:
-                zero_files.cut_anew(found, ENGINE, out)
-            except KeyError as error:
-                raise CheckpointError(
-                    f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
-                    f"go on with another number ({error} is not in it); start {ranks} again"
-                ) from None
-
-        try:
-            on_rank0(cut, self.world)
-            return zero_files.load_cut_anew(engine, out, ENGINE)
-        finally:
-            barrier(self.world)
-            on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), self.world)
+    def export_final(self, engine: Any) -> None:
+        """Write `final` from a run whose steps are all done, where its last checkpoint came
+        without the student's weights (a collective)."""
+        found = self.newest()
+        if self.save_consolidated == "false" or found is None:
+            return
+        if on_rank0(lambda: publication.holds_student(found), self.world):
+            return
+        fresh = self.directory / publication.FRESH_FINAL
+        on_rank0(lambda: publication.copy_small_files(found, fresh), self.world)
+        export_student(engine, fresh, self.world)
+        on_rank0(lambda: publication.swap_final(self.directory), self.world)
 
     def newest(self) -> Path | None:
         """The checkpoint that `LATEST` names, by this rank's eyes alone."""
@@ -288,6 +277,7 @@ class Checkpointer:
             "fingerprint": self.fingerprint,
         }
         (aside / STATE).write_text(json.dumps(saved))
+        (aside / CONFIG).write_text(self.config_text)
         model = engine.module.model
         model.config.save_pretrained(aside / MODEL)
         if getattr(model, "generation_config", None) is not None:
@@ -307,73 +297,18 @@ class Checkpointer:
         dist.all_gather_object(parts, part, group=self.world.host_group)
         return {name: digest for part in parts for name, digest in part.items()}
 
-    def _publish(
-        self, aside: Path, target: Path, files: dict[str, Any], consolidated: bool
-    ) -> None:
+    def _publish(self, aside: Path, target: Path, files: dict[str, Any]) -> None:
         manifest.write(aside, files)
-        if target.exists():
-            shutil.rmtree(target)
-        aside.rename(target)
-        manifest.fsync(self.directory)
-        manifest.point(self.directory / LATEST, target.name)
-        if consolidated:
-            manifest.point(self.directory / FINAL, f"{target.name}/{MODEL}")
-        best = self._best()
-        if best:
-            manifest.point(self.directory / BEST, best[0].name)
-        self._prune(best[: self.keep_best])
+        self._check_lock()
+        publication.publish(aside, target, self.retention, self.say)
 
-    def _prune(self, best: list[Path]) -> None:
-        if self.keep_last is None:
+    def _check_lock(self) -> None:
+        if self.lock is None:
             return
-        wanted = {(self.directory / link).resolve() for link in (LATEST, FINAL)}
-        wanted |= {path.parent for path in wanted} | {path.resolve() for path in best}
-        for old in self._all()[self.keep_last :]:
-            if old.resolve() not in wanted:
-                shutil.rmtree(old)
-
-    def _best(self) -> list[Path]:
-        """The checkpoints whose validation loss is known, the lowest first."""
-        losses = {path: validation_loss_of(path) for path in self._all()}
-        known = {path: loss for path, loss in losses.items() if loss is not None}
-        return sorted(known, key=lambda path: known[path])
-
-    def _all(self) -> list[Path]:
-        """Every published checkpoint, newest first."""
-        return sorted((p for p in self.directory.glob("step_*") if p.is_dir()), reverse=True)
-
-    def _newest_good(self) -> Path | None:
-        # Of a run killed while saving, or while cutting one anew.
-        for leftover in [*self.directory.glob(".saving.*"), *self.directory.glob(".cut_anew")]:
-            shutil.rmtree(leftover)
-        candidates = self._all()
-        for checkpoint in candidates:
-            try:
-                verify(checkpoint)
-                return checkpoint
-            except CheckpointError as error:
-                aside = checkpoint.with_name(f"bad.{checkpoint.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                checkpoint.rename(aside)
-                self.say(
-                    f"checkpoint {checkpoint.name} is damaged and was set aside as {aside.name}: "
-                    f"{error}"
-                )
-        if bad := list(self.directory.glob("bad.step_*")):
-            raise CheckpointError(
-                f"{self.directory}: none of {len(bad)} checkpoints is whole; they are "
-                f"kept as bad.step_…. "
-                "Give checkpoint.checkpoint_dir another directory to start anew."
-            )
-        return None
-
-
-def validation_loss_of(checkpoint: Path) -> float | None:
-    """Of a checkpoint's weights; None where they were not validated."""
-    try:
-        return json.loads((checkpoint / STATE).read_text()).get("validation_loss")
-    except (OSError, ValueError):
-        return None
+        try:
+            self.lock.check()
+        except DirectoryInUse as error:
+            raise CheckpointError(f"{self.directory} was lost: {error}") from error
 
 
 def _check_free(directory: Path, needed: int) -> None:
@@ -383,8 +318,3 @@ def _check_free(directory: Path, needed: int) -> None:
             f"disk full: needed {needed / 2**20:.0f} MiB, free {free / 2**20:.0f} MiB in "
             f"{directory}"
         )
-
-
-def _fresh(directory: Path) -> None:
-    shutil.rmtree(directory.parent, ignore_errors=True)
-    directory.mkdir(parents=True)

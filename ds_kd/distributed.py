@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import socket
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,8 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+from ds_kd.private_files import private_directory, read_own, write_new
 
 T = TypeVar("T")
 
@@ -112,29 +113,40 @@ def _free_master_port() -> Iterator[None]:
         return
     import psutil
 
+    directory = private_directory()
+    if directory is None:  # the same for every rank: they meet at the launcher's port
+        yield
+        return
     launcher = psutil.Process(os.getppid())
-    path = Path(tempfile.gettempdir()) / f"ds_kd-port-{os.getuid()}-{launcher.pid}"
+    path = directory / f"port-{launcher.pid}"
     if env["RANK"] == "0":
         if _is_taken(int(env["MASTER_PORT"])):
             env["MASTER_PORT"] = str(_free_port())
-        path.unlink(missing_ok=True)
         fresh = path.with_suffix(".new")
-        fresh.write_text(env["MASTER_PORT"])
+        fresh.unlink(missing_ok=True)
+        write_new(fresh, env["MASTER_PORT"])
         fresh.replace(path)
     else:
-        deadline = time.monotonic() + 60
         # A file from before belongs to a launcher that had the same number.
-        while not (_is_ours(path) and path.stat().st_mtime >= launcher.create_time() - 1):
-            if time.monotonic() > deadline:
-                break  # rank 0 has ended; its own message says why
-            time.sleep(0.05)
-        else:
-            env["MASTER_PORT"] = path.read_text()
+        port = _wait_for_text(path, newer_than=launcher.create_time() - 1)
+        # Without: rank 0 has ended; its own message says why.
+        env["MASTER_PORT"] = port or env["MASTER_PORT"]
     try:
         yield
     finally:
         if env["RANK"] == "0":
             path.unlink(missing_ok=True)
+
+
+def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | None:
+    """What is in a file of ours that was written since; None after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = read_own(path)
+        if found is not None and found[1] >= newer_than:
+            return found[0]
+        time.sleep(0.05)
+    return None
 
 
 def _is_taken(port: int) -> bool:
@@ -339,10 +351,12 @@ def _is_first_here() -> bool:
     """Among the processes of one parent, by a file that lives for half a second."""
     if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
         return True
-    name = f"ds_kd-failed-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
-    path = Path(tempfile.gettempdir()) / name
+    directory = private_directory()
+    if directory is None:  # better twice than never
+        return True
+    path = directory / f"failed-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        write_new(path, "")
     except FileExistsError:
         return False
     except OSError:  # nowhere to write: better twice than never

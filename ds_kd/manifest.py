@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from ds_kd.errors import UserError
 
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
+STATE, CONFIG = "state.json", "config.yaml"
+LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 #: Of torch and safetensors, besides the system's own, where a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -51,17 +53,25 @@ def write(directory: Path, files: dict[str, Any]) -> None:
     fsync(directory / MANIFEST)
 
 
+def listed(checkpoint: Path) -> dict[str, Any]:
+    """Return size and hash of every file, as the manifest has them.
+
+    Raises:
+        CheckpointError: there is none, or it cannot be read.
+    """
+    try:
+        return json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CheckpointError(f"{checkpoint / MANIFEST}: missing or unreadable") from None
+
+
 def verify(checkpoint: Path) -> None:
     """Compare every file with the manifest.
 
     Raises:
         CheckpointError: names the first file that is missing, truncated or altered.
     """
-    try:
-        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{checkpoint / MANIFEST}: missing or unreadable") from None
-    for name, want in listed.items():
+    for name, want in listed(checkpoint).items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")

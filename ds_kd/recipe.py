@@ -3,32 +3,36 @@ components take plain values."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_kd import engines, lora, models
-from ds_kd.checkpoint import FINAL, LATEST, Checkpointer
+from ds_kd.checkpoint import Checkpointer
 from ds_kd.config import check_world, fingerprint
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, seconds_after_sigterm
 from ds_kd.loaders import build_loader, packs
+from ds_kd.manifest import FINAL, LATEST
 from ds_kd.metrics import Metrics
 from ds_kd.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
+from ds_kd.retention import Retention
+from ds_kd.run_lock import RunLock
 from ds_kd.schedule import Schedule
 from ds_kd.schema import RunConfig
 from ds_kd.state import TrainState, seed_rank
-from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
+from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
 from ds_kd.trainer import Trainer
 from ds_kd.zero_config import load_zero_config, offloaded, offloads_optimizer
 
 _HASHED_SAMPLES = 64
+_LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs")
 
 
 def build(
@@ -242,27 +246,49 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
     return made[0] if made else None
 
 
+@contextlib.contextmanager
+def locked(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
+    """Keep the checkpoint directory for this run alone; None where no checkpoints are kept.
+
+    Raises:
+        ConfigError: another run has it, or it cannot be written.
+    """
+    if not cfg.checkpoint.enabled:
+        yield None
+        return
+    directory = Path(cfg.checkpoint.checkpoint_dir)
+    lock = RunLock(directory)
+
+    def take() -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock.take()
+
+    as_config_error(
+        "checkpoint.checkpoint_dir",
+        cfg.checkpoint.checkpoint_dir,
+        lambda: on_rank0(take, world),
+        "a directory that can be written and that no other run uses",
+    )
+    try:
+        yield lock
+    finally:
+        lock.release()
+
+
 def _checkpointer(
     cfg: RunConfig, tokenizer: Any, samples: Any, world: World
 ) -> Checkpointer | None:
     wanted = cfg.checkpoint
     if not wanted.enabled:
         return None
-    directory = Path(wanted.checkpoint_dir)
-    as_config_error(
-        "checkpoint.checkpoint_dir",
-        wanted.checkpoint_dir,
-        lambda: on_rank0(lambda: os.makedirs(directory, exist_ok=True), world),
-        "a directory that can be written",
-    )
     return Checkpointer(
-        directory,
+        Path(wanted.checkpoint_dir),
         world,
         tokenizer,
         wanted.save_consolidated,
-        wanted.keep_last,
+        Retention(wanted.keep_last, wanted.keep_best),
         {**fingerprint(cfg), "training data": _digest(samples)},
-        keep_best=wanted.keep_best,
+        cfg.text,
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
     )
@@ -273,6 +299,26 @@ def _digest(samples: Any) -> str:
     count = len(samples)
     tokens = [samples[k]["input_ids"] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]
     return f"{count} samples, {hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]}"
+
+
+def refuse_changes(cfg: RunConfig, changes: dict[str, str]) -> None:
+    """Refuse to offer the student of a finished run as that of another one.
+
+    Args:
+        changes: `Checkpointer.changes`; newer libraries and fewer steps do not count.
+
+    Raises:
+        ConfigError: with what has changed.
+    """
+    harmless = ("ds_kd", "torch", "transformers", "deepspeed", *_LENGTH)
+    lines = [line for name, line in changes.items() if name not in harmless]
+    if lines:
+        raise ConfigError([problem(
+            "checkpoint.checkpoint_dir", cfg.checkpoint.checkpoint_dir,
+            f"the settings of the run that is finished there, but {', '.join(lines)}",
+            "give another directory, or the old values; with a larger max_steps or num_epochs the "
+            "finished run goes on",
+        )])  # fmt: skip
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:

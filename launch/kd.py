@@ -22,6 +22,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,6 +34,10 @@ from ds_kd.quiet import quiet
 from ds_kd.schema import RunConfig
 from ds_kd.signals import StopRequest
 from ds_kd.targets import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds
+    from ds_kd.distributed import World
+    from ds_kd.run_lock import RunLock
 
 
 def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namespace:
@@ -159,6 +164,16 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
     from ds_kd import distributed, recipe
 
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    with recipe.locked(cfg, world) as lock:
+        train_in(cfg, args, world, lock)
+        distributed.stop()
+    return 0
+
+
+def train_in(cfg: RunConfig, args: argparse.Namespace, world: World, lock: RunLock | None) -> None:
+    """Train on the ranks of `world`, the checkpoint directory being this run's alone."""
+    from ds_kd import recipe
+
     say = print if world.is_main else lambda *_: None
     for note in cfg.notes:
         say(note)
@@ -177,10 +192,13 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
         f"{time.monotonic() - started:.0f} s"
     )
     if trainer.checkpointer is not None:
+        trainer.checkpointer.lock = lock
         found = trainer.checkpointer.resume(trainer.student, trainer.state)
         if found is not None:
             say(f"resumed from {found} at step {trainer.state.step}")
             if trainer.schedule.is_last(trainer.state.step):
+                recipe.refuse_changes(cfg, trainer.checkpointer.changes)
+                trainer.checkpointer.export_final(trainer.student)
                 say("all its steps are done; a larger max_steps or num_epochs goes on")
         trainer.checkpointer.check_room(trainer.student)
     finished = trainer.train()
@@ -190,8 +208,6 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
         if trainer.checkpointer is not None:
             trainer.checkpointer.mark(trainer.state.step, finished)
         print(recipe.closing_message(cfg, trainer.state.step, finished))
-    distributed.stop()
-    return 0
 
 
 def _speaks() -> bool:

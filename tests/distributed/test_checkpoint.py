@@ -130,6 +130,7 @@ def save_resume_export_damage(world, root, paths):
 def failing_saves(world, paths, directory):
     """What becomes of saves without room, and of one that only rank 1 cannot write."""
     from ds_kd import checkpoint
+    from ds_kd.retention import Retention
 
     made, _ = train(world, paths, directory, 2)
     keeper, out = made.checkpointer, {}
@@ -171,7 +172,7 @@ def failing_saves(world, paths, directory):
     out["left"] = sorted(p.name for p in directory.iterdir())
     out["said"] = said
 
-    keeper.keep_last, keeper.keep_best = 1, 1
+    keeper.retention = Retention(last=1, best=1)
     for step, loss in ((6, 3.0), (7, 2.0), (8, 2.5), (9, None)):
         attempt(step, validation_loss=loss)
     out["kept"] = sorted(p.name for p in directory.iterdir())

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_kd.distributed import _free_port
+from ds_kd.run_lock import RunLock
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -115,9 +116,12 @@ def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root)
     rows.write_text(before.replace("w7 w8", "w8 w7"))
     result = kd(*overrides, "optimizer.lr=0.02")
     rows.write_text(before)
-    assert result.returncode == 0, result.stderr
     assert "resuming, but optimizer.lr was 0.01 and is 0.02" in result.stdout
     assert "resuming, but training data was '22 samples, " in result.stdout
+    # The run is finished: what is there is not the student that was asked for.
+    assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
+    assert "optimizer.lr was 0.01 and is 0.02" in result.stderr
+    assert "another directory, or the old values" in result.stderr and "done" not in result.stdout
 
 
 def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):
@@ -167,6 +171,25 @@ def test_final_loads_as_the_guide_shows(finished, root):
     ids = AutoTokenizer.from_pretrained(root / "run/final")("w1 w5", return_tensors="pt").input_ids
     assert model.generate(ids, max_new_tokens=3).shape[1] >= 3
     assert (root / "run/LATEST").resolve().name == "step_0000006"
+
+
+def test_final_is_real_files_and_the_runs_yaml_lies_beside_each_checkpoint(finished, root):
+    assert not any(
+        path.is_symlink() for path in [root / "run/final", *(root / "run/final").iterdir()]
+    )
+    text = (root / "run/LATEST/config.yaml").read_text()
+    assert "global_batch_size: 8" in text and str(root / "squad.jsonl") in text
+
+
+def test_a_second_run_in_one_directory_is_refused_and_removes_nothing(overrides, tmp_path):
+    lock = RunLock(tmp_path)
+    lock.take()
+    (tmp_path / ".saving.step_0000001").mkdir()  # which the run that has it is just writing
+    refused = kd(*overrides, f"checkpoint.checkpoint_dir={tmp_path}", ranks=2)
+    lock.release()
+    assert refused.returncode != 0 and "Traceback" not in refused.stderr, refused.stderr
+    assert f"process {os.getpid()} on {socket.gethostname()}" in refused.stderr
+    assert "another directory" in refused.stderr and (tmp_path / ".saving.step_0000001").is_dir()
 
 
 def test_a_users_mistakes_exit_2_without_a_traceback(overrides, root):

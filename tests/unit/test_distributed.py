@@ -76,3 +76,60 @@ def test_a_build_lock_goes_when_its_owner_is_dead_and_only_then(environment, tmp
         monkeypatch.setenv("SLURM_NNODES", "2")  # its owner may be on another node
         dead.touch()
         assert distributed.clear_stale_locks() == [] and dead.exists()
+
+
+@pytest.fixture
+def shared(environment, tmp_path, monkeypatch):
+    """A temporary directory in which somebody else may have been before."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    environment.setenv("CROSS_SIZE", "1")
+    environment.setenv("WORLD_SIZE", "2")
+    environment.setenv("RANK", "0")
+    environment.setenv("MASTER_PORT", str(distributed._free_port()))
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    return tmp_path, victim
+
+
+def test_no_link_made_beforehand_is_written_through(shared):
+    directory, victim = shared
+    own = directory / f"ds_kd-{os.getuid()}"
+    own.mkdir(mode=0o700)
+    for name in (f"port-{os.getppid()}", f"port-{os.getppid()}.new"):
+        (own / name).symlink_to(victim)
+    with distributed._free_master_port():
+        port = own / f"port-{os.getppid()}"
+        assert not port.is_symlink() and port.read_text() == os.environ["MASTER_PORT"]
+        assert port.stat().st_mode & 0o077 == 0
+        assert distributed._wait_for_text(port, 0) == os.environ["MASTER_PORT"]
+    assert victim.read_text() == "precious" and victim.stat().st_size == 8
+    assert [*own.iterdir()] == []
+
+
+@pytest.mark.parametrize("trap", ["link", "open to all"])
+def test_a_directory_that_others_may_have_filled_is_not_used(shared, trap):
+    directory, _ = shared
+    own = directory / f"ds_kd-{os.getuid()}"
+    elsewhere = directory / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    if trap == "link":
+        own.symlink_to(elsewhere)
+    else:
+        own.mkdir()
+        own.chmod(0o777)
+        elsewhere = own
+    before = os.environ["MASTER_PORT"]
+    with distributed._free_master_port():
+        assert [*elsewhere.iterdir()] == []
+        assert os.environ["MASTER_PORT"] == before
+        # Of an error somebody speaks: a file made beforehand silences nobody.
+        (elsewhere / f"failed-{os.getppid()}-{before}").touch()
+        assert distributed.is_first_to_fail()
+
+
+def test_a_port_of_a_launcher_that_had_the_same_number_is_not_read(shared):
+    directory, _ = shared
+    path = directory / "port"
+    path.write_text("1234")
+    os.utime(path, (1, 1))
+    assert distributed._wait_for_text(path, newer_than=2, seconds=0.2) is None

@@ -1,0 +1,139 @@
+"""Which checkpoint a started run goes on from, and how it is read back."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_kd import zero_files
+from ds_kd.distributed import World, barrier, on_rank0
+from ds_kd.errors import first_line
+from ds_kd.manifest import ENGINE, LATEST, STATE, CheckpointError, verify
+from ds_kd.retention import bad_in, set_aside, step_of, steps_in
+from ds_kd.state import TrainState, set_rng_state
+
+
+def find(directory: Path, say: Callable[[str], None]) -> Path | None:
+    """Return the checkpoint that `LATEST` names, if it is whole.
+
+    A damaged one is set aside, and the newest whole one before it takes its place; then those
+    after it. Without `LATEST` it is the newest whole one. None where there is none at all.
+
+    Raises:
+        CheckpointError: checkpoints exist and none is whole, or `LATEST` names something else that
+            is no whole checkpoint.
+    """
+    named, known = _named(directory), steps_in(directory)
+    if named is not None and named not in known:
+        return _whole_elsewhere(directory, named)
+    newer = known[: known.index(named)] if named is not None else []
+    for checkpoint in [*known[len(newer) :], *newer]:
+        try:
+            verify(checkpoint)
+        except CheckpointError as error:
+            aside = set_aside(checkpoint)
+            say(f"checkpoint {checkpoint.name} is damaged and was set aside as {aside.name}: "
+                f"{error}")  # fmt: skip
+            continue
+        if newer and checkpoint not in newer:
+            say(
+                f"{LATEST} names {checkpoint.name}; what is newer ({', '.join(_names(newer))}) "
+                f"stays until the run comes to its steps again"
+            )
+        return checkpoint
+    if bad := bad_in(directory):
+        raise CheckpointError(
+            f"{directory}: none of {len(bad)} checkpoints is whole; they are kept as bad.step_…. "
+            "Give checkpoint.checkpoint_dir another directory to start anew."
+        )
+    return None
+
+
+def _named(directory: Path) -> Path | None:
+    """What `LATEST` names: one of the directory's own checkpoints by its name here."""
+    link = directory / LATEST
+    if not link.exists():
+        return None
+    resolved = link.resolve()
+    here = directory / resolved.name
+    return here if here.resolve() == resolved and not here.is_symlink() else resolved
+
+
+def _whole_elsewhere(directory: Path, named: Path) -> Path:
+    try:
+        verify(named)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{directory / LATEST} names {named}, which is no whole checkpoint ({error}); point it "
+            f"to a step_… directory (ln -sfn step_… {directory / LATEST}) or remove it"
+        ) from error
+    return named
+
+
+def _names(checkpoints: list[Path]) -> list[str]:
+    return [path.name for path in sorted(checkpoints, key=lambda path: step_of(path) or 0)]
+
+
+def load(
+    engine: Any, state: TrainState, found: Path, scratch: Path, world: World, say: Any
+) -> dict[str, Any]:
+    """Read a checkpoint into the engine, `state` and this rank's generators (a collective).
+
+    Args:
+        scratch: a directory to write, where the number of ranks is another.
+
+    Returns:
+        What `state.json` says.
+
+    Raises:
+        CheckpointError: it holds another model, or cannot be cut for so many ranks.
+    """
+    saved = json.loads((found / STATE).read_text())
+    try:
+        if saved["world_size"] == world.size:
+            loaded = zero_files.load_engine(engine, found, ENGINE)
+        else:
+            loaded = _load_cut_anew(engine, found, saved["world_size"], scratch, world, say)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{found} does not fit this model ({first_line(error)}); give "
+            f"checkpoint.checkpoint_dir another directory to start anew"
+        ) from error
+    if not loaded:
+        raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
+    state.load_state_dict(saved["train_state"])
+    rng = found / f"rng_rank{world.rank}.pt"
+    if rng.is_file():  # a rank more than there were draws from its own seed
+        set_rng_state(torch.load(rng, weights_only=True))
+    return saved
+
+
+def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any) -> bool:
+    """Into another number of ranks."""
+    if world.is_main:
+        say(
+            f"{found.name} was saved by {ranks} ranks and is cut anew for {world.size}: "
+            f"the same batches in the same order, rounded otherwise"
+        )
+
+    def cut() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        try:
+            zero_files.cut_anew(found, ENGINE, out)
+        except KeyError as error:
+            raise CheckpointError(
+                f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
+                f"go on with another number ({error} is not in it); start {ranks} again"
+            ) from None
+
+    try:
+        on_rank0(cut, world)
+        return zero_files.load_cut_anew(engine, out, ENGINE)
+    finally:
+        barrier(world)
+        on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), world)

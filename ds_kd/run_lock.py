@@ -1,0 +1,212 @@
+"""One run per checkpoint directory: a file says which process has it.
+
+The file appears whole and at one stroke (a hard link), and its holder refreshes its time of change
+every few seconds. On one machine the process's own existence tells whether a holder lives, so that
+a killed run's successor starts at once. A holder on another machine is watched: it lives if the
+time of change moves on, and is gone after `STALE_SECONDS` without. Times are compared with that of
+a file written just now, by the file system's clock and nobody else's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+NAME = "RUNNING"
+HEARTBEAT_SECONDS = 6.0
+STALE_SECONDS = 10 * HEARTBEAT_SECONDS
+_PF_EXITING = 0x4  # of the kernel's flags of a process
+
+
+class DirectoryInUse(ValueError):
+    """Another run has the directory; the message names its host and process."""
+
+
+class RunLock:
+    """The right to write into a checkpoint directory, from `take` to `release`.
+
+    Args:
+        directory: an existing one.
+        heartbeat: seconds between two signs of life.
+        stale: seconds without one, after which a holder on another machine is taken for dead.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        heartbeat: float = HEARTBEAT_SECONDS,
+        stale: float = STALE_SECONDS,
+    ):
+        self.path = directory / NAME
+        self.heartbeat, self.stale = heartbeat, stale
+        self._token = uuid.uuid4().hex
+        self._over = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def take(self) -> None:
+        """Become the directory's only run, or wait until it is known whether another lives.
+
+        Raises:
+            DirectoryInUse: it does.
+            OSError: nothing can be written here.
+        """
+        seen: float | None = None  # when the holder on another machine last gave a sign
+        while True:
+            with _one_at_a_time(self.path):
+                holder = _read(self.path)
+                if holder is None or self._is_gone(holder):
+                    self.path.unlink(missing_ok=True)
+                    if self._create():
+                        break
+                    continue  # a file system without locks, and somebody was quicker
+            if _is_here(holder) or (seen is not None and holder["beat"] != seen):
+                raise DirectoryInUse(_refusal(holder))
+            seen = holder["beat"]
+            time.sleep(min(1.0, self.heartbeat / 2))
+        self._thread = threading.Thread(target=self._beat, name="run lock", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Raise where the directory was taken by another run meanwhile, as happens to one that
+        stood still for longer than `stale`.
+
+        Raises:
+            DirectoryInUse: with that run's host and process.
+        """
+        holder = _read(self.path)
+        if holder is not None and holder.get("token") != self._token:
+            raise DirectoryInUse(_refusal(holder))
+
+    def release(self) -> None:
+        """Leave the directory to others; nothing happens where it was never taken."""
+        if self._thread is None:
+            return
+        self._over.set()
+        self._thread.join()
+        self._thread = None
+        with contextlib.suppress(OSError):  # the run's own error, if any, says more
+            if self._is_ours():
+                self.path.unlink()
+
+    def _create(self) -> bool:
+        """Put our file there, whole; False if there is one."""
+        aside = self.path.with_name(f".{NAME}.{self._token}")
+        aside.write_text(json.dumps({"token": self._token, **_this_process()}))
+        try:
+            os.link(aside, self.path)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links
+            try:
+                handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+            except FileExistsError:
+                return False
+            with open(handle, "w") as file:
+                file.write(aside.read_text())
+        finally:
+            aside.unlink(missing_ok=True)
+        return True
+
+    def _is_gone(self, holder: dict[str, Any]) -> bool:
+        if _is_here(holder):
+            return not _lives(holder)
+        return self._now() - holder["beat"] > self.stale
+
+    def _now(self) -> float:
+        """The file system's time."""
+        probe = self.path.with_name(f".{NAME}.{self._token}")
+        probe.write_text("")
+        try:
+            return probe.stat().st_mtime
+        finally:
+            probe.unlink()
+
+    def _is_ours(self) -> bool:
+        holder = _read(self.path)
+        return holder is not None and holder.get("token") == self._token
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.heartbeat):
+            with contextlib.suppress(OSError):  # a file system that is away for a while
+                if self._is_ours():
+                    os.utime(self.path)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Keep two starting runs from judging one stale file at the same moment, where the file system
+    has locks; they end with the process that holds them."""
+    guard = os.open(path.with_name(f".{NAME}.guard"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(guard, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(guard)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """What the file says and when it was last touched (`beat`); None where there is none."""
+    try:
+        with path.open() as file:  # opening it asks a network file system for its present state
+            text, beat = file.read(), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    try:
+        holder = json.loads(text)
+    except ValueError:
+        holder = None
+    return {**(holder if isinstance(holder, dict) else {}), "beat": beat}
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "process_started": _started(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
+
+
+def _machine() -> list[str]:
+    """Where a process number means the same process: host, boot and container."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
+
+
+def _is_here(holder: dict[str, Any]) -> bool:
+    return holder.get("machine") == _machine()
+
+
+def _started(pid: int) -> int | None:
+    """When it started, in the kernel's ticks; None for a process that is gone or on its way out."""
+    try:
+        # The name in brackets may hold anything.
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, flags, started = words[0], int(words[6]), int(words[19])
+    return None if state in "ZX" or flags & _PF_EXITING else started
+
+
+def _lives(holder: dict[str, Any]) -> bool:
+    started = _started(int(holder["pid"]))
+    return started is not None and started == holder["process_started"]
+
+
+def _refusal(holder: dict[str, Any]) -> str:
+    host, pid = holder.get("host", "an unknown host"), holder.get("pid", "unknown")
+    return (
+        f"another run has had it since {holder.get('since', 'a while')}: process {pid} on {host}; "
+        f"give this run another directory, or end that one first (kill {pid} on {host})"
+    )

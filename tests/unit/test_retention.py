@@ -1,0 +1,196 @@
+"""What of a checkpoint directory is the run's own, and what stays of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from ds_kd import manifest, publication, restore
+from ds_kd.manifest import CheckpointError
+from ds_kd.retention import Retention, steps_in
+
+
+def make(path: Path, loss: float | None = None, student: bool = True) -> Path:
+    """A whole checkpoint as far as files go."""
+    (path / "model").mkdir(parents=True)
+    (path / "state.json").write_text(json.dumps({"validation_loss": loss}))
+    (path / "model" / "config.json").write_text("{}")
+    if student:
+        (path / "model" / "model.safetensors").write_text(f"weights of {path.name}")
+    files = {str(p.relative_to(path)): manifest.digest(p) for p in manifest.files_of(path)}
+    manifest.write(path, files)
+    return path
+
+
+KEEP_ALL = Retention()
+said: list[str] = []
+
+
+def save(directory: Path, step: int, keep: Retention = KEEP_ALL, **options) -> None:
+    target = directory / f"step_{step:07d}"
+    aside = make(directory / f".saving.{target.name}", **options)
+    publication.publish(aside, target, keep, said.append)
+
+
+@pytest.fixture(autouse=True)
+def silence():
+    said.clear()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+def start(directory: Path) -> Path | None:
+    """What a started run does before it trains."""
+    publication.repair(directory)
+    found = restore.find(directory, said.append)
+    if found is not None:
+        publication.complete(found, directory)
+    return found
+
+
+def damage(checkpoint: Path) -> None:
+    (checkpoint / "state.json").write_text("x")
+
+
+def test_what_users_leave_beside_the_checkpoints_stays(tmp_path):
+    theirs = ["step_0000004.keep", "step_by_step_notes", "step_4", "bad.step_4x", ".saving.mine"]
+    for name in theirs:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "notes").write_text("mine")
+    archive = make(tmp_path / "archive" / "step_0000001")
+    (tmp_path / "step_0000001").symlink_to(archive)
+    (tmp_path / ".saving.step_0000009").symlink_to(archive)
+    make(tmp_path / ".saving.step_0000003")  # a killed save
+    start(tmp_path)
+    assert not (tmp_path / ".saving.step_0000003").exists()
+    for step in (2, 4, 6):
+        save(tmp_path, step, Retention(last=1))
+    damage(tmp_path / "step_0000006")
+    with pytest.raises(CheckpointError, match="none of 1"):
+        start(tmp_path)
+    for name in theirs:
+        assert (tmp_path / name / "notes").read_text() == "mine"
+    assert (tmp_path / "step_0000001").is_symlink() and (archive / "state.json").exists()
+    assert (tmp_path / ".saving.step_0000009").is_symlink()
+    assert steps_in(tmp_path) == []
+
+
+def test_a_link_at_a_checkpoints_place_gives_way_and_what_it_names_stays(tmp_path):
+    archive = make(tmp_path / "archive")
+    (tmp_path / "step_0000002").symlink_to(archive)
+    save(tmp_path, 2)
+    assert not (tmp_path / "step_0000002").is_symlink() and (archive / "state.json").exists()
+
+
+def test_latest_pointed_back_is_honoured_and_the_newer_ones_are_replaced_one_by_one(tmp_path):
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step)
+    manifest.point(tmp_path / "LATEST", "step_0000004")
+    found = start(tmp_path)
+    assert found == tmp_path / "step_0000004"
+    assert "step_0000006, step_0000008" in said[0]
+    assert (tmp_path / "final" / "model.safetensors").read_text().endswith("step_0000004")
+    (tmp_path / "step_0000006" / "old").touch()
+    save(tmp_path, 6, Retention(last=2))
+    assert not (tmp_path / "step_0000006" / "old").exists()
+    # 8 is of the course that was given up: neither counted nor removed before its step comes.
+    assert [p.name[-1] for p in steps_in(tmp_path)] == ["8", "6", "4"]
+    assert (tmp_path / "LATEST").resolve().name == "step_0000006"
+    assert start(tmp_path) == tmp_path / "step_0000006"
+
+
+def test_of_a_damaged_latest_the_one_before_takes_its_place_and_every_name_says_so(tmp_path):
+    for step in (2, 4, 6):
+        save(tmp_path, step, loss=9.0 - step)
+    for time in ("bad.step_0000006", "bad.step_0000006.2"):
+        damage(tmp_path / "step_0000006")
+        assert start(tmp_path) == tmp_path / "step_0000004"
+        assert (tmp_path / time).is_dir() and time in said[-1]
+        assert (tmp_path / "LATEST").resolve().name == "step_0000004"
+        assert (tmp_path / "BEST").resolve().name == "step_0000004"
+        save(tmp_path, 6, loss=3.0)
+
+
+def test_latest_may_name_a_checkpoint_elsewhere_and_must_name_a_whole_one(tmp_path):
+    directory = tmp_path / "run"
+    save_to = make(tmp_path / "other" / "step_0000003")
+    directory.mkdir()
+    save(directory, 6)
+    (directory / "LATEST").unlink()
+    (directory / "LATEST").symlink_to(save_to)
+    assert start(directory) == save_to
+    damage(save_to)
+    with pytest.raises(CheckpointError, match=r"point it to a step_… directory"):
+        start(directory)
+    assert save_to.is_dir() and (directory / "LATEST").is_symlink()
+
+
+def test_a_latest_that_was_copied_into_a_directory_is_refused_before_anything_is_removed(tmp_path):
+    save(tmp_path, 2)
+    (tmp_path / "LATEST").unlink()
+    shutil.copytree(tmp_path / "step_0000002", tmp_path / "LATEST")
+    before = names(tmp_path)
+    with pytest.raises(CheckpointError, match="no symbolic link"):
+        start(tmp_path)
+    assert names(tmp_path) == before
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["hard links", "copies"])
+def test_final_is_whole_wherever_it_is_copied_and_whatever_is_deleted(tmp_path, links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    save(tmp_path, 2)
+    save(tmp_path, 4, Retention(last=1))
+    weights = tmp_path / "final" / "model.safetensors"
+    assert weights.stat().st_nlink == (2 if links else 1)
+    # An edit of a small file must not reach the checkpoint.
+    (tmp_path / "final" / "config.json").write_text('{"edited": true}')
+    manifest.verify(tmp_path / "step_0000004")
+    shutil.rmtree(tmp_path / "step_0000004")
+    shutil.copytree(tmp_path / "final", tmp_path / "copy", symlinks=True)
+    assert (tmp_path / "copy" / "model.safetensors").read_text().endswith("step_0000004")
+
+
+def test_the_link_that_final_used_to_be_is_replaced_by_files(tmp_path):
+    save(tmp_path, 2)
+    shutil.rmtree(tmp_path / "final")
+    (tmp_path / "final").symlink_to("step_0000002/model")
+    start(tmp_path)
+    assert not (tmp_path / "final").is_symlink()
+    assert (tmp_path / "step_0000002" / "model" / "model.safetensors").exists()
+    assert (tmp_path / "final" / "model.safetensors").exists()
+
+
+def test_starting_again_and_again_changes_nothing(tmp_path):
+    for step in (2, 4):
+        save(tmp_path, step, loss=float(step))
+    before = names(tmp_path), (tmp_path / "final").stat().st_ino
+    for _ in range(2):
+        assert start(tmp_path) == tmp_path / "step_0000004"
+    assert (names(tmp_path), (tmp_path / "final").stat().st_ino) == before
+    assert (tmp_path / "BEST").resolve().name == "step_0000002"
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_told_and_ends_nothing(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    save(tmp_path, 4, Retention(last=1), student=False)
+    assert "cannot be removed" in said[0]
+    assert (tmp_path / "LATEST").resolve().name == "step_0000004"
+
+
+def test_best_never_names_what_is_not_there(tmp_path):
+    for step, loss in ((2, 1.0), (4, 3.0), (6, 2.0)):
+        save(tmp_path, step, Retention(last=1, best=0), loss=loss)
+        assert (tmp_path / "BEST").exists()
+    assert (tmp_path / "BEST").resolve().name == "step_0000006"
+
+
+def refuse(*_, **__):
+    raise OSError("not here")
