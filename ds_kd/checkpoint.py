@@ -226,6 +226,8 @@ class Checkpointer:
                 loaded = zero_files.load_engine(engine, found, ENGINE)
             else:
                 loaded = self._load_cut_anew(engine, found, saved["world_size"])
+        except CheckpointError:
+            raise
         except RuntimeError as error:
             raise CheckpointError(
                 f"{found} does not fit this model ({first_line(error)}); give "
@@ -241,6 +243,11 @@ class Checkpointer:
 
     def _load_cut_anew(self, engine: Any, found: Path, ranks: int) -> bool:
         """Into another number of ranks."""
+        if lost := zero_files.states_not_cut(engine):
+            raise CheckpointError(
+                f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
+                f"cannot be cut for another number; start {ranks} again"
+            )
         if self.world.is_main:
             self.say(
                 f"{found.name} was saved by {ranks} ranks and is cut anew for {self.world.size}: "
@@ -252,10 +259,10 @@ class Checkpointer:
             shutil.rmtree(out, ignore_errors=True)
             try:
                 zero_files.cut_anew(found, ENGINE, out)
-            except KeyError as error:
+            except KeyError:
                 raise CheckpointError(
                     f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
-                    f"go on with another number ({error} is not in it); start {ranks} again"
+                    f"go on with another number; start {ranks} again"
                 ) from None
 
         try:
