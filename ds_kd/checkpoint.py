@@ -36,6 +36,7 @@ from ds_kd.distributed import World, barrier, on_rank0, sum_over_ranks
 from ds_kd.errors import first_line
 from ds_kd.export import export_adapter, export_student
 from ds_kd.manifest import ADAPTER, ENGINE, MODEL, CheckpointError, error_of, verify
+from ds_kd.model_files import FILES
 from ds_kd.state import TrainState, rng_state, set_rng_state
 
 STATE = "state.json"
@@ -46,9 +47,10 @@ _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """What differs between two fingerprints, a line each."""
+    unknown = {name for name in present.keys() - saved.keys() if name.endswith(FILES)}
     return [
         f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
-        for name in sorted(saved.keys() | present.keys())
+        for name in sorted((saved.keys() | present.keys()) - unknown)
         if saved.get(name) != present.get(name)
     ]
 
