@@ -20,7 +20,7 @@ ALIASES = {
 ALLOWED = {
     *(
         f"torch.optim.{name}"
-        for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adagrad", "Adamax", "RMSprop")
+        for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop")
     ),
     _MODEL,
     "torchdata.stateful_dataloader.StatefulDataLoader",
@@ -34,6 +34,8 @@ UNSUPPORTED = {
     "write torch.optim.AdamW",
     "torch.optim.Muon": "it looks at whole matrices and ZeRO-3 gives it flat shards; write "
     "torch.optim.AdamW",
+    "torch.optim.Adagrad": "DeepSpeed replaces it by one that follows no schedule and cannot be "
+    "resumed; write torch.optim.RMSprop or torch.optim.AdamW",
     "torch.optim.LBFGS": "it needs a closure and whole vectors; write torch.optim.AdamW",
     **dict.fromkeys(
         (

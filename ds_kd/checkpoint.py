@@ -49,6 +49,7 @@ from ds_kd.manifest import (
     CheckpointError,
     error_of,
 )
+from ds_kd.model_files import FILES
 from ds_kd.retention import Retention, step_name, steps_in
 from ds_kd.run_lock import DirectoryInUse, RunLock
 from ds_kd.state import TrainState, rng_state
@@ -58,10 +59,14 @@ _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has 
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
-    """Return what differs between two fingerprints, by name, a line each."""
+    """Return what differs between two fingerprints, by name, a line each.
+
+    Model files of which a checkpoint made before they were told says nothing are no difference.
+    """
+    unknown = {name for name in present.keys() - saved.keys() if name.endswith(FILES)}
     return {
         name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
-        for name in sorted(saved.keys() | present.keys())
+        for name in sorted((saved.keys() | present.keys()) - unknown)
         if saved.get(name) != present.get(name)
     }
 

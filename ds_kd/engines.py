@@ -18,14 +18,13 @@ import torch
 from torch import nn
 
 #: ZeRO-3 updates flat one-dimensional shards: only optimizers that treat every element alone are
-#: right on them.
+#: right on them. Adagrad is one, but DeepSpeed replaces it by another that follows no schedule.
 ELEMENTWISE = {
     "Adam",
     "AdamW",
     "SGD",
     "NAdam",
     "RAdam",
-    "Adagrad",
     "Adamax",
     "RMSprop",
     "FusedAdam",

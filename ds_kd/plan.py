@@ -14,7 +14,7 @@ _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 #: fp32 numbers that an optimizer keeps for every weight; 2 where not listed. Some of its arguments
 #: each ask for one more.
-_OPTIMIZER_NUMBERS = {"SGD": 0, "Adagrad": 1, "RMSprop": 1}
+_OPTIMIZER_NUMBERS = {"SGD": 0, "RMSprop": 1}
 _ONE_MORE = {"SGD": ("momentum",), "RMSprop": ("momentum", "centered")}
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 

@@ -20,6 +20,7 @@ from ds_kd.distributed import World, on_rank0, seconds_after_sigterm
 from ds_kd.loaders import build_loader, packs
 from ds_kd.manifest import FINAL, LATEST
 from ds_kd.metrics import Metrics
+from ds_kd.model_files import FILES, identity_of
 from ds_kd.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.retention import Retention
@@ -76,6 +77,8 @@ def build(
         _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
     )
     student = _student(cfg, teacher, tokenizer, schedule, world, allow)
+    if checkpointer is not None:  # by now all files are there
+        checkpointer.fingerprint |= _model_files(cfg, world)
     return Trainer(
         student=student,
         teacher=teacher,
@@ -294,6 +297,17 @@ def _checkpointer(
     )
 
 
+def _model_files(cfg: RunConfig, world: World) -> dict[str, str]:
+    """Of which files student and teacher are made; rank 0 looks."""
+    used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
+
+    def look() -> dict[str, str]:
+        found = {part.key: identity_of(name_of(part), part.kwargs) for part in used}
+        return {f"{key}{FILES}": text for key, text in found.items() if text is not None}
+
+    return on_rank0(look, world)
+
+
 def _digest(samples: Any) -> str:
     """How many samples there are and a hash of some of them, spread over all."""
     count = len(samples)
@@ -330,7 +344,7 @@ def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
         return f"preempted at step {step}; {kept}"
     if not cfg.checkpoint.enabled:
         return "done; nothing is kept, as checkpoints are off"
-    if cfg.checkpoint.save_consolidated == "false":
+    if cfg.checkpoint.save_consolidated == "false" or not (directory / FINAL).exists():
         student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
     else:
         student = f"student: {directory / FINAL} (AutoModelForCausalLM.from_pretrained loads it)"

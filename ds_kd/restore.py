@@ -115,6 +115,11 @@ def load(
 
 def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any) -> bool:
     """Into another number of ranks."""
+    if lost := zero_files.states_not_cut(engine):
+        raise CheckpointError(
+            f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
+            f"cannot be cut for another number; start {ranks} again"
+        )
     if world.is_main:
         say(
             f"{found.name} was saved by {ranks} ranks and is cut anew for {world.size}: "
@@ -125,10 +130,10 @@ def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World
         shutil.rmtree(out, ignore_errors=True)
         try:
             zero_files.cut_anew(found, ENGINE, out)
-        except KeyError as error:
+        except KeyError:
             raise CheckpointError(
                 f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
-                f"go on with another number ({error} is not in it); start {ranks} again"
+                f"go on with another number; start {ranks} again"
             ) from None
 
     try:

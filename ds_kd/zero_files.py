@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ds_kd.manifest import CheckpointError
+from ds_kd.optimizer import apply_settings, settings_of, states_of
 from ds_kd.plan import optimizer_numbers
 
 
@@ -60,18 +62,45 @@ def save_engine(engine: Any, directory: Path, tag: str) -> Exception | None:
 
 
 def load_engine(engine: Any, directory: Path, tag: str) -> bool:
-    """The reverse, on the same number of ranks; False where there is nothing to load.
+    """Load what `save_engine` wrote, on the same number of ranks; False where there is nothing.
+
+    Weights and the optimizer's states are the checkpoint's. The optimizer's settings and its
+    schedule stay those of the present run, at the step that the checkpoint has come to.
 
     Raises:
+        CheckpointError: the states are those of another optimizer.
         RuntimeError: the files belong to another model.
     """
-    with trusted_pickles():
-        loaded, _ = engine.load_checkpoint(
-            str(directory), tag=tag, load_module_strict=not _is_frozen(engine)
-        )
-    if loaded is not None:
-        settle(engine.optimizer.optimizer)
-    return loaded is not None
+    optimizer = engine.optimizer.optimizer
+    settings = settings_of(optimizer)
+    try:
+        with trusted_pickles():
+            loaded, _ = engine.load_checkpoint(
+                str(directory),
+                tag=tag,
+                load_module_strict=not _is_frozen(engine),
+                load_lr_scheduler_states=False,
+            )
+    except KeyError as error:  # torch's optimizers, of a state that they look for
+        raise _of_another(optimizer, directory, str(error.args[0])) from error
+    if loaded is None:
+        return False
+
+    for state in optimizer.state.values():
+        if state and (missing := states_of(optimizer) - state.keys()):
+            raise _of_another(optimizer, directory, ", ".join(sorted(missing)))
+    settle(optimizer)
+    steps = engine.global_steps - engine.skipped_steps
+    apply_settings(optimizer, settings, engine.lr_scheduler, steps)
+    return True
+
+
+def _of_another(optimizer: torch.optim.Optimizer, directory: Path, missing: str) -> CheckpointError:
+    return CheckpointError(
+        f"{directory} holds the state of another optimizer, without the {missing} of "
+        f"{type(optimizer).__name__}; write the optimizer section as it was, or give "
+        f"checkpoint.checkpoint_dir another directory"
+    )
 
 
 def settle(optimizer: torch.optim.Optimizer) -> None:
@@ -80,9 +109,18 @@ def settle(optimizer: torch.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         for name, value in optimizer.defaults.items():
             group.setdefault(name, value)
-    if type(optimizer).__name__ == "DeepSpeedCPUAdam":
-        for state in optimizer.state.values():
+    is_host_adam = type(optimizer).__name__ == "DeepSpeedCPUAdam"
+    for state in optimizer.state.values():
+        if is_host_adam:
             state["step"] = int(state["step"])
+        elif isinstance(state.get("step"), torch.Tensor):
+            # A universal checkpoint gives all parts one counter, which each of them would advance.
+            state["step"] = state["step"].clone()
+
+
+def states_not_cut(engine: Any) -> list[str]:
+    """Return which of the optimizer's states `cut_anew` would lose."""
+    return sorted(states_of(engine.optimizer.optimizer) - {"exp_avg", "exp_avg_sq"})
 
 
 def cut_anew(directory: Path, tag: str, out: Path) -> None:

@@ -104,7 +104,6 @@ def test_the_peak_is_planned_within_30_percent(results):
         ("SGD", {"momentum": 0.9}, 1),
         ("SGD", {"momentum": 0}, 0),
         ("RMSprop", {"centered": True, "momentum": 0.9}, 3),
-        ("Adagrad", {}, 1),
     ],
 )
 def test_the_plan_counts_what_torchs_optimizers_keep(name, arguments, numbers):

@@ -114,14 +114,18 @@ def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root)
     rows = root / "squad.jsonl"
     before = rows.read_text()
     rows.write_text(before.replace("w7 w8", "w8 w7"))
+    tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=9)
     result = kd(*overrides, "optimizer.lr=0.02")
     rows.write_text(before)
+    tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)
     assert "resuming, but optimizer.lr was 0.01 and is 0.02" in result.stdout
     assert "resuming, but training data was '22 samples, " in result.stdout
     # The run is finished: what is there is not the student that was asked for.
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "optimizer.lr was 0.01 and is 0.02" in result.stderr
     assert "another directory, or the old values" in result.stderr and "done" not in result.stdout
+    assert "resuming, but teacher_model files was " in result.stdout
+    assert "resuming, but model files was " not in result.stdout
 
 
 def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):

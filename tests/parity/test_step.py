@@ -37,6 +37,7 @@ def build(
     compiled=False,
     adapt=None,
     dtype=torch.float32,
+    lr_scheduler=None,
     **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
@@ -85,7 +86,7 @@ def build(
     )
     student = load(paths["student"], adapt)
     module = models.Student(student, loss, teacher.module if teacher else None)
-    student = engines.build_student(module, config, optimizer)
+    student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in filter(None, (teacher, student)):
             models.compile_layers(engine.module.model)

@@ -105,3 +105,20 @@ def test_an_optimizer_that_is_not_element_wise_is_refused():
     module = torch.nn.Linear(2, 2)
     with pytest.raises(ValueError, match="Adafactor looks at whole matrices"):
         build_student(module, {}, lambda p: torch.optim.Adafactor(p))
+
+
+def test_parts_that_were_loaded_with_one_counter_count_each_their_own_steps():
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
+    optimizer = torch.optim.Adam(parameters)
+    counter = torch.tensor(4.0)
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": counter,
+            "exp_avg": torch.zeros(2),
+            "exp_avg_sq": torch.zeros(2),
+        }
+    settle(optimizer)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    optimizer.step()
+    assert [float(optimizer.state[p]["step"]) for p in parameters] == [5.0, 5.0]

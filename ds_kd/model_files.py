@@ -1,0 +1,72 @@
+"""Which files a model came from, told without reading all of them: a directory's weights may be
+replaced between a checkpoint and its resume."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+#: Ends the name of such an entry in a run's fingerprint.
+FILES = " files"
+
+_KINDS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
+_BLOCK = 1 << 20
+_SAMPLES = 8
+
+
+def identity_of(name: str, options: dict[str, Any]) -> str | None:
+    """Return what changes when the model is replaced; None where that cannot be told.
+
+    A directory is known by the sizes of its config and weight files and by blocks of each, from
+    its first MiB, which holds the header of safetensors, to its last: files of one architecture
+    have the same size and header. A hub model is known by its commit.
+
+    Args:
+        name: a directory, or a hub id whose files have been downloaded.
+        options: `revision`, `cache_dir` and `subfolder` of from_pretrained, if given.
+    """
+    directory = Path(name) / options.get("subfolder", "")
+    if directory.is_dir():
+        return _of_directory(directory)
+    from huggingface_hub import try_to_load_from_cache
+
+    file = "/".join(filter(None, (options.get("subfolder"), "config.json")))
+    try:
+        found = try_to_load_from_cache(
+            name, file, cache_dir=options.get("cache_dir"), revision=options.get("revision")
+        )
+    except ValueError:  # no name of a hub
+        return None
+    if not isinstance(found, str):
+        return None
+    parts = Path(found).parts
+    return f"commit {parts[parts.index('snapshots') + 1]}" if "snapshots" in parts else None
+
+
+def _of_directory(directory: Path) -> str | None:
+    files = [directory / "config.json"]
+    files += sorted(path for path in directory.iterdir() if path.suffix in _KINDS)
+    sha, total = hashlib.sha256(), 0
+    try:
+        for path in files:
+            size = path.stat().st_size if path.is_file() else 0
+            sha.update(f"{path.name} {size} ".encode())
+            total += size
+            if size:
+                _add_blocks(sha, path, size)
+    except OSError:
+        return None
+    return f"{total} bytes, {sha.hexdigest()[:12]}"
+
+
+def _add_blocks(sha: Any, path: Path, size: int) -> None:
+    """Add blocks from the file's beginning to its end; all of a small file."""
+    last = max(size - _BLOCK, 0)
+    places = [*range(0, min(size, _SAMPLES * _BLOCK), _BLOCK)]
+    if size > _SAMPLES * _BLOCK:
+        places = [last * k // (_SAMPLES - 1) for k in range(_SAMPLES)]
+    with path.open("rb") as file:
+        for place in places:
+            file.seek(place)
+            sha.update(file.read(_BLOCK))

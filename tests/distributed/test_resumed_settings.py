@@ -1,0 +1,159 @@
+"""What the YAML says of the optimizer and its schedule holds after a resume; what it does not
+change stays as it was, bit for bit."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+
+import pytest
+import torch
+
+from ds_kd.optimizer import build_schedule
+from ds_kd.schema import LRScheduler
+from tests import tiny
+from tests.parity.test_step import build, weights
+from tests.ranks import run_ranks
+
+LINEAR = LRScheduler(name="linear")
+OLD = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
+NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+
+
+def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
+    """A trainer that keeps what it has every third step."""
+    from ds_kd.checkpoint import Checkpointer
+
+    directory.mkdir(exist_ok=True)
+    made = build(
+        world, paths, tiny.samples(12, seed=5), 1, 4 // world.size, 0.5, optimizer,
+        lr_scheduler=build_schedule(schedule, steps),
+        num_epochs=9, max_steps=steps, ckpt_every_steps=3,
+    )  # fmt: skip
+    made.validation_loader = None
+    tokenizer = tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")
+    made.checkpointer = Checkpointer(directory, world, tokenizer, "false", say=lambda *_: None)
+    return made
+
+
+def train(made):
+    """Resume and train; the learning rate of each step, and the optimizer's settings."""
+    rates, means = [], made._means
+
+    def note(sums, labels):
+        rates.append(made.student.get_lr()[0])
+        return means(sums, labels)
+
+    made._means = note
+    made.checkpointer.resume(made.student, made.state)
+    assert made.train()
+    group = made.student.optimizer.optimizer.param_groups[0]
+    return {"rates": rates, **{name: group.get(name) for name in ("betas", "eps", "weight_decay")}}
+
+
+def refusal(made):
+    from ds_kd.checkpoint import CheckpointError
+
+    try:
+        made.checkpointer.resume(made.student, made.state)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def adamw(**settings):
+    return functools.partial(torch.optim.AdamW, **settings)
+
+
+def on_one_rank(world, root, paths):
+    out = {}
+    straight = prepare(world, paths, root / "straight", 6, adamw(**OLD))
+    out["straight"] = train(straight)
+
+    (root / "again").mkdir()
+    shutil.copytree(root / "straight" / "step_0000003", root / "again" / "step_0000003")
+    shutil.copytree(root / "again", root / "spread")
+    again = prepare(world, paths, root / "again", 6, adamw(**OLD))
+    out["again"] = train(again)
+    ours, theirs = weights(straight.student), weights(again.student)
+    out["bitwise"] = all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+    train(prepare(world, paths, root / "done", 3, adamw(**OLD)))
+    shutil.copytree(root / "done", root / "plain", symlinks=True)
+    out["changed"] = train(prepare(world, paths, root / "done", 6, adamw(**NEW)))
+    out["no schedule"] = train(prepare(world, paths, root / "plain", 5, adamw(**NEW), None))
+
+    momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+    train(prepare(world, paths, root / "other", 3, momentum))
+    out["other optimizer"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
+    return out
+
+
+def on_two_ranks(world, root, paths):
+    extra = prepare(world, paths, root / "spread", 6, adamw(**OLD, amsgrad=True))
+    nadam = functools.partial(torch.optim.NAdam, lr=0.01)
+    out = {"amsgrad": refusal(extra)}
+    out["nadam"] = refusal(prepare(world, paths, root / "spread", 6, nadam))
+    out["of sgd"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
+    out["changed"] = train(prepare(world, paths, root / "spread", 6, adamw(**NEW)))
+    return out
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("settings")
+
+
+@pytest.fixture(scope="module")
+def paths(root):
+    return {
+        "student": str(tiny.llama(root / "student", seed=1)),
+        "teacher": str(tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)),
+    }
+
+
+@pytest.fixture(scope="module")
+def one(root, paths):
+    return run_ranks(on_one_rank, 1, root, paths)[0]
+
+
+@pytest.fixture(scope="module")
+def two(one, root, paths):
+    return run_ranks(on_two_ranks, 2, root, paths)
+
+
+def linear(lr, first, total):
+    return [lr * (1 - step / total) for step in range(first, total)]
+
+
+def test_with_nothing_changed_a_resume_is_bitwise_and_keeps_every_rate(one):
+    assert one["straight"]["rates"] == pytest.approx(linear(0.01, 0, 6), rel=1e-12)
+    assert one["again"]["rates"] == one["straight"]["rates"][3:]
+    assert one["bitwise"]
+
+
+def test_a_lengthened_run_takes_its_settings_and_rates_from_the_yaml(one):
+    # The finished run's own last rate is 0.
+    assert one["changed"]["rates"] == pytest.approx(linear(0.02, 3, 6), rel=1e-12)
+    assert one["no schedule"]["rates"] == [0.02, 0.02]
+    for name in ("betas", "eps", "weight_decay"):
+        expected = list(NEW[name]) if name == "betas" else NEW[name]
+        assert one["changed"][name] == one["no schedule"][name] == expected
+
+
+def test_another_number_of_ranks_takes_them_from_the_yaml_too(two):
+    assert two[0]["changed"] == two[1]["changed"]
+    assert two[0]["changed"]["rates"] == pytest.approx(linear(0.02, 3, 6), rel=1e-12)
+    assert two[0]["changed"]["weight_decay"] == NEW["weight_decay"]
+
+
+def test_the_states_of_another_optimizer_are_refused_naming_what_lacks(one):
+    assert "of another optimizer, without the step of AdamW" in one["other optimizer"]
+
+
+def test_optimizers_that_cannot_change_their_number_of_ranks_say_so_on_every_rank(two):
+    assert two[0] == two[1]
+    assert "was saved by 1 ranks, and the max_exp_avg_sq of this optimizer" in two[0]["amsgrad"]
+    assert "and the mu_product of this optimizer cannot be cut" in two[0]["nadam"]
+    assert "only optimizers of Adam's family can go on" in two[0]["of sgd"]
+    assert not any("does not fit" in text for text in two[0].values() if isinstance(text, str))

@@ -1,0 +1,53 @@
+"""A model that was replaced at the same path is told from the one before."""
+
+from __future__ import annotations
+
+import torch
+from safetensors.torch import save_file
+
+from ds_kd.checkpoint import differences
+from ds_kd.model_files import identity_of
+
+
+def write(directory, **tensors):
+    directory.mkdir(exist_ok=True)
+    (directory / "config.json").write_text("{}")
+    save_file(tensors, directory / "model.safetensors")
+    return identity_of(str(directory), {})
+
+
+def test_other_weights_of_the_same_shapes_are_another_model(tmp_path):
+    first = write(tmp_path / "model", weight=torch.zeros(3, 5))
+    assert first == write(tmp_path / "model", weight=torch.zeros(3, 5))
+    assert first == write(tmp_path / "moved", weight=torch.zeros(3, 5))
+    assert first != write(tmp_path / "model", weight=torch.ones(3, 5))
+    assert first != write(tmp_path / "model", wait=torch.zeros(3, 5))
+
+
+def test_so_are_large_ones_of_which_only_blocks_are_read(tmp_path):
+    weight = torch.zeros(6 << 20)  # 24 MiB
+    first = write(tmp_path / "model", weight=weight)
+    assert first != write(tmp_path / "model", weight=weight + 1)
+    weight[-1] = 1
+    assert first != write(tmp_path / "model", weight=weight)
+
+
+def test_a_hub_model_is_known_by_its_commit(tmp_path):
+    repository = tmp_path / "models--some--model"
+    for commit in ("a1b2", "c3d4"):
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        (repository / "snapshots" / commit / "config.json").write_text("{}")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a1b2")
+    options = {"cache_dir": str(tmp_path)}
+    assert identity_of("some/model", options) == "commit a1b2"
+    assert identity_of("some/model", {**options, "revision": "c3d4"}) == "commit c3d4"
+    assert identity_of("some/other", options) is None
+
+
+def test_a_checkpoint_from_before_such_names_is_not_called_different():
+    present = {"model files": "9 bytes, 1f", "rng.seed": 1}
+    assert differences({"rng.seed": 1}, present) == []
+    assert differences({"model files": "9 bytes, 2e", "rng.seed": 1}, present) == [
+        "model files was '9 bytes, 2e' and is '9 bytes, 1f'"
+    ]
