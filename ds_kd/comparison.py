@@ -16,6 +16,7 @@ _PROMPT_SHOWN = 400  # characters of a long prompt's end
 SHOWN = (
     ("val_ce_loss", "CE, nats per token"),
     ("val_kd_loss", "KD, nats per token"),
+    ("val_kl_at_t1", "KL at T = 1, nats"),
     ("val_top1_agreement", "top-1 agreement"),
 )
 
@@ -56,7 +57,7 @@ def summary(records: list[dict[str, Any]]) -> list[str]:
     for key, label in SHOWN:
         if key in first and key in last:
             was, now = first[key], last[key]
-            is_loss = key.endswith("_loss") and was
+            is_loss = key != "val_top1_agreement" and was
             fell = f"   {100 * (now / was - 1):+.0f} %" if is_loss else ""
             lines.append(f"  {label:<20} {was:9.4f}  → {now:8.4f}{fell}")
     speeds = [record["tokens_per_sec"] for record in records if "tokens_per_sec" in record]

@@ -65,8 +65,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
-    if cfg.offload_teacher_model and cfg.kd_ratio == 0:
-        problems.append("offload_teacher_model: at kd_ratio 0 there is no teacher; remove it")
+    if cfg.offload_teacher_model and cfg.kd_ratio == 0 and not cfg.loads_teacher:
+        problems.append("offload_teacher_model: this run at kd_ratio 0 loads no teacher; remove it")
     is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
     if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
         problems.append(
@@ -135,12 +135,11 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
         problems.append(problem("kd_loss_fn.temperature", temperature, "a number > 0"))
     if isinstance(chunk, int) and chunk < 0:
         problems.append(problem("kd_loss_fn.chunk_size", chunk, "an integer ≥ 0"))
-    ignored = [part.kwargs.get("ignore_index", -100) for part in (cfg.loss_fn, cfg.kd_loss_fn)]
-    if ignored[0] != ignored[1]:
-        problems.append(
-            f"kd_loss_fn.ignore_index: {ignored[1]} and loss_fn.ignore_index: {ignored[0]} "
-            f"contradict each other; write the same"
-        )
+    for part in (cfg.loss_fn, cfg.kd_loss_fn):
+        ignored = part.kwargs.get("ignore_index", -100)
+        if ignored != -100:
+            expected = "-100, which data sets mark and tokens are counted by"
+            problems.append(problem(f"{part.key}.ignore_index", ignored, expected))
 
 
 def _optimizer(cfg: RunConfig, problems: list[str]) -> None:

@@ -58,7 +58,7 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
         ConfigError: a model's config.json cannot be had.
     """
     student = model_shape(cfg.model, cfg)
-    teacher = model_shape(cfg.teacher_model) if cfg.kd_ratio > 0 and cfg.teacher_model else None
+    teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
     rows, tokens, supervised, told = data_of(cfg)
     steps = cfg.step_scheduler
     packed = cfg.packed_sequence.packed_sequence_size

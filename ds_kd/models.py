@@ -134,7 +134,7 @@ class Student(_Split):
     Args:
         model: the HF model to train.
         loss: from hidden states and heads to the weighted sum.
-        teacher: whose head turns `target` into logits; None at `kd_ratio` 0.
+        teacher: whose head turns `target` into logits; None where there is none.
     """
 
     def __init__(self, model: nn.Module, loss: DistillationLoss, teacher: Teacher | None = None):

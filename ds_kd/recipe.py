@@ -18,6 +18,8 @@ from ds_kd.config import check_world, fingerprint
 from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, seconds_after_sigterm
 from ds_kd.loaders import build_loader, packs
+from ds_kd.loss_contract import check_cross_entropy, check_divergence
+from ds_kd.losses import KDLoss, MaskedCrossEntropy
 from ds_kd.manifest import FINAL, LATEST
 from ds_kd.metrics import Metrics
 from ds_kd.model_files import FILES, identity_of
@@ -55,7 +57,6 @@ def build(
     """
     check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    distils = cfg.kd_ratio > 0
     tokenizer = tokenizer_of(cfg.model, world)
     loader, sampler = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
     validation = None
@@ -73,18 +74,20 @@ def build(
     # What only rank 0 opens comes before anything that all ranks do together.
     metrics = _metrics(cfg, schedule, world)
     checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
-    teacher = (
-        _teacher(cfg, cfg.teacher_model, world, allow) if distils and cfg.teacher_model else None
-    )
+    teacher = None
+    if cfg.teacher_model is not None and cfg.loads_teacher:
+        teacher = _teacher(cfg, cfg.teacher_model, world, allow)
+    if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
+        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     student = _student(cfg, teacher, tokenizer, schedule, world, allow)
     if checkpointer is not None:  # by now all files are there
         checkpointer.fingerprint |= _model_files(cfg, world)
     return Trainer(
         student=student,
-        teacher=teacher,
+        teacher=teacher if cfg.kd_ratio > 0 else None,
+        validation_teacher=teacher,
         loader=loader,
         validation_loader=validation,
-        kd_ratio=cfg.kd_ratio,
         schedule=schedule,
         metrics=metrics,
         checkpointer=checkpointer,
@@ -146,13 +149,12 @@ def _student(
             "teacher_model",
             name_of(cfg.teacher_model),
             lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
-            "a teacher with the student's tokenizer",
+            "a teacher with the student's tokenizer"
+            + (", or step_scheduler.validate_teacher: false" if cfg.kd_ratio == 0 else ""),
         )
-    try:
-        ce, kd = (instantiate(part, allow) for part in (cfg.loss_fn, cfg.kd_loss_fn))
-        loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
-    except ValueError as error:  # begins with the argument's name
-        raise ConfigError([f"loss_fn, kd_loss_fn: {error}"]) from error
+    ce = _loss(cfg.loss_fn, check_cross_entropy, world, allow)
+    kd = _loss(cfg.kd_loss_fn, check_divergence, world, allow)
+    loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
     module = models.Student(model, loss, teacher.module if teacher is not None else None)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
@@ -172,6 +174,19 @@ def _student(
     _compile(cfg, model)
     engine.train()
     return engine
+
+
+def _loss(
+    target: Target, check: Callable[[Any], None], world: World, allow: tuple[str, ...]
+) -> Any:
+    """The loss of a section, on this rank's device; one that is not ds_kd's own is tried first."""
+    try:
+        loss = instantiate(target, allow)
+        if type(loss) not in (MaskedCrossEntropy, KDLoss):
+            check(loss)
+    except ValueError as error:
+        raise ConfigError([f"{target.key}: {target.target}: {error}"]) from error
+    return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
 def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:

@@ -43,6 +43,11 @@ class StepScheduler:
         low=0,
     )  # fmt: skip
     val_at_start: bool = key(False, "validate before the first step too", "bool")
+    validate_teacher: bool = key(
+        True,
+        "at kd_ratio 0: load a named teacher to measure the student against it in validation",
+        "bool",
+    )
 
 
 @dataclass
@@ -228,7 +233,10 @@ class RunConfig:
         example="model.pretrained_model_name_or_path: Qwen/Qwen3-0.6B",
     )
     teacher_model: Target | None = key(
-        None, "the teacher: likewise; not needed at kd_ratio 0", "target", target=MODEL
+        None,
+        "the teacher: likewise; not needed at kd_ratio 0, where only validation looks at it",
+        "target",
+        target=MODEL,
     )
     offload_teacher_model: bool = key(
         False, "the teacher's shards stay in the host's memory", "bool"
@@ -336,6 +344,12 @@ class RunConfig:
     text: str = ""
     notes: list[str] = field(default_factory=list)
     source: Source = field(default_factory=Source)
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Whether a named teacher is loaded: to train with, or to be measured against."""
+        validates = self.step_scheduler.validate_teacher and self.validation_dataset is not None
+        return self.teacher_model is not None and (self.kd_ratio > 0 or validates)
 
     @property
     def tensorboard_dir(self) -> str:

@@ -22,7 +22,6 @@ import torch
 from ds_kd.checkpoint import Checkpointer
 from ds_kd.distributed import World, lost_ranks, sum_over_ranks
 from ds_kd.errors import UserError
-from ds_kd.losses import SUMS
 from ds_kd.metrics import Metrics, memory_gib
 from ds_kd.schedule import Schedule
 from ds_kd.state import TrainState
@@ -39,11 +38,10 @@ class Trainer:
     """Everything a run needs, built.
 
     Args:
-        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher at
-            `kd_ratio` 0.
+        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher where
+            training has none.
         loader: micro-batches of this rank; its `batch_sampler` is a `GlobalBatchSampler`.
         validation_loader: likewise, or None.
-        kd_ratio: α, only to name what a logged loss is made of.
         schedule: when to validate, save, stop.
         metrics: where numbers go (None on ranks that do not log).
         checkpointer: saves and restores; None keeps nothing.
@@ -52,13 +50,14 @@ class Trainer:
         validate_first: validate before the first step of a fresh run.
         asked_to_stop: whether this rank was; one that was stops all.
         max_skipped: steps that a run may leave out as their loss or gradient is not finite.
+        validation_teacher: engine that validation alone is measured against, where training has no
+            teacher.
     """
 
     student: Any
     teacher: Any | None
     loader: Any
     validation_loader: Any | None
-    kd_ratio: float
     schedule: Schedule
     metrics: Metrics | None
     checkpointer: Checkpointer | None
@@ -67,6 +66,7 @@ class Trainer:
     validate_first: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     max_skipped: int = 0
+    validation_teacher: Any | None = None
 
     def train(self) -> bool:
         """Run the schedule from the present state to its end, or to the end of the step in which a
@@ -100,10 +100,12 @@ class Trainer:
     def _train(self) -> bool:
         if self.validate_first and self.state.step == 0:
             self.validate()
+        # From the end of a step's logging to the end of the next one's: with the loading of data,
+        # without validation and checkpoints.
+        started = time.perf_counter()
         for micro_batches in self._steps():
-            started = time.perf_counter()
             labels, tokens, slots = self._count(micro_batches)
-            sums = torch.zeros(len(SUMS), device=self.world.device)
+            sums: dict[str, torch.Tensor] = {}
             for batch in micro_batches:
                 batch = self._to_device(batch)
                 # The teacher goes first, so that its outputs and the student's graph, which lives
@@ -112,9 +114,11 @@ class Trainer:
                 loss, parts = self.student(batch, target)
                 del target
                 # ZeRO averages gradients over ranks: times world undoes it, over n makes the global
-                # token mean.
+                # token mean. A loss that is not finite makes the gradient NaN, so that DeepSpeed
+                # leaves the step out on every rank.
+                loss = loss * (1.0 + 0.0 * loss.detach())
                 self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
-                sums += parts
+                _add(sums, {"loss": loss.detach(), **parts})
             means = self._means(sums, labels)
             if self.state.skipped >= self.max_skipped:
                 self._check_finite(means["loss"], "loss", micro_batches)
@@ -136,6 +140,7 @@ class Trainer:
                 self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
             if stops:
                 return False
+            started = time.perf_counter()
         return True
 
     @torch.no_grad()
@@ -146,14 +151,14 @@ class Trainer:
             return None
         started = time.perf_counter()
         self.student.eval()
-        sums = torch.zeros(len(SUMS), device=self.world.device)
+        teacher = self.validation_teacher if self.teacher is None else self.teacher
+        sums: dict[str, torch.Tensor] = {}
         labels, tokens = 0, 0
         for batch in self.validation_loader:
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
             batch = self._to_device(batch)
-            target = self.teacher(batch) if self.teacher is not None else None
-            _, parts = self.student(batch, target)
-            sums += parts
+            loss, parts = self.student(batch, teacher(batch) if teacher is not None else None)
+            _add(sums, {"loss": loss, **parts})
         self.student.train()
         labels, tokens = (int(x) for x in sum_over_ranks([labels, tokens], self.world))
         if labels == 0:
@@ -205,16 +210,11 @@ class Trainer:
             for name, value in batch.items()
         }
 
-    def _means(self, sums: torch.Tensor, labels: int) -> dict[str, float]:
+    def _means(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
         """Global token means by name; `loss` is the optimised quantity."""
-        totals = sum_over_ranks(sums, self.world).tolist()
-        means = {name: total / labels for name, total in zip(SUMS, totals, strict=True)}
-        alpha = self.kd_ratio if self.teacher is not None else 0.0
-        # 0·NaN is NaN: a part that is not optimised must not decide whether the loss is finite.
-        parts = [(1.0 - alpha, means["ce_loss"]), (alpha, means["kd_loss"])]
-        if self.teacher is None:  # what was not measured is not reported as 0
-            means = {"ce_loss": means["ce_loss"]}
-        return {"loss": sum(weight * mean for weight, mean in parts if weight > 0), **means}
+        here = torch.stack([part.float() for part in sums.values()])
+        totals = sum_over_ranks(here, self.world).tolist()
+        return {name: total / labels for name, total in zip(sums, totals, strict=True)}
 
     def _gradient_norm(self) -> float:
         """Of the step just taken. DeepSpeed leaves a step out whose gradient is not finite, and
@@ -259,12 +259,17 @@ class Trainer:
     ) -> None:
         if self.metrics is None:
             return
-        values = {"train_loss": means["loss"]}
-        values |= {name: means[name] for name in SUMS if name in means}
+        values = {("train_loss" if name == "loss" else name): mean for name, mean in means.items()}
         values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed}
         values["padding"] = padding
         values["memory"] = memory_gib(self.world.device)
         self.metrics.train(self.state.step, values)
+
+
+def _add(sums: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]) -> None:
+    """Add named parts to the sums of these names."""
+    for name, part in parts.items():
+        sums[name] = sums[name] + part if name in sums else part
 
 
 def _ids(micro_batches: list[Batch]) -> str:

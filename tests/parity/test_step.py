@@ -99,9 +99,7 @@ def build(
     )
     schedule = Schedule(sampler.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
-    return Trainer(
-        student, teacher, loader, loader, alpha, schedule, metrics, None, TrainState(), world
-    )
+    return Trainer(student, teacher, loader, loader, schedule, metrics, None, TrainState(), world)
 
 
 def weights(engine, master: bool = False):
@@ -197,6 +195,46 @@ def refused_steps(world, paths):
             return [str(error), all(torch.equal(before[n], after[n]) for n in before)]
         return ["none", False]
 
+    def infinite_loss():
+        """Steps of infinite loss and finite gradient, one of which may be left out: (skipped,
+        message, whether the weights stayed, what the step left out says)."""
+        trainer = build(world, paths, rows, 1, 2, 0.5, sgd, num_epochs=3)
+        trainer.max_skipped = 1
+        loss = trainer.student.module.loss
+
+        def endless(*inputs):
+            value, sums = loss(*inputs)
+            return value + float("inf"), sums
+
+        trainer.student.module.loss = endless
+        before = weights(trainer.student)
+        try:
+            trainer.train()
+        except TrainingError as error:
+            after = weights(trainer.student)
+            same = all(torch.equal(before[n], after[n]) for n in before)
+            return [trainer.state.skipped, str(error), same, trainer.metrics.out.getvalue()]
+        return []
+
+    def measured():
+        """Whether a teacher that only validation looks at leaves training as it was, and what is
+        logged of it."""
+        plain, trainer = (build(world, paths, rows, 1, 2, 0.0, sgd) for _ in range(2))
+        other = build(world, paths, rows, 1, 2, 0.5, sgd)
+        trainer.validation_teacher = other.teacher
+        trainer.student.module._teacher = (other.teacher.module,)
+        seen = trainer.validate()
+        expected = other.validate()
+        trainer.train()
+        plain.train()
+        one, two = weights(plain.student), weights(trainer.student)
+        return [
+            all(torch.equal(one[n], two[n]) for n in one),
+            seen,
+            expected,
+            trainer.metrics.out.getvalue(),
+        ]
+
     def skipping():
         """Two spoiled steps where one may be left out: (steps done, skipped, message, same)."""
         trainer = build(world, paths, rows, 1, 2, 0.5, sgd, num_epochs=3)
@@ -216,7 +254,14 @@ def refused_steps(world, paths):
         return []
 
     diverging = message(rows, lambda p: torch.optim.SGD(p, lr=1e30))
-    return [message(masked, sgd), diverging, nan_gradient(), skipping()]
+    return [
+        message(masked, sgd),
+        diverging,
+        nan_gradient(),
+        skipping(),
+        infinite_loss(),
+        measured(),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -282,3 +327,20 @@ def test_as_many_steps_as_allowed_are_left_out_and_the_next_stops_the_run(result
     step, skipped, message, same = results["refused"][3]
     assert (step, skipped) == (1, 1)
     assert "of step 2 is nan" in message and same
+
+
+def test_a_step_whose_loss_alone_is_not_finite_is_left_out_too(results):
+    skipped, message, same, told = results["refused"][4]
+    assert skipped == 1 and "step 1 left out" in told and "step 1/3" not in told
+    assert "the loss of step 2 is inf" in message and "no weight was changed" in message
+    assert same
+
+
+def test_at_kd_ratio_0_validation_is_measured_against_a_teacher_and_training_is_as_without(results):
+    same, seen, expected, told = results["refused"][5]
+    assert same
+    names = {"kd_loss", "top1_agreement", "teacher_entropy", "kl_at_t1", "student_entropy_at_t1"}
+    assert names <= set(seen) and all(seen[name] == expected[name] for name in names)
+    assert seen["loss"] == seen["ce_loss"]
+    step = next(line for line in told.splitlines() if line.startswith("step"))
+    assert "kd" not in step

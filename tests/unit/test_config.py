@@ -302,7 +302,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("dataset.splt=train", "did you mean dataset.split"),
         ("dataloader.num_wokers=2", "did you mean dataloader.num_workers"),
         ("kd_loss_fn.temperature=0", "got 0, expected a number > 0"),
-        ("loss_fn.ignore_index=-1", "contradict each other"),
+        ("loss_fn.ignore_index=-1", "got -1, expected -100"),
         ("dataset._target_=ds_kd.data.squad.nothing", "there is no ds_kd.data.squad.nothing"),
         (
             "validation_dataset={_target_: ds_kd.data.hellaswag.HellaSwag}",

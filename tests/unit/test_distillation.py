@@ -43,7 +43,8 @@ def evaluate(loss, hidden, weight, bias, labels, teacher, teacher_weight, scale=
         None if teacher is None else Head(teacher_weight, None, 1.0 / scale, softcap),
     )
     (3.0 * value).backward()
-    return value.detach(), sums, [leaf.grad for leaf in leaves]
+    assert all(not part.requires_grad for part in sums.values())
+    return value.detach(), torch.stack(list(sums.values())), [leaf.grad for leaf in leaves]
 
 
 def losses(kd_ratio, temperature, chunk, vocab_size=None, upcast=True):
@@ -102,6 +103,68 @@ def test_in_double_precision_they_agree_to_rounding():
         assert (got - want).abs().max().item() < 1e-12
 
 
+@pytest.mark.parametrize("chunk", [7, 0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("extra", [(5, 0), (5, 3), (0, 3)])
+def test_ce_covers_the_students_whole_head_and_kd_the_shared_rows(extra, temperature, chunk):
+    hidden, weight, bias, labels, teacher, teacher_weight = case(9, 50, 33, torch.float64, extra)
+    (loss, _) = losses(0.4, temperature, chunk, 33, upcast=False)
+    inputs = hidden, weight, bias, labels, teacher, teacher_weight
+    value, _, grads = evaluate(loss, *inputs, softcap=4.0)
+    leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
+    z_s = 4.0 * torch.tanh((leaves[0] @ leaves[1].T + leaves[2]) / 4.0)
+    z_t = 4.0 * torch.tanh(teacher @ teacher_weight.T / 4.0)
+    valid = labels != -100
+    log_q, log_p = (torch.log_softmax(z[valid, :33] / temperature, -1) for z in (z_s, z_t))
+    ce = torch.nn.functional.cross_entropy(z_s, labels, reduction="sum")
+    kd = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+    expected = 0.6 * ce + 0.4 * kd
+    (3.0 * expected).backward()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-13)
+    for got, leaf in zip(grads, leaves, strict=True):
+        assert (got - leaf.grad).abs().max().item() <= 1e-12
+    # The padding rows of the student learn to be improbable.
+    assert extra[0] == 0 or grads[1][33:].abs().max().item() > 0.0
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (3, 1)])
+@pytest.mark.parametrize("chunk", [7, 0])
+def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra):
+    hidden, weight, bias, labels, teacher, teacher_weight = case(10, 50, 33, extra=extra)
+    heads = Head(weight, bias), labels, teacher, Head(teacher_weight)
+    names = ("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1")
+    z_s, z_t = (hidden @ weight.T + bias).double()[:, :33], (teacher @ teacher_weight.T).double()
+    valid = labels != -100
+    log_q, log_p = (torch.log_softmax(z[valid, :33], -1) for z in (z_s, z_t))
+    expected = (
+        (log_p.exp() * (log_p - log_q)).sum(),
+        -(log_p.exp() * log_p).sum(),
+        -(log_q.exp() * log_q).sum(),
+    )
+    for kd_ratio, temperature in ((0.5, 1.0), (0.5, 4.0), (0.0, 4.0)):
+        (loss, _) = losses(kd_ratio, temperature, chunk, 33)
+        with torch.no_grad():
+            _, sums = loss(hidden, *heads)
+        for name, want in zip(names, expected, strict=True):
+            assert sums[name].item() == pytest.approx(want.item(), rel=1e-5), name
+        if temperature == 1.0:
+            assert sums["kl_at_t1"] == sums["kd_loss"]
+        else:
+            assert sums["teacher_entropy"] > 1.2 * sums["teacher_entropy_at_t1"]
+        assert not set(names) & set(loss(hidden.clone().requires_grad_(), *heads)[1])
+
+
+@pytest.mark.parametrize("chunk", [7, 0])
+def test_measuring_a_teacher_at_kd_ratio_0_leaves_the_loss_bit_for_bit(chunk):
+    hidden, weight, bias, labels, teacher, teacher_weight = case(11, 50, 33)
+    (loss, _) = losses(0.0, 2.0, chunk)
+    alone, measured = (
+        loss(hidden, Head(weight, bias), labels, *rest)[0]
+        for rest in ((), (teacher, Head(teacher_weight)))
+    )
+    assert torch.equal(alone, measured)
+
+
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_bf16_stays_as_near_to_fp32_as_the_plain_loss_does(temperature):
     inputs = case(1, 64, 200, torch.bfloat16)
@@ -130,7 +193,8 @@ def test_identical_models_give_exactly_zero_and_no_gradient(temperature):
     leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     value, sums = chunked(leaf, Head(head), labels, hidden, Head(weight))
     value.backward()
-    assert value.item() == 0.0 and sums[1].item() == 0.0 and sums[2].item() == 31.0
+    assert value.item() == 0.0 and sums["kd_loss"].item() == 0.0
+    assert sums["top1_agreement"].item() == 31.0
     assert leaf.grad.abs().max().item() == 0.0 and head.grad.abs().max().item() == 0.0
 
 
@@ -192,16 +256,20 @@ def test_other_losses_get_whole_logits():
     assert kd.seen == (9, 20)
 
 
+@pytest.mark.parametrize("extra", [(0, 0), (16, 8)])
 @pytest.mark.parametrize("tokens", [64, 512])
-def test_workspace_does_not_grow_with_the_tokens(tokens):
+def test_workspace_does_not_grow_with_the_tokens(tokens, extra):
     """Bytes alive at the peak beyond what goes in and comes out: counted, not timed."""
     vocab, chunk = 1000, 16
-    inputs = case(8, tokens, vocab, masked=0.0)
-    (chunked, _) = losses(0.5, 1.0, chunk)
+    inputs = case(8, tokens, vocab, masked=0.0, extra=extra)
+    (chunked, _) = losses(0.5, 1.0, chunk, vocab)
     peak = _peak_bytes(lambda: evaluate(chunked, *inputs))
     weights_gradient = inputs[1].nbytes + inputs[2].nbytes
-    # Student, teacher and p of one chunk; leaves and gradients of head and hidden states.
-    bound = 3 * chunk * vocab * 4 + 3 * weights_gradient + 8 * inputs[0].nbytes
+    # Student, teacher and p of one chunk, with padding CE's softmax and the shared logits too;
+    # leaves and gradients of head and hidden states.
+    bound = (
+        (5 if any(extra) else 3) * chunk * vocab * 4 + 3 * weights_gradient + 8 * inputs[0].nbytes
+    )
     assert peak < 1.25 * bound
     assert peak < 0.6 * tokens * vocab * 4 * 4 or tokens == 64
 
@@ -224,8 +292,3 @@ def _peak_bytes(function):
 def test_a_negative_chunk_is_refused(chunk):
     with pytest.raises(ValueError, match="chunk_size must be an integer ≥ 0"):
         KDLoss(chunk_size=chunk)
-
-
-def test_two_ignore_indices_are_refused():
-    with pytest.raises(ValueError, match="ignore_index"):
-        DistillationLoss(MaskedCrossEntropy(ignore_index=-1), KDLoss(), 0.5)

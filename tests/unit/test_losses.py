@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ds_kd.distillation import DistillationLoss, Head
-from ds_kd.losses import SUMS, KDLoss, MaskedCrossEntropy
+from ds_kd.losses import KDLoss, MaskedCrossEntropy
 
 
 def test_kd_of_identical_logits_is_exactly_zero_with_a_zero_gradient():
@@ -62,7 +62,7 @@ def test_no_supervised_token_gives_an_exact_zero_with_a_graph(kd_ratio):
         hidden[rows], Head(weight), rows, torch.zeros(0, 6), Head(torch.randn(9, 6))
     )
     loss.backward()
-    assert loss.item() == 0.0 and sums.tolist() == [0.0] * len(SUMS)
+    assert loss.item() == 0.0 and set(map(float, sums.values())) == {0.0}
     assert hidden.grad.abs().sum().item() == 0.0 and weight.grad.abs().sum().item() == 0.0
 
 
@@ -86,11 +86,42 @@ def test_padded_heads_equal_truncation_by_hand():
     got, _ = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5, vocab_size=10)(
         h_s, Head(w_s), labels, h_t, Head(w_t)
     )
-    z_s, z_t = (h_s @ w_s.T)[:, :10], (h_t @ w_t.T)[:, :10]
-    ce = MaskedCrossEntropy()(z_s, labels)
+    z_s, z_t = h_s @ w_s.T, (h_t @ w_t.T)[:, :10]
+    # CE as transformers computes it of the exported student, over all its rows.
+    ce = torch.nn.functional.cross_entropy(z_s, labels, reduction="sum")
     assert got.item() == pytest.approx(
-        (0.5 * ce + 0.5 * KDLoss()(z_s, z_t, labels)).item(), rel=1e-6
+        (0.5 * ce + 0.5 * KDLoss()(z_s[:, :10], z_t, labels)).item(), rel=1e-6
     )
+
+
+@pytest.mark.parametrize("chunk", [None, 0])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+@pytest.mark.parametrize("temperature", [0.1, 1.0, 8.0, 9.0, 30.0, 1e2, 1e3, 1e4])
+def test_kd_is_right_to_a_thousandth_at_any_temperature(temperature, spread, chunk):
+    generator = torch.Generator().manual_seed(4)
+    weight, teacher = (torch.randn(64, 8, generator=generator) for _ in range(2))
+    hidden = spread * torch.randn(33, 8, generator=generator) / 3
+    labels = torch.zeros(33, dtype=torch.int64)
+    loss = DistillationLoss(
+        MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=chunk), 1.0
+    )
+    leaf = hidden.clone().requires_grad_()
+    value, sums = loss(leaf, Head(weight), labels, hidden, Head(teacher))
+    value.backward()
+    exact = hidden.double().requires_grad_()
+    z_s, z_t = exact @ weight.double().T, hidden.double() @ teacher.double().T
+    log_q, log_p = (torch.log_softmax(z / temperature, -1) for z in (z_s, z_t))
+    expected = temperature**2 * (log_p.exp() * (log_p - log_q)).sum()
+    expected.backward()
+    assert sums["kd_loss"].item() == pytest.approx(expected.item(), rel=1e-3)
+    assert (leaf.grad - exact.grad).norm() <= 2e-3 * exact.grad.norm()
+
+
+@pytest.mark.parametrize("loss", [MaskedCrossEntropy, KDLoss])
+def test_another_ignore_index_is_refused(loss):
+    assert loss(ignore_index=-100)
+    with pytest.raises(ValueError, match="ignore_index must be -100, got -1"):
+        loss(ignore_index=-1)
 
 
 def test_scale_and_softcap_of_a_head_are_honoured():

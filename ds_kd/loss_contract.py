@@ -1,0 +1,130 @@
+"""What a loss from outside has to be, tried on a few tokens before any model is loaded.
+
+The step divides one sum by one count, over all micro-batches and ranks; a loss that returns a mean,
+counts masked tokens or has no graph would train another model, or hang a rank, without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ds_kd.errors import first_line
+from ds_kd.losses import IGNORE_INDEX
+
+_TOKENS, _VOCAB = 6, 11
+_CLOSE = 1e-3  # relative: fp32 sums of a few tokens are a thousand times nearer
+
+
+def check_divergence(loss: Any) -> None:
+    """Refuse what is not a distillation loss `loss(student_logits, teacher_logits, labels)`.
+
+    Raises:
+        ValueError: says which part of the contract (docs/losses.md) is broken.
+    """
+    _check_module(loss)
+    student, teacher, labels = _example()
+    _check(lambda rows, y: loss(student[rows], teacher[rows], y), student, labels)
+    same = float(loss(teacher.clone(), teacher, labels))
+    if not abs(same) <= _CLOSE:
+        raise ValueError(
+            f"equal logits of both models give {same:.4g}, expected 0; return a divergence, such "
+            f"as a KL, not a cross-entropy"
+        )
+
+
+def check_cross_entropy(loss: Any) -> None:
+    """Refuse what is not a loss `loss(student_logits, labels)`.
+
+    Raises:
+        ValueError: as `check_divergence`.
+    """
+    _check_module(loss)
+    student, _, labels = _example()
+    _check(lambda rows, y: loss(student[rows], y), student, labels)
+
+
+def _example() -> tuple[Tensor, Tensor, Tensor]:
+    """Student's logits, with a graph, teacher's logits and labels."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(_TOKENS, _VOCAB, generator=generator) for _ in range(2))
+    return student.requires_grad_(), teacher, torch.arange(_TOKENS)
+
+
+def _check_module(loss: Any) -> None:
+    if not callable(loss):
+        raise ValueError(f"gives {type(loss).__name__}, which cannot be called with logits")
+    names = [name for name, _ in loss.named_parameters()] if isinstance(loss, nn.Module) else []
+    if names:
+        raise ValueError(
+            f"has parameters ({', '.join(names)}), which nothing trains; make them buffers, or "
+            f"leave them out"
+        )
+
+
+def _check(evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: Tensor) -> None:
+    """The clauses that both kinds of loss share.
+
+    Args:
+        evaluate: the loss of some rows of the example, given their labels.
+        student: the student's logits `[tokens, vocab]`, with a graph.
+        labels: `[tokens]`.
+    """
+    rows = torch.arange(_TOKENS)
+    value = _value(evaluate, rows, labels, student, "6 tokens")
+    twice = _value(evaluate, rows.repeat(2), labels.repeat(2), student, "12 tokens")
+    if not _close(twice, 2.0 * value):
+        raise ValueError(
+            f"the same tokens twice give {twice / value if value else twice:.3g} times the value, "
+            f"expected 2; return the sum over tokens, not a mean"
+        )
+    masked = labels.clone()
+    masked[::2] = IGNORE_INDEX
+    kept = _value(evaluate, rows[1::2], labels[1::2], student, "3 tokens")
+    some = _value(evaluate, rows, masked, student, f"labels of {IGNORE_INDEX}")
+    if not _close(some, kept):
+        raise ValueError(
+            f"tokens labelled {IGNORE_INDEX} change the value from {kept:.4g} to {some:.4g}; leave "
+            f"them out of the sum"
+        )
+    nothing = _value(evaluate, rows[:0], labels[:0], student, "no token")
+    if nothing != 0.0:
+        raise ValueError(f"no token at all gives {nothing:.4g}, expected 0")
+
+
+def _value(
+    evaluate: Callable[[Tensor, Tensor], Any],
+    rows: Tensor,
+    labels: Tensor,
+    student: Tensor,
+    what: str,
+) -> float:
+    """The loss of an example, after checking that it is a finite scalar with a finite gradient."""
+    try:
+        value = evaluate(rows, labels)
+    except Exception as error:  # another author's code: anything
+        told = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"fails on a small example ({what}): {told}") from error
+    if not isinstance(value, Tensor) or value.ndim:
+        given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value
+        raise ValueError(f"returns {given!s}, expected a scalar tensor: the sum over tokens")
+    if not torch.isfinite(value):
+        raise ValueError(f"is {value.item()} for {what}, expected a finite number")
+    slope = None
+    if value.requires_grad:
+        (slope,) = torch.autograd.grad(value, student, allow_unused=True)
+    if slope is None:
+        raise ValueError(
+            f"has no gradient with respect to the student's logits ({what}); compute it with torch "
+            f"operations on them, without detach or item"
+        )
+    if not torch.isfinite(slope).all():
+        raise ValueError(f"has a gradient that is not finite for {what}")
+    return value.item()
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= _CLOSE * max(abs(a), abs(b)) + 1e-6
