@@ -324,7 +324,8 @@ def lost_ranks(error: BaseException, world: World) -> list[int] | None:
     """
     if world.size == 1 or not isinstance(error, RuntimeError):
         return None
-    if not any(word in str(error) for word in _LOST):
+    of_the_store = isinstance(error, (dist.DistNetworkError, dist.DistStoreError))
+    if not of_the_store and not any(word in str(error) for word in _LOST):
         return None
     try:
         store = _store()
@@ -334,6 +335,31 @@ def lost_ranks(error: BaseException, world: World) -> list[int] | None:
         return [rank for rank, name in names.items() if not store.check([name])]
     except RuntimeError:  # it was kept by rank 0
         return [0]
+
+
+class RankLostError(RuntimeError):
+    """Another rank is gone; the message says which."""
+
+
+@contextlib.contextmanager
+def naming_lost_ranks(world: World) -> Iterator[None]:
+    """Turn an error of a collective that is about ranks which are gone into one that names them.
+
+    Raises:
+        RankLostError: in its place; the project's own errors and all others pass.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        known = type(error).__module__.startswith("ds_kd.")
+        lost = None if known else lost_ranks(error, world)
+        if lost is None:
+            raise
+        who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
+        raise RankLostError(
+            f"{who} does not answer (killed, out of memory, hung or cut off); the same command "
+            f"goes on from the last checkpoint"
+        ) from error
 
 
 def is_first_to_fail() -> bool:

@@ -164,7 +164,7 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
     from ds_kd import distributed, recipe
 
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
-    with recipe.locked(cfg, world) as lock:
+    with distributed.naming_lost_ranks(world), recipe.locked(cfg, world) as lock:
         train_in(cfg, args, world, lock)
         distributed.stop()
     return 0
