@@ -13,6 +13,8 @@ ALIASES = {
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",
     _NEMO + "datasets.llm.hellaswag.HellaSwag": "ds_kd.data.hellaswag.HellaSwag",
     _NEMO + "datasets.llm.chat_dataset.ChatDataset": "ds_kd.data.chat.ChatDataset",
+    _NEMO + "datasets.llm.column_mapped_text_instruction_dataset."
+    "ColumnMappedTextInstructionDataset": "ds_kd.data.text.make_instruction_dataset",
     _NEMO + "datasets.utils.default_collater": "ds_kd.data.collate.default_collater",
 }
 

@@ -12,7 +12,7 @@ from ds_kd.data.source import load_rows
 from ds_kd.distillation import chunk_of
 from ds_kd.distributed import World
 from ds_kd.errors import first_line
-from ds_kd.preflight import DATA
+from ds_kd.preflight import DATA, columns_wanted
 from ds_kd.pretrained import config_of, dtype_of, name_of, tokenizer_of
 from ds_kd.recipe import adapter_of
 from ds_kd.schema import RunConfig
@@ -165,8 +165,9 @@ def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
     guess = None, local * _GUESS, 1.0, f"guessed, {_GUESS} a sample: the data is not at hand"
     if target.target not in DATA:
         return guess
-    argument, columns, limit = DATA[target.target]
+    argument, _, limit = DATA[target.target]
     kwargs = target.kwargs
+    columns = columns_wanted(target.target, kwargs)
     source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))

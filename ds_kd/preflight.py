@@ -23,13 +23,21 @@ DATA = {
     "ds_kd.data.squad.make_squad_dataset": ("dataset_name", SQUAD, "limit_dataset_samples"),
     "ds_kd.data.hellaswag.HellaSwag": ("path_or_dataset", HELLASWAG, "num_samples_limit"),
     "ds_kd.data.chat.ChatDataset": ("path_or_dataset_id", CHAT, "limit_dataset_samples"),
-}
+    "ds_kd.data.text.make_sharegpt_dataset": (
+        "dataset_name", ("conversations",), "limit_dataset_samples",
+    ),
+    "ds_kd.data.text.make_instruction_dataset": (
+        "path_or_dataset_id", ("prompt", "completion"), "limit_dataset_samples",
+    ),
+    "ds_kd.data.text.make_text_dataset": ("dataset_name", ("text",), "limit_dataset_samples"),
+}  # fmt: skip
 
 #: Data set → what reads its row, and so tells what is wrong with it.
 _READERS = {
     "ds_kd.data.squad.make_squad_dataset": squad_texts,
     "ds_kd.data.hellaswag.HellaSwag": hellaswag_texts,
     "ds_kd.data.chat.ChatDataset": conversation_of,
+    "ds_kd.data.text.make_sharegpt_dataset": conversation_of,
 }
 
 
@@ -102,7 +110,7 @@ def check_data(key: str, target: str, kwargs: dict[str, Any], written: str = "")
     """
     if target not in DATA:
         return None
-    argument, columns, _ = DATA[target]
+    argument, columns = DATA[target][0], columns_wanted(target, kwargs)
     name = kwargs.get(argument)
     if not isinstance(name, str):
         return None
@@ -125,15 +133,29 @@ def check_data(key: str, target: str, kwargs: dict[str, Any], written: str = "")
     return problem(key, name, f"rows with {', '.join(columns)}", hint)
 
 
+def columns_wanted(target: str, kwargs: dict[str, Any]) -> tuple[str, ...]:
+    """The columns that a data set of `DATA` reads, some of which name them themselves."""
+    mapping, column = kwargs.get("column_mapping"), kwargs.get("column")
+    if isinstance(mapping, dict):
+        return tuple(str(name) for name in mapping.values())
+    return (column,) if isinstance(column, str) else DATA[target][1]
+
+
 def _wrong_row(path: Path, target: str, kwargs: dict[str, Any]) -> str:
     """What is wrong with the content of the first rows; nothing is said where others are wanted."""
     if path.suffix == ".parquet" or "[" in str(kwargs.get("split")):
         return ""
     given = kwargs.get(DATA[target][2])
     limit = given if isinstance(given, int) and given > 0 else _FIRST_ROWS
-    reader: Any = _READERS[target]
-    if reader is conversation_of and kwargs.get("chat_template") is not None:
-        reader = functools.partial(conversation_of, any_role=True)
+    reader: Any = _READERS.get(target)
+    if reader is None:
+        return ""
+    if reader is conversation_of:
+        any_role, (column,) = (
+            kwargs.get("chat_template") is not None,
+            columns_wanted(target, kwargs),
+        )
+        reader = functools.partial(conversation_of, any_role=any_role, column=column)
     for index, row in enumerate(_first_rows(path, min(limit, _FIRST_ROWS))):
         try:
             reader(row)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.data.messages import conversation_of
-from ds_kd.data.source import CHAT, load_rows, tokenize
+from ds_kd.data.source import load_rows, tokenize
 from ds_kd.losses import IGNORE_INDEX
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -154,9 +154,11 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     truncation: bool | str = False,
     limit_dataset_samples: int | None = None,
     chat_template: str | None = None,
+    column: str = "messages",
 ) -> Any:
-    """Conversations: rows with a `messages` column, a list of `{role, content}`; every assistant
-    turn is supervised, its `tool_calls` too. A `tools` column goes to the template.
+    """Conversations: rows with a `messages` column, a list of `{role, content}` or of ShareGPT's
+    `{from, value}`; every assistant turn is supervised, its `tool_calls` too. A `tools` column goes
+    to the template. `column` names another than `messages`.
 
     Raises:
         ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
@@ -168,12 +170,12 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
             f"{tokenizer.name_or_path} has no chat template; "
             "give chat_template: a Jinja file or text"
         )
-    rows = load_rows(path_or_dataset_id, split, CHAT, limit_dataset_samples)
+    rows = load_rows(path_or_dataset_id, split, (column,), limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
         try:
-            talk, tools = conversation_of(row, any_role=chat_template is not None)
+            talk, tools = conversation_of(row, chat_template is not None, column)
             return shift(*tokenize_chat(tokenizer, talk, tools), length)
         except ValueError as error:
             raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None

@@ -11,7 +11,9 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 _OTHER_WORDS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 
 
-def conversation_of(row: dict[str, Any], any_role: bool = False) -> tuple[list[dict], list | None]:
+def conversation_of(
+    row: dict[str, Any], any_role: bool = False, column: str = "messages"
+) -> tuple[list[dict], list | None]:
     """Return a row's messages and its tools, which are None where there are none.
 
     Content parts of text are joined, null values dropped (a table fills absent keys with them),
@@ -19,14 +21,15 @@ def conversation_of(row: dict[str, Any], any_role: bool = False) -> tuple[list[d
 
     Args:
         row: with `messages`, perhaps with `tools`.
+        column: in place of `messages`.
         any_role: leave it to the template which roles there are.
 
     Raises:
         ValueError: not a conversation, or one without an assistant turn.
     """
-    given = row["messages"]
+    given = row[column]
     if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
-        raise ValueError(f"messages is {given!r:.80}, expected a list of {{role, content}}")
+        raise ValueError(f"{column} is {given!r:.80}, expected a list of {{role, content}}")
     messages = [_message(message, any_role) for message in given]
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
@@ -38,6 +41,9 @@ def conversation_of(row: dict[str, Any], any_role: bool = False) -> tuple[list[d
 
 def _message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
     message = _without_nulls(given)
+    if "from" in message and "value" in message and "role" not in message:  # ShareGPT's words
+        role, content = message["from"], message["value"]
+        message = {"role": _OTHER_WORDS.get(role, role), "content": content}
     role, calls = message.get("role"), message.get("tool_calls")
     if not isinstance(role, str) or not (calls or "content" in message):
         raise ValueError(f"every message needs a `role` and a `content`, one is {given!r:.80}")

@@ -657,9 +657,9 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert new.main([*words[:2], "--teacher", "/nowhere", "--data", str(rows)]) == 2
     told = capsys.readouterr().err
     assert "- teacher_model.pretrained_model_name_or_path: got '/nowhere'" in told
-    rows.write_text('{"text": 1}')
+    rows.write_text('{"body": 1}')
     assert new.main([*words, "--data", str(rows)]) == 2
-    assert "its first row has text" in capsys.readouterr().err
+    assert "its first row has body" in capsys.readouterr().err
 
 
 def test_keys_are_listed_by_prefix():

@@ -1,0 +1,158 @@
+"""Data sets for rows as people have them: prompts and completions, plain text, ShareGPT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from ds_kd.data.chat import (
+    ChatDataset,
+    cut_length,
+    shift,
+    tokenize_chat,
+    tokenize_prompt_answer,
+    use_template,
+)
+from ds_kd.data.source import load_rows, text_of, tokenize
+
+_ROLES = {"context": "system", "question": "user", "answer": "assistant"}
+_PROMPT_COMPLETION = {"question": "prompt", "answer": "completion"}
+
+
+def make_instruction_dataset(
+    path_or_dataset_id: str,
+    tokenizer: Any,
+    column_mapping: dict[str, str] | None = None,
+    split: str | None = "train",
+    answer_only_loss_mask: bool = True,
+    seq_length: int | None = None,
+    padding: bool | str | None = None,
+    truncation: bool | str | None = None,
+    start_of_turn_token: str | None = None,
+    limit_dataset_samples: int | None = None,
+    chat_template: str | None = None,
+) -> Any:
+    """Rows with a question, perhaps a context, and an answer → samples whose answer is supervised.
+
+    With a chat template the context is the system turn, the question the user's. Without, they are
+    running text, a space between them where neither side has one.
+
+    Args:
+        path_or_dataset_id, split: see `load_rows`.
+        tokenizer: of the student.
+        column_mapping: `context`, `question`, `answer` → the columns that hold them; `prompt` and
+            `completion` by default.
+        answer_only_loss_mask: False supervises every token.
+        seq_length: with `truncation`, cuts samples to so many positions.
+        padding: accepted; padding is the collater's work and changes no result.
+        start_of_turn_token: accepted; the turns are found without it.
+        limit_dataset_samples: keep the first so many rows.
+        chat_template: Jinja text or file in place of the tokenizer's own.
+
+    Raises:
+        ValueError: the data cannot be had, lacks a column, or has no text there; a mapping without
+            an answer, or without anything before it.
+    """
+    mapping = column_mapping or _PROMPT_COMPLETION
+    if not set(mapping) <= set(_ROLES) or "answer" not in mapping or len(mapping) < 2:
+        raise ValueError(
+            f"column_mapping has {', '.join(mapping)}; give answer, and context or question or both"
+        )
+    use_template(tokenizer, chat_template)
+    length = _length(seq_length, truncation)
+
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        # A context may be missing from some rows; in this order they are read.
+        texts = {
+            part: text_of(row, mapping[part])
+            for part in _ROLES
+            if part in mapping and not (part == "context" and row[mapping[part]] is None)
+        }
+        if tokenizer.chat_template is not None:
+            turns = [{"role": _ROLES[part], "content": text} for part, text in texts.items()]
+            ids, mask = tokenize_chat(tokenizer, turns)
+        else:
+            answer = texts.pop("answer")
+            prompt = " ".join(texts.values())
+            gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
+            ids, mask = tokenize_prompt_answer(tokenizer, prompt + gap, answer)
+        return shift(ids, mask if answer_only_loss_mask else [True] * len(ids), length)
+
+    columns = tuple(mapping.values())
+    return _tokenized(path_or_dataset_id, split, columns, limit_dataset_samples, sample)
+
+
+def make_text_dataset(
+    dataset_name: str,
+    tokenizer: Any,
+    column: str = "text",
+    split: str | None = "train",
+    seq_length: int | None = None,
+    truncation: bool | str | None = None,
+    limit_dataset_samples: int | None = None,
+) -> Any:
+    """Rows of plain text → samples whose every token is supervised, and EOS after it.
+
+    Args:
+        dataset_name, split: see `load_rows`.
+        tokenizer: of the student.
+        column: that holds the text.
+        seq_length: with `truncation`, cuts samples to so many positions.
+        limit_dataset_samples: keep the first so many rows.
+
+    Raises:
+        ValueError: the data cannot be had, lacks the column, or has no text there.
+    """
+    length = _length(seq_length, truncation)
+
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        ids, _ = tokenize_prompt_answer(tokenizer, "", text_of(row, column))
+        return shift(ids, [True] * len(ids), length)
+
+    return _tokenized(dataset_name, split, (column,), limit_dataset_samples, sample)
+
+
+def make_sharegpt_dataset(
+    dataset_name: str,
+    tokenizer: Any,
+    split: str = "train",
+    seq_length: int | None = None,
+    truncation: bool | str = False,
+    limit_dataset_samples: int | None = None,
+    chat_template: str | None = None,
+) -> Any:
+    """Rows with a `conversations` column, a list of `{from, value}`; as `ChatDataset` otherwise."""
+    return ChatDataset(
+        dataset_name,
+        tokenizer,
+        split,
+        _length(seq_length, truncation),
+        truncation,
+        limit_dataset_samples,
+        chat_template,
+        column="conversations",
+    )
+
+
+def _length(seq_length: int | None, truncation: bool | str | None) -> int | None:
+    if seq_length is None and cut_length(1, truncation):
+        raise ValueError("truncation needs seq_length: an integer")
+    return cut_length(seq_length, truncation)
+
+
+def _tokenized(
+    source: str,
+    split: str | None,
+    columns: tuple[str, ...],
+    limit: int | None,
+    make: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Any:
+    """`make(row)` over all rows; what is wrong with one is told with its number."""
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return make(row)
+        except ValueError as error:
+            raise ValueError(f"{source!r}, row {index}: {error}") from None
+
+    return tokenize(load_rows(source, split or "train", columns, limit), sample)
