@@ -25,6 +25,7 @@ from ds_kd.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
 from ds_kd.schedule import Schedule
 from ds_kd.schema import LOADER_FLAGS, RunConfig
+from ds_kd.signals import ignore_requests
 from ds_kd.state import TrainState, seed_rank
 from ds_kd.targets import ConfigError, Target, as_config_error, instantiate
 from ds_kd.trainer import Trainer
@@ -90,6 +91,7 @@ def build(
         validate_first=cfg.step_scheduler.val_at_start,
         max_skipped=cfg.step_scheduler.max_skipped_steps,
         asked_to_stop=asked_to_stop,
+        save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
     )
 
 
@@ -283,6 +285,7 @@ def _loader(
             LOADER_FLAGS,
             dataset=WithFiller(rows),
             batch_sampler=sampler,
+            worker_init_fn=ignore_requests,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
         )
@@ -327,6 +330,9 @@ def _checkpointer(
     wanted = cfg.checkpoint
     if not wanted.enabled:
         return None
+    keep_last = wanted.keep_last
+    if keep_last is None and cfg.step_scheduler.ckpt_every_steps is None:
+        keep_last = 2  # those of the clock are for going on, not for keeping
     directory = Path(wanted.checkpoint_dir)
     as_config_error(
         "checkpoint.checkpoint_dir",
@@ -339,7 +345,7 @@ def _checkpointer(
         world,
         tokenizer,
         wanted.save_consolidated,
-        wanted.keep_last,
+        keep_last,
         {**fingerprint(cfg), "training data": _digest(samples)},
         keep_best=wanted.keep_best,
         stops_on_failed_save=wanted.on_failed_save == "stop",

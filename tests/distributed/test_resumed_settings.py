@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -96,6 +97,18 @@ def on_two_ranks(world, root, paths):
     out["nadam"] = refusal(prepare(world, paths, root / "spread", 6, nadam))
     out["of sgd"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
     out["changed"] = train(prepare(world, paths, root / "spread", 6, adamw(**NEW)))
+
+    clock = prepare(world, paths, root / "clock", 2, adamw(**OLD))
+    clock.save_every_seconds = 0.0 if world.is_main else None  # only rank 0's clock counts
+    assert clock.train()
+    out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
+
+    broken = prepare(world, paths, root / "broken", 6, adamw(**OLD))
+    broken.validation_loader = broken.loader
+    broken.schedule = replace(broken.schedule, val_every_steps=1)
+    broken.asked_to_stop = lambda: world.rank == 1 and not broken.student.training
+    out["broken off"] = [broken.train(), broken.state.step]
+    out["validated"] = "validation" in broken.metrics.out.getvalue()
     return out
 
 
@@ -157,3 +170,12 @@ def test_optimizers_that_cannot_change_their_number_of_ranks_say_so_on_every_ran
     assert "and the mu_product of this optimizer cannot be cut" in two[0]["nadam"]
     assert "only optimizers of Adam's family can go on" in two[0]["of sgd"]
     assert not any("does not fit" in text for text in two[0].values() if isinstance(text, str))
+
+
+def test_a_checkpoint_is_saved_by_rank_0s_clock(two):
+    assert two[1]["clock"] == ["step_0000001", "step_0000002"]
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(two):
+    assert two[0]["broken off"] == two[1]["broken off"] == [False, 1]
+    assert not two[0]["validated"] and not two[1]["validated"]
