@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -127,6 +128,8 @@ def test_stopped_then_killed_it_ends_as_if_nothing_had_happened(common, undistur
     assert code == 0, output
     assert "resumed from" in output and not marker.exists()
     assert same(final_weights(directory), expected)
+    log = (directory / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
