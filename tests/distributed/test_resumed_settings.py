@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from ds_kd.optimizer import build_schedule
 from ds_kd.schema import LRScheduler
+from ds_kd.signals import StopRequest
 from tests import tiny
 from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
@@ -103,13 +105,25 @@ def on_two_ranks(world, root, paths):
     assert clock.train()
     out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
 
-    broken = prepare(world, paths, root / "broken", 6, adamw(**OLD))
-    broken.validation_loader = broken.loader
-    broken.schedule = replace(broken.schedule, val_every_steps=1)
-    broken.asked_to_stop = lambda: world.rank == 1 and not broken.student.training
-    out["broken off"] = [broken.train(), broken.state.step]
-    out["validated"] = "validation" in broken.metrics.out.getvalue()
-    return out
+    return out | broken_off(world, root, paths)
+
+
+def broken_off(world, root, paths):
+    """A run of which rank 1 is asked to stop while it validates."""
+    made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
+    made.validation_loader = made.loader
+    made.schedule = replace(made.schedule, val_every_steps=1)
+    stop = StopRequest()
+
+    def look():
+        if world.rank == 1 and not made.student.module.training:
+            stop.received = signal.SIGTERM
+        return stop()
+
+    made.asked_to_stop = look
+    finished = made.train()
+    validated = "validation" in made.metrics.out.getvalue()
+    return {"broken off": [finished, made.state.step], "validated": validated}
 
 
 @pytest.fixture(scope="module")
