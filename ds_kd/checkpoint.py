@@ -169,7 +169,7 @@ class Checkpointer:
             self.say(
                 f"a checkpoint {verb} {seconds:.0f} s, and this launcher kills a run "
                 f"{self.patience:.0f} s after SIGTERM: stopped so, it would go on from the "
-                f"checkpoint before. srun and torchrun wait longer."
+                f"checkpoint before. srun and launch/single_node.sh wait longer."
             )
             self.patience = None
 

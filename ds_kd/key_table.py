@@ -31,7 +31,7 @@ _UNITS = {
     "clip_grad_norm": "L2 norm", "keep_last": "checkpoints", "keep_best": "checkpoints",
     "dropout": "probability", "nodes": "machines", "ntasks_per_node": "ranks",
     "gpus_per_node": "accelerators", "cpus_per_task": "cores", "time": "HH:MM:SS",
-    "dp_size": "ranks", "kd_ratio": "share",
+    "dp_size": "ranks", "kd_ratio": "share", "every_minutes": "minutes",
 }  # fmt: skip
 #: What NeMo-AutoModel calls it, where the name is another; and what it has no name for.
 _NEMO_NAMES = {
@@ -40,7 +40,8 @@ _NEMO_NAMES = {
 }  # fmt: skip
 _OWN = (
     "step_scheduler.max_skipped_steps", "step_scheduler.val_at_start", "checkpoint.keep",
-    "checkpoint.on_failed_save", "lr_scheduler.warmup_ratio", "deepspeed", "tensorboard",
+    "checkpoint.every_minutes", "checkpoint.on_failed_save", "lr_scheduler.warmup_ratio",
+    "deepspeed", "tensorboard",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from ds_kd.data.supervision import tell_unsupervised
 from ds_kd.distributed import World, rank0_first
 from ds_kd.pretrained import tokenizer_of
 from ds_kd.schema import LOADER_FLAGS, RunConfig
+from ds_kd.signals import ignore_requests
 from ds_kd.targets import Target, as_config_error, instantiate
 
 
@@ -140,6 +141,7 @@ def build_loader(
             LOADER_FLAGS,
             dataset=WithFiller(rows),
             batch_sampler=sampler,
+            worker_init_fn=ignore_requests,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
         )

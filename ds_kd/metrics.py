@@ -4,6 +4,7 @@ Rank 0 only."""
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -32,7 +33,9 @@ class Metrics:
     """Where a run's numbers go.
 
     Args:
-        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files.
+        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. What a
+            run that was killed had logged there after the step from which this one goes on is
+            taken out when the first record is written: each step stands there once.
         tensorboard: write events.
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
@@ -53,20 +56,16 @@ class Metrics:
         out: TextIO | None = None,
     ):
         self.total_steps, self.out = total_steps, out or sys.stdout
+        self._path = None if directory is None else directory / "metrics.jsonl"
+        self._events, self._config_text = tensorboard, config_text
         self._file: TextIO | None = None
         self._writer: Any = None
         self._wandb: Any = None
         self._started = time.monotonic()
         self._first_step: int | None = None
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-            # One line per record, written through at once: a killed run keeps all it logged.
-            self._file = (directory / "metrics.jsonl").open("a", buffering=1)
-            if tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self._writer = SummaryWriter(str(directory))
-                self._writer.add_text("config", f"```yaml\n{config_text}\n```", 0)
+        if self._path is not None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.open("a").close()  # tells now whether it can be written
         if wandb is not None:
             try:
                 import wandb as client
@@ -109,7 +108,21 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
 
+    def _open(self, path: Path, step: int) -> None:
+        """Open the files for a run whose first record is of `step`."""
+        _keep_before(path, step)
+        # One line per record, written through at once: a killed run keeps all it logged.
+        self._file = path.open("a", buffering=1)
+        if self._events:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # A file of its own, which has TensorBoard drop the later steps of those before it.
+            self._writer = SummaryWriter(str(path.parent), purge_step=step)
+            self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
+
     def _record(self, step: int, values: dict[str, float]) -> None:
+        if self._file is None and self._path is not None:
+            self._open(self._path, step)
         if self._file is not None:
             self._file.write(json.dumps({"step": step, **values}) + "\n")
         if self._writer is not None:
@@ -140,3 +153,27 @@ class Metrics:
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _keep_before(path: Path, step: int) -> None:
+    """Cut a log of JSON lines to what comes before `step`, at one stroke; a last line that was torn
+    goes too. A log of which nothing would stay is another run's, and is set aside."""
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    kept = [line for line in text.splitlines(keepends=True) if _step_of(line) < step]
+    if "".join(kept) == text:
+        return
+    if not kept:
+        number = sum(1 for _ in path.parent.glob(f"{path.stem}.before*{path.suffix}")) + 1
+        path.rename(path.with_name(f"{path.stem}.before{number}{path.suffix}"))
+        return
+    aside = path.with_name(f".{path.name}.new")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """Return a record's step; infinity for a line that is none."""
+    try:
+        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

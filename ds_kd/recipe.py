@@ -96,6 +96,7 @@ def build(
         validate_first=cfg.step_scheduler.val_at_start,
         max_skipped=cfg.step_scheduler.max_skipped_steps,
         asked_to_stop=asked_to_stop,
+        save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
     )
 
 
@@ -299,12 +300,15 @@ def _checkpointer(
     wanted = cfg.checkpoint
     if not wanted.enabled:
         return None
+    keep_last = wanted.keep_last
+    if keep_last is None and cfg.step_scheduler.ckpt_every_steps is None:
+        keep_last = 2  # those of the clock are for going on, not for keeping
     return Checkpointer(
         Path(wanted.checkpoint_dir),
         world,
         tokenizer,
         wanted.save_consolidated,
-        Retention(wanted.keep_last, wanted.keep_best),
+        Retention(keep_last, wanted.keep_best),
         {**fingerprint(cfg), "training data": _digest(samples)},
         cfg.text,
         stops_on_failed_save=wanted.on_failed_save == "stop",

@@ -36,8 +36,9 @@ class StepScheduler:
         None, "validate every so many optimizer steps, and after the last", "int", low=1
     )
     ckpt_every_steps: int | None = key(
-        None, "checkpoint every so many optimizer steps, and after the last", "int", low=1
-    )
+        None, "checkpoint every so many optimizer steps, and after the last; see every_minutes",
+        "int", low=1,
+    )  # fmt: skip
     max_skipped_steps: int = key(
         0, "steps of a run that may be left out as their loss or gradient is not finite", "int",
         low=0,
@@ -87,7 +88,13 @@ class Checkpoint:
     is_async: bool = key(
         False, "only false: a checkpoint is whole before the next step", "bool", among=(False,)
     )
-    keep_last: int | None = key(None, "checkpoints that stay; all by default", "int", low=1)
+    every_minutes: float = key(
+        30.0, "checkpoint when the last one is so old, whatever ckpt_every_steps says; 0 never",
+        "number", low=0,
+    )  # fmt: skip
+    keep_last: int | None = key(
+        None, "checkpoints that stay; by default all, or 2 without ckpt_every_steps", "int", low=1
+    )
     keep_best: int = key(
         1, "with keep_last: so many of the lowest validation loss stay besides", "int", low=0
     )
@@ -215,7 +222,7 @@ class TensorBoard:
 
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
-_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator")
+_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator", "worker_init_fn")
 LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
 #: Taken by ds_kd from a data set's section, see `ds_kd.data.own`.
 _LABELS = {"labels": ("shifted", "unshifted")}

@@ -1,36 +1,59 @@
-"""A request to stop, as schedulers send it: SIGTERM (`scancel`, a preempted node) or SIGUSR1
-(`sbatch --signal`)."""
+"""A request to stop: SIGTERM (`scancel`, a preempted node), SIGUSR1 (`sbatch --signal`) or SIGINT
+(Ctrl-C)."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from typing import Any
+
+#: Set by the `deepspeed` launcher and by torchrun. A signal to the process group reaches them too,
+#: and they pass it on: each rank gets it twice, or SIGTERM after SIGINT.
+_PASSED_ON_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
+_ECHO_SECONDS = 3.0
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
     """Calling it tells whether this process was asked to stop.
 
     The first signal only sets a flag, which the trainer looks at between steps; the second ends the
-    process at once, with the exit code of a process that the signal killed.
+    process at once, with the exit code of a process that the signal killed. What a launcher passes
+    on right after the first is the same request. Ctrl-C ends it at once also while nobody has
+    looked yet: there is nothing to save before the first step.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
+        self._is_looked_at = False
 
     def __call__(self) -> bool:
+        self._is_looked_at = True
         return self.received is not None
 
     def listen(self) -> None:
         """From now on; in the main thread."""
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in _REQUESTS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:
+            if not self._is_echo():
+                os._exit(128 + number)
+            return
+        if number == signal.SIGINT and not self._is_looked_at:
             os._exit(128 + number)
-        self.received = number
-        # A scheduler signals every process of the job. Loader workers die of it, and torch would
-        # raise in the middle of a step for batches that nobody will ask for.
-        # Not SIG_DFL: Python complains of one that is already on its way.
-        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self.received, self._since = number, time.monotonic()
+
+    def _is_echo(self) -> bool:
+        launched = any(name in os.environ for name in _PASSED_ON_BY)
+        return launched and time.monotonic() - self._since < _ECHO_SECONDS
+
+
+def ignore_requests(worker: int) -> None:
+    """Let a loader worker live on: terminals and schedulers signal every process of a job, and the
+    rank that is about to end its step may still need a batch. It ends with its rank."""
+    for number in _REQUESTS:
+        signal.signal(number, signal.SIG_IGN)

@@ -52,6 +52,7 @@ class Trainer:
         max_skipped: steps that a run may leave out as their loss or gradient is not finite.
         validation_teacher: engine that validation alone is measured against, where training has no
             teacher.
+        save_every_seconds: save when so long has passed since the last time; None never does.
     """
 
     student: Any
@@ -67,6 +68,10 @@ class Trainer:
     asked_to_stop: Callable[[], bool] = lambda: False
     max_skipped: int = 0
     validation_teacher: Any | None = None
+    save_every_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        self._saved_at = time.monotonic()
 
     def train(self) -> bool:
         """Run the schedule from the present state to its end, or to the end of the step in which a
@@ -131,13 +136,17 @@ class Trainer:
             if not skipped:
                 self._log(means, lr, norm, speed, 1.0 - tokens / slots)
             is_last = self.schedule.is_last(self.state.step)
-            stops = not is_last and self._somebody_was_asked_to_stop()
+            stops, saves = (False, False) if is_last else self._asked_to_stop_or_save()
             validated = None
             if self.schedule.validates(self.state.step) and not stops:
                 validated = self.validate()
-            if self.checkpointer is not None and (stops or self.schedule.saves(self.state.step)):
+                if validated is None and not is_last:  # a signal may have broken it off
+                    stops, _ = self._asked_to_stop_or_save()
+            saves = saves or stops or self.schedule.saves(self.state.step)
+            if self.checkpointer is not None and saves:
                 loss = None if validated is None else validated["loss"]
                 self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
+                self._saved_at = time.monotonic()
             if stops:
                 return False
             started = time.perf_counter()
@@ -146,7 +155,7 @@ class Trainer:
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
         """Means over every supervised token of the validation data, all ranks; logged, and
-        returned."""
+        returned. None where there is no such data, or a rank was asked to stop meanwhile."""
         if self.validation_loader is None:
             return None
         started = time.perf_counter()
@@ -155,6 +164,9 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         labels, tokens = 0, 0
         for batch in self.validation_loader:
+            if self._asked_to_stop_or_save()[0]:
+                self.student.train()
+                return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
             batch = self._to_device(batch)
             loss, parts = self.student(batch, teacher(batch) if teacher is not None else None)
@@ -200,8 +212,14 @@ class Trainer:
             )
         return labels, tokens, slots
 
-    def _somebody_was_asked_to_stop(self) -> bool:
-        return bool(sum_over_ranks([float(self.asked_to_stop())], self.world)[0])
+    def _asked_to_stop_or_save(self) -> tuple[bool, bool]:
+        """Whether a rank was asked to stop, and whether rank 0's clock says that it is time to
+        save; the same on all ranks."""
+        waited = time.monotonic() - self._saved_at
+        is_time = self.save_every_seconds is not None and waited >= self.save_every_seconds
+        here = [float(self.asked_to_stop()), float(is_time and self.world.is_main)]
+        stops, saves = sum_over_ranks(here, self.world).tolist()
+        return stops > 0, saves > 0
 
     def _to_device(self, batch: Batch) -> Batch:
         device = self.world.device

@@ -8,9 +8,11 @@
     python launch/kd.py --config cfg.yaml --show-samples 3  what is supervised of its first samples
     python launch/kd.py --list-keys [prefix]                            every key of the YAML
 
-SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes on.
+Ctrl-C, SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes
+on. A second one ends the process at once, with nothing saved.
 
-Exit code: 0 done or stopped so, 1 the run failed, 2 the config or the command is wrong.
+Exit code: 0 done or stopped so, 1 the run failed, 2 the config or the command is wrong, 130 ended
+by Ctrl-C at once: by the second, or before there was anything to save.
 """
 
 from __future__ import annotations
@@ -223,6 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         return run(args)
+    except KeyboardInterrupt:  # before the run listens to it itself
+        return 130
     except ConfigError as error:
         message, code = error.text(excerpts=sys.stderr.isatty()), 2
     except UserError as error:

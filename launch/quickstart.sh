@@ -58,6 +58,7 @@ if ! has_gpu; then
   export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu} # DeepSpeed need not search
 fi
 NPROC=$NPROC VENV=$VENV bash launch/single_node.sh "$config" "${overrides[@]}" "$@"
+[ ! -e "$dir/checkpoints/PREEMPTED" ] || exit 0 # stopped by Ctrl-C: the run has said how to go on
 
 step 6 "what it achieved"
 # The newest log: whatever directory the YAML names for it.

@@ -5,6 +5,8 @@
 #     NPROC=2 bash launch/single_node.sh CONFIG               so many ranks; on a CPU the default is 1
 #     CUDA_VISIBLE_DEVICES=2,3 bash launch/single_node.sh …   these GPUs (leave NPROC unset)
 #     DRY_RUN=1 bash launch/single_node.sh …                  print the command, run nothing
+#
+# Ctrl-C or SIGTERM: the ranks end their step, save and end, however long that takes; a second one ends them at once.
 set -euo pipefail
 
 NPROC=${NPROC:-}
@@ -46,4 +48,32 @@ if [ "$DRY_RUN" != 0 ]; then
   echo
   exit 0
 fi
-exec "${command[@]}"
+
+# The launcher, shown a signal, would leave its ranks alone (the outer process) or kill them after 30 seconds (the inner one):
+# a session of its own keeps it from seeing any, and the ranks, its grandchildren, are asked from here.
+setsid "${command[@]}" <&0 &
+launcher=$!
+children() { cat /proc/"$1"/task/*/children 2>/dev/null || true; }
+ranks() { for inner in $(children "$launcher"); do children "$inner"; done; }
+asked=0
+ask() {
+  signalled=1
+  ranks=$(ranks)
+  if [ "$asked" = 0 ] && [ -n "$ranks" ]; then
+    # shellcheck disable=SC2086
+    kill "-$1" $ranks 2>/dev/null || true
+  else
+    kill -KILL -- "-$launcher" 2>/dev/null || true
+  fi
+  asked=1
+}
+trap 'ask INT' INT
+trap 'ask TERM' TERM HUP
+trap 'ask USR1' USR1
+signalled=1
+while [ "$signalled" = 1 ]; do # a signal ends `wait`, not the launcher
+  signalled=0
+  code=0
+  wait "$launcher" || code=$?
+done
+exit "$code"

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import functools
 import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ds_kd.optimizer import build_schedule
 from ds_kd.schema import LRScheduler
+from ds_kd.signals import StopRequest
 from tests import tiny
 from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
@@ -96,7 +99,31 @@ def on_two_ranks(world, root, paths):
     out["nadam"] = refusal(prepare(world, paths, root / "spread", 6, nadam))
     out["of sgd"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
     out["changed"] = train(prepare(world, paths, root / "spread", 6, adamw(**NEW)))
-    return out
+
+    clock = prepare(world, paths, root / "clock", 2, adamw(**OLD))
+    clock.save_every_seconds = 0.0 if world.is_main else None  # only rank 0's clock counts
+    assert clock.train()
+    out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
+
+    return out | broken_off(world, root, paths)
+
+
+def broken_off(world, root, paths):
+    """A run of which rank 1 is asked to stop while it validates."""
+    made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
+    made.validation_loader = made.loader
+    made.schedule = replace(made.schedule, val_every_steps=1)
+    stop = StopRequest()
+
+    def look():
+        if world.rank == 1 and not made.student.module.training:
+            stop.received = signal.SIGTERM
+        return stop()
+
+    made.asked_to_stop = look
+    finished = made.train()
+    validated = "validation" in made.metrics.out.getvalue()
+    return {"broken off": [finished, made.state.step], "validated": validated}
 
 
 @pytest.fixture(scope="module")
@@ -157,3 +184,12 @@ def test_optimizers_that_cannot_change_their_number_of_ranks_say_so_on_every_ran
     assert "and the mu_product of this optimizer cannot be cut" in two[0]["nadam"]
     assert "only optimizers of Adam's family can go on" in two[0]["of sgd"]
     assert not any("does not fit" in text for text in two[0].values() if isinstance(text, str))
+
+
+def test_a_checkpoint_is_saved_by_rank_0s_clock(two):
+    assert two[1]["clock"] == ["step_0000001", "step_0000002"]
+
+
+def test_a_signal_during_validation_does_not_wait_for_its_end(two):
+    assert two[0]["broken off"] == two[1]["broken off"] == [False, 1]
+    assert not two[0]["validated"] and not two[1]["validated"]

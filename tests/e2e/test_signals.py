@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -13,8 +14,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from ds_kd.distributed import _free_port
 from tests import tiny
-from tests.e2e.test_run import ROOT, environment, kd_command
+from tests.e2e.test_run import GUIDE, ROOT, environment, kd_command
 
 STEPS = 12
 
@@ -126,6 +128,8 @@ def test_stopped_then_killed_it_ends_as_if_nothing_had_happened(common, undistur
     assert code == 0, output
     assert "resumed from" in output and not marker.exists()
     assert same(final_weights(directory), expected)
+    log = (directory / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [*range(1, STEPS + 1)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "hung"])
@@ -148,15 +152,80 @@ def test_a_rank_that_is_gone_is_named_with_the_step_and_the_last_checkpoint(comm
     assert "Traceback" not in text, text
 
 
-def test_a_second_signal_ends_the_process_at_once():
-    script = (
-        "import os, signal, time\n"
-        "from ds_kd.signals import StopRequest\n"
-        "stop = StopRequest(); stop.listen()\n"
-        "os.kill(os.getpid(), signal.SIGTERM); print(stop(), flush=True)\n"
-        "os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)\n"
+def launched(launcher, config):
+    """The command of two ranks, of one for plain Python."""
+    if launcher == "single_node.sh":
+        return ["bash", "launch/single_node.sh", GUIDE, *config]
+    start = {
+        "python": [sys.executable],
+        "deepspeed": ["deepspeed", "--master_port", str(_free_port()), "--num_accelerators", "2"],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())],
+    }
+    return [*start[launcher], "launch/kd.py", "--config", GUIDE, *config]
+
+
+@pytest.mark.parametrize("launcher", ["python", "deepspeed", "torchrun", "single_node.sh"])
+def test_ctrl_c_ends_the_step_saves_and_ends_without_a_traceback(common, launcher):
+    """A terminal sends SIGINT to launcher, ranks and loader workers at the same time."""
+    root, overrides = common
+    directory = root / f"ctrl_c_{launcher}"
+    long = ["step_scheduler.max_steps=2000", "step_scheduler.num_epochs=999"]
+    long += ["step_scheduler.ckpt_every_steps=2000", f"checkpoint.checkpoint_dir={directory}"]
+    process = subprocess.Popen(
+        launched(launcher, [*overrides, *long]),
+        cwd=ROOT,
+        env={**environment(), "NPROC": "2", "VENV": sys.prefix},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "True\n" and done.returncode == 128 + signal.SIGTERM
+    until(process, "step    2/2000")
+    os.killpg(process.pid, signal.SIGINT)
+    code, output = finish(process)  # to the end of the ranks, which hold the pipe
+    assert (directory / "LATEST").exists(), output
+    stopped_at = int((directory / "LATEST").resolve().name[-7:])
+    assert 2 <= stopped_at < 2000
+    assert (directory / "PREEMPTED").read_text() == f"preempted at step {stopped_at}\n"
+    assert f"preempted at step {stopped_at}; the same command goes on" in output
+    assert 'kd.py", line' not in output, output  # launchers have tracebacks of their own
+    if launcher in ("python", "single_node.sh"):
+        assert code == 0 and "Traceback" not in output, output
+
+
+STOP = """
+import os, signal, time
+from ds_kd.signals import StopRequest
+stop = StopRequest()
+stop.listen()
+looked_at = stop()
+def send(name):
+    os.kill(os.getpid(), getattr(signal, name))
+"""
+
+
+def stopped(script, **variables):
+    made = {n: v for n, v in os.environ.items() if n not in ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")}
+    return subprocess.run(
+        [sys.executable, "-c", STOP + script],
+        cwd=ROOT, env={**made, **variables}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_second_signal_ends_the_process_at_once(name):
+    done = stopped(f"send('{name}'); print(stop(), flush=True); send('{name}'); time.sleep(9)")
+    assert done.stdout == "True\n" and not done.stderr
+    assert done.returncode == 128 + getattr(signal, name)
+
+
+@pytest.mark.parametrize("launcher", ["CROSS_SIZE", "TORCHELASTIC_RUN_ID"])
+def test_what_a_launcher_passes_on_is_no_second_signal(launcher):
+    echo = "send('SIGINT'); send('SIGINT'); send('SIGTERM'); print(stop(), flush=True); "
+    done = stopped(echo + "time.sleep(3.5); send('SIGINT'); time.sleep(9)", **{launcher: "1"})
+    assert done.stdout == "True\n" and done.returncode == 130
+
+
+def test_ctrl_c_while_models_load_ends_the_process_at_once():
+    done = stopped("stop = StopRequest(); stop.listen(); send('SIGINT'); time.sleep(9)")
+    assert done.returncode == 130 and not done.stderr

@@ -1,7 +1,10 @@
-"""Where numbers go: what Weights & Biases refuses is one line that names the section."""
+"""Where numbers go: each step once; what Weights & Biases refuses is one line that names the
+section."""
 
 from __future__ import annotations
 
+import io
+import json
 import sys
 import types
 
@@ -23,3 +26,56 @@ def test_what_wandb_refuses_is_told(monkeypatch):
     Metrics(None, wandb={"project": "p"})
     with pytest.raises(ValueError, match=r"wandb: wandb\.init says: .*unexpected .*'projct'"):
         Metrics(None, wandb={"projct": "p"})
+
+
+VALUES = {"train_loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_sec": 9.0}
+
+
+def log(directory, steps, value=1.0, validated=()):
+    """A run that logs these steps."""
+    metrics = Metrics(directory, total_steps=9, out=io.StringIO())
+    for step in steps:
+        metrics.train(step, {**VALUES, "train_loss": value})
+        if step in validated:
+            metrics.validation(step, {"loss": value})
+    metrics.close()
+
+
+def records(directory):
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_resumed_run_logs_each_step_once(tmp_path):
+    log(tmp_path, range(1, 7), value=1.0, validated=(4, 6))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "train_lo')  # torn by a kill
+    log(tmp_path, range(5, 9), value=2.0, validated=(6,))  # from the checkpoint of step 4
+
+    train = [(r["step"], r["train_loss"]) for r in records(tmp_path) if "train_loss" in r]
+    assert train == [(step, 1.0 if step < 5 else 2.0) for step in range(1, 9)]
+    assert [(r["step"], r["val_loss"]) for r in records(tmp_path) if "val_loss" in r] == [
+        (4, 1.0),
+        (6, 2.0),
+    ]
+    assert [path.name for path in tmp_path.glob("*metrics*")] == ["metrics.jsonl"]
+
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    curve = [(point.step, point.value) for point in events.Scalars("train_loss")]
+    assert curve == train
+
+
+def test_a_run_that_begins_anew_sets_the_log_before_it_aside(tmp_path):
+    log(tmp_path, (1, 2), value=1.0)
+    log(tmp_path, (1,), value=2.0)
+    assert [r["train_loss"] for r in records(tmp_path)] == [2.0]
+    assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_log_that_is_not_gone_on_with_stays_as_it_is(tmp_path):
+    log(tmp_path, (1, 2))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    Metrics(tmp_path, out=io.StringIO()).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
