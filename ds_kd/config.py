@@ -18,6 +18,7 @@ from ds_kd.aliases import (
     transformers_schedule,
 )
 from ds_kd.contradictions import find_contradictions, is_number
+from ds_kd.idle_keys import find_idle_keys
 from ds_kd.preflight import check_directory
 from ds_kd.schema import RunConfig, default_of, keys_of
 from ds_kd.target_check import check_target
@@ -64,6 +65,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             problems.append(wrong)
     if problems:
         raise ConfigError(_once(problems, schedule))
+    cfg.notes += find_idle_keys(cfg, data)
     if cfg.seed is not None:
         cfg.rng.seed = cfg.seed
     if cfg.checkpoint.save_consolidated == "true":

@@ -65,8 +65,6 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
-    if cfg.offload_teacher_model and cfg.kd_ratio == 0:
-        problems.append("offload_teacher_model: at kd_ratio 0 there is no teacher; remove it")
     is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
     if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
         problems.append(
