@@ -27,7 +27,10 @@ from ds_kd.yaml_source import decoded, read
 
 
 def load(
-    path: str | Path, overrides: list[str] | None = None, allow: tuple[str, ...] = ()
+    path: str | Path,
+    overrides: list[str] | None = None,
+    allow: tuple[str, ...] = (),
+    config_only: bool = False,
 ) -> RunConfig:
     """Read, override, check.
 
@@ -35,18 +38,19 @@ def load(
         path: the YAML.
         overrides: `a.b.c=value`, the value read as YAML; `null` drops a section.
         allow: prefixes of `_target_` names opened on the command line.
+        config_only: models need nothing but a config.json, as for a plan.
 
     Raises:
         ConfigError: everything that is wrong.
     """
     data, text, source = read(path, overrides or [])
     with source.locating():
-        cfg = _check(data, text, allow)
+        cfg = _check(data, text, allow, config_only)
     cfg.source = source
     return cfg
 
 
-def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
+def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     problems: list[str] = []
     schedule = data.get("lr_scheduler")
     if isinstance(schedule, dict):
@@ -57,6 +61,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
+            meta = {**meta, "config_only": config_only}
             values[name] = check_target(data.get(name), name, meta, allow, problems)
     cfg = RunConfig(**values, text=text, notes=notes)
     find_contradictions(cfg, data, problems)

@@ -22,17 +22,18 @@ DATA = {
 }
 
 
-def check_model(key: str, kwargs: dict[str, Any]) -> str | None:
+def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> str | None:
     """What is wrong with the model that `from_pretrained` arguments name; a hub id is believed.
 
     Args:
         key: of the section.
+        config_only: a config.json is enough; neither tokenizer nor weights are looked for.
     """
     key, name = f"{key}.pretrained_model_name_or_path", kwargs.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or not name:
         return problem(key, name, "a directory or a hub id")
     if _is_dir(name):
-        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs)
+        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs, config_only)
         hint = "save the model and its tokenizer there with save_pretrained"
         return problem(key, name, f"a directory with {lacking}", hint) if lacking else None
     if _looks_local(name):
@@ -54,12 +55,14 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _lacking(directory: Path, kwargs: dict[str, Any]) -> str | None:
+def _lacking(directory: Path, kwargs: dict[str, Any], config_only: bool) -> str | None:
     """What a model's directory must hold and does not."""
     if kwargs.get("gguf_file") is not None:
         return None if _is_file(directory / str(kwargs["gguf_file"])) else "that gguf_file"
     if not _is_file(directory / "config.json"):
         return "a config.json"
+    if config_only:
+        return None
     tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return None if any(_is_file(directory / name) for name in tokenizers) else "a tokenizer"
 

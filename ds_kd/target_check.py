@@ -22,7 +22,7 @@ def check_target(
     Args:
         value: what the YAML holds there.
         path: its key.
-        meta: of the schema.
+        meta: of the schema; with `config_only` where models need nothing but a config.json.
         allow: prefixes of `_target_` names opened on the command line.
     """
     if value is None:
@@ -50,7 +50,7 @@ def check_target(
     if meta.get("target") == MODEL:
         if target.target != MODEL and not refusal and not allow:
             problems.append(problem(f"{path}._target_", dotted, MODEL))
-        _model(path, kwargs, allow, problems)
+        _model(path, kwargs, allow, problems, meta.get("config_only", False))
         return target
     kind = meta.get("calls", ())
     if not refusal and not target.target.startswith(kind or "") and not allow:
@@ -97,9 +97,11 @@ def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
+def _model(
+    path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str], config_only: bool
+) -> None:
     name = kwargs.get("pretrained_model_name_or_path")
-    if wrong := check_model(path, kwargs):
+    if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
     for given in set(kwargs) - _MODEL_KEYS:
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)

@@ -50,6 +50,11 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     )
     parser.add_argument("--ranks", type=int, metavar="N", help="of the plan, or to check for")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of the plan: what has to fit, 80GB")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of the plan: of one node, 1TB")
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="of the plan: that share that memory"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="of the plan: tokens of a sample")
     parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
     parser.add_argument("--tflops", type=float, default=989.0, help="of the plan: that peak (H100)")
     parser.add_argument(
@@ -73,10 +78,10 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
-    for name in ("ranks", "mfu", "tflops"):
+    for name in ("ranks", "ranks_per_node", "length", "mfu", "tflops"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
-            parser.error(f"--{name}: got {value}, expected a number > 0")
+            parser.error(f"--{name.replace('_', '-')}: got {value}, expected a number > 0")
     if args.mfu > 1:
         parser.error(f"--mfu: got {args.mfu:g}, expected a share from 0 to 1, such as 0.4")
     if args.config is None and args.list_keys is None:
@@ -88,6 +93,7 @@ def _plain(argv: list[str]) -> list[str]:
     """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
     own = {"--config", "--check", "--list-keys", "--verbose", "--allow-targets", "--local_rank"}
     own |= {"--help", "--dry-run", "--ranks", "--gpu-memory", "--mfu", "--tflops"}
+    own |= {"--host-memory", "--ranks-per-node", "--length"}
     plain, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -104,7 +110,8 @@ def run(args: argparse.Namespace) -> int:
     if args.list_keys is not None:
         print("\n".join(list_keys(args.list_keys)))
         return 0
-    cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
+    allow = tuple(args.allow_targets)
+    cfg = load(args.config, args.overrides, allow, config_only=args.dry_run and not args.check)
     if args.check:
         if args.ranks is not None:
             with cfg.source.locating():
@@ -122,12 +129,21 @@ def run(args: argparse.Namespace) -> int:
 
 def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     quiet()
+    from ds_kd import plan
     from ds_kd.dry_run import bytes_of, describe
 
-    room = None if args.gpu_memory is None else bytes_of(args.gpu_memory)
+    sizes = [
+        None if given is None else bytes_of(given, option)
+        for option, given in (
+            ("--gpu-memory", args.gpu_memory),
+            ("--host-memory", args.host_memory),
+        )
+    ]
     ranks = args.ranks or cfg.distributed.dp_size or 1
     check_world(cfg, ranks)
-    print(describe(cfg, ranks, room, args.mfu, args.tflops))
+    together = args.ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
+    machine = plan.Machine(*sizes, together)
+    print(describe(cfg, ranks, machine, args.mfu, args.tflops, args.length))
     return 0
 
 
