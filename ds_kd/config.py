@@ -19,11 +19,12 @@ from ds_kd.aliases import (
 )
 from ds_kd.contradictions import find_contradictions, is_number
 from ds_kd.idle_keys import find_idle_keys
+from ds_kd.origins import decoded
 from ds_kd.preflight import check_directory
 from ds_kd.schema import RunConfig, default_of, keys_of
 from ds_kd.target_check import check_target
 from ds_kd.targets import ConfigError, problem
-from ds_kd.yaml_source import decoded, read
+from ds_kd.yaml_source import read
 
 
 def load(

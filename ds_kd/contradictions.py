@@ -41,6 +41,7 @@ _WORDS = {
 #: As sbatch reads a time limit.
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
+_MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
 
 
@@ -215,8 +216,8 @@ def _data(target: Target, problems: list[str]) -> None:
     ):
         problems.append(f"{target.key}.seq_length: missing; truncation and padding need it")
     split = target.kwargs.get("split")
-    parts = re.split(r"\s*\+\s*", split) if isinstance(split, str) else []
-    if not all(_SPLIT.fullmatch(part) for part in parts):
+    parts = [part.strip() for part in split.split("+")] if isinstance(split, str) else []
+    if len(parts) > _MOST_SPLITS or not all(_SPLIT.fullmatch(part) for part in parts):
         expected = "a split such as train, train[:1000] or train[90%:]"
         problems.append(problem(f"{target.key}.split", split, expected))
 

@@ -7,11 +7,11 @@ import difflib
 from typing import Any
 
 from ds_kd.aliases import ALIASES, NOT_WITH_ZERO
+from ds_kd.origins import decoded
 from ds_kd.preflight import check_data, check_model
 from ds_kd.schema import MODEL
 from ds_kd.signatures import signature_of
 from ds_kd.targets import Target, problem, refuse, wrong_arguments
-from ds_kd.yaml_source import decoded
 
 
 def check_target(

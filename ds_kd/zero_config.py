@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ds_kd.errors import first_line
+from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 #: What a ZeRO file may hold.
 ZERO_FILE_KEYS = {
@@ -33,6 +33,7 @@ FROM_YAML = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
+_MAX_BYTES = 10_000_000
 _DEVICES = ("cpu", "nvme", "none")
 #: Of zero_optimization. Some have a second name with `stage3_` in front.
 _STAGE3_KEYS = (
@@ -110,12 +111,14 @@ def load_zero_config(
 
 def _read(path: str, where: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_plain_file(path, _MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise ValueError(
             f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON file or "
             f"an inline mapping"
         ) from None
+    except NotPlainFileError as error:
+        raise ValueError(f"{where}: {error}; give a DeepSpeed JSON file") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {first_line(error)}") from None
 

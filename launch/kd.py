@@ -142,7 +142,7 @@ def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     ranks = args.ranks or cfg.distributed.dp_size or 1
     check_world(cfg, ranks)
     together = args.ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
-    machine = plan.Machine(*sizes, together)
+    machine = plan.Machine(sizes[0], sizes[1], together)
     print(describe(cfg, ranks, machine, args.mfu, args.tflops, args.length))
     return 0
 

@@ -47,6 +47,8 @@ def test_only_the_recipe_reads_the_config():
         "json_schema.py",
         "key_table.py",
         "contradictions.py",
+        "idle_keys.py",
+        "interpolation.py",
         "pretrained.py",
         "target_check.py",
         "optimizer.py",
