@@ -325,7 +325,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ),
         (
             "deepspeed.teacher={zero_optimization: {offload_param: {device: cpu, pin: 1}}}",
-            "offload_param: pin is unknown; DeepSpeed has no such key; remove it",
+            "offload_param.pin is unknown; DeepSpeed has no such key; remove it",
         ),
         ("peft={rank: 8}", "peft.rank: write peft.dim"),
         (
@@ -457,7 +457,7 @@ HUGE = "1" + "0" * 400
             "deepspeed.student={zero_optimization: {offload_param: cpu}}",
             "a mapping whose device is",
         ),
-        ("deepspeed.student={zero_optimization: {reduce_bucket_size: abc}}", "a number ≥ 0"),
+        ("deepspeed.student={zero_optimization: {reduce_bucket_size: abc}}", "a whole number ≥ 0"),
         ("deepspeed.student={zero_optimization: {ofload_param: {}}}", "did you mean offload_param"),
         ("deepspeed.teacher={zero_optimization: {stage: false}}", "stage is False"),
         (f"kd_ratio={HUGE}", "kd_ratio: got 1000"),
