@@ -159,7 +159,7 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
         if isinstance(value, str) and value.lower() == "none" and prefix == "distributed.":
             value = None
         has_default = default_of(cls, name) is not None or "default" in meta
-        if value is None and has_default and meta["kind"] not in ("section", "names"):
+        if value is None and has_default and meta["kind"] not in ("section", "names", "target"):
             problems.append(
                 problem(path, None, _expected(meta), "leave the key out for its default")
             )

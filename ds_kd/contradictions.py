@@ -66,6 +66,14 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
+    if (
+        steps.max_steps == 0
+        and cfg.validation_dataset is None
+        and not data.get("validation_dataset")
+    ):
+        problems.append(
+            "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
+        )
     is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
     if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
         problems.append(

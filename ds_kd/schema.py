@@ -31,7 +31,9 @@ class StepScheduler:
     global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
     local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
     num_epochs: int = key(1, "passes over the training data", "int", low=1)
-    max_steps: int | None = key(None, "stop after so many optimizer steps", "int", low=1)
+    max_steps: int | None = key(
+        None, "stop after so many optimizer steps; 0 validates and trains nothing", "int", low=0
+    )
     val_every_steps: int | None = key(
         None, "validate every so many optimizer steps, and after the last", "int", low=1
     )

@@ -97,7 +97,7 @@ class Trainer:
         return f"the last checkpoint is {last}, from which the same command goes on"
 
     def _train(self) -> bool:
-        if self.validate_first and self.state.step == 0:
+        if (self.validate_first and self.state.step == 0) or self.schedule.max_steps == 0:
             self.validate()
         for micro_batches in self._steps():
             started = time.perf_counter()

@@ -181,7 +181,7 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
     if trainer.metrics is not None:
         trainer.metrics.close()
     if world.is_main:
-        if trainer.checkpointer is not None:
+        if trainer.checkpointer is not None and trainer.schedule.total_steps:
             trainer.checkpointer.mark(trainer.state.step, finished)
         print(recipe.closing_message(cfg, trainer.state.step, finished))
     distributed.stop()

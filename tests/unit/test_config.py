@@ -173,6 +173,30 @@ def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "target"),
+    [
+        ("dataloader", "torchdata.stateful_dataloader.StatefulDataLoader"),
+        ("validation_dataloader", "torchdata.stateful_dataloader.StatefulDataLoader"),
+        ("optimizer", "torch.optim.AdamW"),
+        ("kd_loss_fn", "ds_kd.losses.KDLoss"),
+        ("loss_fn", "ds_kd.losses.MaskedCrossEntropy"),
+    ],
+)
+def test_null_gives_an_optional_target_its_default(section, target):
+    assert getattr(load(GUIDE, [f"{section}=null"]), section).target == target
+    for required in ("model", "dataset"):
+        with pytest.raises(ConfigError, match=f"{required}: missing"):
+            load(GUIDE, [f"{required}=null"])
+
+
+def test_no_steps_at_all_need_something_to_validate():
+    none = "step_scheduler.max_steps=0"
+    assert load(GUIDE, [none]).step_scheduler.max_steps == 0
+    with pytest.raises(ConfigError, match=r"max_steps: 0 .*no validation_dataset"):
+        load(GUIDE, [none, "validation_dataset=null"])
+
+
 def test_null_switches_a_section_off():
     cfg = load(GUIDE, ["tensorboard=null", "checkpoint=null"])
     assert not cfg.tensorboard.enabled and not cfg.checkpoint.enabled
@@ -211,7 +235,6 @@ def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
         ("dataloader.shuffle=5", "true or false"),
         ("dataloader.group_by_length=please", "true or false"),
         ("kd_ratio=null", "leave the key out"),
-        ("optimizer=null", "leave the key out"),
         ("model.torch_dtyp=bf16", "did you mean model.torch_dtype"),
         ("model.pretrained_model_name_or_path=ds_kd/daata", "a directory that exists"),
         ("step_scheduler.global_batch_size=18", "write 19"),
