@@ -12,13 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import (
-    NEMO_KERNELS,
-    REFUSED_KEYS,
-    transformers_schedule,
-)
+from ds_kd.aliases import REFUSED_KEYS, transformers_schedule
 from ds_kd.contradictions import find_contradictions, is_number
 from ds_kd.idle_keys import find_idle_keys
+from ds_kd.nemo import translate
 from ds_kd.origins import decoded
 from ds_kd.preflight import check_directory
 from ds_kd.schema import RunConfig, default_of, keys_of
@@ -58,7 +55,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> 
         data["lr_scheduler"] = transformers_schedule(decoded(schedule), problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
-    notes = _without_kernels(data)
+    notes = translate(data)
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
@@ -91,20 +88,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> 
             f"distributed: {str(name).rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its "
             f"place"
         )
+    if cfg.distributed.dp_size is not None:
+        cfg.notes.append("distributed.dp_size: accepted; all ranks that are started share the data")
     return cfg
-
-
-def _without_kernels(data: dict) -> list[str]:
-    """Take NeMo-AutoModel's choices of kernels out of the models' sections; what to say of it."""
-    notes = []
-    for section in ("model", "teacher_model"):
-        given = data.get(section)
-        if not isinstance(given, dict):
-            continue
-        for name in NEMO_KERNELS & set(given):
-            del given[name]
-            notes.append(f"{section}.{name}: accepted; it changes speed alone, not results")
-    return sorted(notes)
 
 
 def _written(cfg: RunConfig, data: dict) -> dict[str, str]:
@@ -315,13 +301,5 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
             f"a multiple of local_batch_size {steps.local_batch_size} × {world_size} ranks = "
             f"{width}", f"write {up}",
         ))  # fmt: skip
-    if cfg.distributed.dp_size not in (None, world_size):
-        problems.append(
-            problem(
-                "distributed.dp_size",
-                cfg.distributed.dp_size,
-                f"none, or the {world_size} ranks started",
-            )
-        )
     if problems:
         raise ConfigError(problems)

@@ -98,7 +98,12 @@ class Checkpoint:
 class Distributed:
     _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
     strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
-    dp_size: int | None = key(None, "data-parallel ranks; none means all there are", "int", low=1)
+    dp_size: int | None = key(
+        None,
+        "data-parallel ranks, for checks and plans; a run has all that are started",
+        "int",
+        low=1,
+    )
     dp_replicate_size: int | None = key(None, "only 1", "parallel")
     tp_size: int | None = key(None, "only 1", "parallel")
     cp_size: int | None = key(None, "only 1", "parallel")

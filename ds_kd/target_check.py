@@ -45,6 +45,8 @@ def check_target(
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
     for name, inner in kwargs.items():
+        if name in meta.get("given", ()):  # told below, once
+            continue
         problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
@@ -76,12 +78,12 @@ def check_target(
 def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:
     """What is wrong with an argument whatever is called with it."""
     problems = []
+    if path.endswith("_fn") and value is not None:
+        return _function(path, value, allow)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
         problems.append(problem(path, value, "true or false"))
-    if path.endswith("_fn") and value is not None:
-        problems += _function(path, value, allow)
     return problems
 
 

@@ -381,7 +381,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ),
         ("peft={dropout: 0.1, dropout_position: post}", "dropout_position: .*write pre"),
         (
-            "loss_fn._target_=nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy",
+            "loss_fn._target_=torch.nn.CrossEntropyLoss",
             "leave the section out, or write ds_kd.losses.MaskedCrossEntropy",
         ),
         ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
@@ -586,6 +586,12 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
         {"dist_env": {"backend": "mpi"}},
         {"peft": {"dim": 0}},
         {"distributed": {"tp_size": 2}},
+        {"kd_loss_fn": {"temprature": 2}},
+        {"kd_loss_fn": {"temperature": "hot"}},
+        {"loss_fn": {"temperature": 2}},
+        {"dataset": {**run["dataset"], "no_such_argument": 1}},
+        {"optimizer": {"_target_": "torch.optim.SGD", "betas": [0.9, 0.9]}},
+        {"dataloader": {"shufle": True}},
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**run, **wrong}, schema)
@@ -609,6 +615,53 @@ def test_nemos_newer_spelling_of_its_example_loads():
     assert any("use_liger_kernel: accepted" in note for note in cfg.notes)
     assert cfg.peft.dim == 16 and any("use_triton" in note for note in cfg.notes)
     assert any("fsdp2 accepted" in note for note in cfg.notes)
+
+
+def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
+    nemo = "nemo_automodel.components"
+    cfg = load(
+        GUIDE,
+        [
+            "ci={recipe_owner: x, time: '00:10:00'}",
+            "checkpoint.model_save_format=torch_save",
+            "compile={enabled: false, backend: null}",
+            f"dataloader.collate_fn={{_target_: {nemo}.datasets.utils.default_collater, "
+            "pad_seq_len_divisible: 16}",
+            f"validation_dataloader.collate_fn={nemo}.datasets.utils.packed_sequence_thd_collater",
+            f"loss_fn={{_target_: {nemo}.loss.linear_ce.FusedLinearCrossEntropy, reduction: sum}}",
+            "distributed={strategy: fsdp2, dp_size: 2, pipeline: {a: 1}, tp_size: 1}",
+            "dataset.tokenizer={_target_: nemo_automodel.NeMoAutoTokenizer.from_pretrained, "
+            "pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}",
+            "model.backend={_target_: nemo_automodel.components.models.common.BackendConfig}",
+            "step_scheduler.gc_every_steps=3",
+        ],
+    )
+    check_world(cfg, 4)  # dp_size is of the other parallelism's making
+    told = [note.partition(":")[0] for note in cfg.notes if "accepted" in note]
+    for key in (
+        "ci", "checkpoint.model_save_format", "dataloader.collate_fn.pad_seq_len_divisible",
+        "validation_dataloader.collate_fn", "loss_fn", "distributed.dp_size", "dataset.tokenizer",
+        "distributed.pipeline", "model.backend", "step_scheduler.gc_every_steps",
+    ):  # fmt: skip
+        assert told.count(key) == 1, (key, cfg.notes)
+    assert cfg.dataloader.kwargs["collate_fn"] == "ds_kd.data.collate.default_collater"
+    assert cfg.loss_fn.target == "ds_kd.losses.MaskedCrossEntropy"
+    assert "backend" not in cfg.model.kwargs and "tokenizer" not in cfg.dataset.kwargs
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("dataset.tokenizer={_target_: a.b, pretrained_model_name_or_path: x/y}", "dataset.tok"),
+        ("dataloader.collate_fn={_target_: a.b}", "dataloader.collate_fn: "),
+        ("fp8={enabled: true}", "fp8: "),
+        ("checkpoint.dequantize_base_checkpoint=true", "checkpoint.dequantize_base_checkpoint: "),
+    ],
+)
+def test_nemos_settings_that_would_change_results_are_refused_once(override, key):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert len(caught.value.problems) == 1 and key in caught.value.problems[0]
 
 
 def test_nemos_examples_with_separate_meshes_say_what_cannot_run():
@@ -685,10 +738,31 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert "its first row has text" in capsys.readouterr().err
 
 
+def test_the_json_schema_takes_what_load_takes_of_a_target():
+    import jsonschema
+    import yaml
+
+    from ds_kd.json_schema import json_schema
+
+    run = yaml.safe_load(GUIDE.read_text())
+    for right in (
+        {"kd_loss_fn": {"temperature": 2, "chunk_size": 512}},
+        {"kd_loss_fn": {"temperature": "${oc.env:T,2}"}},
+        {"kd_loss_fn": None},
+        {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}},
+        {"dataloader": {"shuffle": True, "num_workers": 2, "group_by_length": True}},
+        {"dataset": {"_target_": "my.own.dataset", "anything": 1}},
+    ):
+        jsonschema.validate({**run, **right}, json_schema())
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
     assert "no key begins with nonsense" in list_keys("nonsense")[0]
+    told = "\n".join(list_keys("kd_loss_fn"))
+    assert "kd_loss_fn.temperature" in told and "of ds_kd.losses.KDLoss: float" in told
+    assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
 
 
 @pytest.mark.parametrize(

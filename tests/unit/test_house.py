@@ -49,6 +49,7 @@ def test_only_the_recipe_reads_the_config():
         "contradictions.py",
         "idle_keys.py",
         "interpolation.py",
+        "target_arguments.py",
         "pretrained.py",
         "target_check.py",
         "optimizer.py",
