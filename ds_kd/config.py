@@ -17,7 +17,7 @@ from ds_kd.contradictions import find_contradictions, is_number
 from ds_kd.idle_keys import find_idle_keys
 from ds_kd.nemo import translate
 from ds_kd.origins import decoded
-from ds_kd.preflight import check_directory
+from ds_kd.preflight import check_directory, note_on_model
 from ds_kd.schema import RunConfig, default_of, keys_of
 from ds_kd.target_check import check_target
 from ds_kd.targets import ConfigError, problem
@@ -25,7 +25,7 @@ from ds_kd.yaml_source import read
 
 
 def load(
-    path: str | Path,
+    path: str | Path | dict[str, Any],
     overrides: list[str] | None = None,
     allow: tuple[str, ...] = (),
     config_only: bool = False,
@@ -33,7 +33,7 @@ def load(
     """Read, override, check.
 
     Args:
-        path: the YAML.
+        path: the YAML, or its content as a mapping.
         overrides: `a.b.c=value`, the value read as YAML; `null` drops a section.
         allow: prefixes of `_target_` names opened on the command line.
         config_only: models need nothing but a config.json, as for a plan.
@@ -69,6 +69,8 @@ def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> 
     if problems:
         raise ConfigError(_once(problems, schedule))
     cfg.notes += find_idle_keys(cfg, data)
+    for model in filter(None, (cfg.model, cfg.teacher_model)):
+        cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
     if cfg.seed is not None:
         cfg.rng.seed = cfg.seed
     if cfg.checkpoint.save_consolidated == "true":

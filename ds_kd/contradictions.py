@@ -204,6 +204,10 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
 
 def _data(target: Target, problems: list[str]) -> None:
     """Bounds of the arguments that the project's data sets share."""
+    if target.kwargs.get("streaming"):
+        key = f"{target.key}.streaming"
+        problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
+        problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
     if target.target not in DATA:
         return
     for name in ("seq_length", DATA[target.target][2]):

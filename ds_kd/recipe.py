@@ -232,6 +232,11 @@ def _samples(
         lambda: rank0_first(lambda: instantiate(dataset, allow, tokenizer=tokenizer), world),
         "a data set",
     )
+    if not hasattr(rows, "__len__"):
+        raise ConfigError(
+            [f"{dataset.key}: {dataset.target} gives a stream, and rows are drawn by their number; "
+             f"return a data set with a length (streaming: false)"]
+        )  # fmt: skip
     if not _packs(cfg):
         return rows
     size = cfg.packed_sequence.packed_sequence_size

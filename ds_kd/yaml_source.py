@@ -91,8 +91,10 @@ class Source:
             raise ConfigError([self.locate(line) for line in error.problems]) from error
 
 
-def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, Source]:
-    """Read a YAML file and put overrides over it.
+def read(
+    path: str | Path | dict[str, Any], overrides: list[str]
+) -> tuple[dict[str, Any], str, Source]:
+    """Read a YAML file, or take a mapping, and put overrides over it.
 
     Returns:
         The resolved values, the same as YAML with secrets blanked, and where they stand.
@@ -102,13 +104,18 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError, safe_dump
 
-    source = Source(str(path))
+    source = Source("" if isinstance(path, dict) else str(path))
     try:
-        text = _text(Path(path))
-        source.lines = text.splitlines()
-        _outline(text, source)
+        if isinstance(path, dict):
+            # As a file would: `1e-8`, a text to yaml.safe_load, is a number again.
+            text = safe_dump(path, sort_keys=False)
+            _outline(text, Source("the mapping"))
+        else:
+            text = _text(Path(path))
+            source.lines = text.splitlines()
+            _outline(text, source)
         raw = OmegaConf.create(text)
         for override in overrides:
             source.overridden.add(_override(raw, override))
@@ -123,9 +130,11 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
         ) from None
     except YAMLError as error:
-        raise ConfigError([_told(path, error)]) from None
+        raise ConfigError([_told(source.path or "the mapping", error)]) from None
     except RecursionError:
-        raise ConfigError([f"{path}: nested too deeply; {_MAX_DEPTH} levels are allowed"]) from None
+        raise ConfigError(
+            [f"{source.path or 'the mapping'}: nested too deeply; {_MAX_DEPTH} levels are allowed"]
+        ) from None
     except (OmegaConfBaseException, ValueError) as error:
         line = first_line(error)
         key = getattr(error, "full_key", None)

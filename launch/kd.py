@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config import check_world, load
 from ds_kd.key_table import list_keys
-from ds_kd.preflight import has_gpu
+from ds_kd.preflight import has_gpu, missing_packages
 from ds_kd.quiet import quiet
 from ds_kd.schema import RunConfig
 from ds_kd.signals import StopRequest
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
         if args.ranks is not None:
             with cfg.source.locating():
                 check_world(cfg, args.ranks)
-        notes = [*cfg.notes]
+        notes = [*cfg.notes, *_missing(cfg)]
         if cfg.dist_env.backend == "nccl" and not has_gpu():
             notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
         if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -147,7 +147,15 @@ def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     return 0
 
 
+def _missing(cfg: RunConfig) -> list[str]:
+    """Packages that the models need and this machine lacks: --check may run on another one."""
+    models = filter(None, (cfg.model, cfg.teacher_model))
+    return [*filter(None, (missing_packages(model.key, model.kwargs) for model in models))]
+
+
 def train(cfg: RunConfig, args: argparse.Namespace) -> int:
+    if lacking := _missing(cfg):
+        raise ConfigError(lacking)
     if not args.verbose:
         quiet()
     from ds_kd import distributed, recipe
