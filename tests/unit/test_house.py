@@ -54,7 +54,7 @@ def test_only_the_recipe_reads_the_config():
         "target_check.py",
         "optimizer.py",
     }
-    assert readers == {*describe, "recipe.py", "dry_run.py", "starter.py"}
+    assert readers == {*describe, "__init__.py", "recipe.py", "dry_run.py", "starter.py"}
 
 
 def test_losses_schedule_and_state_stand_alone():

@@ -69,7 +69,7 @@ BAD = {
     "many references": ("recipe:\n" + "- ${kd_ratio}\n" * 4000, "more than 1000"),
     "many of one text": ("recipe: '" + "${seed}" * 9000 + "'\n", "more than 1000"),
     "many references to a large section": (
-        "recipe:\n" + "- ${d}\n" * 500 + "d:\n" + "- aaaaaaaa\n" * 3000,
+        "recipe:\n" + "- ${d}\n" * 100 + "d:\n" + "- aaaaaaaa\n" * 1500,
         "beyond all bounds",
     ),
     "braces without end": ("recipe: '" + "${" * 900 + "'\n", "left open"),
