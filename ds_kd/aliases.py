@@ -39,16 +39,8 @@ UNSUPPORTED = {
     "torch.optim.Adagrad": "DeepSpeed replaces it by one that follows no schedule and cannot be "
     "resumed; write torch.optim.RMSprop or torch.optim.AdamW",
     "torch.optim.LBFGS": "it needs a closure and whole vectors; write torch.optim.AdamW",
-    **dict.fromkeys(
-        (
-            "nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy",
-            "nemo_automodel.components.loss.chunked_ce.ChunkedCrossEntropy",
-            "nemo_automodel.components.loss.te_parallel_ce.TEParallelCrossEntropy",
-            "torch.nn.CrossEntropyLoss",
-        ),
-        "ds_kd's own cross-entropy never holds whole logits; leave the section out, or write "
-        "ds_kd.losses.MaskedCrossEntropy",
-    ),
+    "torch.nn.CrossEntropyLoss": "ds_kd's own cross-entropy never holds whole logits; leave the "
+    "section out, or write ds_kd.losses.MaskedCrossEntropy",
     "torch.nn.KLDivLoss": "write ds_kd.losses.KDLoss",
 }
 
@@ -61,7 +53,40 @@ NOT_WITH_ZERO = {
 }
 
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
-NEMO_KERNELS = {"use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf"}
+NEMO_KERNELS = ("use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "backend")
+
+#: Its other cross-entropies, and their arguments that have no meaning here.
+NEMO_LOSSES = {
+    _NEMO + "loss.linear_ce.FusedLinearCrossEntropy": ("reduction",),
+    _NEMO + "loss.chunked_ce.ChunkedCrossEntropy": ("reduction", "chunk_len", "compile"),
+    _NEMO + "loss.te_parallel_ce.TEParallelCrossEntropy": ("reduction", "tp_group"),
+}
+
+#: Its collaters of packed samples; here the default one lays packs end to end.
+NEMO_COLLATERS = (
+    _NEMO + "datasets.utils.packed_sequence_thd_collater",
+    _NEMO + "datasets.utils.neat_packed_collater",
+)
+
+_PLACEMENT = "ZeRO-3 places the weights"
+#: Its keys that change no result, and why; accepted with a note.
+WITHOUT_EFFECT = {
+    "ci": "it is for NeMo-AutoModel's own tests",
+    "nvtx": "no ranges are marked for a profiler",
+    "skypilot": "launch/submit.py knows SLURM",
+    "parallelizer": _PLACEMENT,
+    "distributed.pipeline": "there is no pipeline",
+    "distributed.moe": _PLACEMENT,
+    "distributed.reshard_after_forward": _PLACEMENT,
+    "distributed.defer_fsdp_grad_sync": "ZeRO-3 reduces every micro-batch",
+    "distributed.mp_policy": "model.torch_dtype decides",
+    "checkpoint.single_rank_consolidation": "rank 0 writes the student",
+    "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself",
+    "checkpoint.v4_compatible": "the student is saved as transformers saves it",
+    "packed_sequence.packing_strategy": "whole samples are packed",
+    "step_scheduler.gc_every_steps": "Python collects by itself",
+    "step_scheduler.log_remote_every_steps": "every step is logged",
+}
 
 #: Keys of NeMo-AutoModel that have no meaning here: refused unless they are off, and what to do
 #: instead.
@@ -71,21 +96,17 @@ REFUSED_KEYS = {
     "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
     "the teacher)",
     "quantization": "quantised training is not supported; remove the section",
+    "checkpoint.dequantize_base_checkpoint": "quantised weights are not supported; name a model of "
+    "bf16 or fp32 weights",
     "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
-    "checkpoint.single_rank_consolidation": "rank 0 writes the student; remove it",
-    "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself; remove it",
     "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps; the last step is saved",
-    "step_scheduler.gc_every_steps": "Python collects by itself; remove it",
-    "step_scheduler.log_remote_every_steps": "every step is logged; remove it",
     "step_scheduler.grad_acc_steps": "it follows from global_batch_size; remove it",
-    "distributed.defer_fsdp_grad_sync": "ZeRO-3 reduces every micro-batch; remove it",
     "peft.rank": "write peft.dim",
     "peft.r": "write peft.dim",
     "peft.lora_alpha": "write peft.alpha",
     "peft.lora_dropout": "write peft.dropout",
     "mlflow": "metrics go to TensorBoard, metrics.jsonl and wandb; remove the section",
     "fp8": "fp8 is not supported; remove the section",
-    "ci": "settings of NeMo-AutoModel's own tests; remove the section",
 }
 
 #: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one

@@ -12,50 +12,54 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import (
-    NEMO_KERNELS,
-    REFUSED_KEYS,
-    transformers_schedule,
-)
+from ds_kd.aliases import REFUSED_KEYS, transformers_schedule
 from ds_kd.contradictions import find_contradictions, is_number
-from ds_kd.preflight import check_directory
+from ds_kd.idle_keys import find_idle_keys
+from ds_kd.nemo import translate
+from ds_kd.origins import decoded
+from ds_kd.preflight import check_directory, note_on_model
 from ds_kd.schema import RunConfig, default_of, keys_of
 from ds_kd.target_check import check_target
 from ds_kd.targets import ConfigError, problem
-from ds_kd.yaml_source import decoded, read
+from ds_kd.yaml_source import read
 
 
 def load(
-    path: str | Path, overrides: list[str] | None = None, allow: tuple[str, ...] = ()
+    path: str | Path | dict[str, Any],
+    overrides: list[str] | None = None,
+    allow: tuple[str, ...] = (),
+    config_only: bool = False,
 ) -> RunConfig:
     """Read, override, check.
 
     Args:
-        path: the YAML.
+        path: the YAML, or its content as a mapping.
         overrides: `a.b.c=value`, the value read as YAML; `null` drops a section.
         allow: prefixes of `_target_` names opened on the command line.
+        config_only: models need nothing but a config.json, as for a plan.
 
     Raises:
         ConfigError: everything that is wrong.
     """
     data, text, source = read(path, overrides or [])
     with source.locating():
-        cfg = _check(data, text, allow)
+        cfg = _check(data, text, allow, config_only)
     cfg.source = source
     return cfg
 
 
-def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
+def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     problems: list[str] = []
     schedule = data.get("lr_scheduler")
     if isinstance(schedule, dict):
         data["lr_scheduler"] = transformers_schedule(decoded(schedule), problems)
     if isinstance(data.get("compile"), bool):
         data["compile"] = {"enabled": data["compile"]}
-    notes = _without_kernels(data)
+    notes = translate(data)
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
+            meta = {**meta, "config_only": config_only}
             values[name] = check_target(data.get(name), name, meta, allow, problems)
     cfg = RunConfig(**values, text=text, notes=notes)
     find_contradictions(cfg, data, problems)
@@ -64,6 +68,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             problems.append(wrong)
     if problems:
         raise ConfigError(_once(problems, schedule))
+    cfg.notes += find_idle_keys(cfg, data)
+    for model in filter(None, (cfg.model, cfg.teacher_model)):
+        cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
     if cfg.seed is not None:
         cfg.rng.seed = cfg.seed
     if cfg.checkpoint.save_consolidated == "true":
@@ -83,20 +90,9 @@ def _check(data: dict, text: str, allow: tuple[str, ...]) -> RunConfig:
             f"distributed: {str(name).rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its "
             f"place"
         )
+    if cfg.distributed.dp_size is not None:
+        cfg.notes.append("distributed.dp_size: accepted; all ranks that are started share the data")
     return cfg
-
-
-def _without_kernels(data: dict) -> list[str]:
-    """Take NeMo-AutoModel's choices of kernels out of the models' sections; what to say of it."""
-    notes = []
-    for section in ("model", "teacher_model"):
-        given = data.get(section)
-        if not isinstance(given, dict):
-            continue
-        for name in NEMO_KERNELS & set(given):
-            del given[name]
-            notes.append(f"{section}.{name}: accepted; it changes speed alone, not results")
-    return sorted(notes)
 
 
 def _written(cfg: RunConfig, data: dict) -> dict[str, str]:
@@ -151,7 +147,7 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
         if isinstance(value, str) and value.lower() == "none" and prefix == "distributed.":
             value = None
         has_default = default_of(cls, name) is not None or "default" in meta
-        if value is None and has_default and meta["kind"] not in ("section", "names"):
+        if value is None and has_default and meta["kind"] not in ("section", "names", "target"):
             problems.append(
                 problem(path, None, _expected(meta), "leave the key out for its default")
             )
@@ -307,13 +303,5 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
             f"a multiple of local_batch_size {steps.local_batch_size} × {world_size} ranks = "
             f"{width}", f"write {up}",
         ))  # fmt: skip
-    if cfg.distributed.dp_size not in (None, world_size):
-        problems.append(
-            problem(
-                "distributed.dp_size",
-                cfg.distributed.dp_size,
-                f"none, or the {world_size} ranks started",
-            )
-        )
     if problems:
         raise ConfigError(problems)

@@ -41,6 +41,7 @@ _WORDS = {
 #: As sbatch reads a time limit.
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
+_MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
 
 
@@ -65,8 +66,14 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
-    if cfg.offload_teacher_model and cfg.kd_ratio == 0 and not cfg.loads_teacher:
-        problems.append("offload_teacher_model: this run at kd_ratio 0 loads no teacher; remove it")
+    if (
+        steps.max_steps == 0
+        and cfg.validation_dataset is None
+        and not data.get("validation_dataset")
+    ):
+        problems.append(
+            "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
+        )
     is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
     if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
         problems.append(
@@ -196,6 +203,10 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
 
 def _data(target: Target, problems: list[str]) -> None:
     """Bounds of the arguments that the project's data sets share."""
+    if target.kwargs.get("streaming"):
+        key = f"{target.key}.streaming"
+        problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
+        problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
     if target.target not in DATA:
         return
     for name in ("seq_length", DATA[target.target][2]):
@@ -216,8 +227,8 @@ def _data(target: Target, problems: list[str]) -> None:
     ):
         problems.append(f"{target.key}.seq_length: missing; truncation and padding need it")
     split = target.kwargs.get("split")
-    parts = re.split(r"\s*\+\s*", split) if isinstance(split, str) else []
-    if not all(_SPLIT.fullmatch(part) for part in parts):
+    parts = [part.strip() for part in split.split("+")] if isinstance(split, str) else []
+    if len(parts) > _MOST_SPLITS or not all(_SPLIT.fullmatch(part) for part in parts):
         expected = "a split such as train, train[:1000] or train[90%:]"
         problems.append(problem(f"{target.key}.split", split, expected))
 

@@ -33,24 +33,35 @@ _SAMPLES = 64  # that are tokenised to know their lengths
 _GUESS = 1024  # tokens of a sample where the data cannot be had
 
 
-def bytes_of(text: str) -> int:
+def bytes_of(text: str, option: str = "--gpu-memory") -> int:
     """`80GB`, `24GiB` → bytes.
+
+    Args:
+        option: of the command line, for the message.
 
     Raises:
         ConfigError: not a size.
     """
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]I?B)", text.strip().upper())
     if match is None or match[2] not in _GB or float(match[1]) <= 0:
-        raise ConfigError([problem("--gpu-memory", text, "a size such as 80GB or 24GiB")])
+        raise ConfigError([problem(option, text, "a size such as 80GB or 24GiB")])
     return int(float(match[1]) * _GB[match[2]])
 
 
-def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: float) -> str:
+def describe(
+    cfg: RunConfig,
+    world: int,
+    machine: plan.Machine,
+    mfu: float,
+    tflops: float,
+    length: int | None = None,
+) -> str:
     """The plan as text.
 
     Args:
         world: ranks that the run would have.
-        room: bytes of an accelerator, or None.
+        machine: the memory that a rank and its node have.
+        length: tokens of a sample; None measures the data's.
         mfu: share of an accelerator's peak that a step reaches.
         tflops: that peak, in 10¹² operations per second.
 
@@ -59,7 +70,7 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
     """
     student = model_shape(cfg.model, cfg)
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
-    rows, tokens, supervised, told = data_of(cfg)
+    rows, tokens, supervised, told = data_of(cfg, length)
     steps = cfg.step_scheduler
     packed = cfg.packed_sequence.packed_sequence_size
     work = work_of(cfg, world, packed or tokens, supervised)
@@ -77,21 +88,44 @@ def describe(cfg: RunConfig, world: int, room: int | None, mfu: float, tflops: f
     lines.append("  memory of a rank, estimated:")
     lines += [f"    {name:<38}{_gib(size):>11}" for name, size in parts.items() if size]
     lines.append(f"    {'on the accelerator, together':<38}{_gib(plan.on_device(parts)):>11}")
-    lines.append("  on other numbers of ranks (the same micro-batch):")
-    for ranks in plan.WORLDS:
-        parts = plan.memory(student, teacher, work, ranks)
-        states = sum(size for name, size in parts.items() if plan.is_state(name))
-        total = plan.on_device(parts)
-        fits = "" if room is None else ", fits" if total <= room else ", too much"
-        lines.append(f"    {ranks:>4}: {_gib(total)} of which states {_gib(states)}{fits}")
-    if room is not None:
-        lines.append(f"  {_advice(student, teacher, work, room)}")
+    host = plan.on_host(parts)
+    if host:
+        lines.append(f"    {'in the host memory, together':<38}{_gib(host):>11}")
+    lines += _worlds(student, teacher, work, machine)
     flops = plan.operations(student, teacher, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
     )
     return "\n".join(lines)
+
+
+def _worlds(
+    student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, machine: plan.Machine
+) -> list[str]:
+    """The memory on 1 to 128 ranks, and the smallest number that fits."""
+    lines = ["  on other numbers of ranks (the same micro-batch):"]
+    for ranks in plan.WORLDS:
+        parts = plan.memory(student, teacher, work, ranks)
+        here = {name: size for name, size in parts.items() if not name.startswith("host ")}
+        states = sum(size for name, size in here.items() if plan.is_state(name))
+        line = f"    {ranks:>4}: {_gib(sum(here.values()))} of which states {_gib(states)}"
+        if of_node := machine.of_node(parts, ranks):
+            line += f"; host memory of a node {_gib(of_node)}"
+        lines.append(line + _verdict(machine, machine.lacks(parts, ranks), bool(of_node)))
+    if machine.room is not None:
+        lines.append(f"  {_advice(student, teacher, work, machine)}")
+    return lines
+
+
+def _verdict(machine: plan.Machine, lacking: list[str], uses_host: bool) -> str:
+    """The end of a line of the table: whether so many ranks have room."""
+    if lacking:
+        return ", too much" + (" for the host" if lacking == ["host"] else "")
+    if machine.room is None:
+        return ""
+    known = machine.host_room is not None or not uses_host
+    return ", fits" if known else ", fits the accelerator (--host-memory checks the host)"
 
 
 def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
@@ -114,11 +148,17 @@ def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
     return [f"  steps: {total:,} from {rows:,} samples{note}"]
 
 
-def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, room: int) -> str:
-    found = plan.smallest_fit(student, teacher, work, room)
+def _advice(
+    student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, machine: plan.Machine
+) -> str:
+    assert machine.room is not None
+    room = _gib(machine.room)
+    if machine.host_room is not None:
+        room += f" and a host of {_gib(machine.host_room)}"
+    found = plan.smallest_fit(student, teacher, work, machine)
     if found is None:
         return (
-            f"nothing fits into {_gib(room)}: write distributed.activation_checkpointing: true, or "
+            f"nothing fits into {room}: write distributed.activation_checkpointing: true, or "
             f"a smaller step_scheduler.local_batch_size"
         )
     ranks, offer = found
@@ -132,8 +172,10 @@ def _advice(student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, ro
         if getattr(offer, name) and not getattr(work, name)
     ]
     moves = [*dict.fromkeys(moves)]
-    return f"smallest that fits into {_gib(room)}: {ranks} rank(s)" + (
-        f" with {' and '.join(moves)}" if moves else " as written"
+    needs = machine.of_node(plan.memory(student, teacher, offer, ranks), ranks)
+    host = f", {_gib(needs)} of host memory in a node" if needs else ""
+    return f"smallest that fits into {room}: {ranks} rank(s)" + (
+        f" with {' and '.join(moves)}{host}" if moves else f" as written{host}"
     )
 
 
@@ -157,18 +199,50 @@ def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
     return plan.shape_of(model, dtype.itemsize)
 
 
-def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
-    """(samples, tokens of a micro-batch, share supervised, how that is known)."""
+def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
+    """(samples, tokens of a micro-batch, share supervised, how that is known).
+
+    Args:
+        length: tokens of a sample, where it is not to be measured.
+    """
+    local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
+    total, supervised, longest = _measure(cfg) if target.target in DATA else (None, 1.0, None)
+    cut = _cut_of(target)
+    if length is not None:
+        return total, local * length, supervised, "--length"
+    if longest is not None:
+        told = (
+            f"nine tenths of its first {min(total or 0, _SAMPLES)} samples have at most {longest}"
+        )
+        return total, local * longest, supervised, told
+    if cut is not None:
+        return total, local * cut, supervised, f"{target.key}.seq_length"
+    told = f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; --length sets it"
+    return total, local * _GUESS, supervised, told
+
+
+def _cut_of(target: Target) -> int | None:
+    """The `seq_length` that samples are cut or padded to; None where they keep their own."""
+    length, kwargs = target.kwargs.get("seq_length"), target.kwargs
+    cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    return length if length and (cuts or kwargs.get("padding") == "max_length") else None
+
+
+def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
+    """(samples, share supervised, the 90th percentile of lengths) of the first samples; None for
+    what cannot be known without the data or the tokenizer.
+
+    Raises:
+        ConfigError: a local file that is not what it should be.
+    """
     import torch
 
-    local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
-    guess = None, local * _GUESS, 1.0, f"guessed, {_GUESS} a sample: the data is not at hand"
-    if target.target not in DATA:
-        return guess
+    target = cfg.dataset
     argument, _, limit = DATA[target.target]
     kwargs = target.kwargs
     columns = columns_wanted(target.target, kwargs)
     source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
+    total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
         few = Target(target.target, {**kwargs, limit: min(total, _SAMPLES)}, target.key)
@@ -177,13 +251,11 @@ def data_of(cfg: RunConfig) -> tuple[int | None, int, float, str]:
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
     except (ConfigError, ValueError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
-            return guess
+            return total, 1.0, None
         raise ConfigError([f"{target.key}.{argument}: {first_line(error)}"]) from error
     lengths = sorted(length for length, _ in some)
     labels = sum(label != -100 for _, row in some for label in row)
-    longest = lengths[9 * (len(lengths) - 1) // 10]
-    told = f"nine tenths of its first {len(some)} samples have at most {longest}"
-    return total, local * longest, labels / sum(lengths), told
+    return total, labels / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 
 
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Work:

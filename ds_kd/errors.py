@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import stat
+from pathlib import Path
+
 
 class UserError(Exception):
     """An error whose message is for the user: scripts print it without a traceback.
@@ -13,3 +17,29 @@ class UserError(Exception):
 def first_line(error: BaseException) -> str:
     """Return the first line of its text, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+class NotPlainFileError(ValueError):
+    """A path leads to a device, a pipe or a directory, or to a file that is too large."""
+
+
+def read_plain_file(path: str | Path, most: int) -> bytes:
+    """Return the bytes of a regular file; a pipe is not waited for.
+
+    Args:
+        most: bytes it may have.
+
+    Raises:
+        OSError: it cannot be read.
+        NotPlainFileError: it is no regular file, or has more bytes.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise NotPlainFileError("not a regular file")
+    with open(handle, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        size = f"{most // 1024} KiB" if most < 1_000_000 else f"{most // 1_000_000} MB"
+        raise NotPlainFileError(f"larger than {size}")
+    return content

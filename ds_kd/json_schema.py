@@ -6,7 +6,9 @@ import json
 import signal
 from typing import Any
 
+from ds_kd.aliases import ALIASES
 from ds_kd.schema import RunConfig, keys_of
+from ds_kd.target_arguments import arguments_of, callables_of
 
 _TYPES: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},
@@ -57,7 +59,7 @@ def _key(name: str, meta: Any) -> dict[str, Any]:
         wanted = [_section(meta["section"], _ALSO.get(name))]
         wanted += [{"type": "boolean"}] if name == "compile" else []
     elif kind == "target":
-        wanted = [{"type": "object", "properties": {"_target_": {"type": "string"}}}]
+        wanted = [_target(meta)]
     elif kind == "choice":
         among = [*meta["among"], *(word == "true" for word in meta["among"] if word in _TRUTH)]
         wanted = [{"enum": among}]
@@ -68,6 +70,42 @@ def _key(name: str, meta: Any) -> dict[str, Any]:
     loose = [{"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]
     loose += [{"const": "none"}] if name.endswith("_size") else []
     return {"description": meta["doc"], "anyOf": [*wanted, *loose]}
+
+
+def _target(meta: Any) -> dict[str, Any]:
+    """A `_target_` section: the arguments of each callable that the project knows for it."""
+    properties: dict[str, Any] = {"_target_": {"type": "string"}}
+    made: dict[str, Any] = {"type": "object", "properties": properties}
+    cases = []
+    for name in callables_of(meta):
+        taken, is_open = arguments_of(name, meta)
+        arguments = {argument: _typed(annotation) for argument, annotation in taken.items()}
+        spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
+        chosen: dict[str, Any] = {"properties": {"_target_": {"enum": spellings}}}
+        if name != meta.get("target"):
+            chosen["required"] = ["_target_"]
+        then: dict[str, Any] = {"properties": {"_target_": True, **arguments}}
+        if not is_open:
+            then["additionalProperties"] = False
+        cases.append({"if": chosen, "then": then})
+        for argument, schema in arguments.items():
+            known = properties.setdefault(argument, schema)
+            properties[argument] = known if known == schema else {}  # each case has its own
+    return {**made, "allOf": cases} if cases else made
+
+
+_PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string"}
+
+
+def _typed(annotation: str) -> dict[str, Any]:
+    """The schema of a plain annotation; anything goes for another."""
+    names = [name.strip() for name in annotation.split("|")]
+    if not annotation or not set(names) <= {*_PLAIN, "None"}:
+        return {}
+    kinds = [{"type": _PLAIN[name]} for name in names if name != "None"]
+    if "float" in names:  # 1e-8 is a text to YAML 1.1 and a number to `load`
+        kinds.append({"type": "string", "pattern": r"^[-+]?[\d.]+[eE][-+]?\d+$"})
+    return {"anyOf": [*kinds, {"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]}
 
 
 _TRUTH = ("true", "false")

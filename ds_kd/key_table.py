@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.schema import RunConfig, default_of, keys_of
+from ds_kd.target_arguments import arguments_of, callables_of
 
 
 def every_key() -> list[tuple[str, str, str]]:
@@ -59,6 +60,7 @@ def key_table() -> str:
 def list_keys(prefix: str = "") -> list[str]:
     """A line for each key that begins so, for a terminal."""
     rows = [row for row in every_key() if row[0].startswith(prefix)]
+    rows += _arguments(prefix)
     if not rows:
         return [
             f"no key begins with {prefix}; there are: {', '.join(n for n, _ in keys_of(RunConfig))}"
@@ -68,6 +70,20 @@ def list_keys(prefix: str = "") -> list[str]:
         f"{name:<{width}}  {doc}" + (f" [{default}]" if default else "")
         for name, doc, default in rows
     ]
+
+
+def _arguments(prefix: str) -> list[tuple[str, str, str]]:
+    """(key, whose argument it is and its type, nothing) of the `_target_` section in a prefix."""
+    section = prefix.partition(".")[0]
+    meta = dict(keys_of(RunConfig)).get(section, {})
+    rows: dict[str, tuple[str, str, str]] = {}
+    for name in callables_of(meta) if meta.get("kind") == "target" else ():
+        for argument, annotation in arguments_of(name, meta)[0].items():
+            key = f"{section}.{argument}"
+            told = f"of {name}" + (f": {annotation}" if annotation else "")
+            before = rows[key][1] + "; " if key in rows else ""
+            rows[key] = (key, before + told, "")
+    return [row for key, row in rows.items() if key.startswith(prefix)]
 
 
 def _show(value: Any) -> str:

@@ -175,7 +175,42 @@ def on_device(parts: dict[str, int]) -> int:
     return sum(size for name, size in parts.items() if not name.startswith("host "))
 
 
-def smallest_fit(student: Shape, teacher: Shape | None, work: Work, room: int) -> tuple | None:
+def on_host(parts: dict[str, int]) -> int:
+    """Return the bytes that one rank keeps in its node's memory."""
+    return sum(size for name, size in parts.items() if name.startswith("host "))
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a rank and its node have.
+
+    Args:
+        room: bytes of an accelerator, or None where it is not said.
+        host_room: bytes of a node's memory, likewise.
+        ranks_per_node: that share it.
+    """
+
+    room: int | None = None
+    host_room: int | None = None
+    ranks_per_node: int = 8
+
+    def of_node(self, parts: dict[str, int], world: int) -> int:
+        """Return the bytes of a node's memory that its ranks take together."""
+        return on_host(parts) * min(world, self.ranks_per_node)
+
+    def lacks(self, parts: dict[str, int], world: int) -> list[str]:
+        """Return the names of what is too small for these parts."""
+        too_small = []
+        if self.room is not None and on_device(parts) > self.room:
+            too_small.append("accelerator")
+        if self.host_room is not None and self.of_node(parts, world) > self.host_room:
+            too_small.append("host")
+        return too_small
+
+
+def smallest_fit(
+    student: Shape, teacher: Shape | None, work: Work, machine: Machine
+) -> tuple[int, Work] | None:
     """(ranks, work) of the smallest world whose ranks have enough room: as written first, then with
     teacher, optimizer and weights in the host's memory, one after the other; None where none has.
     """
@@ -184,7 +219,7 @@ def smallest_fit(student: Shape, teacher: Shape | None, work: Work, room: int) -
     offers.append(replace(offers[-1], offload_weights=True))
     for offer in offers:
         for world in WORLDS:
-            if on_device(memory(student, teacher, offer, world)) <= room:
+            if not machine.lacks(memory(student, teacher, offer, world), world):
                 return world, offer
     return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import json
 import os
 import re
@@ -41,17 +42,18 @@ _READERS = {
 }
 
 
-def check_model(key: str, kwargs: dict[str, Any]) -> str | None:
+def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> str | None:
     """What is wrong with the model that `from_pretrained` arguments name; a hub id is believed.
 
     Args:
         key: of the section.
+        config_only: a config.json is enough; neither tokenizer nor weights are looked for.
     """
     key, name = f"{key}.pretrained_model_name_or_path", kwargs.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or not name:
         return problem(key, name, "a directory or a hub id")
     if _is_dir(name):
-        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs)
+        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs, config_only)
         hint = "save the model and its tokenizer there with save_pretrained"
         return problem(key, name, f"a directory with {lacking}", hint) if lacking else None
     if _looks_local(name):
@@ -73,33 +75,82 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _lacking(directory: Path, kwargs: dict[str, Any]) -> str | None:
+def _lacking(directory: Path, kwargs: dict[str, Any], config_only: bool) -> str | None:
     """What a model's directory must hold and does not."""
     if kwargs.get("gguf_file") is not None:
         return None if _is_file(directory / str(kwargs["gguf_file"])) else "that gguf_file"
     if not _is_file(directory / "config.json"):
         return "a config.json"
+    if config_only:
+        return None
     tokenizers = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
     return None if any(_is_file(directory / name) for name in tokenizers) else "a tokenizer"
 
 
+#: Of a hub id; a path may hold more.
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+#: First parts that name a directory of somebody's, and nobody's on the hub.
+_DIRECTORIES = ("checkpoint", "checkpoints", "ckpt", "models", "output", "outputs")
+
+
 def _looks_local(name: str) -> bool:
-    """Whether no hub id is meant: more than one slash, or a directory of this machine in front."""
-    parts = Path(name).parts
-    if name.startswith((".", "/", "~")) or len(parts) > 2 or not parts:
+    """Whether no hub id is meant: no such id can be, or a directory of this machine is near."""
+    if not _HUB_ID.fullmatch(name):
         return True
-    if not name.isprintable():
+    first, slash, second = name.partition("/")
+    if not slash:
+        return _is_misspelt(first, Path())
+    if first in _DIRECTORIES or _is_misspelt(second, Path(first)):
         return True
-    return len(parts) == 2 and _is_misspelt(parts[1], Path(parts[0]))
+    near = [] if Path(first).is_dir() else _near(first, Path())
+    return any(_is_dir(str(Path(found, second))) for found in near)
+
+
+def note_on_model(key: str, kwargs: dict[str, Any]) -> str | None:
+    """Return what to say of a name that will be asked of the hub though a path may be meant."""
+    name = kwargs.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or "/" not in name or _is_dir(name):
+        return None
+    first, _, second = name.partition("/")
+    if not _is_dir(first):
+        return None
+    return (
+        f"{key}.pretrained_model_name_or_path: the directory {first} holds no {second}; the hub is "
+        f"asked for {name}"
+    )
+
+
+#: Attention by the package that it needs, and one that can stand in for it.
+_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "kernels"),
+    "flash_attention_3": ("flash_attn_interface", "kernels"),
+}
+
+
+def missing_packages(key: str, kwargs: dict[str, Any]) -> str | None:
+    """Return which package a model's `attn_implementation` needs and this machine lacks."""
+    name = kwargs.get("attn_implementation")
+    packages = _PACKAGES.get(name, ()) if isinstance(name, str) else ()
+    if not packages or any(importlib.util.find_spec(package) for package in packages):
+        return None
+    return (
+        f"{key}.attn_implementation: {name} needs the package {packages[0]}, which is not "
+        f"installed here; install it, or write sdpa"
+    )
 
 
 def _is_misspelt(name: str, directory: Path) -> bool:
     """Whether `directory` holds almost this name; with other digits it is another model."""
-    try:
-        near = difflib.get_close_matches(name, os.listdir(directory), n=3, cutoff=0.8)
-    except (OSError, ValueError):
-        return False
+    near = _near(name, directory)
     return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
+
+
+def _near(name: str, directory: Path) -> list[str]:
+    """The entries of `directory` that almost have this name."""
+    try:
+        return difflib.get_close_matches(name, os.listdir(directory), n=3, cutoff=0.8)
+    except (OSError, ValueError):
+        return []
 
 
 def check_data(key: str, target: str, kwargs: dict[str, Any], written: str = "") -> str | None:

@@ -167,7 +167,7 @@ def _student(
             module,
             config,
             lambda parameters: build_optimizer(optimizer, parameters, allow, cfg.optimizer),
-            build_schedule(cfg.lr_scheduler, schedule.total_steps),
+            build_schedule(cfg.lr_scheduler, max(1, schedule.total_steps)),
         ),
         "an element-wise optimizer",
     )
@@ -357,6 +357,8 @@ def refuse_changes(cfg: RunConfig, changes: dict[str, str]) -> None:
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
     """Where the result is and what to type next."""
     directory = Path(cfg.checkpoint.checkpoint_dir)
+    if cfg.step_scheduler.max_steps == 0:
+        return f"validated after step {step}; nothing was trained or saved"
     if not finished:
         onward = f"the same command goes on from {directory / LATEST}"
         kept = onward if cfg.checkpoint.enabled else "nothing is kept, as checkpoints are off"

@@ -31,7 +31,9 @@ class StepScheduler:
     global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
     local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
     num_epochs: int = key(1, "passes over the training data", "int", low=1)
-    max_steps: int | None = key(None, "stop after so many optimizer steps", "int", low=1)
+    max_steps: int | None = key(
+        None, "stop after so many optimizer steps; 0 validates and trains nothing", "int", low=0
+    )
     val_every_steps: int | None = key(
         None, "validate every so many optimizer steps, and after the last", "int", low=1
     )
@@ -108,7 +110,12 @@ class Checkpoint:
 class Distributed:
     _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
     strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
-    dp_size: int | None = key(None, "data-parallel ranks; none means all there are", "int", low=1)
+    dp_size: int | None = key(
+        None,
+        "data-parallel ranks, for checks and plans; a run has all that are started",
+        "int",
+        low=1,
+    )
     dp_replicate_size: int | None = key(None, "only 1", "parallel")
     tp_size: int | None = key(None, "only 1", "parallel")
     cp_size: int | None = key(None, "only 1", "parallel")

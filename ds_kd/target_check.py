@@ -7,11 +7,11 @@ import difflib
 from typing import Any
 
 from ds_kd.aliases import ALIASES, NOT_WITH_ZERO
+from ds_kd.origins import decoded
 from ds_kd.preflight import DATA, check_data, check_model
 from ds_kd.schema import MODEL
 from ds_kd.signatures import signature_of
 from ds_kd.targets import Target, problem, refuse, wrong_arguments
-from ds_kd.yaml_source import decoded
 
 
 def check_target(
@@ -22,7 +22,7 @@ def check_target(
     Args:
         value: what the YAML holds there.
         path: its key.
-        meta: of the schema.
+        meta: of the schema; with `config_only` where models need nothing but a config.json.
         allow: prefixes of `_target_` names opened on the command line.
     """
     if value is None:
@@ -46,12 +46,14 @@ def check_target(
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
     for name, inner in kwargs.items():
+        if name in meta.get("given", ()):  # told below, once
+            continue
         problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
     if meta.get("target") == MODEL:
         if target.target != MODEL and not refusal and not allow:
             problems.append(problem(f"{path}._target_", dotted, MODEL))
-        _model(path, kwargs, allow, problems)
+        _model(path, kwargs, allow, problems, meta.get("config_only", False))
         return target
     for name, among in meta.get("words", {}).items():
         if name in kwargs and kwargs[name] not in among:
@@ -94,12 +96,12 @@ def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list
 def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:
     """What is wrong with an argument whatever is called with it."""
     problems = []
+    if path.endswith("_fn") and value is not None:
+        return _function(path, value, allow)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
         problems.append(problem(path, value, "true or false"))
-    if path.endswith("_fn") and value is not None:
-        problems += _function(path, value, allow)
     return problems
 
 
@@ -115,9 +117,11 @@ def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _model(path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str]) -> None:
+def _model(
+    path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str], config_only: bool
+) -> None:
     name = kwargs.get("pretrained_model_name_or_path")
-    if wrong := check_model(path, kwargs):
+    if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
     for given in set(kwargs) - _MODEL_KEYS:
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)

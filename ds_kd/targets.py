@@ -17,13 +17,14 @@ from typing import Any
 
 from ds_kd.aliases import ALIASES, ALLOWED, UNSUPPORTED
 from ds_kd.errors import UserError, first_line
+from ds_kd.secrets import BLANK, is_under_secret, without_known, without_secrets
 
 
 class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
     def __init__(self, problems: list[str]):
-        self.problems = problems
+        self.problems = [without_known(line) for line in problems]
         super().__init__(self.text())
 
     def text(self, excerpts: bool = False) -> str:
@@ -46,7 +47,7 @@ class ConfigError(UserError):
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     """One line of a `ConfigError`; long values are cut, secret ones not shown."""
-    shown = "***" if is_secret(key.rpartition(".")[2]) else repr(without_secrets(given))
+    shown = BLANK if is_under_secret(key) else repr(without_secrets(given))
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
     return " ".join(line.splitlines())
@@ -58,23 +59,6 @@ def as_config_error(key: str, given: Any, function: Callable[[], Any], expected:
         return function()
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError([problem(key, given, expected, first_line(error))]) from error
-
-
-def without_secrets(value: Any) -> Any:
-    """The same value, tokens, keys and passwords in it blanked."""
-    if isinstance(value, dict):
-        return {n: "***" if is_secret(str(n)) else without_secrets(v) for n, v in value.items()}
-    if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    named = re.sub(r"(?i)((?:token|key|secret|password)\s*[=:]\s*)\S+", r"\1***", value)
-    return re.sub(r"\bhf_\w{16,}|(?<=://)[^/\s@]+:[^/\s@]+(?=@)", "***", named)
-
-
-def is_secret(name: str) -> bool:
-    """Whether a key or variable of this name holds a token, key or password."""
-    return re.search(r"(?i)(^|_)(token|api_?key|key|secret|password)$", name) is not None
 
 
 @dataclass(frozen=True)

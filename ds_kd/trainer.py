@@ -103,7 +103,7 @@ class Trainer:
         return f"the last checkpoint is {last}, from which the same command goes on"
 
     def _train(self) -> bool:
-        if self.validate_first and self.state.step == 0:
+        if (self.validate_first and self.state.step == 0) or self.schedule.max_steps == 0:
             self.validate()
         # From the end of a step's logging to the end of the next one's: with the loading of data,
         # without validation and checkpoints.

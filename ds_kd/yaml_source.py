@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_kd.errors import first_line
-from ds_kd.targets import ConfigError, is_secret, problem, without_secrets
+from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.interpolation import (
+    MOST,
+    TOO_MANY,
+    check_interpolations,
+    references,
+)
+from ds_kd.origins import blanked, marked, remember_secrets, variables_in
+from ds_kd.secrets import BLANK, is_secret, without_secrets
+from ds_kd.targets import ConfigError, problem
 
-_MAX_BYTES, _MAX_NODES, _MAX_DEPTH, _MAX_LENGTH = 1 << 16, 20_000, 50, 1_000_000
+_MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
 _STRING = "tag:yaml.org,2002:str"
-_INNERMOST = re.compile(r"\$\{([^${}]*)\}")
-_RESOLVERS = ("oc.env", "oc.decode")
+_PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
 
 @dataclass
@@ -31,12 +38,14 @@ class Source:
         lines: its lines.
         places: key → (line, column, width), from 1.
         overridden: keys that the command line set.
+        hidden: row → the (start, end) columns of secrets, from 0; they are not shown.
     """
 
     path: str = ""
     lines: list[str] = field(default_factory=list)
     places: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     overridden: set[str] = field(default_factory=set)
+    hidden: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def locate(self, line: str) -> str:
         """A problem with the place of its key in front, and the line with a caret under it."""
@@ -47,14 +56,31 @@ class Source:
                 return f"command line: {line}"
             if key in self.places:
                 row, column, width = self.places[key]
-                before, after = self.lines[row - 1][: column - 1], self.lines[row - 1][column - 1 :]
-                before, after = without_secrets(before), without_secrets(after)
+                before, after = self._shown(row, 0, column - 1), self._shown(row, column - 1, None)
                 text, caret = before + after, " " * len(before) + "^" * width
                 return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
             if any(name.startswith(f"{key}.") for name in self.overridden):
                 return f"command line: {line}"
             key = key.rpartition(".")[0]
         return f"{self.path}: {line}" if self.path else line
+
+    def hide(self, node: Any) -> None:
+        """Never show this scalar of the YAML."""
+        first, last = node.start_mark, node.end_mark
+        for row in range(first.line, last.line + 1):
+            start = first.column if row == first.line else 0
+            end = last.column if row == last.line else _MAX_BYTES
+            self.hidden.setdefault(row + 1, []).append((start, end))
+
+    def _shown(self, row: int, start: int, end: int | None) -> str:
+        """The columns of a row, from 0, secrets blanked."""
+        line, parts = self.lines[row - 1], []
+        end = len(line) if end is None else end
+        for first, last in sorted(self.hidden.get(row, ())):
+            if first < end and last > start:
+                parts += [line[start:first], BLANK]
+                start = min(last, end)
+        return str(without_secrets("".join([*parts, line[start:end]])))
 
     @contextmanager
     def locating(self) -> Iterator[None]:
@@ -65,8 +91,10 @@ class Source:
             raise ConfigError([self.locate(line) for line in error.problems]) from error
 
 
-def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, Source]:
-    """Read a YAML file and put overrides over it.
+def read(
+    path: str | Path | dict[str, Any], overrides: list[str]
+) -> tuple[dict[str, Any], str, Source]:
+    """Read a YAML file, or take a mapping, and put overrides over it.
 
     Returns:
         The resolved values, the same as YAML with secrets blanked, and where they stand.
@@ -76,29 +104,37 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    from yaml import YAMLError, safe_dump
 
-    source = Source(str(path))
+    source = Source("" if isinstance(path, dict) else str(path))
     try:
-        text = _text(Path(path))
-        source.lines = text.splitlines()
-        _outline(text, source)
+        if isinstance(path, dict):
+            # As a file would: `1e-8`, a text to yaml.safe_load, is a number again.
+            text = safe_dump(path, sort_keys=False)
+            _outline(text, Source("the mapping"))
+        else:
+            text = _text(Path(path))
+            source.lines = text.splitlines()
+            _outline(text, source)
         raw = OmegaConf.create(text)
         for override in overrides:
             source.overridden.add(_override(raw, override))
         plain = OmegaConf.to_container(raw, resolve=False)
-        _check_interpolations(plain)
+        check_interpolations(plain)
         data: Any = OmegaConf.to_container(raw, resolve=True)
-        shown = OmegaConf.to_yaml(OmegaConf.create(_blanked(data, plain)))
-        data = _marked(data, plain, plain)
+        remember_secrets(data, plain, plain)
+        shown = OmegaConf.to_yaml(OmegaConf.create(blanked(data, plain, plain)))
+        data = marked(data, plain, plain)
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
         ) from None
     except YAMLError as error:
-        raise ConfigError([_told(path, error)]) from None
+        raise ConfigError([_told(source.path or "the mapping", error)]) from None
     except RecursionError:
-        raise ConfigError([f"{path}: nested too deeply; {_MAX_DEPTH} levels are allowed"]) from None
+        raise ConfigError(
+            [f"{source.path or 'the mapping'}: nested too deeply; {_MAX_DEPTH} levels are allowed"]
+        ) from None
     except (OmegaConfBaseException, ValueError) as error:
         line = first_line(error)
         key = getattr(error, "full_key", None)
@@ -110,12 +146,12 @@ def read(path: str | Path, overrides: list[str]) -> tuple[dict[str, Any], str, S
 
 
 def _text(path: Path) -> str:
-    with path.open("rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
+    try:
+        content = read_plain_file(path, _MAX_BYTES)
+    except NotPlainFileError as error:
         raise ConfigError(
-            [f"{path}: larger than {_MAX_BYTES // 1024} KiB; a config is a few KiB of YAML"]
-        )
+            [f"{path}: {error}; a config is a regular file of a few KiB of YAML"]
+        ) from None
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -155,6 +191,8 @@ def _outline(text: str, source: Source) -> None:
             self.depth -= 1
             return node
 
+    if text.count("${") > MOST:
+        raise ConfigError([f"{source.path}: {TOO_MANY}"])
     root = yaml.compose(text, Loader=Shallow)
     if not isinstance(root, yaml.MappingNode):
         given = "an empty file" if root is None else f"a {root.id}"
@@ -184,7 +222,12 @@ def _size(root: Any) -> int:
             children = [] if isinstance(node, yaml.ScalarNode) else node.value
             if isinstance(node, yaml.MappingNode):
                 children = [part for pair in children for part in pair]
-            sizes[id(node)] = 1 + sum(size(child, depth + 1) for child in children)
+            replaced = node.value.count("${") if isinstance(node, yaml.ScalarNode) else 0
+            sizes[id(node)] = (
+                1
+                + replaced * (_MAX_NODES // MOST)
+                + sum(size(child, depth + 1) for child in children)
+            )
         return sizes[id(node)]
 
     return size(root, 0)
@@ -196,10 +239,15 @@ def _note_places(root: Any, source: Source) -> None:
 
     twice: list[str] = []
 
-    def walk(node: Any, prefix: str) -> None:
+    def walk(node: Any, prefix: str, is_hidden: bool = False) -> None:
+        if isinstance(node, yaml.ScalarNode):
+            is_hidden = is_hidden or any(map(is_secret, variables_in(node.value)))
+            references(node.value, prefix[:-1])  # before OmegaConf reads them
+            if is_hidden and not _PLAIN_REFERENCE.fullmatch(node.value):
+                source.hide(node)
         if isinstance(node, yaml.SequenceNode):
             for k, child in enumerate(node.value):
-                walk(child, f"{prefix[:-1]}[{k}].")
+                walk(child, f"{prefix[:-1]}[{k}].", is_hidden)
         if not isinstance(node, yaml.MappingNode):
             return
         seen: dict[str, int] = {}
@@ -209,7 +257,7 @@ def _note_places(root: Any, source: Source) -> None:
                 raise ConfigError([f"{source.path}:{row}:{column}: a key must be a word"])
             if name.tag.endswith(":merge"):
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    walk(merged, prefix)
+                    walk(merged, prefix, is_hidden)
                 continue
             if name.tag != _STRING:
                 raise ConfigError(
@@ -224,7 +272,7 @@ def _note_places(root: Any, source: Source) -> None:
                 )
             seen[name.value] = row
             source.places[path] = (row, column, max(1, len(name.value)))
-            walk(value, f"{path}.")
+            walk(value, f"{path}.", is_hidden or is_secret(name.value))
 
     walk(root, "")
     if twice:
@@ -245,120 +293,31 @@ def _override(raw: Any, override: str) -> str:
         made: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         if set(made) != {"value"}:
             raise ConfigError([f"override {name}: expected one value, without a line break"])
-        OmegaConf.update(raw, name, made["value"], merge=False)
+        _set(raw, name, made["value"])
+    except ConfigError as error:  # its key is no other than the override's
+        raise ConfigError([re.sub(r"^value\b", name, line) for line in error.problems]) from None
     except YAMLError as error:
         what = getattr(error, "problem", None) or "not one value of YAML"
         raise ConfigError([f"override {name}: not valid YAML: {what}{_hint(value)}"]) from None
     return name
 
 
-def _check_interpolations(tree: Any) -> None:
-    """Refuse resolvers that are not needed, and references that multiply each other.
+def _set(raw: Any, name: str, value: Any) -> None:
+    """Put a value at a dotted key, through mappings only.
 
     Raises:
-        ConfigError: names the key.
+        ConfigError: a list or a plain value stands on the way there.
     """
-    lengths: dict[str, int] = {}
-
-    def length(value: Any, key: str) -> int:
-        if isinstance(value, dict):
-            return 1 + sum(length(v, f"{key}.{n}" if key else str(n)) for n, v in value.items())
-        if isinstance(value, list):
-            return 1 + sum(length(v, f"{key}.{k}") for k, v in enumerate(value))
-        if not isinstance(value, str) or "${" not in value:
-            return len(value) if isinstance(value, str) else 1
-        if key not in lengths:
-            lengths[key] = _MAX_LENGTH + 1  # what a reference to itself finds
-            lengths[key] = len(value) + sum(
-                length(_find(tree, name), name) for name in _references(value, key)
-            )
-            if lengths[key] > _MAX_LENGTH:
-                raise ConfigError([f"{key}: its ${{…}} refer to itself or grow beyond all bounds"])
-        return lengths[key]
-
-    length(tree, "")
-
-
-def _find(tree: Any, path: str) -> Any:
-    """What stands at a dotted key; None where there is none."""
-    for part in path.split("."):
-        if isinstance(tree, list) and part.isdigit():
-            tree = tree[int(part)] if int(part) < len(tree) else None
-        else:
-            tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
-
-
-def _references(value: str, key: str) -> list[str]:
-    """The keys that the `${…}` of a text refer to."""
-    names = []
-    while match := _INNERMOST.search(value):
-        inner = match[1].strip()
-        resolver, colon, _ = inner.partition(":")
-        if colon and resolver not in _RESOLVERS:
-            raise ConfigError(
-                [f"{key}: ${{{resolver}:…}} is not known here; write ${{section.key}} or "
-                 f"${{oc.env:VAR,default}}"]
-            )  # fmt: skip
-        if not colon:
-            if not re.fullmatch(r"[A-Za-z_]\w*(\.\w+)*", inner):
-                raise ConfigError(
-                    [problem(key, f"${{{inner}}}", "${section.key}, the whole key written out")]
-                )
-            names.append(inner)
-        value = value[: match.start()] + "\0" + value[match.end() :]
-    return names
-
-
-class FromEnvironment(str):
-    """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
-
-
-def _marked(tree: Any, plain: Any, root: Any) -> Any:
-    """The same tree with what came from variables marked, through references too."""
-    if isinstance(tree, dict):
-        inner = plain if isinstance(plain, dict) else {}
-        return {name: _marked(value, inner.get(name), root) for name, value in tree.items()}
-    if isinstance(tree, list):
-        texts = plain if isinstance(plain, list) else [None] * len(tree)
-        return [_marked(value, text, root) for value, text in zip(tree, texts, strict=True)]
-    if not isinstance(tree, str):
-        return tree
-    while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
-        plain = _find(root, name[1])
-    is_variable = isinstance(plain, str) and plain.startswith("${oc.env:")
-    return FromEnvironment(tree) if is_variable else tree
-
-
-def decoded(value: Any) -> Any:
-    """The numbers and truth values that variables' texts stand for; anything else as it is."""
-    if isinstance(value, dict):
-        return {name: decoded(inner) for name, inner in value.items()}
-    if isinstance(value, list):
-        return [decoded(inner) for inner in value]
-    if not isinstance(value, FromEnvironment):
-        return value
     from omegaconf import OmegaConf
 
-    if not re.fullmatch(r"[\w.+-]+", value):
-        return str(value)
-    made = OmegaConf.create(f"value: {value}").value
-    return made if isinstance(made, (int, float, bool)) else str(value)
-
-
-def _blanked(tree: Any, plain: Any, name: str = "") -> Any:
-    """The same tree without tokens, keys and passwords: it goes into logs and checkpoints.
-
-    Args:
-        plain: the tree before interpolation, which tells what came from a secret variable.
-    """
-    if isinstance(tree, dict):
-        inner = plain if isinstance(plain, dict) else {}
-        return {n: _blanked(v, inner.get(n), str(n)) for n, v in tree.items()}
-    if isinstance(tree, list):
-        texts = plain if isinstance(plain, list) else [None] * len(tree)
-        return [_blanked(v, text, name) for v, text in zip(tree, texts, strict=True)]
-    variables = re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
-    if tree and isinstance(tree, str) and any(is_secret(n) for n in (name, *variables)):
-        return "***"
-    return without_secrets(tree)
+    there: Any = OmegaConf.to_container(raw, resolve=False)
+    way = name.split(".")
+    for k, part in enumerate(way[:-1]):
+        there = there.get(part)
+        if there is None:
+            break
+        if not isinstance(there, dict):
+            key = ".".join(way[: k + 1])
+            what = "a list" if isinstance(there, list) else "a plain value"
+            raise ConfigError([f"{name}: {key} is {what} and has no keys; write {key}=… anew"])
+    OmegaConf.update(raw, name, value, merge=False)

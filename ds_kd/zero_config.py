@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import json
-from pathlib import Path
+import os
 from typing import Any
 
-from ds_kd.errors import first_line
+from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.zero_keys import OFFLOAD, OTHERS, ZERO, shown, wrong_value
 
 #: What a ZeRO file may hold.
 ZERO_FILE_KEYS = {
@@ -33,31 +33,8 @@ FROM_YAML = {
     "tensorboard": "tensorboard",
     "wandb": "wandb",
 }
+_MAX_BYTES = 10_000_000
 _DEVICES = ("cpu", "nvme", "none")
-#: Of zero_optimization. Some have a second name with `stage3_` in front.
-_STAGE3_KEYS = (
-    "prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold",
-    "max_live_parameters", "max_reuse_distance", "gather_16bit_weights_on_model_save",
-    "gather_fp16_weights_on_model_save", "module_granularity_threshold",
-    "use_all_reduce_for_fetch_params", "allgather_sequential",
-)  # fmt: skip
-_ZERO_KEYS = (
-    "stage", "offload_param", "offload_optimizer", "reduce_bucket_size", "allgather_bucket_size",
-    "contiguous_gradients", "overlap_comm", "reduce_scatter", "sub_group_size",
-    "use_multi_rank_bucket_allreduce", "allgather_partitions", "compute_grad_norm",
-    "load_from_fp32_weights", "elastic_checkpoint", "zenflow", "cpu_offload_param",
-    "cpu_offload_use_pin_memory", "cpu_offload", "ignore_unused_parameters", "legacy_stage1",
-    "round_robin_gradients", "parameter_alignment", "zero_hpz_partition_size",
-    "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
-    "mics_shard_size", "mics_hierarchical_params_gather", "memory_efficient_linear",
-    "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
-    "enable_sanity_checks", "leaf_module",
-    *_STAGE3_KEYS, *(f"stage3_{name}" for name in _STAGE3_KEYS),
-)  # fmt: skip
-_OFFLOAD_KEYS = (
-    "device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory", "ratio",
-    "pipeline_read", "pipeline_write", "fast_init", "super_offload", "cpuadam_cores_perc",
-)  # fmt: skip
 _PLAIN_ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_gather_16bit_weights_on_model_save": False}
 }
@@ -72,7 +49,7 @@ def load_zero_config(
         ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
             one that is not about ZeRO.
     """
-    where = f"{key}: {source}" if isinstance(source, str) else key
+    where = f"{key}: {source:.300}" if isinstance(source, str) else key
     if source is None:
         return copy.deepcopy(_PLAIN_ZERO3)
     if isinstance(source, str):
@@ -85,37 +62,40 @@ def load_zero_config(
             del config[name]
         elif name in FROM_YAML:
             raise ValueError(
-                f"{where}: {_shown(name, config[name])} belongs to the YAML ({FROM_YAML[name]}); "
+                f"{where}: {_named(name, config[name])} belongs to the YAML ({FROM_YAML[name]}); "
                 f"remove it from the ZeRO file"
             )
         elif name not in ZERO_FILE_KEYS:
             raise ValueError(
-                f"{where}: {name!r} is not a ZeRO, offload or communication key; remove it"
+                f"{where}: {shown(name)} is not a ZeRO, offload or communication key; remove it"
             )
     zero = config.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ValueError(f"{where}: zero_optimization must be a mapping, got {zero!r}")
+        raise ValueError(f"{where}: zero_optimization must be a mapping, got {shown(zero)}")
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]
     stage = zero.setdefault("stage", 3)
     if type(stage) is not int or stage not in stages:
         raise ValueError(
-            f"{where}: zero_optimization.stage is {stage!r}, expected "
+            f"{where}: zero_optimization.stage is {shown(stage)}, expected "
             f"{' or '.join(map(str, stages))}"
         )
-    _check_numbers(zero, where)
+    if wrong := wrong_value(zero, ZERO, "") or wrong_value(config, OTHERS, ""):
+        raise ValueError(f"{where}: {wrong}")
     _check_offload(zero, where)
     return config
 
 
 def _read(path: str, where: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return json.loads(read_plain_file(path, _MAX_BYTES).decode("utf-8"))
     except OSError as error:
         raise ValueError(
             f"{where}: cannot be read ({error.strerror}); give a path to a DeepSpeed JSON file or "
             f"an inline mapping"
         ) from None
+    except NotPlainFileError as error:
+        raise ValueError(f"{where}: {error}; give a DeepSpeed JSON file") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON: {first_line(error)}") from None
 
@@ -127,40 +107,22 @@ def _check_offload(zero: dict[str, Any], where: str) -> None:
             continue
         if not isinstance(offload, dict) or offload.get("device") not in _DEVICES:
             raise ValueError(
-                f"{where}: {part} is {offload!r}, expected a mapping whose device is "
+                f"{where}: {part} is {shown(offload)}, expected a mapping whose device is "
                 f"{' or '.join(_DEVICES)}"
             )
-        _check_names(offload, _OFFLOAD_KEYS, f"{where}: {part}")
+        if wrong := wrong_value(offload, OFFLOAD[part], f"{part}."):
+            raise ValueError(f"{where}: {wrong}")
         path = offload.get("nvme_path")
-        is_there = isinstance(path, str) and Path(path).is_dir()
+        is_there = isinstance(path, str) and os.path.isdir(path)  # of any length
         if offload["device"] == "nvme" and not is_there:
             raise ValueError(
-                f"{where}: {part}.nvme_path is {path!r}, expected a directory on an NVMe disk"
+                f"{where}: {part}.nvme_path is {shown(path)}, expected a directory on an NVMe disk"
             )
 
 
-def _check_names(section: dict[str, Any], known: tuple[str, ...], where: str) -> None:
-    for name in section:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.7)
-            hint = f"did you mean {near[0]}?" if near else "DeepSpeed has no such key; remove it"
-            raise ValueError(f"{where}: {name} is unknown; {hint}")
-
-
-def _shown(name: str, value: Any) -> str:
+def _named(name: str, value: Any) -> str:
     """A key with its plain value; a section may hold secrets."""
-    return name if isinstance(value, (dict, list)) else f"{name}={value!r}"
-
-
-def _check_numbers(zero: dict[str, Any], where: str) -> None:
-    """Misspelt keys that would be ignored in silence, and sizes that are none."""
-    _check_names(zero, _ZERO_KEYS, where)
-    for name, value in zero.items():
-        is_size = name.endswith(("_size", "_distance", "_parameters", "_threshold"))
-        if not is_size or name == "mics_shard_size":  # -1 switches that one off
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
-            raise ValueError(f"{where}: {name} is {value!r}, expected a number ≥ 0")
+    return name if isinstance(value, (dict, list)) else f"{name}={shown(value)}"
 
 
 def offloaded(config: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ds_kd.config import check_world, load
 from ds_kd.errors import UserError
 from ds_kd.key_table import list_keys
-from ds_kd.preflight import has_gpu
+from ds_kd.preflight import has_gpu, missing_packages
 from ds_kd.quiet import quiet
 from ds_kd.schema import RunConfig
 from ds_kd.signals import StopRequest
@@ -65,6 +65,11 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
     )
     parser.add_argument("--ranks", type=int, metavar="N", help="of the plan, or to check for")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of the plan: what has to fit, 80GB")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of the plan: of one node, 1TB")
+    parser.add_argument(
+        "--ranks-per-node", type=int, metavar="N", help="of the plan: that share that memory"
+    )
+    parser.add_argument("--length", type=int, metavar="N", help="of the plan: tokens of a sample")
     parser.add_argument("--mfu", type=float, default=0.4, help="of the plan: share of the peak")
     parser.add_argument("--tflops", type=float, default=989.0, help="of the plan: that peak (H100)")
     parser.add_argument(
@@ -88,7 +93,7 @@ def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namesp
         "--local_rank", type=int, help=argparse.SUPPRESS
     )  # the deepspeed launcher passes it
     args = parser.parse_intermixed_args(_plain(sys.argv[1:] if argv is None else argv))
-    for name in ("ranks", "mfu", "tflops", "show_samples"):
+    for name in ("ranks", "ranks_per_node", "length", "mfu", "tflops", "show_samples"):
         value = getattr(args, name)
         if value is not None and not (value > 0 and math.isfinite(value)):
             parser.error(f"--{name.replace('_', '-')}: got {value}, expected a number > 0")
@@ -103,6 +108,7 @@ def _plain(argv: list[str]) -> list[str]:
     """`--a.b value` and `--a.b=value` as `a.b=value`; the options of this script stay."""
     own = {"--config", "--check", "--list-keys", "--verbose", "--allow-targets", "--local_rank"}
     own |= {"--help", "--dry-run", "--ranks", "--gpu-memory", "--mfu", "--tflops", "--show-samples"}
+    own |= {"--host-memory", "--ranks-per-node", "--length"}
     plain, words = [], iter(argv)
     for word in words:
         name, equals, value = word.partition("=")
@@ -119,12 +125,13 @@ def run(args: argparse.Namespace) -> int:
     if args.list_keys is not None:
         print("\n".join(list_keys(args.list_keys)))
         return 0
-    cfg = load(args.config, args.overrides, allow=tuple(args.allow_targets))
+    allow = tuple(args.allow_targets)
+    cfg = load(args.config, args.overrides, allow, config_only=args.dry_run and not args.check)
     if args.check:
         if args.ranks is not None:
             with cfg.source.locating():
                 check_world(cfg, args.ranks)
-        notes = [*cfg.notes]
+        notes = [*cfg.notes, *_missing(cfg)]
         if cfg.dist_env.backend == "nccl" and not has_gpu():
             notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
         if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -139,12 +146,21 @@ def run(args: argparse.Namespace) -> int:
 
 def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     quiet()
+    from ds_kd import plan
     from ds_kd.dry_run import bytes_of, describe
 
-    room = None if args.gpu_memory is None else bytes_of(args.gpu_memory)
+    sizes = [
+        None if given is None else bytes_of(given, option)
+        for option, given in (
+            ("--gpu-memory", args.gpu_memory),
+            ("--host-memory", args.host_memory),
+        )
+    ]
     ranks = args.ranks or cfg.distributed.dp_size or 1
     check_world(cfg, ranks)
-    print(describe(cfg, ranks, room, args.mfu, args.tflops))
+    together = args.ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
+    machine = plan.Machine(sizes[0], sizes[1], together)
+    print(describe(cfg, ranks, machine, args.mfu, args.tflops, args.length))
     return 0
 
 
@@ -160,7 +176,15 @@ def show_samples(cfg: RunConfig, args: argparse.Namespace) -> int:
     return 0
 
 
+def _missing(cfg: RunConfig) -> list[str]:
+    """Packages that the models need and this machine lacks: --check may run on another one."""
+    models = filter(None, (cfg.model, cfg.teacher_model))
+    return [*filter(None, (missing_packages(model.key, model.kwargs) for model in models))]
+
+
 def train(cfg: RunConfig, args: argparse.Namespace) -> int:
+    if lacking := _missing(cfg):
+        raise ConfigError(lacking)
     if not args.verbose:
         quiet()
     from ds_kd import distributed, recipe
@@ -207,7 +231,7 @@ def train_in(cfg: RunConfig, args: argparse.Namespace, world: World, lock: RunLo
     if trainer.metrics is not None:
         trainer.metrics.close()
     if world.is_main:
-        if trainer.checkpointer is not None:
+        if trainer.checkpointer is not None and trainer.schedule.total_steps:
             trainer.checkpointer.mark(trainer.state.step, finished)
         print(recipe.closing_message(cfg, trainer.state.step, finished))
 

@@ -23,8 +23,9 @@ from kd import parse
 
 from ds_kd.config import check_world, load
 from ds_kd.preflight import check_directory
+from ds_kd.secrets import is_secret, without_secrets
 from ds_kd.slurm import sbatch_command
-from ds_kd.targets import ConfigError, is_secret, without_secrets
+from ds_kd.targets import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 

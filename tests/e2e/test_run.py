@@ -103,6 +103,19 @@ def test_the_guides_yaml_runs_under_the_deepspeed_launcher(finished, root):
     assert "step 2/2" in first.stdout and "step 6/6" in second.stdout
 
 
+def test_max_steps_0_validates_and_leaves_nothing_but_metrics(overrides, root):
+    directory = root / "evaluated"
+    schedule = "lr_scheduler={name: polynomial, warmup_ratio: 0.1}"
+    more = [f"checkpoint.checkpoint_dir={directory}", "step_scheduler.max_steps=0", schedule]
+    result = kd(*overrides, *more, ranks=1)
+    assert result.returncode == 0, result.stderr
+    assert (
+        "validation after step 0: loss" in result.stdout and "nothing was trained" in result.stdout
+    )
+    assert "step 1" not in result.stdout
+    assert [path.name for path in directory.iterdir()] == ["tensorboard"]
+
+
 def test_the_same_command_resumes(finished):
     assert "resumed from" in finished[1].stdout and "at step 2" in finished[1].stdout
     assert "step 2/6" not in finished[1].stdout

@@ -173,6 +173,30 @@ def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("section", "target"),
+    [
+        ("dataloader", "torchdata.stateful_dataloader.StatefulDataLoader"),
+        ("validation_dataloader", "torchdata.stateful_dataloader.StatefulDataLoader"),
+        ("optimizer", "torch.optim.AdamW"),
+        ("kd_loss_fn", "ds_kd.losses.KDLoss"),
+        ("loss_fn", "ds_kd.losses.MaskedCrossEntropy"),
+    ],
+)
+def test_null_gives_an_optional_target_its_default(section, target):
+    assert getattr(load(GUIDE, [f"{section}=null"]), section).target == target
+    for required in ("model", "dataset"):
+        with pytest.raises(ConfigError, match=f"{required}: missing"):
+            load(GUIDE, [f"{required}=null"])
+
+
+def test_no_steps_at_all_need_something_to_validate():
+    none = "step_scheduler.max_steps=0"
+    assert load(GUIDE, [none]).step_scheduler.max_steps == 0
+    with pytest.raises(ConfigError, match=r"max_steps: 0 .*no validation_dataset"):
+        load(GUIDE, [none, "validation_dataset=null"])
+
+
 def test_null_switches_a_section_off():
     cfg = load(GUIDE, ["tensorboard=null", "checkpoint=null"])
     assert not cfg.tensorboard.enabled and not cfg.checkpoint.enabled
@@ -211,7 +235,6 @@ def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
         ("dataloader.shuffle=5", "true or false"),
         ("dataloader.group_by_length=please", "true or false"),
         ("kd_ratio=null", "leave the key out"),
-        ("optimizer=null", "leave the key out"),
         ("model.torch_dtyp=bf16", "did you mean model.torch_dtype"),
         ("model.pretrained_model_name_or_path=ds_kd/daata", "a directory that exists"),
         ("step_scheduler.global_batch_size=18", "write 19"),
@@ -325,7 +348,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ),
         (
             "deepspeed.teacher={zero_optimization: {offload_param: {device: cpu, pin: 1}}}",
-            "offload_param: pin is unknown; DeepSpeed has no such key; remove it",
+            "offload_param.pin is unknown; DeepSpeed has no such key; remove it",
         ),
         ("peft={rank: 8}", "peft.rank: write peft.dim"),
         (
@@ -358,7 +381,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ),
         ("peft={dropout: 0.1, dropout_position: post}", "dropout_position: .*write pre"),
         (
-            "loss_fn._target_=nemo_automodel.components.loss.linear_ce.FusedLinearCrossEntropy",
+            "loss_fn._target_=torch.nn.CrossEntropyLoss",
             "leave the section out, or write ds_kd.losses.MaskedCrossEntropy",
         ),
         ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
@@ -457,7 +480,7 @@ HUGE = "1" + "0" * 400
             "deepspeed.student={zero_optimization: {offload_param: cpu}}",
             "a mapping whose device is",
         ),
-        ("deepspeed.student={zero_optimization: {reduce_bucket_size: abc}}", "a number ≥ 0"),
+        ("deepspeed.student={zero_optimization: {reduce_bucket_size: abc}}", "a whole number ≥ 0"),
         ("deepspeed.student={zero_optimization: {ofload_param: {}}}", "did you mean offload_param"),
         ("deepspeed.teacher={zero_optimization: {stage: false}}", "stage is False"),
         (f"kd_ratio={HUGE}", "kd_ratio: got 1000"),
@@ -563,6 +586,12 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
         {"dist_env": {"backend": "mpi"}},
         {"peft": {"dim": 0}},
         {"distributed": {"tp_size": 2}},
+        {"kd_loss_fn": {"temprature": 2}},
+        {"kd_loss_fn": {"temperature": "hot"}},
+        {"loss_fn": {"temperature": 2}},
+        {"dataset": {**run["dataset"], "no_such_argument": 1}},
+        {"optimizer": {"_target_": "torch.optim.SGD", "betas": [0.9, 0.9]}},
+        {"dataloader": {"shufle": True}},
     ):
         with pytest.raises(jsonschema.ValidationError):
             jsonschema.validate({**run, **wrong}, schema)
@@ -586,6 +615,53 @@ def test_nemos_newer_spelling_of_its_example_loads():
     assert any("use_liger_kernel: accepted" in note for note in cfg.notes)
     assert cfg.peft.dim == 16 and any("use_triton" in note for note in cfg.notes)
     assert any("fsdp2 accepted" in note for note in cfg.notes)
+
+
+def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
+    nemo = "nemo_automodel.components"
+    cfg = load(
+        GUIDE,
+        [
+            "ci={recipe_owner: x, time: '00:10:00'}",
+            "checkpoint.model_save_format=torch_save",
+            "compile={enabled: false, backend: null}",
+            f"dataloader.collate_fn={{_target_: {nemo}.datasets.utils.default_collater, "
+            "pad_seq_len_divisible: 16}",
+            f"validation_dataloader.collate_fn={nemo}.datasets.utils.packed_sequence_thd_collater",
+            f"loss_fn={{_target_: {nemo}.loss.linear_ce.FusedLinearCrossEntropy, reduction: sum}}",
+            "distributed={strategy: fsdp2, dp_size: 2, pipeline: {a: 1}, tp_size: 1}",
+            "dataset.tokenizer={_target_: nemo_automodel.NeMoAutoTokenizer.from_pretrained, "
+            "pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}",
+            "model.backend={_target_: nemo_automodel.components.models.common.BackendConfig}",
+            "step_scheduler.gc_every_steps=3",
+        ],
+    )
+    check_world(cfg, 4)  # dp_size is of the other parallelism's making
+    told = [note.partition(":")[0] for note in cfg.notes if "accepted" in note]
+    for key in (
+        "ci", "checkpoint.model_save_format", "dataloader.collate_fn.pad_seq_len_divisible",
+        "validation_dataloader.collate_fn", "loss_fn", "distributed.dp_size", "dataset.tokenizer",
+        "distributed.pipeline", "model.backend", "step_scheduler.gc_every_steps",
+    ):  # fmt: skip
+        assert told.count(key) == 1, (key, cfg.notes)
+    assert cfg.dataloader.kwargs["collate_fn"] == "ds_kd.data.collate.default_collater"
+    assert cfg.loss_fn.target == "ds_kd.losses.MaskedCrossEntropy"
+    assert "backend" not in cfg.model.kwargs and "tokenizer" not in cfg.dataset.kwargs
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("dataset.tokenizer={_target_: a.b, pretrained_model_name_or_path: x/y}", "dataset.tok"),
+        ("dataloader.collate_fn={_target_: a.b}", "dataloader.collate_fn: "),
+        ("fp8={enabled: true}", "fp8: "),
+        ("checkpoint.dequantize_base_checkpoint=true", "checkpoint.dequantize_base_checkpoint: "),
+    ],
+)
+def test_nemos_settings_that_would_change_results_are_refused_once(override, key):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [override])
+    assert len(caught.value.problems) == 1 and key in caught.value.problems[0]
 
 
 def test_nemos_examples_with_separate_meshes_say_what_cannot_run():
@@ -662,10 +738,31 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert "its first row has body" in capsys.readouterr().err
 
 
+def test_the_json_schema_takes_what_load_takes_of_a_target():
+    import jsonschema
+    import yaml
+
+    from ds_kd.json_schema import json_schema
+
+    run = yaml.safe_load(GUIDE.read_text())
+    for right in (
+        {"kd_loss_fn": {"temperature": 2, "chunk_size": 512}},
+        {"kd_loss_fn": {"temperature": "${oc.env:T,2}"}},
+        {"kd_loss_fn": None},
+        {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}},
+        {"dataloader": {"shuffle": True, "num_workers": 2, "group_by_length": True}},
+        {"dataset": {"_target_": "my.own.dataset", "anything": 1}},
+    ):
+        jsonschema.validate({**run, **right}, json_schema())
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
     assert "no key begins with nonsense" in list_keys("nonsense")[0]
+    told = "\n".join(list_keys("kd_loss_fn"))
+    assert "kd_loss_fn.temperature" in told and "of ds_kd.losses.KDLoss: float" in told
+    assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,21 @@ def test_only_the_recipe_reads_the_config():
         "json_schema.py",
         "key_table.py",
         "contradictions.py",
+        "idle_keys.py",
+        "interpolation.py",
+        "target_arguments.py",
         "pretrained.py",
         "target_check.py",
         "optimizer.py",
     }
-    assert readers == {*describe, "recipe.py", "loaders.py", "dry_run.py", "starter.py"}
+    assert readers == {
+        *describe,
+        "__init__.py",
+        "recipe.py",
+        "loaders.py",
+        "dry_run.py",
+        "starter.py",
+    }
 
 
 def test_losses_schedule_and_state_stand_alone():

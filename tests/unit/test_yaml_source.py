@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -51,6 +52,43 @@ BAD = {
     "a resolver": ("a: ${oc.create:'b'}\n", "a: .*oc.create.* is not known here"),
     "a computed reference": ("seed: ${a.${b}}\n", "the whole key written out"),
     "an open reference": ("seed: ${\n", "seed"),
+    "a resolver with braces inside": ("seed: '${oc.create:{a: 1}}'\n", "braces inside"),
+    "a selection with braces inside": ("seed: '${oc.select:optimizer.lr,{}}'\n", "braces inside"),
+    "a default with braces inside": ("seed: '${oc.env:HOME,{}}'\n", "braces inside"),
+    "a selection": ("seed: ${oc.select:optimizer.lr}\n", "oc.select.* is not known here"),
+    "a decoder": ("seed: ${oc.decode:1}\n", "oc.decode.* is not known here"),
+    "a computed variable": ("a: B\nseed: ${oc.env:${a}}\n", "the whole key written out"),
+    "empty references that multiply": (
+        "d0: ''\n" + "".join(f"d{i}: ${{d{i - 1}}}${{d{i - 1}}}\n" for i in range(1, 17)),
+        "grow beyond all bounds|more than 1000",
+    ),
+    "selections that multiply": (
+        "".join(f"d{i}: ${{oc.select:d{i - 1}}}${{oc.select:d{i - 1}}}\n" for i in range(1, 40)),
+        "oc.select.* is not known here",
+    ),
+    "many references": ("recipe:\n" + "- ${kd_ratio}\n" * 4000, "more than 1000"),
+    "many of one text": ("recipe: '" + "${seed}" * 9000 + "'\n", "more than 1000"),
+    "many references to a large section": (
+        "recipe:\n" + "- ${d}\n" * 100 + "d:\n" + "- aaaaaaaa\n" * 1500,
+        "beyond all bounds",
+    ),
+    "braces without end": ("recipe: '" + "${" * 900 + "'\n", "left open"),
+    "a long split": (
+        "dataset: {_target_: ds_kd.data.squad.make_squad_dataset, split: 'a"
+        + " " * 60_000
+        + "b'}\n",
+        "dataset.split: got",
+    ),
+    "a long split of words": (
+        "dataset: {_target_: ds_kd.data.squad.make_squad_dataset, split: '"
+        + "a." * 30_000
+        + "'}\n",
+        "dataset.split: got",
+    ),
+    "a long line before a wrong key": (
+        "rng: {ranked: '" + "key " * 15_000 + "', sede: 1}\n",
+        "sede",
+    ),
 }
 
 
@@ -63,6 +101,33 @@ def test_bad_yaml_is_one_clear_error_within_two_seconds(name, tmp_path):
     with pytest.raises(ConfigError, match=expected):
         load(path)
     assert time.monotonic() - started < 2
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "directory"])
+def test_only_regular_files_are_read(kind, tmp_path):
+    path = tmp_path / "c.yaml"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"c\.yaml: .*not a regular file"):
+        load(path)
+    good = tmp_path / "good.yaml"
+    good.write_text(f"{GOOD}deepspeed: {{student: {path}}}\n")
+    with pytest.raises(ConfigError, match=r"deepspeed.student: .*not a regular file"):
+        load(good)
+    assert time.monotonic() - started < 2
+
+
+def test_a_zero_file_of_more_than_ten_megabytes_is_refused(tmp_path):
+    (tmp_path / "z.json").write_text(" " * 10_000_001)
+    path = tmp_path / "c.yaml"
+    path.write_text(f"{GOOD}deepspeed: {{student: {tmp_path / 'z.json'}}}\n")
+    with pytest.raises(ConfigError, match=r"deepspeed\.student: .*larger than 10 MB"):
+        load(path)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,89 @@
+"""Keys that are right and change nothing, as another key switches them off: a note each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.schema import RunConfig
+from ds_kd.targets import Target
+
+_NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
+_WITH_A_VALIDATION = ("step_scheduler.val_every_steps", "step_scheduler.val_at_start")
+_OF_CHECKPOINTS = (
+    "step_scheduler.ckpt_every_steps", "checkpoint.save_consolidated", "checkpoint.keep_last",
+    "checkpoint.keep_best", "checkpoint.on_failed_save",
+)  # fmt: skip
+_OF_COMPILE = ("compile.mode", "compile.dynamic", "compile.backend")
+_OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
+
+
+def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
+    """Return a note for each key of `data` that has a value and no effect.
+
+    Args:
+        cfg: the checked config.
+        data: the YAML's own keys, defaults not filled in.
+    """
+    checkpoints_off = not cfg.checkpoint.enabled or (
+        "checkpoint" in data and not data["checkpoint"]
+    )
+    validates = cfg.validation_dataset is not None
+    compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
+    rules = [
+        (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),
+         "there is no validation_dataset"),
+        (checkpoints_off, _OF_CHECKPOINTS, "checkpoints are off"),
+        (not cfg.checkpoint.keep_last, ("checkpoint.keep_best",),
+         "without checkpoint.keep_last every checkpoint stays"),
+        (not validates, ("checkpoint.keep_best",), "there is no validation_dataset"),
+        (not compiles, _OF_COMPILE, "compile.enabled is false"),
+        (not containers, ("slurm.container_mounts",), "there is no slurm.container_image"),
+        (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),
+        (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
+    ]  # fmt: skip
+    found: dict[str, str] = {}
+    for is_off, keys, reason in rules:
+        for key in keys if is_off else ():
+            if _is_set(data, key):
+                found.setdefault(key, f"{key}: has no effect, as {reason}")
+    notes = [*found.values()]
+    for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
+        notes += _lengths(dataset, data)
+    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        notes += _loader(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
+    return notes
+
+
+def _is_set(data: dict[str, Any], key: str) -> bool:
+    """Whether the YAML gives this key a value that asks for something."""
+    value: Any = data
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value not in (None, False, {}, [])
+
+
+def _lengths(dataset: Target, data: dict[str, Any]) -> list[str]:
+    """A `seq_length` that nothing cuts or pads to, and a truncation to no length."""
+    kwargs, key = dataset.kwargs, dataset.key
+    if not dataset.target.startswith("ds_kd.data."):
+        return []
+    cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    if kwargs.get("seq_length") is not None and not cuts and kwargs.get("padding") != "max_length":
+        return [f"{key}.seq_length: has no effect, as nothing is cut; add truncation: true"]
+    if cuts and kwargs.get("seq_length") is None:
+        return [f"{key}.truncation: has no effect, as there is no seq_length"]
+    if kwargs.get("pad_to_max_length"):
+        return [f"{key}.pad_to_max_length: has no effect, as the collater pads each batch"]
+    return []
+
+
+def _loader(loader: Target, data: dict[str, Any], packs: bool) -> list[str]:
+    """Arguments of a loader for what it does not do."""
+    notes = []
+    if packs and loader.kwargs.get("group_by_length"):
+        notes.append(f"{loader.key}.group_by_length: has no effect, as samples are packed")
+    if not loader.kwargs.get("num_workers"):
+        for name in _NEEDS_WORKERS:
+            if _is_set(data, f"{loader.key}.{name}"):
+                notes.append(f"{loader.key}.{name}: has no effect, as num_workers is 0")
+    return notes

@@ -1,0 +1,99 @@
+"""Mark the values that a variable gave, and blank those that a secret key or variable gave."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+from ds_kd.interpolation import comes_from_secret, find
+from ds_kd.secrets import BLANK, is_secret, remember, without_secrets
+
+
+class FromEnvironment(str):
+    """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
+
+
+def marked(tree: Any, plain: Any, root: Any) -> Any:
+    """The same tree with what came from variables marked, through references too."""
+    plain = _referred(plain, root)
+    if isinstance(tree, dict):
+        return {n: marked(value, _part(plain, n), root) for n, value in tree.items()}
+    if isinstance(tree, list):
+        return [marked(value, _part(plain, k), root) for k, value in enumerate(tree)]
+    is_variable = isinstance(plain, str) and plain.startswith("${oc.env:")
+    return FromEnvironment(tree) if is_variable and isinstance(tree, str) else tree
+
+
+def _referred(plain: Any, root: Any) -> Any:
+    """What a text that is nothing but a `${section.key}` refers to; anything else as it is."""
+    while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
+        plain = find(root, name[1])
+    return plain
+
+
+def _part(plain: Any, name: Any) -> Any:
+    if isinstance(plain, dict):
+        return plain.get(name)
+    return plain[name] if isinstance(plain, list) and isinstance(name, int) else None
+
+
+def decoded(value: Any) -> Any:
+    """The numbers and truth values that variables' texts stand for; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: decoded(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [decoded(inner) for inner in value]
+    if not isinstance(value, FromEnvironment):
+        return value
+    from omegaconf import OmegaConf
+
+    if not re.fullmatch(r"[\w.+-]+", value):
+        return str(value)
+    made = OmegaConf.create(f"value: {value}").value
+    return made if isinstance(made, (int, float, bool)) else str(value)
+
+
+def variables_in(plain: Any) -> list[str]:
+    """The environment's variables that a text names."""
+    return re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
+
+
+def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> None:
+    """Remember what secret keys and variables gave, so that it is blanked wherever it turns up.
+
+    Args:
+        plain: the tree before interpolation, which tells what came from a secret.
+    """
+    is_hidden = is_hidden or comes_from_secret(plain, root)
+    for variable in filter(is_secret, variables_in(plain)):
+        remember(os.environ.get(variable))
+    plain = _referred(plain, root)
+    if isinstance(tree, dict):
+        for name, value in tree.items():
+            remember_secrets(value, _part(plain, name), root, is_hidden or is_secret(str(name)))
+    elif isinstance(tree, list):
+        for k, value in enumerate(tree):
+            remember_secrets(value, _part(plain, k), root, is_hidden)
+    elif is_hidden:
+        remember(tree)
+
+
+def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
+    """The same tree without tokens, keys and passwords: it goes into logs and checkpoints.
+
+    Args:
+        plain: the tree before interpolation, which tells what came from a secret.
+    """
+    is_hidden = is_hidden or comes_from_secret(plain, root)
+    plain = _referred(plain, root)
+    if isinstance(tree, dict):
+        return {
+            n: blanked(v, _part(plain, n), root, is_hidden or is_secret(str(n)))
+            for n, v in tree.items()
+        }
+    if isinstance(tree, list):
+        return [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
+    if is_hidden and tree and not isinstance(tree, bool):
+        return BLANK
+    return without_secrets(tree)

@@ -1,0 +1,123 @@
+"""Tokens, keys and passwords: told by the name of a key or variable, or by their own look, and
+blanked in all that is shown, logged or kept.
+
+Every text that a secret key or variable gave is remembered for the life of the process, so that it
+is blanked wherever it turns up again: quoted in another library's error, by reference, in a list.
+All expressions take time linear in the text: a config may be hostile.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from typing import Any
+
+BLANK = "***"
+#: A word that makes a name secret wherever it stands in it.
+_ALWAYS = {
+    "password", "passwords", "passwd", "pwd", "passphrase", "passcode", "secret", "secrets",
+    "credential", "credentials", "cred", "creds", "auth", "oauth", "authorization", "bearer",
+    "apikey", "apikeys", "jwt", "cookie", "cookies",
+}  # fmt: skip
+#: A word that does so as the last one.
+_LAST = {"pass", "pat"}
+#: Two words that do so together, wherever they stand.
+_OWNERS = {
+    "access", "api", "auth", "encryption", "hf", "hub", "private", "refresh", "secret", "session",
+    "signing", "ssh",
+}  # fmt: skip
+#: The end of a name written in one piece, such as accesstoken.
+_ENDS = ("token", "apikey", "secret", "password", "passwd", "accesskey", "secretkey", "privatekey")
+#: In front of `token`, a token of a vocabulary is meant.
+_OF_A_VOCABULARY = {
+    "pad", "eos", "bos", "unk", "mask", "sep", "cls", "image", "video", "audio", "stop", "end",
+    "start", "special", "new", "next", "first", "last", "per", "begin", "eot", "eom", "think",
+    "text", "prompt", "newline",
+}  # fmt: skip
+#: In front of `key`, the name of a column or of an order is meant.
+_OF_DATA = {
+    "sort", "group", "primary", "foreign", "cache", "column", "dataset", "data", "row", "field",
+    "answer", "answers", "question", "context", "prompt", "response", "completion", "instruction",
+    "input", "output", "text", "label", "labels", "message", "messages", "content", "role", "tools",
+    "conversation", "conversations", "chat", "image", "chosen", "rejected", "target", "source",
+}  # fmt: skip
+_DIRECTORIES = {"PWD", "OLDPWD"}  # variables of every shell
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+_NAME = re.compile(r"""(?<![\w-])([A-Za-z_][\w-]*)["']?\s*[=:]\s*""")
+_VALUE = re.compile(r"""\*{3}|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\n]|'')*'?|[^\n]*""")
+_LOOKS_SECRET = re.compile(
+    r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|eyJ)[\w.-]{16,}"
+    r"|(?<=://)[^/\s@]+(?=@)|(?<=\bbearer )\S+",
+    re.IGNORECASE,
+)
+_SHORTEST, _MOST = 6, 500  # of what is remembered: characters, texts
+_known: dict[str, None] = {}
+
+
+def is_secret(name: str) -> bool:
+    """Return whether a key or variable of this name holds a token, key or password.
+
+    Names are split at capitals, dashes and underscores: `accessToken`, `x-api-key`, `HF_TOKEN`.
+    """
+    if name in _DIRECTORIES:
+        return False
+    words = [word.lower() for word in _WORD.findall(name)]
+    if not words or not name.isascii():
+        return False
+    if _ALWAYS & set(words) or words[-1] in _LAST:
+        return True
+    owned = ("key", "keys", "token", "tokens")
+    if any(a in _OWNERS and b in owned for a, b in itertools.pairwise(words)):
+        return True
+    before = words[-2] if len(words) > 1 else ""
+    if words[-1] == "key":
+        return before not in _OF_DATA
+    if words[-1] == "token":
+        return before not in _OF_A_VOCABULARY
+    owner = words[-1].removesuffix("token")
+    return words[-1].endswith(_ENDS) and owner not in _OF_A_VOCABULARY
+
+
+def is_under_secret(key: str) -> bool:
+    """Return whether any part of a dotted key names a secret."""
+    return any(is_secret(part) for part in key.split("."))
+
+
+def remember(value: Any) -> None:
+    """Blank this text wherever it turns up from now on; one too short would blank innocent ones."""
+    text = "" if isinstance(value, (bool, type(None))) else str(value)
+    if len(_known) > _MOST:
+        return
+    for form in (text, repr(text)[1:-1], json.dumps(text)[1:-1]):
+        if len(form) >= _SHORTEST:
+            _known[form] = None
+
+
+def without_known(text: str) -> str:
+    """Return the text with remembered secrets, and what looks like one, blanked."""
+    for secret in sorted(_known, key=len, reverse=True):
+        text = text.replace(secret, BLANK)
+    return _LOOKS_SECRET.sub(BLANK, text)
+
+
+def without_secrets(value: Any) -> Any:
+    """Return the same value with tokens, keys and passwords in it blanked."""
+    if isinstance(value, dict):
+        return {n: BLANK if is_secret(str(n)) else without_secrets(v) for n, v in value.items()}
+    if isinstance(value, list):
+        return [without_secrets(inner) for inner in value]
+    return _without_named(without_known(value)) if isinstance(value, str) else value
+
+
+def _without_named(text: str) -> str:
+    """Blank what follows `token:` or `"api_key" = ` in a text: a quoted value, or the line."""
+    parts, done = [], 0
+    for match in _NAME.finditer(text):
+        if match.start() < done or not is_secret(match[1]):
+            continue
+        found = _VALUE.match(text, match.end())
+        if found is not None and found[0]:
+            parts += [text[done : match.end()], BLANK]
+            done = found.end()
+    return "".join([*parts, text[done:]])

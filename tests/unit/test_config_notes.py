@@ -1,0 +1,72 @@
+"""A key that is right and changes nothing is told of, and the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ds_kd.config import load
+from tests.scripts import script
+
+GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+NO_VALIDATION = "validation_dataset=null"
+SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "reason"),
+    [
+        ([SQUAD % "seq_length: 64"], "dataset.seq_length", "add truncation: true"),
+        ([NO_VALIDATION], "step_scheduler.val_every_steps", "no validation_dataset"),
+        (
+            [NO_VALIDATION, "step_scheduler.val_at_start=true"],
+            "step_scheduler.val_at_start",
+            "no v",
+        ),
+        ([NO_VALIDATION], "validation_dataloader", "no validation_dataset"),
+        (["checkpoint.keep_best=2"], "checkpoint.keep_best", "without checkpoint.keep_last"),
+        (
+            [NO_VALIDATION, "checkpoint={keep_last: 2, keep_best: 2}"],
+            "checkpoint.keep_best",
+            "no validation_dataset",
+        ),
+        (["checkpoint.enabled=false"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),
+        (["checkpoint=null"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),
+        (
+            ["checkpoint={enabled: false, save_consolidated: every}"],
+            "checkpoint.save_consolidated",
+            "checkpoints are off",
+        ),
+        (["compile={mode: max-autotune}"], "compile.mode", "compile.enabled is false"),
+        (["slurm={container_mounts: ['/a:/a']}"], "slurm.container_mounts", "container_image"),
+        (["kd_ratio=0", NO_VALIDATION], "teacher_model", "kd_ratio is 0"),
+        (
+            ["kd_ratio=0", "teacher_model=null", "offload_teacher_model=true"],
+            "offload_teacher_model",
+            "no teacher_model",
+        ),
+        (
+            ["packed_sequence.packed_sequence_size=64", "dataloader.group_by_length=true"],
+            "dataloader.group_by_length",
+            "samples are packed",
+        ),
+        (["dataloader.multiprocessing_context=fork"], "dataloader.multiprocessing_context", "is 0"),
+    ],
+)
+def test_a_key_without_effect_is_noted_by_name_and_reason(overrides, key, reason):
+    given = ["step_scheduler.ckpt_every_steps=5", "step_scheduler.val_every_steps=5"]
+    notes = [note for note in load(GUIDE, [*given, *overrides]).notes if note.startswith(f"{key}:")]
+    assert len(notes) == 1 and "no effect" in notes[0] and reason in notes[0]
+
+
+def test_a_config_all_of_whose_keys_count_has_no_such_note():
+    cfg = load(GUIDE, [SQUAD % "seq_length: 64, truncation: true"])
+    assert not [note for note in cfg.notes if "no effect" in note]
+
+
+def test_checking_prints_the_notes_and_finds_nothing_wrong(capsys):
+    words = ["--config", str(GUIDE), "--check", SQUAD % "seq_length: 64"]
+    assert script("kd").main(words) == 0
+    out = capsys.readouterr().out
+    assert "dataset.seq_length: has no effect" in out and "nothing wrong with it" in out

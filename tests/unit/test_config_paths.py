@@ -1,0 +1,89 @@
+"""Hub ids and paths, packages and streams: told before anything is loaded or a network asked."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import ds_kd
+from ds_kd.preflight import missing_packages
+from ds_kd.targets import ConfigError, Target
+
+GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+KEY = "model.pretrained_model_name_or_path"
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["quickstart/studnet", "quickstrat/student", "studnt", "models/mine", "outputs/final",
+     "student/", "my models/x", "a//b", "-x/y", "quickstart/" + "a" * 200],
+)  # fmt: skip
+def test_a_mistyped_path_is_told_without_asking_the_hub(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in ("quickstart/student", "student"):
+        (tmp_path / path).mkdir(parents=True)
+    if name == "student/":
+        (tmp_path / "student").rmdir()
+    with pytest.raises(ConfigError, match=f"{KEY}: .*a directory that exists, or a hub id"):
+        ds_kd.load_config(GUIDE, [f"{KEY}={name}"])
+
+
+def test_a_hub_id_whose_owner_is_a_directory_here_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "Qwen" / "Qwen3-1.7B").mkdir(parents=True)
+    notes = ds_kd.load_config(GUIDE, [f"{KEY}=Qwen/Qwen3-0.6B"]).notes
+    assert any("the directory Qwen holds no Qwen3-0.6B; the hub is asked" in note for note in notes)
+    assert not [n for n in ds_kd.load_config(GUIDE, [f"{KEY}=gpt2"]).notes if "the hub" in n]
+
+
+def test_attention_without_its_package_is_told_by_its_own_key(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    told = missing_packages("model", {"attn_implementation": "flash_attention_2"})
+    assert told is not None
+    assert told.startswith("model.attn_implementation: ") and "flash_attn" in told
+    assert missing_packages("model", {"attn_implementation": "sdpa"}) is None
+
+
+def test_a_stream_of_rows_is_refused_by_name():
+    with pytest.raises(ConfigError, match=r"dataset\.streaming: rows are drawn") as caught:
+        ds_kd.load_config(GUIDE, ["dataset.streaming=true"])
+    assert len(caught.value.problems) == 1
+
+
+def stream(tokenizer):
+    import datasets
+
+    return datasets.Dataset.from_dict({"input_ids": [[1]]}).to_iterable_dataset()
+
+
+def test_a_data_set_that_gives_a_stream_is_refused_by_name():
+    from ds_kd.distributed import World
+    from ds_kd.recipe import _samples
+
+    target = Target(f"{__name__}.stream", {}, "dataset")
+    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+    cfg = ds_kd.load_config(GUIDE)
+    with pytest.raises(ConfigError, match=r"dataset: .*stream gives a stream"):
+        _samples(cfg, target, None, alone, (__name__,))
+
+
+def test_a_mapping_is_a_config_as_its_file_is():
+    content = yaml.safe_load(GUIDE.read_text())
+    cfg, same = ds_kd.load_config(content, ["kd_ratio=0.25"]), ds_kd.load_config(GUIDE)
+    assert cfg.kd_ratio == 0.25 and cfg.optimizer == same.optimizer and cfg.dataset == same.dataset
+    with pytest.raises(ConfigError, match="- kd_ratio: got 2"):
+        ds_kd.load_config({**content, "kd_ratio": 2})
+    with pytest.raises(ConfigError):
+        ds_kd.load_config({**content, "recipe": object()})
+    assert content == yaml.safe_load(GUIDE.read_text())  # nothing of it is changed
+
+
+def test_importing_the_package_is_light():
+    command = "import sys, ds_kd; print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
+    told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert told.stdout == "set()\n"

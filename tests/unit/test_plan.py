@@ -1,0 +1,98 @@
+"""`--dry-run`: what of a run fits where, from config.json alone."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from ds_kd import plan
+from tests import tiny
+from tests.scripts import script
+
+GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+LARGE = plan.Shape(10**10, 10**10, 0, 32, 3 * 10**8, 32_000, 4096, 50_000, True, 2)
+AWAY = plan.Work(1024, 1024, offload_optimizer=True, offload_weights=True, offload_teacher=True)
+
+
+def bytes_in(text):
+    units = {"GiB": 2**30, "MiB": 2**20}
+    return [float(n) * units[u] for n, u in re.findall(r"([\d.]+) (GiB|MiB)", text)]
+
+
+def test_the_memory_of_a_node_counts_each_of_its_ranks_once():
+    parts = plan.memory(LARGE, LARGE, AWAY, 16)
+    one = sum(size for name, size in parts.items() if name.startswith("host "))
+    # fp32 weights, two moments and gradients of 4 bytes each, two models of 2, over 16 ranks.
+    assert one == 10**10 * (16 + 2 + 2) // 16
+    assert plan.Machine(ranks_per_node=4).of_node(parts, 16) == 4 * one
+    assert plan.Machine(ranks_per_node=8).of_node(plan.memory(LARGE, LARGE, AWAY, 1), 1) == 16 * one
+
+
+def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
+    small = plan.Machine(room=80 * 10**9, host_room=64 * 10**9, ranks_per_node=8)
+    assert small.lacks(plan.memory(LARGE, LARGE, AWAY, 1), 1) == ["host"]
+    assert plan.smallest_fit(LARGE, LARGE, AWAY, small)[0] == 32  # 200 GB over 4 nodes
+    large = plan.Machine(room=80 * 10**9, host_room=10**12, ranks_per_node=8)
+    assert plan.smallest_fit(LARGE, LARGE, AWAY, large)[0] == 1
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    """The command for two directories that hold nothing but a config.json."""
+    root = tmp_path_factory.mktemp("plan")
+    (root / "rows.jsonl").write_text(tiny.squad_rows(40))
+    models = []
+    for name, layers in (("s", 2), ("t", 3)):
+        path = tiny.llama(root / name, layers)
+        for other in path.iterdir():
+            if other.name != "config.json":
+                other.unlink()
+        models.append(path)
+    return [
+        "--config", str(GUIDE), "--dry-run", "--ranks", "1", "--gpu-memory", "64GB",
+        f"model.pretrained_model_name_or_path={models[0]}", "validation_dataset=null",
+        f"teacher_model.pretrained_model_name_or_path={models[1]}",
+        f"dataset.dataset_name={root / 'rows.jsonl'}",
+    ]  # fmt: skip
+
+
+OFFLOAD = (
+    "deepspeed.student={zero_optimization: {stage: 3, offload_param: {device: cpu}, "
+    "offload_optimizer: {device: cpu}}}"
+)
+
+
+def test_no_part_is_larger_than_its_whole_when_states_are_offloaded(words, capsys):
+    assert script("kd").main([*words, OFFLOAD, "--length", "32"]) == 0
+    out = capsys.readouterr().out
+    lines = re.findall(r"^ +\d+: (.*)$", out, re.MULTILINE)
+    assert len(lines) == len(plan.WORLDS)
+    for line in lines:
+        whole, states, host = bytes_in(line)
+        assert states <= whole and host > 0
+        assert "fits the accelerator (--host-memory checks the host)" in line
+    assert script("kd").main([*words, OFFLOAD, "--length", "32", "--host-memory", "1KB"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("too much for the host") == len(plan.WORLDS) and "nothing fits" in out
+    assert script("kd").main([*words, "--host-memory", "much"]) == 2
+    assert "--host-memory: got 'much'" in capsys.readouterr().err
+
+
+def test_a_config_json_is_enough_and_the_length_can_be_given(words, capsys):
+    kd = script("kd")
+    cuts = ["dataset.seq_length=96", "dataset.truncation=true"]
+    for more, tokens, told in (
+        ([], 1024, "--length sets it"),
+        (cuts, 96, "dataset.seq_length"),
+        (["--length", "300"], 300, "--length"),
+    ):
+        assert kd.main([*words, *more]) == 0
+        out = capsys.readouterr().out
+        assert told in out
+        assert f"about {tokens:,} tokens" in out
+        assert "steps: 4 from 40 samples" in out  # the rows can be counted without a tokenizer
+    run = [word for word in words if word != "--dry-run"]
+    assert kd.main([*run, "--check"]) == 2
+    assert "a tokenizer" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""A ZeRO file's values are judged before DeepSpeed sees them, by the types of its own models."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ds_kd.zero_config import load_zero_config
+from ds_kd.zero_keys import OFFLOAD, OTHERS, ZERO
+
+
+def fields(model):
+    return {part for n, field in model.model_fields.items() for part in (n, field.alias) if part}
+
+
+def test_the_table_holds_the_keys_of_deepspeeds_own_models_and_their_defaults():
+    from deepspeed.comm.config import CommsLoggerConfig
+    from deepspeed.runtime.swap_tensor.aio_config import AIO_DEFAULT_DICT
+    from deepspeed.runtime.zero import config, offload_config
+
+    own = config.DeepSpeedZeroConfig
+    param, optimizer = (
+        offload_config.DeepSpeedZeroOffloadParamConfig,
+        offload_config.DeepSpeedZeroOffloadOptimizerConfig,
+    )
+    assert fields(own) <= set(ZERO)
+    assert fields(param) == set(OFFLOAD["offload_param"])
+    assert fields(optimizer) == set(OFFLOAD["offload_optimizer"])
+    assert fields(CommsLoggerConfig) == set(OTHERS["comms_logger"])
+    assert set(AIO_DEFAULT_DICT) == set(OTHERS["aio"])
+    defaults = own(stage=3).model_dump(mode="json", exclude_none=True)
+    load_zero_config({"zero_optimization": defaults, "aio": AIO_DEFAULT_DICT}, "x")
+    for part, model in (("offload_param", param), ("offload_optimizer", optimizer)):
+        written = {**model().model_dump(mode="json", exclude_none=True), "device": "cpu"}
+        load_zero_config({"zero_optimization": {part: written}}, "x")
+
+
+LONG = "a" * 5000
+WRONG = [
+    f'{{"zero_optimization": {{"{name}": {value}}}}}'
+    for name, value in [
+        ("overlap_comm", '"yes"'), ("overlap_comm", "1"), ("contiguous_gradients", "null"),
+        ("reduce_bucket_size", "1" + "0" * 400), ("reduce_bucket_size", "1e400"),
+        ("reduce_bucket_size", "1.5"), ("sub_group_size", "[1]"), ("sub_group_size", "-1"),
+        ("stage3_max_live_parameters", "true"), ("mics_shard_size", '"a"'), ("zenflow", "3"),
+        ("leaf_module", '"x"'), ("leaf_module", '{"classes": 3}'), ("zenflow", '{"topk_ratio": 2}'),
+         ("stage", "1" + "0" * 400), ("stage", "[3]"),
+        ("x" * 100_000, "1"), ("offload_param", "[" + "1, " * 50_000 + "1]"),
+        ("offload_param", '{"device": "cpu", "pin_memory": 3}'),
+        ("offload_param", '{"device": "cpu", "buffer_count": "many"}'),
+        ("offload_param", '{"device": "cpu", "ratio": 0.5}'),
+        ("offload_param", '{"device": ["cpu"]}'), ("offload_param", '{"device": {"a": 1}}'),
+        ("offload_optimizer", '{"device": "cpu", "ratio": 2}'),
+        ("offload_optimizer", '{"device": "nvme", "nvme_path": 3}'),
+        ("offload_optimizer", f'{{"device": "nvme", "nvme_path": "{LONG}"}}'),
+    ]
+] + [
+    '{"communication_data_type": "int8"}', '{"communication_data_type": 16}',
+    '{"aio": 3}', '{"aio": {"block_size": "1M"}}', '{"aio": {"blocksize": 1}}',
+    '{"comms_logger": {"prof_ops": "all"}}', '{"comms_logger": [1]}',
+    '{"zero_allow_untested_optimizer": "no"}', '{"zero_optimization": ' + "[" * 5000,
+    '{"train_batch_size": 1' + "0" * 400 + "}", '{"' + "y" * 100_000 + '": 1}',
+    '{"zero_optimization": {"reduce_bucket_size": 1' + "0" * 5000 + "}}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
+def test_a_wrong_value_is_one_short_sentence(text, tmp_path):
+    (tmp_path / "z.json").write_text(text)
+    with pytest.raises(ValueError, match=r"deepspeed\.student: ") as caught:
+        load_zero_config(str(tmp_path / "z.json"), "deepspeed.student")
+    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"reduce_bucket_size": 5e8, "overlap_comm": None, "mics_shard_size": -1},
+        {"offload_optimizer": {"device": "cpu", "ratio": 1, "pin_memory": False}},
+        {"stage3_param_persistence_threshold": 0, "sub_group_size": "auto", "offload_param": None},
+    ],
+)
+def test_right_values_are_accepted(zero):
+    load_zero_config(json.loads(json.dumps({"zero_optimization": zero})), "x")
