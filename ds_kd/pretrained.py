@@ -136,10 +136,51 @@ def _check_files(target: Target) -> list[tuple[str, str]]:
     )
     files = WeightFiles(name_of(target), _where(target))
     trusted = {n: v for n, v in target.kwargs.items() if n == "trust_remote_code"}
+    check_rope(config)
     model = empty_model(config, **trusted)
     if not target.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return differing_ties(files, model)
+
+
+def check_rope(config: Any) -> None:
+    """Refuse rotary positions whose frequencies follow the longest position of each batch: the
+    gradient would depend on how a batch is cut, and a resumed run would differ.
+
+    Raises:
+        ValueError: of type `dynamic`; says what to write.
+    """
+    for rope in _ropes(config):
+        if "dynamic" in str(rope.get("rope_type", "")):
+            raise ValueError(
+                "its rotary positions are of type dynamic, so that gradients depend on how a batch "
+                "is cut: write rope_type: default (or linear, yarn) with its rope_theta into "
+                "rope_parameters of its config.json"
+            )
+
+
+def fix_rope(model: Any) -> str:
+    """Give a model of type `longrope` one table for the whole run, the one of its original length,
+    and return the sentence that says so; empty where there is nothing to fix."""
+    fixed = [rope for rope in _ropes(model.config) if rope.get("rope_type") == "longrope"]
+    if not fixed:
+        return ""
+    for module in model.modules():
+        for name in [n for n in vars(module).keys() | module._buffers if n.endswith("inv_freq")]:
+            if name.endswith("original_inv_freq"):
+                long = f"{name.removesuffix('original_inv_freq')}long_inv_freq"
+                setattr(module, long, getattr(module, name))
+    length = fixed[0].get("original_max_position_embeddings")
+    return (
+        f"{model.config.name_or_path}: longrope keeps its table for up to {length} tokens in the "
+        f"whole run, for longer samples too"
+    )
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary positions: one, or one for every kind of layer."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
 
 
 def training_dtype(target: Target) -> torch.dtype:

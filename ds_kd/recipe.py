@@ -21,7 +21,7 @@ from ds_kd.distillation import DistillationLoss
 from ds_kd.distributed import World, on_rank0, rank0_first, seconds_after_sigterm
 from ds_kd.metrics import Metrics
 from ds_kd.optimizer import build_optimizer, build_schedule, placed
-from ds_kd.pretrained import load_model, name_of, tokenizer_of, training_dtype
+from ds_kd.pretrained import fix_rope, load_model, name_of, tokenizer_of, training_dtype
 from ds_kd.schedule import Schedule
 from ds_kd.schema import LOADER_FLAGS, RunConfig
 from ds_kd.state import TrainState, seed_rank
@@ -201,7 +201,9 @@ def _packs(cfg: RunConfig) -> bool:
 
 
 def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> None:
-    """What only the loaded model can tell."""
+    """Check what only the loaded model can tell, and say what it makes the run do."""
+    if (said := fix_rope(engine.module.model)) and world.is_main:
+        print(f"{target.key}: {said}", flush=True)
     checks = [(probes.check_head, "a linear head")]
     if _packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))

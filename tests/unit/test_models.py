@@ -152,3 +152,60 @@ def test_a_model_kept_in_float16_is_loaded_and_saved_in_float32(tmp_path):
     assert training_dtype(target_of(path)) == model.dtype == model.config.dtype == torch.float32
     edit_config(path, dtype="bfloat16")
     assert training_dtype(target_of(path)) == torch.bfloat16
+
+
+# ---- rotary positions and names of files ---------------------------------------------------------
+
+
+def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
+    from ds_kd.pretrained import load_model
+    from ds_kd.targets import ConfigError
+
+    path = tiny.llama(tmp_path / "model")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    edit_config(path, rope_parameters=rope)
+    with pytest.raises(ConfigError, match=r"^(?s:.*)model.pretrained.*type dynamic.*rope_type"):
+        load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+
+
+def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
+    from ds_kd.pretrained import fix_rope, load_model
+
+    path = tiny.llama(tmp_path / "model")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
+    edit_config(path, rope_parameters={**rope, "original_max_position_embeddings": 16})
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    assert "longrope keeps its table for up to 16 tokens" in fix_rope(model)
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        long, short = model(ids).logits[:, :10], model(ids[:, :10]).logits
+    assert torch.allclose(long, short, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GPTNeoX", "Llama"])
+def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_from(
+    kind, tmp_path
+):
+    import transformers as hf
+    from safetensors.torch import load_file
+
+    from ds_kd.weight_names import FileNames
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    experts = {"Mixtral": {"num_local_experts": 4}, "Qwen2Moe": {"num_experts": 4}}.get(kind, {})
+    config = getattr(hf, f"{kind}Config")(vocab_size=96, **sizes, **experts)
+    made = hf.AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    original = load_file(tmp_path / "model.safetensors")
+    if kind == "Mixtral":
+        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in original
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for model in (loaded, made):
+        written = {}
+        names = FileNames(model, lambda name, tensor, to=written: to.update({name: tensor}))
+        for name, parameter in loaded.named_parameters():
+            names.add(name, parameter.detach())
+        names.flush()
+        assert written.keys() == original.keys()
+        assert all(torch.equal(written[name], original[name]) for name in original)

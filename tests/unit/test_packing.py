@@ -170,7 +170,7 @@ class Engine:
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "mixtral"])
 def test_probes_pass_where_packs_are_right(name):
     model = architecture(name)
     attend_by_sample(model)
@@ -198,6 +198,11 @@ def test_a_model_whose_samples_see_each_other_is_refused(dtype):
     attend_by_sample(model)
     with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
         probes.check_packing(Engine(model), CPU, "model")
+
+
+def test_a_mask_made_without_positions_is_refused_in_packs():
+    with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
+        probes.check_packing(Engine(architecture("gpt_oss")), CPU, "model")
 
 
 def test_a_class_that_ignores_positions_is_refused_in_packs():
