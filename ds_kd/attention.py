@@ -7,6 +7,8 @@ an n-th of the work, exact, and on GPUs with the flash kernels that an explicit 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +27,10 @@ class Segments:
 
 #: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+#: The window each call was given, while `recording`.
+_recorded: list[int | None] | None = None
 
 
 @torch.compiler.disable
@@ -51,6 +57,8 @@ def sdpa_by_sample(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    if _recorded is not None:
+        _recorded.append(sliding_window)
     assert attention_mask is None, "attention by sample takes no mask"
     lengths = segments.lengths if segments else [query.shape[2]]
     kwargs["is_causal"] = True
@@ -77,3 +85,29 @@ def attend_by_sample(model: Any, wanted: bool = True) -> None:
     elif wanted and config._attn_implementation == "sdpa" and kinds <= _KNOWN_LAYERS:
         AttentionInterface.register(NAME, sdpa_by_sample)
         model.set_attn_implementation(NAME)
+
+
+def is_by_sample(model: Any) -> bool:
+    return bool(model.config.get_text_config()._attn_implementation == NAME)
+
+
+@contextmanager
+def recording() -> Iterator[list[int | None]]:
+    """Collect the window that every call of `sdpa_by_sample` is given, layer by layer."""
+    global _recorded
+    _recorded = made = []
+    try:
+        yield made
+    finally:
+        _recorded = None
+
+
+def windows_of(model: Any) -> list[int | None]:
+    """Return the sliding window of each layer by the configuration, None where it looks back
+    without end."""
+    config = model.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in kinds]

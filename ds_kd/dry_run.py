@@ -13,7 +13,7 @@ from ds_kd.distillation import chunk_of
 from ds_kd.distributed import World
 from ds_kd.errors import first_line
 from ds_kd.preflight import DATA, columns_wanted
-from ds_kd.pretrained import config_of, dtype_of, name_of, tokenizer_of
+from ds_kd.pretrained import config_of, name_of, tokenizer_of, training_dtype
 from ds_kd.recipe import adapter_of
 from ds_kd.schema import RunConfig
 from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
@@ -185,7 +185,7 @@ def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
     from transformers import AutoModelForCausalLM
 
     config = config_of(target)
-    dtype = dtype_of(target) or getattr(config, "dtype", None) or torch.float32
+    dtype = training_dtype(target)
     with torch.device("meta"):
         trusts = bool(target.kwargs.get("trust_remote_code", False))
         model = as_config_error(

@@ -15,6 +15,8 @@ from ds_kd.errors import first_line
 from ds_kd.manifest import ADAPTER, ENGINE, MANIFEST, MODEL, CheckpointError, error_of, verify
 from ds_kd.models import gathered
 from ds_kd.shards import ShardWriter
+from ds_kd.weight_files import empty_model
+from ds_kd.weight_names import FileNames
 
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
 
@@ -23,30 +25,33 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
     """Write the engine's student as Hugging Face safetensors, parameter by parameter (a
     collective).
 
-    Rank 0 holds one shard above its training memory. Tied weights are written once; transformers
-    ties them on loading. Adapters are merged.
+    Weights get the names of the files the model came from. Rank 0 holds one shard and one layer
+    above its training memory. Tied weights are written once; transformers ties them on loading.
+    Adapters are merged.
 
     Raises:
         OSError, SafetensorError: on every rank, where rank 0 cannot write.
     """
     model = engine.module.model
     writer = ShardWriter(directory) if world.is_main else None
+    names = FileNames(model, writer.add) if writer is not None else None
     kept = model.state_dict().keys()  # leaves out buffers that are rebuilt on loading
     error = None
     for name, parameters, value in lora.plain_weights(model):
         with gathered(parameters):
             # After an error too, every rank gathers to the end.
-            if writer is not None and error is None:
+            if names is not None and error is None:
                 copied = value().to("cpu", copy=True)
-                error = error_of(functools.partial(writer.add, name, copied))
+                error = error_of(functools.partial(names.add, name, copied))
 
     def finish() -> None:
         if error is not None:
             raise error
-        assert writer is not None
+        assert writer is not None and names is not None
         for name, buffer in model.named_buffers():
             if name in kept:  # adapters have none
-                writer.add(name, buffer.detach().to("cpu", copy=True))
+                names.add(name, buffer.detach().to("cpu", copy=True))
+        names.flush()
         writer.close()
 
     on_rank0(finish, world)
@@ -118,13 +123,16 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
         dirs_exist_ok=True,
         ignore=shutil.ignore_patterns("*safetensors*"),
     )
-    dtype = AutoConfig.from_pretrained(out).dtype or torch.float32
+    config = AutoConfig.from_pretrained(out)
+    dtype = config.dtype or torch.float32
     with zero_files.trusted_pickles():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
     writer, seen = ShardWriter(out), set()
+    names = FileNames(empty_model(config), writer.add)
     for name, lazy in weights.items():
         if id(lazy) not in seen:  # a tied weight appears under both names as one object
             seen.add(id(lazy))
             tensor = lazy.contiguous() if not isinstance(lazy, torch.Tensor) else lazy
-            writer.add(name.removeprefix(_PREFIX), tensor.to(dtype))
+            names.add(name.removeprefix(_PREFIX), tensor.to(dtype))
+    names.flush()
     writer.close()

@@ -29,7 +29,8 @@ DTYPES = {
 
 #: Head settings of HF configs that change the logits in a way `Head` computes.
 _SCALE, _INVERSE_SCALE, _SOFTCAP = "logit_scale", "logits_scaling", "final_logit_softcapping"
-_PROBE_TOKENS = 8
+#: The head's input is scaled until a probe's largest logit is this: soft caps are below 100.
+_LARGE_LOGIT = 300.0
 
 
 @contextmanager
@@ -77,6 +78,9 @@ class _Split(nn.Module):
         if self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head to distil")
         _call_head_with_loss(self.model.get_output_embeddings())
+        # Of some classes `base_model` is the model itself (Llama 4's text model).
+        base = self.model.base_model
+        self._body: tuple[Any] = (self.model.get_decoder() if base is self.model else base,)
         self._last_mlp = _RowsOfLastMLP(model)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
@@ -91,10 +95,10 @@ class _Split(nn.Module):
         elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
             segments = {"segments": attention.Segments(batch["segment_lengths"])}
         with self._last_mlp.only(batch["rows"]):
-            out = self.model.base_model(
-                input_ids=ids, position_ids=positions, use_cache=False, **segments
-            )
-        hidden = out.last_hidden_state
+            (body,) = self._body
+            out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
+        # Mamba's residual stream is float32, whatever its head is.
+        hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
         return _select(hidden.flatten(0, 1), batch["rows"])
 
     def head(self) -> Head:
@@ -108,7 +112,18 @@ class _Split(nn.Module):
         expected = expected.index_select(0, batch["rows"])
         output_head = self.model.get_output_embeddings()
         got = output_head(self.hidden(batch), loss=lambda h: self.head().logits(h))
-        return (got - expected).float().abs().max(), expected.float().abs().max()
+        return (got - expected).float().abs().max(), got.float().abs().max()
+
+    def scaled_logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The same with hidden states so long that a cap on logits shows."""
+        _, largest = self.logits_error(batch)
+        factor = max(1.0, _LARGE_LOGIT / max(largest.item(), 1e-6))
+        head = self.model.get_output_embeddings()
+        longer = head.register_forward_pre_hook(lambda _, args: (args[0] * factor, *args[1:]))
+        try:
+            return self.logits_error(batch)
+        finally:
+            longer.remove()
 
 
 class Teacher(_Split):
@@ -232,84 +247,6 @@ def _call_head_with_loss(head: nn.Module) -> None:
         return plain(hidden) if loss is None else loss(hidden)
 
     head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]
-
-
-def check_head(engine: Any, device: torch.device, name: str) -> None:
-    """Refuse a model whose head does more than `Head` computes.
-
-    Runs a few tokens through the model as transformers defines it and through body + `Head`:
-    whatever a new architecture does between hidden states and logits shows as a difference, without
-    a list of architectures.
-
-    Args:
-        engine: of a `Student` or `Teacher` (a collective call).
-        device: where the probe goes.
-        name: of the model, for the message.
-
-    Raises:
-        ValueError: the two differ.
-    """
-    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None]
-    rows = torch.arange(1, _PROBE_TOKENS, 2, device=device)
-    with _evaluating(engine):
-        error, scale = engine({"input_ids": ids, "rows": rows}, probe="logits_error")
-    if not _is_small(error.item(), scale.item()):
-        raise ValueError(
-            f"{name}: {type(engine.module.model).__name__} computes its logits in a way this "
-            f"loss does not know "
-            f"(largest difference {error.item():.3g} on a probe). Use a model with a linear head."
-        )
-
-
-def check_packing(engine: Any, device: torch.device, name: str) -> None:
-    """Refuse a model in which the samples of a pack can see each other.
-
-    A model that does not hand its arguments on to its attention goes back to transformers' block
-    mask first.
-
-    Args:
-        engine, device, name: as for `check_head`.
-
-    Raises:
-        ValueError: a sample's hidden states depend on the one before it.
-    """
-    error, scale = _leak(engine, device)
-    if not _is_small(error, scale):
-        attention.attend_by_sample(engine.module.model, False)
-        error, scale = _leak(engine, device)
-    if not _is_small(error, scale):
-        raise ValueError(
-            f"{name}: in {type(engine.module.model).__name__} the samples of a pack see each other "
-            f"(hidden states differ by {error:.3g}). Remove packed_sequence."
-        )
-
-
-def _leak(engine: Any, device: torch.device) -> tuple[float, float]:
-    """(largest difference that a sample's neighbour makes to it, largest hidden state)."""
-    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=device)[None]
-    cut = _PROBE_TOKENS // 2 + 1
-    lengths = [cut, _PROBE_TOKENS - cut]
-    positions = torch.cat([torch.arange(n, device=device) for n in lengths])[None]
-    rows = torch.arange(_PROBE_TOKENS, device=device)
-    pack = {"input_ids": ids, "rows": rows, "position_ids": positions, "segment_lengths": lengths}
-    alone = {"input_ids": ids[:, cut:], "rows": rows[: lengths[1]]}
-    with _evaluating(engine):
-        packed, expected = engine(pack, probe="hidden")[cut:], engine(alone, probe="hidden")
-    return tuple(t.float().abs().max().item() for t in (packed - expected, expected))
-
-
-def _is_small(error: float, scale: float) -> bool:
-    """bf16 rounding stays far below; a forgotten scale, cap or mask does not."""
-    return error <= 0.05 * scale + 1e-3
-
-
-@contextmanager
-def _evaluating(engine: Any) -> Iterator[None]:
-    training = engine.training
-    engine.eval()
-    with torch.no_grad():
-        yield
-    engine.train(training)
 
 
 def vocabulary(tokenizer: Any) -> dict[str, int]:

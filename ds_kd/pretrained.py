@@ -13,6 +13,7 @@ from ds_kd.distributed import World, rank0_first
 from ds_kd.errors import first_line
 from ds_kd.schema import MODEL
 from ds_kd.targets import Target, as_config_error, instantiate
+from ds_kd.weight_files import WeightFiles, check_shapes, differing_ties, empty_model
 
 _NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
@@ -67,19 +68,23 @@ def load_model(
         ConfigError: it cannot be had, or its files lack weights.
     """
     kwargs = {n: v for n, v in target.kwargs.items() if n not in ("torch_dtype", "dtype")}
-    extra: dict[str, Any] = {"dtype": dtype_of(target) or "auto"}
+    extra: dict[str, Any] = {"dtype": training_dtype(target)}
     if target.target == MODEL:
         extra["output_loading_info"] = True
         if "gguf_file" not in kwargs:
             extra["use_safetensors"] = True
     target = Target(target.target, kwargs, target.key)
+
+    def refusing(load: Callable[[], Any]) -> Any:
+        expected = "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK
+        key = f"{target.key}.pretrained_model_name_or_path"
+        return as_config_error(key, name_of(target), lambda: _undamaged(load), expected)
+
+    ties = refusing(lambda: _check_files(target)) if extra.get("use_safetensors") else []
+    if ties:
+        extra["tie_word_embeddings"] = False
     with models.zero3_init(zero):
-        model = as_config_error(
-            f"{target.key}.pretrained_model_name_or_path",
-            name_of(target),
-            lambda: _whole(target, allow, extra),
-            "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK,
-        )
+        model = refusing(lambda: _whole(instantiate(target, allow, **extra), ties))
         if adapt is not None:
             adapt(model)
     if packs:
@@ -87,14 +92,22 @@ def load_model(
     return model
 
 
-def _whole(target: Target, allow: tuple[str, ...], extra: dict[str, Any]) -> Any:
-    """The model, if its files had all its weights; transformers would make up the rest."""
+def _undamaged(load: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
 
     try:
-        loaded = instantiate(target, allow, **extra)
+        return load()
     except SafetensorError as error:
         raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
+
+
+def _whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
+    """The model, if its files had all its weights; transformers would make up the rest.
+
+    Args:
+        loaded: what `from_pretrained` returned, with or without its report.
+        ties: pairs of parameters that must not be one.
+    """
     if not isinstance(loaded, tuple):
         return loaded
     model, info = loaded
@@ -102,7 +115,82 @@ def _whole(target: Target, allow: tuple[str, ...], extra: dict[str, Any]) -> Any
     if missing:
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if missing[3:] else "")
         raise ValueError(f"its files lack weights, or hold them in other shapes: {names}")
+    for one, other in ties:
+        if model.get_parameter(one) is model.get_parameter(other):
+            raise ValueError(
+                f"its files hold {one} and {other} with different values, and "
+                f"{type(model).__name__} makes them one"
+            )
     return model
+
+
+def _check_files(target: Target) -> list[tuple[str, str]]:
+    """Compare the files with the configuration, the same way on every rank, and return the pairs of
+    weights that only the configuration believes to be one."""
+    from transformers import AutoConfig
+
+    config, _ = AutoConfig.from_pretrained(
+        name_of(target),
+        return_unused_kwargs=True,
+        **{n: v for n, v in target.kwargs.items() if n != "pretrained_model_name_or_path"},
+    )
+    files = WeightFiles(name_of(target), _where(target))
+    trusted = {n: v for n, v in target.kwargs.items() if n == "trust_remote_code"}
+    check_rope(config)
+    model = empty_model(config, **trusted)
+    if not target.kwargs.get("ignore_mismatched_sizes"):
+        check_shapes(files, model)
+    return differing_ties(files, model)
+
+
+def check_rope(config: Any) -> None:
+    """Refuse rotary positions whose frequencies follow the longest position of each batch: the
+    gradient would depend on how a batch is cut, and a resumed run would differ.
+
+    Raises:
+        ValueError: of type `dynamic`; says what to write.
+    """
+    for rope in _ropes(config):
+        if "dynamic" in str(rope.get("rope_type", "")):
+            raise ValueError(
+                "its rotary positions are of type dynamic, so that gradients depend on how a batch "
+                "is cut: write rope_type: default (or linear, yarn) with its rope_theta into "
+                "rope_parameters of its config.json"
+            )
+
+
+def fix_rope(model: Any) -> str:
+    """Give a model of type `longrope` one table for the whole run, the one of its original length,
+    and return the sentence that says so; empty where there is nothing to fix."""
+    fixed = [rope for rope in _ropes(model.config) if rope.get("rope_type") == "longrope"]
+    if not fixed:
+        return ""
+    for module in model.modules():
+        for name in [n for n in vars(module).keys() | module._buffers if n.endswith("inv_freq")]:
+            if name.endswith("original_inv_freq"):
+                long = f"{name.removesuffix('original_inv_freq')}long_inv_freq"
+                setattr(module, long, getattr(module, name))
+    length = fixed[0].get("original_max_position_embeddings")
+    return (
+        f"{model.config.name_or_path}: longrope keeps its table for up to {length} tokens in the "
+        f"whole run, for longer samples too"
+    )
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of rotary positions: one, or one for every kind of layer."""
+    ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
+
+
+def training_dtype(target: Target) -> torch.dtype:
+    """Return the dtype a model is loaded, trained and saved in: the one the YAML names, or that of
+    its config.json; float32 for a model kept in float16, in which nothing is trained here."""
+    if (named := dtype_of(target)) is not None:
+        return named
+    config = config_of(target)
+    kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    return torch.bfloat16 if kept == torch.bfloat16 else torch.float32
 
 
 def dtype_of(target: Target) -> torch.dtype | None:

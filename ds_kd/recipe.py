@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ds_kd import engines, lora, models
+from ds_kd import engines, lora, models, probes
 from ds_kd.checkpoint import Checkpointer
 from ds_kd.config import check_world, fingerprint
 from ds_kd.distillation import DistillationLoss
@@ -24,7 +24,7 @@ from ds_kd.manifest import FINAL, LATEST
 from ds_kd.metrics import Metrics
 from ds_kd.model_files import FILES, identity_of
 from ds_kd.optimizer import build_optimizer, build_schedule, placed
-from ds_kd.pretrained import config_of, dtype_of, load_model, name_of, tokenizer_of
+from ds_kd.pretrained import fix_rope, load_model, name_of, tokenizer_of, training_dtype
 from ds_kd.retention import Retention
 from ds_kd.run_lock import RunLock
 from ds_kd.schedule import Schedule
@@ -104,9 +104,7 @@ def _engine_config(
     cfg: RunConfig, target: Target, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
     steps = cfg.step_scheduler
-    dtype = dtype_of(target)
-    if dtype is None:
-        dtype = getattr(config_of(target), "dtype", None) or torch.float32
+    dtype = training_dtype(target)
     accumulation = steps.global_batch_size // (steps.local_batch_size * world.size)
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
@@ -221,10 +219,12 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
 
 
 def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> None:
-    """What only the loaded model can tell."""
-    checks = [(models.check_head, "a linear head")]
+    """Check what only the loaded model can tell, and say what it makes the run do."""
+    if (said := fix_rope(engine.module.model)) and world.is_main:
+        print(f"{target.key}: {said}", flush=True)
+    checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
-        checks.append((models.check_packing, "a model that keeps packed samples apart"))
+        checks.append((probes.check_packing, "a model that keeps packed samples apart"))
     for check, expected in checks:
         probe = functools.partial(check, engine, world.device, target.key)
         as_config_error(target.key, name_of(target), probe, expected)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+import torch
 
 from ds_kd.models import common_vocab_size
 from tests import tiny
+from tests.ranks import run_ranks
 
 
 @pytest.fixture
@@ -73,3 +77,135 @@ def test_a_damaged_file_of_weights_is_told(tmp_path):
     target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
     with pytest.raises(ConfigError, match="a file of its weights is damaged"):
         load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
+
+
+# ---- files against config.json -------------------------------------------------------------------
+
+
+def target_of(path, **kwargs):
+    from ds_kd.schema import MODEL
+    from ds_kd.targets import Target
+
+    return Target(MODEL, {"pretrained_model_name_or_path": str(path), **kwargs}, "model")
+
+
+def edit_config(path, **values):
+    file = path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def load_under_both_stages(world, directory, untied, misshapen):
+    """[(sum of the head, what the config says), of ZeRO-0 and ZeRO-3], [messages of both]."""
+    from ds_kd import engines, models
+    from ds_kd.pretrained import load_model
+    from ds_kd.targets import ConfigError
+
+    heads, messages = [], []
+    for stage in (0, 3):
+        zero = engines.engine_config({"zero_optimization": {"stage": stage}}, torch.float32, 1)
+        model = load_model(target_of(untied), zero, False, ())
+        with models.gathered([model.lm_head.weight]):
+            heads.append([model.lm_head.weight.sum().item(), model.config.tie_word_embeddings])
+        try:
+            load_model(target_of(misshapen), zero, False, ())
+        except ConfigError as error:
+            messages.append(str(error))
+    return [heads, messages]
+
+
+def test_sharded_loading_keeps_a_head_of_its_own_and_no_rank_hangs_on_a_misshapen_weight(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    untied, misshapen = tiny.llama(tmp_path / "untied", tie=False), tiny.llama(tmp_path / "bad")
+    edit_config(untied, tie_word_embeddings=True)
+    head = load_file(untied / "model.safetensors")["lm_head.weight"].sum().item()
+    weights = load_file(misshapen / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({**weights, name: weights[name][:5]}, misshapen / "model.safetensors")
+    (tmp_path / "ranks").mkdir()
+    results = run_ranks(load_under_both_stages, 2, tmp_path / "ranks", untied, misshapen)
+    for heads, messages in results:
+        assert heads == [[pytest.approx(head), False]] * 2
+        assert len(messages) == 2
+        assert all(f"{name} in the shape [5, 32]" in m and "[64, 32]" in m for m in messages)
+
+
+def test_a_tied_head_that_is_in_the_file_too_stays_tied(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from ds_kd.pretrained import load_model
+
+    path = tiny.llama(tmp_path / "model", tie=True)
+    weights = load_file(path / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_model_kept_in_float16_is_loaded_and_saved_in_float32(tmp_path):
+    from ds_kd.pretrained import load_model, training_dtype
+
+    path = tiny.llama(tmp_path / "model")
+    edit_config(path, dtype="float16")
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    assert training_dtype(target_of(path)) == model.dtype == model.config.dtype == torch.float32
+    edit_config(path, dtype="bfloat16")
+    assert training_dtype(target_of(path)) == torch.bfloat16
+
+
+# ---- rotary positions and names of files ---------------------------------------------------------
+
+
+def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
+    from ds_kd.pretrained import load_model
+    from ds_kd.targets import ConfigError
+
+    path = tiny.llama(tmp_path / "model")
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    edit_config(path, rope_parameters=rope)
+    with pytest.raises(ConfigError, match=r"^(?s:.*)model.pretrained.*type dynamic.*rope_type"):
+        load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+
+
+def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
+    from ds_kd.pretrained import fix_rope, load_model
+
+    path = tiny.llama(tmp_path / "model")
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
+    edit_config(path, rope_parameters={**rope, "original_max_position_embeddings": 16})
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    assert "longrope keeps its table for up to 16 tokens" in fix_rope(model)
+    ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        long, short = model(ids).logits[:, :10], model(ids[:, :10]).logits
+    assert torch.allclose(long, short, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GPTNeoX", "Llama"])
+def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_from(
+    kind, tmp_path
+):
+    import transformers as hf
+    from safetensors.torch import load_file
+
+    from ds_kd.weight_names import FileNames
+
+    sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    experts = {"Mixtral": {"num_local_experts": 4}, "Qwen2Moe": {"num_experts": 4}}.get(kind, {})
+    config = getattr(hf, f"{kind}Config")(vocab_size=96, **sizes, **experts)
+    made = hf.AutoModelForCausalLM.from_config(config)
+    made.save_pretrained(tmp_path)
+    original = load_file(tmp_path / "model.safetensors")
+    if kind == "Mixtral":
+        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in original
+    loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    for model in (loaded, made):
+        written = {}
+        names = FileNames(model, lambda name, tensor, to=written: to.update({name: tensor}))
+        for name, parameter in loaded.named_parameters():
+            names.add(name, parameter.detach())
+        names.flush()
+        assert written.keys() == original.keys()
+        assert all(torch.equal(written[name], original[name]) for name in original)

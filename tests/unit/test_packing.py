@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_kd import attention, models
+from ds_kd import attention, models, probes
 from ds_kd.attention import attend_by_sample
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset, lengths_of, pack
@@ -91,7 +91,7 @@ def test_a_filler_among_packs_counts_for_nothing():
 # ---- packed ≡ unpacked ---------------------------------------------------------------------------
 
 
-def architecture(name):
+def architecture(name, **extra):
     """A tiny random model of a family."""
     import transformers as hf
 
@@ -107,6 +107,7 @@ def architecture(name):
         initializer_range=0.2,
         pad_token_id=2,
     )
+    common |= extra
     config = {
         "llama": lambda: hf.LlamaConfig(**common),
         "qwen3": lambda: hf.Qwen3Config(**common),
@@ -114,6 +115,7 @@ def architecture(name):
         "gemma2": lambda: hf.Gemma2Config(**common, sliding_window=4, query_pre_attn_scalar=8),
         "gemma3": lambda: hf.Gemma3TextConfig(**common, sliding_window=4, query_pre_attn_scalar=8),
         "mixtral": lambda: hf.MixtralConfig(**common, num_local_experts=4),
+        "phimoe": lambda: hf.PhimoeConfig(**common, num_local_experts=4, attention_bias=False),
         "gpt_oss": lambda: hf.GptOssConfig(**common, num_local_experts=4, sliding_window=4),
     }[name]()
     return hf.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -154,29 +156,97 @@ def test_attention_by_sample_is_used_where_it_computes_the_same():
     assert kinds == {"llama": attention.NAME, "mistral": attention.NAME, "gemma2": "eager"}
 
 
-def test_a_model_whose_samples_see_each_other_is_refused():
-    class Leaky:
-        """Of an engine what `check_packing` uses."""
+class Engine:
+    """Of an engine what the probes use, without DeepSpeed: calls go to the module."""
 
-        training = False
+    def __init__(self, model):
+        self.module = student_of(model).eval()
+        self.training, self.eval, self.train = False, self.module.eval, self.module.train
 
-        def __init__(self, leaks):
-            self.module = type("Module", (), {"model": architecture("llama")})
-            self.leaks = leaks
+    def __call__(self, batch, probe):
+        return self.module(batch, probe=probe)
 
-        def eval(self):
-            pass
 
-        def train(self, mode):
-            pass
+CPU = torch.device("cpu")
 
-        def __call__(self, batch, probe):
-            values = batch["input_ids"].flatten()[:, None].float()
-            return values.cumsum(0) if self.leaks else values
 
-    models.check_packing(Leaky(False), torch.device("cpu"), "model")
+@pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "mixtral"])
+def test_probes_pass_where_packs_are_right(name):
+    model = architecture(name)
+    attend_by_sample(model)
+    chosen = attention.is_by_sample(model)
+    probes.check_head(Engine(model), CPU, "model")
+    probes.check_packing(Engine(model), CPU, "model")
+    assert attention.is_by_sample(model) == chosen  # right as it was
+
+
+def test_a_window_that_lives_only_in_the_mask_gets_its_mask_back():
+    for window in (4, 4000):
+        model = architecture("phimoe", sliding_window=window)
+        attend_by_sample(model)
+        assert attention.is_by_sample(model)
+        probes.check_packing(Engine(model), CPU, "model")
+        assert not attention.is_by_sample(model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_whose_samples_see_each_other_is_refused(dtype):
+    model = architecture("llama").to(dtype)
+    body = model.base_model.forward
+    # It forgets where samples begin, as a class that hands no arguments on does.
+    model.base_model.forward = lambda position_ids=None, segments=None, **rest: body(**rest)
+    attend_by_sample(model)
     with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
-        models.check_packing(Leaky(True), torch.device("cpu"), "model")
+        probes.check_packing(Engine(model), CPU, "model")
+
+
+def test_a_mask_made_without_positions_is_refused_in_packs():
+    with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
+        probes.check_packing(Engine(architecture("gpt_oss")), CPU, "model")
+
+
+def test_a_class_that_ignores_positions_is_refused_in_packs():
+    import transformers as hf
+
+    config = hf.OpenAIGPTConfig(
+        vocab_size=96, n_positions=64, n_embd=32, n_layer=2, n_head=4, initializer_range=0.2
+    )
+    model = hf.OpenAIGPTLMHeadModel(config).eval()
+    with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
+        probes.check_packing(Engine(model), CPU, "model")
+
+
+def test_a_soft_cap_of_any_name_is_refused():
+    model = architecture("llama")
+    plain = model.forward
+
+    def capped(**arguments):
+        out = plain(**arguments)
+        out.logits = 30.0 * torch.tanh(out.logits / 30.0)
+        return out
+
+    model.lm_head.weight.data *= 0.01  # of logits this small the cap takes nothing
+    model.forward = capped
+    with pytest.raises(ValueError, match="computes its logits in a way this loss does not know"):
+        probes.check_head(Engine(model), CPU, "model")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_not_causal_is_refused(dtype):
+    import transformers as hf
+
+    torch.manual_seed(0)
+    config = hf.BertGenerationConfig(
+        vocab_size=96,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        initializer_range=0.2,
+    )
+    model = hf.BertGenerationDecoder(config).to(dtype).eval()
+    with pytest.raises(ValueError, match="is not causal"):
+        probes.check_head(Engine(model), CPU, "model")
 
 
 # ---- counted, not timed --------------------------------------------------------------------------
