@@ -58,34 +58,36 @@ def _chunks(items: list, size: int) -> list[list]:
 @contextlib.contextmanager
 def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> Iterator[Step]:
     """The trainer's own step on its own engines, this process's rank of however many there are."""
-    from ds_kd import distributed, engines, models
-    from ds_kd.attention import attend_by_sample
+    from ds_kd.checkpoint.engine_files import state_bytes
+    from ds_kd.config.checks.zero_file import load_zero_config
     from ds_kd.data.collate import default_collater
     from ds_kd.data.packing import PackedDataset
-    from ds_kd.distillation import DistillationLoss
-    from ds_kd.losses import KDLoss, MaskedCrossEntropy
-    from ds_kd.zero_config import load_zero_config
-    from ds_kd.zero_files import state_bytes
+    from ds_kd.losses.chunked import DistillationLoss
+    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+    from ds_kd.models import causal_lm
+    from ds_kd.models.attention import attend_by_sample
+    from ds_kd.parallel import engines
+    from ds_kd.parallel import world as distributed
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
-    with models.zero3_init(config):
+    with engines.zero3_init(config):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
-    teacher = engines.build_teacher(models.Teacher(teacher_model), config)
-    with models.zero3_init(config):
+    teacher = engines.build_teacher(causal_lm.Teacher(teacher_model), config)
+    with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
     loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
     student = engines.build_student(
-        models.Student(student_model, loss_fn, teacher.module),
+        causal_lm.Student(student_model, loss_fn, teacher.module),
         config,
         lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
     )
     student.train()
     if compiled:
-        models.compile_layers(teacher_model)
-        models.compile_layers(student_model)
+        causal_lm.compile_layers(teacher_model)
+        causal_lm.compile_layers(student_model)
 
     def step(samples: list[dict[str, Any]]) -> float:
         if job.packs:

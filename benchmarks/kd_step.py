@@ -280,8 +280,8 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
     import measure
     import torch
 
-    from ds_kd.distillation import DistillationLoss, Head
-    from ds_kd.losses import KDLoss, MaskedCrossEntropy
+    from ds_kd.losses.chunked import DistillationLoss, Head
+    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 
     made = []
     hidden, dtype = 576, getattr(torch, DTYPES[cell.dtype])

@@ -113,7 +113,7 @@ def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dic
     import torch
     from safetensors.torch import load_file
 
-    from ds_kd.manifest import verify
+    from ds_kd.checkpoint.manifest import verify
 
     dice = random.Random(seed)
     steps = 8 * kills + 8

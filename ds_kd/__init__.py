@@ -28,9 +28,9 @@ def load_config(
         allow: prefixes of `_target_` names to permit.
 
     Raises:
-        ds_kd.targets.ConfigError: everything that is wrong with it.
+        ds_kd.config.components.ConfigError: everything that is wrong with it.
     """
-    from ds_kd.config import load
+    from ds_kd.config.load import load
 
     return load(source, overrides, allow)
 
@@ -45,9 +45,11 @@ def build(cfg: Any, allow: tuple[str, ...] = ()) -> Any:
         allow: prefixes of `_target_` names to permit.
 
     Raises:
-        ds_kd.targets.ConfigError: something the config names does not exist or does not fit.
+        ds_kd.config.components.ConfigError: something that the config names does not exist or does
+            not fit.
     """
-    from ds_kd import distributed, recipe
+    from ds_kd.parallel import world as distributed
+    from ds_kd.recipe import build as recipe
 
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     trainer = recipe.build(cfg, world, allow)

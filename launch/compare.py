@@ -27,7 +27,7 @@ def show(label: str, text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     quiet()
-    from ds_kd.comparison import NEW_TOKENS, compare, read_lines, summary
+    from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summary
 
     if args.metrics is not None:
         print("\n".join(summary(read_lines(args.metrics))))

@@ -32,9 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     from safetensors import SafetensorError
 
+    from ds_kd.checkpoint.export import export_checkpoint
+    from ds_kd.checkpoint.manifest import CheckpointError
     from ds_kd.errors import first_line
-    from ds_kd.export import export_checkpoint
-    from ds_kd.manifest import CheckpointError
 
     aside = args.out.with_name(f"{args.out.name}.part")
     try:

@@ -28,18 +28,18 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.config import check_world, load
+from ds_kd.config.checks.files import has_gpu, missing_packages
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import check_world, load
+from ds_kd.config.reference.keys import list_keys
+from ds_kd.config.schema import RunConfig
 from ds_kd.errors import UserError
-from ds_kd.key_table import list_keys
-from ds_kd.preflight import has_gpu, missing_packages
+from ds_kd.parallel.signals import StopRequest
 from ds_kd.quiet import quiet
-from ds_kd.schema import RunConfig
-from ds_kd.signals import StopRequest
-from ds_kd.targets import ConfigError
 
 if TYPE_CHECKING:  # torch takes seconds
-    from ds_kd.distributed import World
-    from ds_kd.run_lock import RunLock
+    from ds_kd.checkpoint.run_lock import RunLock
+    from ds_kd.parallel.world import World
 
 
 def parse(argv: list[str] | None = None, prog: str = "kd.py") -> argparse.Namespace:
@@ -146,8 +146,8 @@ def run(args: argparse.Namespace) -> int:
 
 def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     quiet()
-    from ds_kd import plan
-    from ds_kd.dry_run import bytes_of, describe
+    from ds_kd.plan import memory
+    from ds_kd.plan.dry_run import bytes_of, describe
 
     sizes = [
         None if given is None else bytes_of(given, option)
@@ -159,7 +159,7 @@ def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
     ranks = args.ranks or cfg.distributed.dp_size or 1
     check_world(cfg, ranks)
     together = args.ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
-    machine = plan.Machine(sizes[0], sizes[1], together)
+    machine = memory.Machine(sizes[0], sizes[1], together)
     print(describe(cfg, ranks, machine, args.mfu, args.tflops, args.length))
     return 0
 
@@ -167,7 +167,7 @@ def dry_run(cfg: RunConfig, args: argparse.Namespace) -> int:
 def show_samples(cfg: RunConfig, args: argparse.Namespace) -> int:
     if not args.verbose:
         quiet()
-    from ds_kd import loaders
+    from ds_kd.recipe import data as loaders
 
     shown = loaders.show_samples(
         cfg, args.show_samples, tuple(args.allow_targets), sys.stdout.isatty()
@@ -187,7 +187,8 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
         raise ConfigError(lacking)
     if not args.verbose:
         quiet()
-    from ds_kd import distributed, recipe
+    from ds_kd.parallel import world as distributed
+    from ds_kd.recipe import build as recipe
 
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with distributed.naming_lost_ranks(world), recipe.locked(cfg, world) as lock:
@@ -198,7 +199,7 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> int:
 
 def train_in(cfg: RunConfig, args: argparse.Namespace, world: World, lock: RunLock | None) -> None:
     """Train on the ranks of `world`, the checkpoint directory being this run's alone."""
-    from ds_kd import recipe
+    from ds_kd.recipe import build as recipe
 
     say = print if world.is_main else lambda *_: None
     for note in cfg.notes:
@@ -240,7 +241,7 @@ def _speaks() -> bool:
     """Whether this rank is the one to tell of an error."""
     if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
         return True  # without the seconds that torch takes to import
-    from ds_kd.distributed import is_first_to_fail
+    from ds_kd.parallel.world import is_first_to_fail
 
     return is_first_to_fail()
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.config.components import ConfigError
 from ds_kd.quiet import quiet
-from ds_kd.targets import ConfigError
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,8 +33,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.gpus < 1:
         parser.error(f"--gpus: got {args.gpus}, expected a number ≥ 1")
     quiet()
-    from ds_kd.dry_run import bytes_of
-    from ds_kd.starter import starter
+    from ds_kd.plan.dry_run import bytes_of
+    from ds_kd.plan.starter import starter
 
     try:
         room = bytes_of(args.gpu_memory)

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     quiet()
-    from ds_kd.prune import PruneError, write_pruned
+    from ds_kd.models.prune import PruneError, write_pruned
 
     try:
         described = write_pruned(

@@ -21,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # kd.py puts the root 
 
 from kd import parse
 
-from ds_kd.config import check_world, load
-from ds_kd.preflight import check_directory
-from ds_kd.secrets import is_secret, without_secrets
-from ds_kd.slurm import sbatch_command
-from ds_kd.targets import ConfigError
+from ds_kd.config.checks.files import check_directory
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import check_world, load
+from ds_kd.config.secrets import is_secret, without_secrets
+from ds_kd.plan.slurm import sbatch_command
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_kd.distributed import _free_port
+from ds_kd.parallel.world import _free_port
 
 
 def _rank(
@@ -33,7 +33,7 @@ def _rank(
     try:
         import torch
 
-        from ds_kd import distributed
+        from ds_kd.parallel import world as distributed
 
         torch.set_num_threads(1)
         world = distributed.start("gloo", timeout_minutes)

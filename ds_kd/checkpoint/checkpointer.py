@@ -35,11 +35,9 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_kd import lora, manifest, publication, restore, zero_files
-from ds_kd.distributed import World, on_rank0, sum_over_ranks
-from ds_kd.errors import first_line
-from ds_kd.export import export_adapter, export_student
-from ds_kd.manifest import (
+from ds_kd.checkpoint import engine_files, manifest, publication, restore
+from ds_kd.checkpoint.export import export_adapter, export_student
+from ds_kd.checkpoint.manifest import (
     ADAPTER,
     CONFIG,
     ENGINE,
@@ -49,10 +47,13 @@ from ds_kd.manifest import (
     CheckpointError,
     error_of,
 )
-from ds_kd.model_files import FILES
-from ds_kd.retention import Retention, step_name, steps_in
-from ds_kd.run_lock import DirectoryInUse, RunLock
-from ds_kd.state import TrainState, rng_state
+from ds_kd.checkpoint.retention import Retention, step_name, steps_in
+from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
+from ds_kd.checkpoint.state import TrainState, rng_state
+from ds_kd.errors import first_line
+from ds_kd.models import lora
+from ds_kd.models.model_files import FILES
+from ds_kd.parallel.world import World, on_rank0, sum_over_ranks
 
 PREEMPTED = "PREEMPTED"
 _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
@@ -175,7 +176,7 @@ class Checkpointer:
 
     def _needed(self, engine: Any, consolidate: bool) -> int:
         """Bytes of a checkpoint, all ranks."""
-        total = int(sum_over_ranks([zero_files.written_bytes(engine)], self.world)[0])
+        total = int(sum_over_ranks([engine_files.written_bytes(engine)], self.world)[0])
         if consolidate:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total
@@ -206,7 +207,7 @@ class Checkpointer:
             _check_free(self.directory, needed)
 
         on_rank0(prepare, self.world)
-        self._all_well(zero_files.save_engine(engine, aside, ENGINE))
+        self._all_well(engine_files.save_engine(engine, aside, ENGINE))
         rng = aside / f"rng_rank{self.world.rank}.pt"
         self._all_well(error_of(lambda: torch.save(rng_state(), rng)))
         on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from ds_kd.manifest import CheckpointError
-from ds_kd.optimizer import apply_settings, settings_of, states_of
-from ds_kd.plan import optimizer_numbers
+from ds_kd.checkpoint.manifest import CheckpointError
+from ds_kd.checkpoint.optimizer_settings import apply_settings, settings_of, states_of
+from ds_kd.parallel.engines import optimizer_numbers
 
 
 class _NotesErrors:

@@ -9,14 +9,23 @@ from typing import Any
 
 import torch
 
-from ds_kd import lora, zero_files
-from ds_kd.distributed import World, on_rank0
+from ds_kd.checkpoint import engine_files
+from ds_kd.checkpoint.manifest import (
+    ADAPTER,
+    ENGINE,
+    MANIFEST,
+    MODEL,
+    CheckpointError,
+    error_of,
+    verify,
+)
+from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.errors import first_line
-from ds_kd.manifest import ADAPTER, ENGINE, MANIFEST, MODEL, CheckpointError, error_of, verify
-from ds_kd.models import gathered
-from ds_kd.shards import ShardWriter
-from ds_kd.weight_files import empty_model
-from ds_kd.weight_names import FileNames
+from ds_kd.models import lora
+from ds_kd.models.weight_files import empty_model
+from ds_kd.models.weight_names import FileNames
+from ds_kd.parallel.engines import gathered
+from ds_kd.parallel.world import World, on_rank0
 
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
 
@@ -125,7 +134,7 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
     )
     config = AutoConfig.from_pretrained(out)
     dtype = config.dtype or torch.float32
-    with zero_files.trusted_pickles():
+    with engine_files.trusted_pickles():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
     writer, seen = ShardWriter(out), set()
     names = FileNames(empty_model(config), writer.add)

@@ -19,9 +19,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_kd import manifest
-from ds_kd.manifest import BEST, FINAL, LATEST, MODEL, CheckpointError
-from ds_kd.retention import Retention, best_in, leftovers_in, prune, superfluous
+from ds_kd.checkpoint import manifest
+from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST, MODEL, CheckpointError
+from ds_kd.checkpoint.retention import Retention, best_in, leftovers_in, prune, superfluous
 
 FRESH_FINAL, _OLD_FINAL, _REPLACED = ".final.new", ".final.old", ".replaced."
 

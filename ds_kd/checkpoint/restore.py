@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from ds_kd import zero_files
-from ds_kd.distributed import World, barrier, on_rank0
+from ds_kd.checkpoint import engine_files
+from ds_kd.checkpoint.manifest import ENGINE, LATEST, STATE, CheckpointError, verify
+from ds_kd.checkpoint.retention import bad_in, set_aside, step_of, steps_in
+from ds_kd.checkpoint.state import TrainState, set_rng_state
 from ds_kd.errors import first_line
-from ds_kd.manifest import ENGINE, LATEST, STATE, CheckpointError, verify
-from ds_kd.retention import bad_in, set_aside, step_of, steps_in
-from ds_kd.state import TrainState, set_rng_state
+from ds_kd.parallel.world import World, barrier, on_rank0
 
 
 def find(directory: Path, say: Callable[[str], None]) -> Path | None:
@@ -96,7 +96,7 @@ def load(
     saved = json.loads((found / STATE).read_text())
     try:
         if saved["world_size"] == world.size:
-            loaded = zero_files.load_engine(engine, found, ENGINE)
+            loaded = engine_files.load_engine(engine, found, ENGINE)
         else:
             loaded = _load_cut_anew(engine, found, saved["world_size"], scratch, world, say)
     except RuntimeError as error:
@@ -115,7 +115,7 @@ def load(
 
 def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any) -> bool:
     """Into another number of ranks."""
-    if lost := zero_files.states_not_cut(engine):
+    if lost := engine_files.states_not_cut(engine):
         raise CheckpointError(
             f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
             f"cannot be cut for another number; start {ranks} again"
@@ -129,7 +129,7 @@ def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World
     def cut() -> None:
         shutil.rmtree(out, ignore_errors=True)
         try:
-            zero_files.cut_anew(found, ENGINE, out)
+            engine_files.cut_anew(found, ENGINE, out)
         except KeyError:
             raise CheckpointError(
                 f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
@@ -138,7 +138,7 @@ def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World
 
     try:
         on_rank0(cut, world)
-        return zero_files.load_cut_anew(engine, out, ENGINE)
+        return engine_files.load_cut_anew(engine, out, ENGINE)
     finally:
         barrier(world)
         on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), world)

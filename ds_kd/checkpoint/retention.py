@@ -13,7 +13,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_kd.manifest import LATEST, STATE, fsync
+from ds_kd.checkpoint.manifest import LATEST, STATE, fsync
 
 _OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.cut_anew|\.final\.(new|old)")
 _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.aliases import ALIASES, ALLOWED, UNSUPPORTED
+from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED
+from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
 from ds_kd.errors import UserError, first_line
-from ds_kd.secrets import BLANK, is_under_secret, without_known, without_secrets
 
 
 class ConfigError(UserError):

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.aliases import REFUSED_KEYS, transformers_schedule
-from ds_kd.contradictions import find_contradictions, is_number
-from ds_kd.idle_keys import find_idle_keys
-from ds_kd.nemo import translate
-from ds_kd.origins import decoded
-from ds_kd.preflight import check_directory, note_on_model
-from ds_kd.schema import RunConfig, default_of, keys_of
-from ds_kd.target_check import check_target
-from ds_kd.targets import ConfigError, problem
-from ds_kd.yaml_source import read
+from ds_kd.config.checks.combinations import find_contradictions, is_number
+from ds_kd.config.checks.components import check_target
+from ds_kd.config.checks.files import check_directory, note_on_model
+from ds_kd.config.checks.idle_keys import find_idle_keys
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.names import REFUSED_KEYS, transformers_schedule
+from ds_kd.config.nemo import translate
+from ds_kd.config.origins import decoded
+from ds_kd.config.schema import RunConfig, default_of, keys_of
+from ds_kd.config.yaml_source import read
 
 
 def load(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.aliases import ALIASES, NEMO_COLLATERS, NEMO_KERNELS, NEMO_LOSSES, WITHOUT_EFFECT
+from ds_kd.config.names import ALIASES, NEMO_COLLATERS, NEMO_KERNELS, NEMO_LOSSES, WITHOUT_EFFECT
 
 _COLLATER = "ds_kd.data.collate.default_collater"
 #: Of a data set's section: how rows are padded in advance, shuffled in advance, or read.
@@ -93,7 +93,7 @@ def _loss(section: Any) -> str:
     name = section.get("_target_") if isinstance(section, dict) else None
     if name not in NEMO_LOSSES:
         return ""
-    section["_target_"] = "ds_kd.losses.MaskedCrossEntropy"
+    section["_target_"] = "ds_kd.losses.divergences.MaskedCrossEntropy"
     for argument in NEMO_LOSSES[name]:
         section.pop(argument, None)
     if not section.get("logit_softcapping", True):

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_kd.targets import Target
-from ds_kd.yaml_source import Source
+from ds_kd.config.components import Target
+from ds_kd.config.yaml_source import Source
 
 
 def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
@@ -272,8 +272,8 @@ class RunConfig:
         None,
         "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
         "target",
-        target="ds_kd.losses.KDLoss",
-        calls=("ds_kd.losses.KDLoss",),
+        target="ds_kd.losses.divergences.KDLoss",
+        calls=("ds_kd.losses.divergences.KDLoss",),
         default={},
     )
     peft: Peft | None = key(
@@ -284,8 +284,8 @@ class RunConfig:
         None,
         "cross-entropy: ignore_index, fp32_upcast",
         "target",
-        target="ds_kd.losses.MaskedCrossEntropy",
-        calls=("ds_kd.losses.MaskedCrossEntropy",),
+        target="ds_kd.losses.divergences.MaskedCrossEntropy",
+        calls=("ds_kd.losses.divergences.MaskedCrossEntropy",),
         default={},
     )
     optimizer: Target = key(

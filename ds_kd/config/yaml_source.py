@@ -13,16 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
-from ds_kd.interpolation import (
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.interpolation import (
     MOST,
     TOO_MANY,
     check_interpolations,
     references,
 )
-from ds_kd.origins import blanked, marked, remember_secrets, variables_in
-from ds_kd.secrets import BLANK, is_secret, without_secrets
-from ds_kd.targets import ConfigError, problem
+from ds_kd.config.origins import blanked, marked, remember_secrets, variables_in
+from ds_kd.config.secrets import BLANK, is_secret, without_secrets
+from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
 _STRING = "tag:yaml.org,2002:str"

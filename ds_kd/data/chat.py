@@ -1,4 +1,4 @@
-"""Text → token ids and the mask of supervised tokens, and the one label shift of the project.
+"""Text → token ids and the mask of supervised tokens.
 
 In plain form the answer's tokens are supervised, and EOS after them; in chat form everything an
 assistant turn adds to the rendered conversation (header and closing tokens included), or what the
@@ -11,26 +11,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ds_kd.data.labels import shift
 from ds_kd.data.messages import conversation_of
 from ds_kd.data.source import load_rows, tokenize
-from ds_kd.losses import IGNORE_INDEX
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-
-def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
-    """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
-
-    Masked by position, never by token id, so that EOS stays trainable where it is also the padding
-    token.
-
-    Args:
-        ids: tokens of one sample.
-        mask: which of them are supervised.
-        seq_length: cut to so many positions; None keeps all.
-    """
-    labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
-    return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
 
 
 def tokenize_prompt_answer(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ds_kd.losses import IGNORE_INDEX
+from ds_kd.data.labels import IGNORE_INDEX
 
 
 def default_collater(

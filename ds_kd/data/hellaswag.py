@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.data.chat import shift, tokenize_prompt_answer
+from ds_kd.data.chat import tokenize_prompt_answer
+from ds_kd.data.labels import shift
 from ds_kd.data.source import HELLASWAG, hellaswag_texts, load_rows, tokenize
 
 _CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it

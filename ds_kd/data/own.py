@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from ds_kd.losses import IGNORE_INDEX
+from ds_kd.data.labels import IGNORE_INDEX
 
 SHIFTED, UNSHIFTED = "shifted", "unshifted"
 _FIRST_SAMPLES = 16  # enough to tell which way labels look

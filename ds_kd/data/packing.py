@@ -1,8 +1,8 @@
 """Whole samples packed into sequences of one length, so that nothing is computed for padding.
 
-Positions start again at 0 with every sample and no attention crosses: `ds_kd.attention` with SDPA,
-variable-length kernels with flash attention, transformers' block mask with anything else. Labels
-were shifted inside each sample, so that none looks across a border either.
+Positions start again at 0 with every sample and no attention crosses: `ds_kd.models.attention` with
+SDPA, variable-length kernels with flash attention, transformers' block mask with anything else.
+Labels were shifted inside each sample, so that none looks across a border either.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.data.chat import cut_length, shift, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.chat import cut_length, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.labels import IGNORE_INDEX, shift
 from ds_kd.data.source import SQUAD, load_rows, squad_texts, tokenize
-from ds_kd.losses import IGNORE_INDEX
 
 
 def make_squad_dataset(

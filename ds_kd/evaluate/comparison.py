@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.data.detect import samples_of
+from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
-from ds_kd.losses import IGNORE_INDEX
 
 NEW_TOKENS = 40
 _PROMPT_SHOWN = 400  # characters of a long prompt's end

@@ -1,12 +1,12 @@
 """One chunk of tokens: both losses, what is measured beside them, and the gradient with respect to
-the student's logits. `ds_kd.distillation` has the formula and goes through the chunks."""
+the student's logits. `ds_kd.losses.chunked` has the formula and goes through the chunks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ds_kd.losses import is_high, near_kl
+from ds_kd.losses.divergences import is_high, near_kl
 
 _BLOCK = 64  # logits in which a CPU looks for the largest at one time
 

@@ -29,8 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ds_kd.chunk import Buffers, compare_chunk, cross_entropy
-from ds_kd.losses import IGNORE_INDEX, KDLoss, MaskedCrossEntropy
+from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.losses.chunk import Buffers, compare_chunk, cross_entropy
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 
 # Tokens in a chunk where `chunk_size` does not say. Fewer make the matrix products narrow and add
 # to the head's gradient more often; more only take room (docs/performance.md). A GPU needs more to

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import first_line
-from ds_kd.losses import IGNORE_INDEX
 
 _TOKENS, _VOCAB = 6, 11
 _CLOSE = 1e-3  # relative: fp32 sums of a few tokens are a thousand times nearer

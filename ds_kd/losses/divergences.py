@@ -15,7 +15,7 @@
   the student, so that ZeRO-3's backward collectives run on every rank.
 
 Labels arrive already shifted: `labels[i]` is the token that position `i` must predict.
-These two take whole logits and are the definition; `ds_kd.distillation` computes the same from
+These two take whole logits and are the definition; `ds_kd.losses.chunked` computes the same from
 hidden states, a chunk at a time.
 """
 
@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from ds_kd.data.labels import IGNORE_INDEX
 
 # Above this temperature the KL is about 1/T² small, and the difference of two log-sum-exps about
 # ten: what fp32 keeps of the difference is no longer enough.

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_kd import attention
-from ds_kd.distillation import DistillationLoss, Head
+from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.models import attention
+from ds_kd.parallel.engines import gathered
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -31,37 +32,6 @@ DTYPES = {
 _SCALE, _INVERSE_SCALE, _SOFTCAP = "logit_scale", "logits_scaling", "final_logit_softcapping"
 #: The head's input is scaled until a probe's largest logit is this: soft caps are below 100.
 _LARGE_LOGIT = 300.0
-
-
-@contextmanager
-def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
-    """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
-
-    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last
-    one created wins; two models with two configurations must therefore each be loaded inside a
-    block of their own.
-    """
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    if zero_config["zero_optimization"]["stage"] != 3:
-        yield
-        return
-    keep_alive = HfDeepSpeedConfig(zero_config)
-    try:
-        yield
-    finally:
-        del keep_alive
-        unset_hf_deepspeed_config()
-
-
-@contextmanager
-def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and
-    leaves)."""
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
-        yield
 
 
 class _Split(nn.Module):

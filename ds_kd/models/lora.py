@@ -88,7 +88,7 @@ def add_adapter(
 ) -> None:
     """Freeze `model` and put a trainable adapter beside each of its maps `names`.
 
-    To be called where the model was loaded, inside `models.zero3_init`: DoRA reads the weights'
+    To be called where the model was loaded, inside `engines.zero3_init`: DoRA reads the weights'
     norms. The adapter starts as zero, the same on every rank.
 
     Args:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_kd import attention
 from ds_kd.errors import first_line
+from ds_kd.models import attention
 
 _TOKENS = 16
 #: A window up to this long is probed across its edge; of longer ones it is only seen whether every

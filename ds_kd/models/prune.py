@@ -17,8 +17,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
-from ds_kd.losses import IGNORE_INDEX
 
 #: Rows that `block_influence` looks at; more of them change its order of layers little.
 CALIBRATION_SAMPLES = 32

@@ -11,7 +11,8 @@ explicitly: DeepSpeed's own default clips gradients at 1.0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ ELEMENTWISE = {
     "FusedAdam",
     "DeepSpeedCPUAdam",
 }
+
+
+#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed. Some of its arguments
+#: each ask for one more.
+_OPTIMIZER_NUMBERS = {"SGD": 0, "RMSprop": 1}
+_ONE_MORE = {"SGD": ("momentum",), "RMSprop": ("momentum", "centered")}
 
 
 def engine_config(
@@ -56,6 +63,37 @@ def engine_config(
     }
 
 
+@contextmanager
+def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
+    """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
+
+    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last
+    one created wins; two models with two configurations must therefore each be loaded inside a
+    block of their own.
+    """
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    if zero_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    keep_alive = HfDeepSpeedConfig(zero_config)
+    try:
+        yield
+    finally:
+        del keep_alive
+        unset_hf_deepspeed_config()
+
+
+@contextmanager
+def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and
+    leaves)."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+        yield
+
+
 def build_student(
     module: nn.Module,
     config: dict[str, Any],
@@ -65,7 +103,7 @@ def build_student(
     """The training engine around `module`.
 
     Args:
-        module: the student, loaded under `models.zero3_init(config)`.
+        module: the student, loaded under `engines.zero3_init(config)`.
         config: from `engine_config`.
         optimizer: called with the trainable parameters.
         lr_scheduler: called with the optimizer; stepped by the engine once per optimizer step.
@@ -109,3 +147,9 @@ def _gather_by_layer(module: nn.Module) -> None:
     kinds = {type(part) for part in module.modules() if type(part).__name__ in names}
     if kinds:
         set_z3_leaf_modules(module, list(kinds))
+
+
+def optimizer_numbers(name: str, arguments: dict[str, Any]) -> int:
+    """fp32 numbers that an optimizer of this class keeps for every weight."""
+    more = _ONE_MORE.get(name, ("amsgrad",))
+    return _OPTIMIZER_NUMBERS.get(name, 2) + sum(bool(arguments.get(part)) for part in more)

@@ -21,7 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from ds_kd.private_files import private_directory, read_own, write_new
+from ds_kd.parallel.private_files import private_directory, read_own, write_new
 
 T = TypeVar("T")
 

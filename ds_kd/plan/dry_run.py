@@ -7,17 +7,18 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ds_kd import plan
+from ds_kd.config.checks.files import DATA, columns_wanted
+from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.components import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.config.schema import RunConfig
 from ds_kd.data.source import load_rows
-from ds_kd.distillation import chunk_of
-from ds_kd.distributed import World
 from ds_kd.errors import first_line
-from ds_kd.preflight import DATA, columns_wanted
-from ds_kd.pretrained import config_of, name_of, tokenizer_of, training_dtype
-from ds_kd.recipe import adapter_of
-from ds_kd.schema import RunConfig
-from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
-from ds_kd.zero_config import load_zero_config
+from ds_kd.losses.chunked import chunk_of
+from ds_kd.parallel.engines import optimizer_numbers
+from ds_kd.parallel.world import World
+from ds_kd.plan import memory
+from ds_kd.recipe.build import adapter_of
+from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
 
 _GB = {
     "TB": 1e12,
@@ -51,7 +52,7 @@ def bytes_of(text: str, option: str = "--gpu-memory") -> int:
 def describe(
     cfg: RunConfig,
     world: int,
-    machine: plan.Machine,
+    machine: memory.Machine,
     mfu: float,
     tflops: float,
     length: int | None = None,
@@ -84,15 +85,15 @@ def describe(
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
     lines += _steps(cfg, rows)
-    parts = plan.memory(student, teacher, work, world)
+    parts = memory.memory(student, teacher, work, world)
     lines.append("  memory of a rank, estimated:")
     lines += [f"    {name:<38}{_gib(size):>11}" for name, size in parts.items() if size]
-    lines.append(f"    {'on the accelerator, together':<38}{_gib(plan.on_device(parts)):>11}")
-    host = plan.on_host(parts)
+    lines.append(f"    {'on the accelerator, together':<38}{_gib(memory.on_device(parts)):>11}")
+    host = memory.on_host(parts)
     if host:
         lines.append(f"    {'in the host memory, together':<38}{_gib(host):>11}")
     lines += _worlds(student, teacher, work, machine)
-    flops = plan.operations(student, teacher, work)
+    flops = memory.operations(student, teacher, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
@@ -101,14 +102,14 @@ def describe(
 
 
 def _worlds(
-    student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, machine: plan.Machine
+    student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> list[str]:
     """The memory on 1 to 128 ranks, and the smallest number that fits."""
     lines = ["  on other numbers of ranks (the same micro-batch):"]
-    for ranks in plan.WORLDS:
-        parts = plan.memory(student, teacher, work, ranks)
+    for ranks in memory.WORLDS:
+        parts = memory.memory(student, teacher, work, ranks)
         here = {name: size for name, size in parts.items() if not name.startswith("host ")}
-        states = sum(size for name, size in here.items() if plan.is_state(name))
+        states = sum(size for name, size in here.items() if memory.is_state(name))
         line = f"    {ranks:>4}: {_gib(sum(here.values()))} of which states {_gib(states)}"
         if of_node := machine.of_node(parts, ranks):
             line += f"; host memory of a node {_gib(of_node)}"
@@ -118,7 +119,7 @@ def _worlds(
     return lines
 
 
-def _verdict(machine: plan.Machine, lacking: list[str], uses_host: bool) -> str:
+def _verdict(machine: memory.Machine, lacking: list[str], uses_host: bool) -> str:
     """The end of a line of the table: whether so many ranks have room."""
     if lacking:
         return ", too much" + (" for the host" if lacking == ["host"] else "")
@@ -149,13 +150,13 @@ def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
 
 
 def _advice(
-    student: plan.Shape, teacher: plan.Shape | None, work: plan.Work, machine: plan.Machine
+    student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> str:
     assert machine.room is not None
     room = _gib(machine.room)
     if machine.host_room is not None:
         room += f" and a host of {_gib(machine.host_room)}"
-    found = plan.smallest_fit(student, teacher, work, machine)
+    found = memory.smallest_fit(student, teacher, work, machine)
     if found is None:
         return (
             f"nothing fits into {room}: write distributed.activation_checkpointing: true, or "
@@ -172,14 +173,14 @@ def _advice(
         if getattr(offer, name) and not getattr(work, name)
     ]
     moves = [*dict.fromkeys(moves)]
-    needs = machine.of_node(plan.memory(student, teacher, offer, ranks), ranks)
+    needs = machine.of_node(memory.memory(student, teacher, offer, ranks), ranks)
     host = f", {_gib(needs)} of host memory in a node" if needs else ""
     return f"smallest that fits into {room}: {ranks} rank(s)" + (
         f" with {' and '.join(moves)}{host}" if moves else f" as written{host}"
     )
 
 
-def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
+def model_shape(target: Target, cfg: RunConfig | None = None) -> memory.Shape:
     """Of a model by its config.json; with the adapters that `cfg` asks for."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -196,7 +197,7 @@ def model_shape(target: Target, cfg: RunConfig | None = None) -> plan.Shape:
         )
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)
-    return plan.shape_of(model, dtype.itemsize)
+    return memory.shape_of(model, dtype.itemsize)
 
 
 def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
@@ -258,7 +259,7 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     return total, labels / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 
 
-def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.Work:
+def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
     import torch
 
     steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs
@@ -279,7 +280,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
         "chunk": kwargs.get("chunk_size") or chunk_of("cuda" if cuda else "cpu"),
         "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
-        "optimizer_numbers": plan.optimizer_numbers(
+        "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.target.rpartition(".")[2], cfg.optimizer.kwargs
         ),
         "checkpointing": cfg.distributed.activation_checkpointing,
@@ -291,7 +292,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> plan.
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):
         if key in zero["student"]:
             values[name] = int(float(zero["student"][key]))
-    return plan.Work(**values)
+    return memory.Work(**values)
 
 
 def _gib(size: int) -> str:

@@ -12,10 +12,6 @@ from typing import Any
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
-#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed. Some of its arguments
-#: each ask for one more.
-_OPTIMIZER_NUMBERS = {"SGD": 0, "RMSprop": 1}
-_ONE_MORE = {"SGD": ("momentum",), "RMSprop": ("momentum", "centered")}
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -79,12 +75,6 @@ class Work:
     teacher_is_whole: bool = False
     bucket: int = _BUCKET
     reuse: int = _REUSE
-
-
-def optimizer_numbers(name: str, arguments: dict[str, Any]) -> int:
-    """fp32 numbers that an optimizer of this class keeps for every weight."""
-    more = _ONE_MORE.get(name, ("amsgrad",))
-    return _OPTIMIZER_NUMBERS.get(name, 2) + sum(bool(arguments.get(part)) for part in more)
 
 
 def shape_of(model: Any, width: int) -> Shape:

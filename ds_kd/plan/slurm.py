@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_kd.schema import Slurm
+from ds_kd.config.schema import Slurm
 
 _OPTIONS = (
     "job_name",

@@ -8,12 +8,12 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from ds_kd import plan
-from ds_kd.config import load
+from ds_kd.config.checks.files import DATA, columns_of
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.load import load
 from ds_kd.data.source import CHAT, HELLASWAG, SQUAD
-from ds_kd.dry_run import data_of, model_shape, work_of
-from ds_kd.preflight import DATA, columns_of
-from ds_kd.targets import ConfigError, problem
+from ds_kd.plan import memory
+from ds_kd.plan.dry_run import data_of, model_shape, work_of
 
 _BATCHES = (16, 8, 4, 2, 1)
 _GLOBAL = 32
@@ -98,14 +98,14 @@ def starter(student: str, teacher: str, data: str, gpus: int, room: int) -> str:
     for work in moves:
         for local in _BATCHES:
             wanted = replace(work, tokens=tokens * local)
-            if plan.on_device(plan.memory(*shapes, wanted, gpus)) <= 0.9 * room:
+            if memory.on_device(memory.memory(*shapes, wanted, gpus)) <= 0.9 * room:
                 width = local * gpus
                 values |= {"local": local, "batch": -(-_GLOBAL // width) * width}
                 values["checkpointing"] = str(work.checkpointing).lower()
                 values["offload_teacher"] = str(work.offload_teacher).lower()
                 values["zero"] = _OFFLOAD if work.offload_optimizer else "null"
                 return _TEMPLATE.format(**values)
-    least = plan.on_device(plan.memory(*shapes, moves[-1], gpus)) / 2**30
+    least = memory.on_device(memory.memory(*shapes, moves[-1], gpus)) / 2**30
     raise ConfigError(
         [f"--gpus {gpus}: {least:.1f} GiB are needed on each and there are {room / 2**30:.1f}; "
          f"give more of them, or smaller models"]

@@ -12,27 +12,28 @@ from typing import Any
 
 import torch
 
-from ds_kd import engines, lora, models, probes
-from ds_kd.checkpoint import Checkpointer
-from ds_kd.config import check_world, fingerprint
-from ds_kd.distillation import DistillationLoss
-from ds_kd.distributed import World, on_rank0, seconds_after_sigterm
-from ds_kd.loaders import build_loader, packs
-from ds_kd.loss_contract import check_cross_entropy, check_divergence
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
-from ds_kd.manifest import FINAL, LATEST
-from ds_kd.metrics import Metrics
-from ds_kd.model_files import FILES, identity_of
-from ds_kd.optimizer import build_optimizer, build_schedule, placed
-from ds_kd.pretrained import fix_rope, load_model, name_of, tokenizer_of, training_dtype
-from ds_kd.retention import Retention
-from ds_kd.run_lock import RunLock
-from ds_kd.schedule import Schedule
-from ds_kd.schema import RunConfig
-from ds_kd.state import TrainState, seed_rank
-from ds_kd.targets import ConfigError, Target, as_config_error, instantiate, problem
-from ds_kd.trainer import Trainer
-from ds_kd.zero_config import load_zero_config, offloaded, offloads_optimizer
+from ds_kd.checkpoint.checkpointer import Checkpointer
+from ds_kd.checkpoint.manifest import FINAL, LATEST
+from ds_kd.checkpoint.retention import Retention
+from ds_kd.checkpoint.run_lock import RunLock
+from ds_kd.checkpoint.state import TrainState, seed_rank
+from ds_kd.config.checks.zero_file import load_zero_config, offloaded, offloads_optimizer
+from ds_kd.config.components import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.config.load import check_world, fingerprint
+from ds_kd.config.schema import RunConfig
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.models import causal_lm, lora, probes
+from ds_kd.models.model_files import FILES, identity_of
+from ds_kd.parallel import engines
+from ds_kd.parallel.world import World, on_rank0, seconds_after_sigterm
+from ds_kd.recipe.data import build_loader, packs
+from ds_kd.recipe.models import fix_rope, load_model, name_of, tokenizer_of, training_dtype
+from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed
+from ds_kd.train.metrics import Metrics
+from ds_kd.train.schedule import Schedule
+from ds_kd.train.trainer import Trainer
 
 _HASHED_SAMPLES = 64
 _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs")
@@ -114,7 +115,7 @@ def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...
     if cfg.offload_teacher_model:
         zero = offloaded(zero)
     config = _engine_config(cfg, target, zero, world, None)
-    module = models.Teacher(load_model(target, config, packs(cfg), allow))
+    module = causal_lm.Teacher(load_model(target, config, packs(cfg), allow))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, target, engine, world)
     _compile(cfg, module.model)
@@ -147,14 +148,14 @@ def _student(
         vocab_size = as_config_error(
             "teacher_model",
             name_of(cfg.teacher_model),
-            lambda: models.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
+            lambda: causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
             "a teacher with the student's tokenizer"
             + (", or step_scheduler.validate_teacher: false" if cfg.kd_ratio == 0 else ""),
         )
     ce = _loss(cfg.loss_fn, check_cross_entropy, world, allow)
     kd = _loss(cfg.kd_loss_fn, check_divergence, world, allow)
     loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
-    module = models.Student(model, loss, teacher.module if teacher is not None else None)
+    module = causal_lm.Student(model, loss, teacher.module if teacher is not None else None)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = placed(optimizer, offloads_optimizer(zero))
@@ -233,7 +234,7 @@ def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> N
 def _compile(cfg: RunConfig, model: Any) -> None:
     wanted = cfg.compile
     if wanted.enabled:
-        models.compile_layers(
+        causal_lm.compile_layers(
             model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
         )
 

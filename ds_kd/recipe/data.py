@@ -7,16 +7,16 @@ from typing import Any
 
 import torch
 
+from ds_kd.config.components import Target, as_config_error, instantiate
+from ds_kd.config.schema import LOADER_FLAGS, RunConfig
+from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
-from ds_kd.data.show import render
-from ds_kd.data.supervision import tell_unsupervised
-from ds_kd.distributed import World, rank0_first
-from ds_kd.pretrained import tokenizer_of
-from ds_kd.schema import LOADER_FLAGS, RunConfig
-from ds_kd.signals import ignore_requests
-from ds_kd.targets import Target, as_config_error, instantiate
+from ds_kd.evaluate.show import render
+from ds_kd.parallel.signals import ignore_requests
+from ds_kd.parallel.world import World, rank0_first
+from ds_kd.recipe.models import tokenizer_of
 
 
 def packs(cfg: RunConfig) -> bool:

@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from ds_kd import models
-from ds_kd.attention import attend_by_sample
-from ds_kd.distributed import World, rank0_first
+from ds_kd.config.components import Target, as_config_error, instantiate
+from ds_kd.config.schema import MODEL
 from ds_kd.errors import first_line
-from ds_kd.schema import MODEL
-from ds_kd.targets import Target, as_config_error, instantiate
-from ds_kd.weight_files import WeightFiles, check_shapes, differing_ties, empty_model
+from ds_kd.models import causal_lm
+from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.weight_files import WeightFiles, check_shapes, differing_ties, empty_model
+from ds_kd.parallel import engines
+from ds_kd.parallel.world import World, rank0_first
 
 _NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
@@ -83,7 +84,7 @@ def load_model(
     ties = refusing(lambda: _check_files(target)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
-    with models.zero3_init(zero):
+    with engines.zero3_init(zero):
         model = refusing(lambda: _whole(instantiate(target, allow, **extra), ties))
         if adapt is not None:
             adapt(model)
@@ -196,7 +197,7 @@ def training_dtype(target: Target) -> torch.dtype:
 def dtype_of(target: Target) -> torch.dtype | None:
     """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
     name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
-    return models.DTYPES.get(name.removeprefix("torch."))
+    return causal_lm.DTYPES.get(name.removeprefix("torch."))
 
 
 def config_of(target: Target) -> Any:

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from ds_kd.checkpoint import Checkpointer
-from ds_kd.distributed import World, lost_ranks, sum_over_ranks
+from ds_kd.checkpoint.checkpointer import Checkpointer
+from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import UserError
-from ds_kd.metrics import Metrics, memory_gib
-from ds_kd.schedule import Schedule
-from ds_kd.state import TrainState
+from ds_kd.parallel.world import World, lost_ranks, sum_over_ranks
+from ds_kd.train.metrics import Metrics, memory_gib
+from ds_kd.train.schedule import Schedule
 
 Batch = dict[str, Any]
 

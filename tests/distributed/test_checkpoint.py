@@ -21,7 +21,7 @@ def adam(parameters):
 
 
 def trainer(world, paths, directory, steps, every=2):
-    from ds_kd.checkpoint import Checkpointer
+    from ds_kd.checkpoint.checkpointer import Checkpointer
 
     rows = tiny.samples(11, seed=5)  # 3 steps an epoch, the last one partial
     made = build(
@@ -60,10 +60,10 @@ def same(a, b):
 def save_resume_export_damage(world, root, paths):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from ds_kd.checkpoint import CheckpointError
-    from ds_kd.distributed import barrier, on_rank0
-    from ds_kd.export import export_checkpoint
-    from ds_kd.shards import ShardWriter
+    from ds_kd.checkpoint.checkpointer import CheckpointError
+    from ds_kd.checkpoint.export import export_checkpoint
+    from ds_kd.checkpoint.shards import ShardWriter
+    from ds_kd.parallel.world import barrier, on_rank0
 
     out = {}
     straight, _ = train(world, paths, root / "straight", 7)
@@ -129,8 +129,8 @@ def save_resume_export_damage(world, root, paths):
 
 def failing_saves(world, paths, directory):
     """What becomes of saves without room, and of one that only rank 1 cannot write."""
-    from ds_kd import checkpoint
-    from ds_kd.retention import Retention
+    from ds_kd.checkpoint import checkpointer as checkpoint
+    from ds_kd.checkpoint.retention import Retention
 
     made, _ = train(world, paths, directory, 2)
     keeper, out = made.checkpointer, {}

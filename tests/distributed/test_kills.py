@@ -25,8 +25,8 @@ WRITING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink
 
 
 def trainer(world, paths, directory, consolidates, steps=STEPS):
-    from ds_kd.checkpoint import Checkpointer
-    from ds_kd.retention import Retention
+    from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.checkpoint.retention import Retention
 
     made = build(
         world, paths, tiny.samples(11, seed=5), 1, 2, 0.5, adam,
@@ -79,8 +79,8 @@ class Snapshots:
 def killed_at_every_point(world, root, paths, consolidates):
     from safetensors.torch import load_file
 
-    from ds_kd.distributed import barrier
-    from ds_kd.manifest import verify
+    from ds_kd.checkpoint.manifest import verify
+    from ds_kd.parallel.world import barrier
 
     directory, copies = root / "run", root / f"rank{world.rank}"
     directory.mkdir(exist_ok=True)

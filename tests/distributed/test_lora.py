@@ -21,7 +21,7 @@ CHOICES = {
 
 def adapter(base, use_dora=False, **chosen):
     """What puts an adapter with something in it into a model."""
-    from ds_kd import lora
+    from ds_kd.models import lora
 
     def adapt(model):
         chosen.setdefault("target_modules", [])
@@ -56,7 +56,7 @@ def one_step(world, paths, use_dora, chosen, checkpointing):
 
 
 def trained(world, paths, directory, steps, dtype, use_dora=False):
-    from ds_kd.checkpoint import Checkpointer
+    from ds_kd.checkpoint.checkpointer import Checkpointer
 
     made = build(
         world, paths, tiny.samples(11, seed=5), 1, 2, 0.5, adam, dtype=dtype, num_epochs=9,
@@ -77,8 +77,8 @@ def kept(world, paths, root, dtype, use_dora):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from ds_kd.distributed import barrier, on_rank0
-    from ds_kd.export import export_checkpoint
+    from ds_kd.checkpoint.export import export_checkpoint
+    from ds_kd.parallel.world import barrier, on_rank0
 
     straight = trained(world, paths, root / "straight", 5, dtype, use_dora)
     trained(world, paths, root / "cut", 2, dtype, use_dora)
@@ -185,7 +185,7 @@ def model(tmp_path_factory):
 
 
 def test_patterns_that_match_nothing_are_named(model):
-    from ds_kd.lora import linear_maps
+    from ds_kd.models.lora import linear_maps
 
     with pytest.raises(ValueError, match=r"called q_prj.*did you mean q_proj"):
         linear_maps(model, ["q_prj"], [])
@@ -194,7 +194,7 @@ def test_patterns_that_match_nothing_are_named(model):
 
 
 def test_maps_are_chosen_as_nemo_chooses_them_but_never_the_head(model):
-    from ds_kd.lora import linear_maps
+    from ds_kd.models.lora import linear_maps
 
     every = linear_maps(model, [], [], True)
     assert len(every) == 14 and not any("lm_head" in name for name in every)

@@ -35,8 +35,8 @@ def measured(world, paths, dtype, checkpointing):
     """(planned states, states, planned peak, peak), bytes."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from ds_kd import plan
-    from ds_kd.zero_files import state_bytes
+    from ds_kd.checkpoint.engine_files import state_bytes
+    from ds_kd.plan import memory
 
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")
@@ -54,14 +54,14 @@ def measured(world, paths, dtype, checkpointing):
     for name in ("student", "teacher"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(paths[name]))
-        shapes.append(plan.shape_of(model, dtype.itemsize))
-    work = plan.Work(
+        shapes.append(memory.shape_of(model, dtype.itemsize))
+    work = memory.Work(
         SAMPLES * LENGTH, LENGTH, chunk=LENGTH, temperature_is_one=False,
         checkpointing=checkpointing,
     )  # fmt: skip
-    parts = plan.memory(*shapes, work, world.size)
-    planned = sum(size for name, size in parts.items() if plan.is_state(name))
-    return planned, states, plan.on_device(parts), peak
+    parts = memory.memory(*shapes, work, world.size)
+    planned = sum(size for name, size in parts.items() if memory.is_state(name))
+    return planned, states, memory.on_device(parts), peak
 
 
 def work(world, root, paths, small):
@@ -107,7 +107,7 @@ def test_the_peak_is_planned_within_30_percent(results):
     ],
 )
 def test_the_plan_counts_what_torchs_optimizers_keep(name, arguments, numbers):
-    from ds_kd.plan import optimizer_numbers
+    from ds_kd.parallel.engines import optimizer_numbers
 
     parameter = torch.nn.Parameter(torch.zeros(7))
     parameter.grad = torch.ones(7)

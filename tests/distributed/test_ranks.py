@@ -8,7 +8,7 @@ from tests.ranks import run_ranks
 
 
 def long_work(world, directory):
-    from ds_kd.distributed import on_rank0, rank0_first
+    from ds_kd.parallel.world import on_rank0, rank0_first
 
     kept = rank0_first(lambda: time.sleep(5 if world.is_main else 0) or world.rank, world)
     return [kept, on_rank0(lambda: world.rank, world)]

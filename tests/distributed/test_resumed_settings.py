@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ds_kd.optimizer import build_schedule
-from ds_kd.schema import LRScheduler
-from ds_kd.signals import StopRequest
+from ds_kd.config.schema import LRScheduler
+from ds_kd.parallel.signals import StopRequest
+from ds_kd.recipe.optimizer import build_schedule
 from tests import tiny
 from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
@@ -25,7 +25,7 @@ NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 
 def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
     """A trainer that keeps what it has every third step."""
-    from ds_kd.checkpoint import Checkpointer
+    from ds_kd.checkpoint.checkpointer import Checkpointer
 
     directory.mkdir(exist_ok=True)
     made = build(
@@ -55,7 +55,7 @@ def train(made):
 
 
 def refusal(made):
-    from ds_kd.checkpoint import CheckpointError
+    from ds_kd.checkpoint.checkpointer import CheckpointError
 
     try:
         made.checkpointer.resume(made.student, made.state)

@@ -15,7 +15,7 @@ BATCH, PER_PART = 12, 2
 
 def part(world, directory, paths, checkpoints, steps):
     """Resume if there is something, train to `steps`; the losses of its steps, the weights."""
-    from ds_kd.checkpoint import Checkpointer
+    from ds_kd.checkpoint.checkpointer import Checkpointer
 
     rows = tiny.samples(30, seed=5)  # the third step of an epoch is half empty
     made = build(

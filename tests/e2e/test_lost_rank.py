@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from ds_kd.distributed import _free_port
+from ds_kd.parallel.world import _free_port
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment
 

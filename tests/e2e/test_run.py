@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.distributed import _free_port
-from ds_kd.run_lock import RunLock
+from ds_kd.checkpoint.run_lock import RunLock
+from ds_kd.parallel.world import _free_port
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_kd.distributed import _free_port
+from ds_kd.parallel.world import _free_port
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment, kd_command
 
@@ -195,7 +195,7 @@ def test_ctrl_c_ends_the_step_saves_and_ends_without_a_traceback(common, launche
 
 STOP = """
 import os, signal, time
-from ds_kd.signals import StopRequest
+from ds_kd.parallel.signals import StopRequest
 stop = StopRequest()
 stop.listen()
 looked_at = stop()

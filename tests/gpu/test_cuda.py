@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_kd.distillation import DistillationLoss, Head
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 from tests import tiny
 from tests.e2e.test_run import kd
 from tests.unit.test_distillation import case, evaluate, losses

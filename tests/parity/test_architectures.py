@@ -6,12 +6,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_kd import models, probes
-from ds_kd.attention import attend_by_sample
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
-from ds_kd.distillation import DistillationLoss
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.models import causal_lm, probes
+from ds_kd.models.attention import attend_by_sample
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -116,7 +116,7 @@ def compare(kind, model):
     """Raise an AssertionError where a way of running a batch differs from plain transformers, a
     ValueError where the probes refuse the model before it could."""
     rows = tiny.samples(5, seed=3)
-    module = models.Student(
+    module = causal_lm.Student(
         model, DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=5), 0.0)
     )
     module.eval()

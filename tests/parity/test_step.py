@@ -45,17 +45,18 @@ def build(
     from torchdata.stateful_dataloader import StatefulDataLoader
     from transformers import AutoModelForCausalLM
 
-    from ds_kd import engines, models
-    from ds_kd.attention import attend_by_sample
+    from ds_kd.checkpoint.state import TrainState
+    from ds_kd.config.checks.zero_file import load_zero_config
     from ds_kd.data.collate import default_collater
     from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
-    from ds_kd.distillation import DistillationLoss
-    from ds_kd.losses import KDLoss, MaskedCrossEntropy
-    from ds_kd.metrics import Metrics
-    from ds_kd.schedule import Schedule
-    from ds_kd.state import TrainState
-    from ds_kd.trainer import Trainer
-    from ds_kd.zero_config import load_zero_config
+    from ds_kd.losses.chunked import DistillationLoss
+    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+    from ds_kd.models import causal_lm
+    from ds_kd.models.attention import attend_by_sample
+    from ds_kd.parallel import engines
+    from ds_kd.train.metrics import Metrics
+    from ds_kd.train.schedule import Schedule
+    from ds_kd.train.trainer import Trainer
 
     config = engines.engine_config(
         load_zero_config(None, "deepspeed.student"),
@@ -66,7 +67,7 @@ def build(
     )
 
     def load(path, adapt=None):
-        with models.zero3_init(config):
+        with engines.zero3_init(config):
             model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
             if adapt is not None:
                 adapt(model)
@@ -79,17 +80,17 @@ def build(
     teacher = None
     if alpha > 0:
         teacher = engines.build_teacher(
-            models.Teacher(load(paths["teacher"])), copy.deepcopy(config)
+            causal_lm.Teacher(load(paths["teacher"])), copy.deepcopy(config)
         )
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
     )
     student = load(paths["student"], adapt)
-    module = models.Student(student, loss, teacher.module if teacher else None)
+    module = causal_lm.Student(student, loss, teacher.module if teacher else None)
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in filter(None, (teacher, student)):
-            models.compile_layers(engine.module.model)
+            causal_lm.compile_layers(engine.module.model)
     student.train()
     sampler = GlobalBatchSampler(
         len(rows), accumulation * local * world.size, local, world.rank, world.size
@@ -164,7 +165,7 @@ def compare_with_plain_pytorch(world, directory, paths):
 
 def refused_steps(world, paths):
     """The messages of a step without any label and of a step whose loss is not finite."""
-    from ds_kd.trainer import TrainingError
+    from ds_kd.train.trainer import TrainingError
 
     def message(rows, optimizer):
         trainer = build(world, paths, rows, 1, 2, 0.5, optimizer, num_epochs=3)

@@ -7,9 +7,9 @@ import errno
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
-from ds_kd.checkpoint import Checkpointer
-from ds_kd.distributed import World
-from ds_kd.zero_files import _pickle_stage_by_value, trusted_pickles
+from ds_kd.checkpoint.checkpointer import Checkpointer
+from ds_kd.checkpoint.engine_files import _pickle_stage_by_value, trusted_pickles
+from ds_kd.parallel.world import World
 
 
 def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkeypatch):
@@ -37,7 +37,7 @@ def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
 
 
 def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, capsys):
-    from ds_kd import export
+    from ds_kd.checkpoint import export
     from tests.scripts import script
 
     def runs_out(_, out):

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.config import load
-from ds_kd.recipe import closing_message
+from ds_kd.config.load import load
+from ds_kd.recipe.build import closing_message
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 

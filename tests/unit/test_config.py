@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.config import check_world, fingerprint, load
-from ds_kd.key_table import list_keys
-from ds_kd.targets import ConfigError, Target, bind, resolve
+from ds_kd.config.components import ConfigError, Target, bind, resolve
+from ds_kd.config.load import check_world, fingerprint, load
+from ds_kd.config.reference.keys import list_keys
 from tests import tiny
 from tests.scripts import script
 
@@ -128,10 +128,10 @@ def test_a_missing_file_is_named(tmp_path):
         "transformers.utils.os.system",
         "ds_kd.losses.torch.os.system",
         "ds_kd.losses.F",
-        "ds_kd.losses.SUMS",
-        "ds_kd.targets.importlib.import_module",
-        "ds_kd.targets.resolve",
-        "ds_kd.recipe.build",
+        "ds_kd.losses.divergences.math",
+        "ds_kd.config.components.importlib.import_module",
+        "ds_kd.config.components.resolve",
+        "ds_kd.recipe.build.build",
         "file.py:attr",
         "ds_kd.losses.KDLoss.__init__",
     ],
@@ -574,7 +574,7 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
     import jsonschema
     import yaml
 
-    from ds_kd.json_schema import json_schema
+    from ds_kd.config.reference.json_schema import json_schema
 
     schema, run = json_schema(), yaml.safe_load(path.read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -742,7 +742,7 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
     import jsonschema
     import yaml
 
-    from ds_kd.json_schema import json_schema
+    from ds_kd.config.reference.json_schema import json_schema
 
     run = yaml.safe_load(GUIDE.read_text())
     for right in (

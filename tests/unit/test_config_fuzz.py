@@ -17,10 +17,10 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ds_kd.config import load
-from ds_kd.distillation import DistillationLoss
-from ds_kd.optimizer import build_schedule
-from ds_kd.targets import ConfigError, bind, instantiate
+from ds_kd.config.components import ConfigError, bind, instantiate
+from ds_kd.config.load import load
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.recipe.optimizer import build_schedule
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]

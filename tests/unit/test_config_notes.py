@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.config import load
+from ds_kd.config.load import load
 from tests.scripts import script
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 import ds_kd
-from ds_kd.preflight import missing_packages
-from ds_kd.targets import ConfigError, Target
+from ds_kd.config.checks.files import missing_packages
+from ds_kd.config.components import ConfigError, Target
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 KEY = "model.pretrained_model_name_or_path"
@@ -62,8 +62,8 @@ def stream(tokenizer):
 
 
 def test_a_data_set_that_gives_a_stream_is_refused_by_name():
-    from ds_kd.distributed import World
-    from ds_kd.recipe import _samples
+    from ds_kd.parallel.world import World
+    from ds_kd.recipe.build import _samples
 
     target = Target(f"{__name__}.stream", {}, "dataset")
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
-from ds_kd.config import fingerprint, load
-from ds_kd.schema import RunConfig, keys_of
-from ds_kd.secrets import is_secret, without_secrets
-from ds_kd.targets import ConfigError, problem
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.load import fingerprint, load
+from ds_kd.config.schema import RunConfig, keys_of
+from ds_kd.config.secrets import is_secret, without_secrets
 from tests.scripts import script
 
 GOOD = """model: {pretrained_model_name_or_path: a/b}

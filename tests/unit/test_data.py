@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.data.chat import ChatDataset, shift, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.chat import ChatDataset, tokenize_chat, tokenize_prompt_answer, use_template
 from ds_kd.data.collate import default_collater
 from ds_kd.data.hellaswag import HellaSwag
+from ds_kd.data.labels import shift
 from ds_kd.data.sampler import FILLER, GlobalBatchSampler, WithFiller
 from ds_kd.data.source import load_rows
 from ds_kd.data.squad import make_squad_dataset

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_kd import distillation
-from ds_kd.distillation import DistillationLoss, Head
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from ds_kd.losses import chunked as kernels
+from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 
 
 def case(seed, tokens, vocab, dtype=torch.float32, extra=(0, 0), masked=0.3):
@@ -208,8 +208,8 @@ def test_a_part_that_is_not_optimised_cannot_spoil_the_one_that_is():
 
 def test_no_gradient_is_taken_where_none_is_wanted(monkeypatch):
     taken = []
-    real = distillation._Gradients.add
-    monkeypatch.setattr(distillation._Gradients, "add", lambda *a: taken.append(1) or real(*a))
+    real = kernels._Gradients.add
+    monkeypatch.setattr(kernels._Gradients, "add", lambda *a: taken.append(1) or real(*a))
     hidden, weight, _, labels, teacher, teacher_weight = case(4, 9, 20)
     (chunked, _) = losses(0.5, 1.0, 4)
     weight.requires_grad_()

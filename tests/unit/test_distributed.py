@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from ds_kd import distributed
-from ds_kd.distributed import _fill_environment, _first_slurm_host
+from ds_kd.parallel import world as distributed
+from ds_kd.parallel.world import _fill_environment, _first_slurm_host
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 

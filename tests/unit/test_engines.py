@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.engines import build_student, engine_config
-from ds_kd.optimizer import build_optimizer, placed
-from ds_kd.targets import ConfigError, Target
-from ds_kd.zero_config import load_zero_config
-from ds_kd.zero_files import settle
+from ds_kd.checkpoint.engine_files import settle
+from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.components import ConfigError, Target
+from ds_kd.parallel.engines import build_student, engine_config
+from ds_kd.recipe.optimizer import build_optimizer, placed
 
 ZERO = sorted((Path(__file__).parents[2] / "ds_configs" / "zero").glob("*.json"))
 

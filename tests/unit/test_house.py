@@ -1,69 +1,118 @@
-"""The rules that keep DESIGN's picture true."""
+"""The rules that keep the map in docs/code.md true. Each failure names the offending line."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "ds_kd"
-DEEPSPEED = {
-    "engines.py",
-    "models.py",
-    "checkpoint.py",
-    "distributed.py",
-    "zero_files.py",
-    "export.py",
-}
+#: Rooms from the top of the house to its ground; an import may only lead down.
+LEVELS = (
+    ("plan",),
+    ("recipe",),
+    ("train",),
+    ("teachers", "checkpoint", "evaluate"),
+    ("models",),
+    ("config", "losses"),
+    ("data",),
+    ("parallel", "errors", "quiet"),
+)
+LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+READS_CONFIG = {"config", "recipe", "plan"}
+HAS_ENGINES = {"parallel", "checkpoint"}
 
 
-def imports(path: Path) -> set[str]:
-    found = set()
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, dotted name) of everything that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {name.name for name in node.names}
+            yield from ((node.lineno, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
-            found.add(node.module or "")
-    return found
+            yield node.lineno, node.module or ""
+            yield from ((node.lineno, f"{node.module}.{name.name}") for name in node.names)
 
 
-def test_only_the_engines_rooms_import_deepspeed():
-    guilty = {
-        path.name
-        for path in PACKAGE.rglob("*.py")
-        if any(name.split(".")[0] == "deepspeed" for name in imports(path))
+def files() -> Iterator[tuple[str, Path]]:
+    """Yield (room, file) of the whole package."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room != "__init__":
+            yield room, path
+
+
+def room_of(name: str) -> str | None:
+    parts = name.split(".")
+    return parts[1] if parts[0] == "ds_kd" and len(parts) > 1 and parts[1] in LEVEL else None
+
+
+def test_every_room_has_its_level():
+    assert {room for room, _ in files()} <= set(LEVEL)
+
+
+def test_imports_between_rooms_lead_down():
+    upwards = [
+        f"{path.relative_to(PACKAGE)}:{line} imports {name}"
+        for room, path in files()
+        for line, name in imports(path)
+        if (other := room_of(name)) and other != room and LEVEL[other] <= LEVEL[room]
+    ]
+    assert not upwards
+
+
+def test_no_two_files_import_each_other_in_a_circle():
+    modules = {
+        ".".join(("ds_kd", *p.relative_to(PACKAGE).with_suffix("").parts)): p for _, p in files()
     }
-    assert guilty <= DEEPSPEED
-
-
-def test_only_the_recipe_reads_the_config():
-    rooms = {"ds_kd.config", "ds_kd.schema", "ds_kd.targets"}
-    readers = {path.name for path in PACKAGE.rglob("*.py") if rooms & imports(path)}
-    describe = {
-        "config.py",
-        "schema.py",
-        "slurm.py",
-        "yaml_source.py",
-        "preflight.py",
-        "json_schema.py",
-        "key_table.py",
-        "contradictions.py",
-        "idle_keys.py",
-        "interpolation.py",
-        "target_arguments.py",
-        "pretrained.py",
-        "target_check.py",
-        "optimizer.py",
+    arrows = {
+        name: {found for _, found in imports(path) if found in modules and found != name}
+        for name, path in modules.items()
     }
-    assert readers == {
-        *describe,
-        "__init__.py",
-        "recipe.py",
-        "loaders.py",
-        "dry_run.py",
-        "starter.py",
-    }
+    # What imports nothing that is left can be taken away; a circle is what then remains.
+    while leaves := {name for name, found in arrows.items() if not found & set(arrows)}:
+        arrows = {name: found for name, found in arrows.items() if name not in leaves}
+    assert not arrows
 
 
-def test_losses_schedule_and_state_stand_alone():
-    for name in ("losses.py", "schedule.py", "state.py"):
-        assert not any(found.startswith("ds_kd") for found in imports(PACKAGE / name)), name
+def test_only_config_recipe_and_plan_read_the_config():
+    readers = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for room, path in files()
+        for line, name in imports(path)
+        if room_of(name) == "config" and room not in READS_CONFIG
+    ]
+    assert not readers
+
+
+def test_deepspeed_stays_in_the_rooms_of_engines():
+    guilty = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for room, path in files()
+        for line, name in imports(path)
+        if name.split(".")[0] == "deepspeed" and room not in HAS_ENGINES
+    ]
+    assert not guilty
+
+
+def test_config_and_errors_import_no_torch():
+    guilty = [
+        f"{path.relative_to(PACKAGE)}:{line}"
+        for room, path in files()
+        for line, name in imports(path)
+        if room in ("config", "errors")
+        and name.split(".")[0] in ("torch", "transformers", "deepspeed", "datasets")
+    ]
+    assert not guilty
+
+
+def test_rooms_files_and_functions_stay_small():
+    rooms: dict[Path, int] = {}
+    for _, path in files():
+        rooms[path.parent] = rooms.get(path.parent, 0) + (path.name != "__init__.py")
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                code = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (node.end_lineno or 0) - code[0].lineno + 1 if code else 0
+                assert lines <= 50, f"{path}:{node.lineno} {node.name} has {lines} lines"
+    assert max(rooms.values()) <= 11

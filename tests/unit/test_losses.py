@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ds_kd.distillation import DistillationLoss, Head
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 
 
 def test_kd_of_identical_logits_is_exactly_zero_with_a_zero_gradient():

@@ -10,7 +10,7 @@ import types
 
 import pytest
 
-from ds_kd.metrics import Metrics
+from ds_kd.train.metrics import Metrics
 
 
 def test_wandb_that_is_not_installed_is_told(monkeypatch):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from safetensors.torch import save_file
 
-from ds_kd.checkpoint import differences
-from ds_kd.model_files import identity_of
+from ds_kd.checkpoint.checkpointer import differences
+from ds_kd.models.model_files import identity_of
 
 
 def write(directory, **tensors):

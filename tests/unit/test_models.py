@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from ds_kd.models import common_vocab_size
+from ds_kd.models.causal_lm import common_vocab_size
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -54,9 +54,9 @@ def test_a_head_smaller_than_the_tokenizer_is_refused(make):
 def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from ds_kd.pretrained import load_model
-    from ds_kd.schema import MODEL
-    from ds_kd.targets import ConfigError, Target
+    from ds_kd.config.components import ConfigError, Target
+    from ds_kd.config.schema import MODEL
+    from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model", tie=False)
     weights = load_file(path / "model.safetensors")
@@ -68,9 +68,9 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
 
 
 def test_a_damaged_file_of_weights_is_told(tmp_path):
-    from ds_kd.pretrained import load_model
-    from ds_kd.schema import MODEL
-    from ds_kd.targets import ConfigError, Target
+    from ds_kd.config.components import ConfigError, Target
+    from ds_kd.config.schema import MODEL
+    from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model")
     (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
@@ -83,8 +83,8 @@ def test_a_damaged_file_of_weights_is_told(tmp_path):
 
 
 def target_of(path, **kwargs):
-    from ds_kd.schema import MODEL
-    from ds_kd.targets import Target
+    from ds_kd.config.components import Target
+    from ds_kd.config.schema import MODEL
 
     return Target(MODEL, {"pretrained_model_name_or_path": str(path), **kwargs}, "model")
 
@@ -96,15 +96,15 @@ def edit_config(path, **values):
 
 def load_under_both_stages(world, directory, untied, misshapen):
     """[(sum of the head, what the config says), of ZeRO-0 and ZeRO-3], [messages of both]."""
-    from ds_kd import engines, models
-    from ds_kd.pretrained import load_model
-    from ds_kd.targets import ConfigError
+    from ds_kd.config.components import ConfigError
+    from ds_kd.parallel import engines
+    from ds_kd.recipe.models import load_model
 
     heads, messages = [], []
     for stage in (0, 3):
         zero = engines.engine_config({"zero_optimization": {"stage": stage}}, torch.float32, 1)
         model = load_model(target_of(untied), zero, False, ())
-        with models.gathered([model.lm_head.weight]):
+        with engines.gathered([model.lm_head.weight]):
             heads.append([model.lm_head.weight.sum().item(), model.config.tie_word_embeddings])
         try:
             load_model(target_of(misshapen), zero, False, ())
@@ -133,7 +133,7 @@ def test_sharded_loading_keeps_a_head_of_its_own_and_no_rank_hangs_on_a_misshape
 def test_a_tied_head_that_is_in_the_file_too_stays_tied(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from ds_kd.pretrained import load_model
+    from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model", tie=True)
     weights = load_file(path / "model.safetensors")
@@ -144,7 +144,7 @@ def test_a_tied_head_that_is_in_the_file_too_stays_tied(tmp_path):
 
 
 def test_a_model_kept_in_float16_is_loaded_and_saved_in_float32(tmp_path):
-    from ds_kd.pretrained import load_model, training_dtype
+    from ds_kd.recipe.models import load_model, training_dtype
 
     path = tiny.llama(tmp_path / "model")
     edit_config(path, dtype="float16")
@@ -158,8 +158,8 @@ def test_a_model_kept_in_float16_is_loaded_and_saved_in_float32(tmp_path):
 
 
 def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
-    from ds_kd.pretrained import load_model
-    from ds_kd.targets import ConfigError
+    from ds_kd.config.components import ConfigError
+    from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
@@ -169,7 +169,7 @@ def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
 
 
 def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
-    from ds_kd.pretrained import fix_rope, load_model
+    from ds_kd.recipe.models import fix_rope, load_model
 
     path = tiny.llama(tmp_path / "model")
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
@@ -190,7 +190,7 @@ def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_
     import transformers as hf
     from safetensors.torch import load_file
 
-    from ds_kd.weight_names import FileNames
+    from ds_kd.models.weight_names import FileNames
 
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     experts = {"Mixtral": {"num_local_experts": 4}, "Qwen2Moe": {"num_experts": 4}}.get(kind, {})

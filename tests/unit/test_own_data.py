@@ -8,15 +8,15 @@ import sys
 import pytest
 import torch
 
-from ds_kd.config import load
+from ds_kd.config.components import ConfigError, Target
+from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
+from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import DataError, OwnSamples
 from ds_kd.data.packing import PackedDataset
 from ds_kd.data.source import load_rows, tokenize
-from ds_kd.data.supervision import tell_unsupervised
-from ds_kd.distributed import World
-from ds_kd.loaders import samples_of
-from ds_kd.targets import ConfigError, Target
+from ds_kd.parallel.world import World
+from ds_kd.recipe.data import samples_of
 from tests import tiny
 
 HF = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}  # Hugging Face's convention

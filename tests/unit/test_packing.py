@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ds_kd import attention, models, probes
-from ds_kd.attention import attend_by_sample
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset, lengths_of, pack
 from ds_kd.data.sampler import FILLER, WithFiller
-from ds_kd.distillation import DistillationLoss
-from ds_kd.losses import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.models import attention, causal_lm, probes
+from ds_kd.models.attention import attend_by_sample
 from tests import tiny
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad_train.jsonl"
@@ -123,7 +123,7 @@ def architecture(name, **extra):
 
 def student_of(model, chunk=5):
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk), 0.0)
-    return models.Student(model, loss)
+    return causal_lm.Student(model, loss)
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma2", "gemma3", "mixtral"])

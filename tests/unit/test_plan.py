@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd import plan
+from ds_kd.plan import memory as plan
 from tests import tiny
 from tests.scripts import script
 

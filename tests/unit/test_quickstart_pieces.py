@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd import comparison
-from ds_kd import prune as pruning
 from ds_kd.data.detect import samples_of
+from ds_kd.evaluate import comparison
+from ds_kd.models import prune as pruning
 from tests import tiny
 from tests.scripts import LAUNCH, script
 

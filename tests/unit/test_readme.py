@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ds_kd.key_table import key_table
+from ds_kd.config.reference.keys import key_table
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_readmes_table_is_the_schemas():
     assert key_table() in (ROOT / "README.md").read_text(), (
-        "run python -m ds_kd.key_table and paste its output"
+        "run python -m ds_kd.config.reference.keys and paste its output"
     )
 
 

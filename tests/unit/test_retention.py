@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd import manifest, publication, restore
-from ds_kd.manifest import CheckpointError
-from ds_kd.retention import Retention, steps_in
+from ds_kd.checkpoint import manifest, publication, restore
+from ds_kd.checkpoint.manifest import CheckpointError
+from ds_kd.checkpoint.retention import Retention, steps_in
 
 
 def make(path: Path, loss: float | None = None, student: bool = True) -> Path:

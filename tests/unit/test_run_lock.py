@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.run_lock import NAME, DirectoryInUse, RunLock
+from ds_kd.checkpoint.run_lock import NAME, DirectoryInUse, RunLock
 
 ROOT = Path(__file__).parents[2]
 HOLD = (
-    "import sys, time; from pathlib import Path; from ds_kd.run_lock import RunLock\n"
+    "import sys, time; from pathlib import Path; from ds_kd.checkpoint.run_lock import RunLock\n"
     "RunLock(Path(sys.argv[1])).take(); print('taken', flush=True); time.sleep(60)\n"
 )
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.config import load
-from ds_kd.data.chat import shift
-from ds_kd.data.show import render
-from ds_kd.targets import ConfigError
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
+from ds_kd.data.labels import shift
+from ds_kd.evaluate.show import render
 from tests import tiny
 from tests.scripts import script
 from tests.unit.test_data import swag_row, turns, write

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
-from ds_kd.data.chat import shift, tokenize_prompt_answer
+from ds_kd.data.chat import tokenize_prompt_answer
 from ds_kd.data.hellaswag import HellaSwag
+from ds_kd.data.labels import shift
 from ds_kd.data.squad import make_squad_dataset
 
 ANSWERS = ["Paris", "the river", "1969", "a café", "42%", "東京"]

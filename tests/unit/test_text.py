@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from ds_kd.config import load
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
 from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset, make_text_dataset
-from ds_kd.targets import ConfigError
 from tests.unit.test_data import TEMPLATE, make_tokenizer, write
 from tests.unit.test_supervised import byte_level_bpe
 

@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from ds_kd.config import load
-from ds_kd.targets import ConfigError, problem
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.load import load
 from tests.scripts import script
 
 GOOD = """model: {pretrained_model_name_or_path: a/b}

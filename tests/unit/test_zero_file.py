@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from ds_kd.zero_config import load_zero_config
-from ds_kd.zero_keys import OFFLOAD, OTHERS, ZERO
+from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO
 
 
 def fields(model):

@@ -7,11 +7,11 @@ import math
 import re
 from typing import Any, TypeGuard
 
-from ds_kd.preflight import DATA
-from ds_kd.schema import RunConfig
-from ds_kd.signatures import signature_of
-from ds_kd.targets import Target, problem, wrong_arguments
-from ds_kd.zero_config import load_zero_config, offloads_optimizer
+from ds_kd.config.checks.files import DATA
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
+from ds_kd.config.components import Target, problem, wrong_arguments
+from ds_kd.config.schema import RunConfig
+from ds_kd.config.signatures import signature_of
 
 _LARGEST = 1e30
 #: transformers' schedules by name; each takes other arguments.

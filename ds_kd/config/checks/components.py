@@ -6,12 +6,12 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ds_kd.aliases import ALIASES, NOT_WITH_ZERO
-from ds_kd.origins import decoded
-from ds_kd.preflight import DATA, check_data, check_model
-from ds_kd.schema import MODEL
-from ds_kd.signatures import signature_of
-from ds_kd.targets import Target, problem, refuse, wrong_arguments
+from ds_kd.config.checks.files import DATA, check_data, check_model
+from ds_kd.config.components import Target, problem, refuse, wrong_arguments
+from ds_kd.config.names import ALIASES, NOT_WITH_ZERO
+from ds_kd.config.origins import decoded
+from ds_kd.config.schema import MODEL
+from ds_kd.config.signatures import signature_of
 
 
 def check_target(
@@ -66,19 +66,23 @@ def check_target(
             problem(f"{path}._target_", dotted, f"a name that begins with {' or '.join(kind)}")
         )
         return target
-    signature = None if refusal else signature_of(target.target)
-    if signature is not None:
-        given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
-        taken = signature.annotations
-        problems += wrong_arguments(target, taken, signature.is_open, given, also)
-        for name in signature.required:
-            if name not in kwargs and name not in given:
-                problems.append(f"{path}.{name}: missing; {target.target} needs it")
-    elif not refusal and target.target.startswith("ds_kd."):
-        problems.append(f"{path}._target_: there is no {target.target}")
+    if not refusal:
+        problems += _signature(target, meta)
     if wrong := check_data(path, target.target, kwargs, written):
         problems.append(wrong)
     return target
+
+
+def _signature(target: Target, meta: Any) -> list[str]:
+    """Return what is wrong with a component's arguments by its callable's signature."""
+    signature = signature_of(target.target)
+    if signature is None:
+        is_ours = target.target.startswith("ds_kd.")
+        return [f"{target.key}._target_: there is no {target.target}"] if is_ours else []
+    given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
+    found = wrong_arguments(target, signature.annotations, signature.is_open, given, also)
+    missing = [name for name in signature.required if name not in (*target.kwargs, *given)]
+    return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
 
 
 def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list[str]) -> str:

@@ -12,10 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ds_kd.config.components import problem
 from ds_kd.data.messages import conversation_of
 from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD, hellaswag_texts, squad_texts
 from ds_kd.errors import first_line
-from ds_kd.targets import problem
 
 _FIRST_BYTES = 1 << 22  # of a data file; its first row is in there
 _FIRST_ROWS = 16  # of which the content is looked at

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.schema import RunConfig
-from ds_kd.targets import Target
+from ds_kd.config.components import Target
+from ds_kd.config.schema import RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
 _WITH_A_VALIDATION = ("step_scheduler.val_every_steps", "step_scheduler.val_at_start")

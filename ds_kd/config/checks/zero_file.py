@@ -7,8 +7,8 @@ import json
 import os
 from typing import Any
 
+from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, shown, wrong_value
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
-from ds_kd.zero_keys import OFFLOAD, OTHERS, ZERO, shown, wrong_value
 
 #: What a ZeRO file may hold.
 ZERO_FILE_KEYS = {

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.aliases import ALIASES, ALLOWED
-from ds_kd.preflight import DATA
-from ds_kd.schema import MODEL
-from ds_kd.signatures import signature_of
+from ds_kd.config.checks.files import DATA
+from ds_kd.config.names import ALIASES, ALLOWED
+from ds_kd.config.schema import MODEL
+from ds_kd.config.signatures import signature_of
 
 
 def callables_of(meta: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""The config's schema as JSON Schema, for editors: `python -m ds_kd.json_schema`."""
+"""The config's schema as JSON Schema: `python -m ds_kd.config.reference.json_schema`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 import signal
 from typing import Any
 
-from ds_kd.aliases import ALIASES
-from ds_kd.schema import RunConfig, keys_of
-from ds_kd.target_arguments import arguments_of, callables_of
+from ds_kd.config.names import ALIASES
+from ds_kd.config.reference.arguments import arguments_of, callables_of
+from ds_kd.config.schema import RunConfig, keys_of
 
 _TYPES: dict[str, dict[str, Any]] = {
     "int": {"type": "integer"},

@@ -1,11 +1,11 @@
-"""The schema's keys in words: `python -m ds_kd.key_table` prints the README's table."""
+"""The schema's keys in words: `python -m ds_kd.config.reference.keys` prints the README's table."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.schema import RunConfig, default_of, keys_of
-from ds_kd.target_arguments import arguments_of, callables_of
+from ds_kd.config.reference.arguments import arguments_of, callables_of
+from ds_kd.config.schema import RunConfig, default_of, keys_of
 
 
 def every_key() -> list[tuple[str, str, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-from ds_kd.losses import IGNORE_INDEX
+from ds_kd.data.labels import IGNORE_INDEX
 
 _COLOUR = "\033[1;32m", "\033[0m"
 _BRACKETS = "[[", "]]"

@@ -1,14 +1,28 @@
-"""How many samples of a data set teach anything, told before a run begins."""
+"""Labels: the one value that is not learnt, the one shift, and how many samples teach anything."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.losses import IGNORE_INDEX
-
+IGNORE_INDEX = -100  # of positions that are not supervised, as Hugging Face and torch have it
 _MOST = 1000  # samples that are made one by one to be looked at
 _NAMED = 5
 _TOLERATED = 0.01
+
+
+def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
+    """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
+
+    Masked by position, never by token id, so that EOS stays trainable where it is also the padding
+    token.
+
+    Args:
+        ids: tokens of one sample.
+        mask: which of them are supervised.
+        seq_length: cut to so many positions; None keeps all.
+    """
+    labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
+    return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
 
 
 def tell_unsupervised(dataset: Any) -> str:

@@ -1,0 +1,1 @@
+"""Text to a checked RunConfig; imports no torch."""

@@ -1,0 +1,1 @@
+"""Every key and argument in words: for terminals, docs and editors."""

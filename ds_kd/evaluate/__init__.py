@@ -1,0 +1,1 @@
+"""What a run achieved: models compared on held-out rows."""

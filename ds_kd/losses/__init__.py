@@ -1,0 +1,1 @@
+"""The losses, pure torch: no engine, no config."""

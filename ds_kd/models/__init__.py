@@ -1,0 +1,1 @@
+"""Hugging Face models as body and head, and what is asked of them."""

@@ -1,0 +1,1 @@
+"""Ranks, their meeting, their signals, and the two DeepSpeed engines."""

@@ -1,0 +1,1 @@
+"""RunConfig to Trainer: the config stops here."""
