@@ -95,7 +95,8 @@ def is_by_sample(model: Any) -> bool:
 def recording() -> Iterator[list[int | None]]:
     """Collect the window that every call of `sdpa_by_sample` is given, layer by layer."""
     global _recorded
-    _recorded = made = []
+    made: list[int | None] = []
+    _recorded = made
     try:
         yield made
     finally:
