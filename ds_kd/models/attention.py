@@ -59,7 +59,8 @@ def sdpa_by_sample(
 
     if _recorded is not None:
         _recorded.append(sliding_window)
-    assert attention_mask is None, "attention by sample takes no mask"
+    if attention_mask is not None:
+        raise ValueError("its attention has a mask of its own; remove packed_sequence")
     lengths = segments.lengths if segments else [query.shape[2]]
     kwargs["is_causal"] = True
     out = []

@@ -58,7 +58,17 @@ SIZES = {
     **dict.fromkeys(
         ["dropout", "attention_dropout", "hidden_dropout", "activation_dropout", "resid_pdrop"], 0.0
     ),
-    **dict.fromkeys(["embd_pdrop", "attn_pdrop", "layerdrop", "resid_dropout"], 0.0),
+    **dict.fromkeys(
+        [
+            "embd_pdrop",
+            "attn_pdrop",
+            "layerdrop",
+            "resid_dropout",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+        ],
+        0.0,
+    ),
 }
 
 
