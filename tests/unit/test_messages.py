@@ -8,8 +8,7 @@ import pytest
 
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
-from ds_kd.data.chat import ChatDataset
-from ds_kd.data.messages import conversation_of
+from ds_kd.data.chat import ChatDataset, conversation_of
 from tests.unit.test_data import MARKED, TEMPLATE, make_tokenizer, squad_row, swag_row, turns, write
 
 WORDS = ("CALL", "TOOLS", "<tool>", "f", "g", '{"x":', '"y"}', "1}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import problem
-from ds_kd.data.messages import conversation_of
+from ds_kd.data.chat import conversation_of
 from ds_kd.data.source import CHAT, FORMATS, HELLASWAG, SQUAD, hellaswag_texts, squad_texts
 from ds_kd.errors import first_line
 
