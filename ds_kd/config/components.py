@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED
+from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
 from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
 from ds_kd.errors import UserError, first_line
 
@@ -109,7 +109,7 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
     """
     if refusal := refuse(dotted, allow):
         raise ConfigError([refusal])
-    name = ALIASES.get(dotted, dotted)
+    name = home_of(ALIASES.get(dotted, dotted))
     parts = name.split(".")
     for split in range(len(parts) - 1, 0, -1):
         try:

@@ -4,15 +4,24 @@ refused, with its remedy."""
 _NEMO = "nemo_automodel.components."
 _MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 
-#: A name that a config may write → the name of what it stands for: public names of ds_kd, and
-#: those of NeMo-AutoModel.
+#: Public names of ds_kd → where they are defined.
+_HOMES = {
+    f"ds_kd.losses.{name}": f"ds_kd.losses.divergences.{name}"
+    for name in ("KDLoss", "MaskedCrossEntropy")
+}
+
+
+def home_of(dotted: str) -> str:
+    """Return where a public name of ds_kd is defined; any other name as it is."""
+    return _HOMES.get(dotted, dotted)
+
+
+#: NeMo-AutoModel's name → the name that takes its place here.
 ALIASES = {
-    "ds_kd.losses.KDLoss": "ds_kd.losses.divergences.KDLoss",
-    "ds_kd.losses.MaskedCrossEntropy": "ds_kd.losses.divergences.MaskedCrossEntropy",
     "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
     "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
-    _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.divergences.MaskedCrossEntropy",
-    _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.divergences.KDLoss",
+    _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.MaskedCrossEntropy",
+    _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.KDLoss",
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",
     _NEMO + "datasets.llm.hellaswag.HellaSwag": "ds_kd.data.hellaswag.HellaSwag",
     _NEMO + "datasets.llm.chat_dataset.ChatDataset": "ds_kd.data.chat.ChatDataset",

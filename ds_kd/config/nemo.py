@@ -93,7 +93,7 @@ def _loss(section: Any) -> str:
     name = section.get("_target_") if isinstance(section, dict) else None
     if name not in NEMO_LOSSES:
         return ""
-    section["_target_"] = "ds_kd.losses.divergences.MaskedCrossEntropy"
+    section["_target_"] = "ds_kd.losses.MaskedCrossEntropy"
     for argument in NEMO_LOSSES[name]:
         section.pop(argument, None)
     if not section.get("logit_softcapping", True):

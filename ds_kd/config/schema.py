@@ -229,7 +229,7 @@ class TensorBoard:
 
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
-_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator", "worker_init_fn")
+_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator")
 LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
 #: Taken by ds_kd from a data set's section, see `ds_kd.data.own`.
 _LABELS = {"labels": ("shifted", "unshifted")}
@@ -272,8 +272,8 @@ class RunConfig:
         None,
         "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
         "target",
-        target="ds_kd.losses.divergences.KDLoss",
-        calls=("ds_kd.losses.divergences.KDLoss",),
+        target="ds_kd.losses.KDLoss",
+        calls=("ds_kd.losses.KDLoss",),
         default={},
     )
     peft: Peft | None = key(
@@ -284,8 +284,8 @@ class RunConfig:
         None,
         "cross-entropy: ignore_index, fp32_upcast",
         "target",
-        target="ds_kd.losses.divergences.MaskedCrossEntropy",
-        calls=("ds_kd.losses.divergences.MaskedCrossEntropy",),
+        target="ds_kd.losses.MaskedCrossEntropy",
+        calls=("ds_kd.losses.MaskedCrossEntropy",),
         default={},
     )
     optimizer: Target = key(

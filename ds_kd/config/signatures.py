@@ -8,6 +8,8 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
+from ds_kd.config.names import home_of
+
 _HOPS = 4  # of `from .other import name`
 
 
@@ -27,7 +29,7 @@ class Signature:
 @functools.cache
 def signature_of(dotted: str) -> Signature | None:
     """Of a dotted name; None where the source does not tell."""
-    module, _, name = dotted.rpartition(".")
+    module, _, name = home_of(dotted).rpartition(".")
     for _ in range(_HOPS):
         path = _file_of(module)
         if path is None:

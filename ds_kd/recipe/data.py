@@ -122,6 +122,9 @@ def build_loader(
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
+    init = {} if kwargs.get("worker_init_fn") else {"worker_init_fn": ignore_requests}
+    if init:
+        kwargs.pop("worker_init_fn", None)
 
     def make() -> tuple[Any, GlobalBatchSampler]:
         sampler = GlobalBatchSampler(
@@ -141,9 +144,9 @@ def build_loader(
             LOADER_FLAGS,
             dataset=WithFiller(rows),
             batch_sampler=sampler,
-            worker_init_fn=ignore_requests,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
+            **init,
         )
         return built, sampler
 
