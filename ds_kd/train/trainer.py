@@ -121,9 +121,9 @@ class Trainer:
                 # ZeRO averages gradients over ranks: times world undoes it, over n makes the global
                 # token mean. A loss that is not finite makes the gradient NaN, so that DeepSpeed
                 # leaves the step out on every rank.
+                _add(sums, {"loss": loss.detach(), **parts})
                 loss = loss * (1.0 + 0.0 * loss.detach())
                 self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
-                _add(sums, {"loss": loss.detach(), **parts})
             means = self._means(sums, labels)
             if self.state.skipped >= self.max_skipped:
                 self._check_finite(means["loss"], "loss", micro_batches)

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
 import ds_kd
 from ds_kd.config.checks.files import missing_packages
-from ds_kd.config.components import ConfigError, Target
+from ds_kd.config.components import ConfigError
+from ds_kd.data.own import DataError, OwnSamples
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 KEY = "model.pretrained_model_name_or_path"
@@ -62,14 +62,8 @@ def stream(tokenizer):
 
 
 def test_a_data_set_that_gives_a_stream_is_refused_by_name():
-    from ds_kd.parallel.world import World
-    from ds_kd.recipe.build import _samples
-
-    target = Target(f"{__name__}.stream", {}, "dataset")
-    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
-    cfg = ds_kd.load_config(GUIDE)
-    with pytest.raises(ConfigError, match=r"dataset: .*stream gives a stream"):
-        _samples(cfg, target, None, alone, (__name__,))
+    with pytest.raises(DataError, match=r"no length .* does not stream"):
+        OwnSamples(stream(None), vocab_size=8)
 
 
 def test_a_mapping_is_a_config_as_its_file_is():

@@ -1,0 +1,98 @@
+"""Losses from outside: what the contract lets through and what it says of the others."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+
+DOCS = Path(__file__).parents[2] / "docs" / "losses.md"
+
+
+def kl(student, teacher, reduction="sum", mask=True):
+    def rows(labels):
+        return labels != -100 if mask else slice(None)
+
+    def loss(s, t, labels):
+        s, t = student(s)[rows(labels)], teacher(t)[rows(labels)]
+        return F.kl_div(s, t, reduction=reduction, log_target=True)
+
+    return loss
+
+
+def logs(z):
+    return F.log_softmax(z, -1)
+
+
+class Trained(torch.nn.Linear):
+    def forward(self, student, teacher, labels):
+        return super().forward(student).sum()
+
+
+class Buffered(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.tensor(2.0))
+
+    def forward(self, student, teacher, labels):
+        return self.weight * kl(logs, logs)(student, teacher, labels)
+
+
+def example():
+    space: dict = {}
+    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.S)
+    exec(code.group(1), space)
+    return space["ReverseKL"](temperature=2.0)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [example(), Buffered(), KDLoss(temperature=3.0), KDLoss(temperature=1e4), kl(logs, logs)],
+)
+def test_a_loss_that_meets_the_contract_is_taken_and_trains(loss):
+    check_divergence(loss)
+    hidden, weight, teacher = torch.randn(5, 4), torch.randn(9, 4), torch.randn(5, 6)
+    head = Head(weight.requires_grad_())
+    whole = DistillationLoss(MaskedCrossEntropy(), loss, 0.5)
+    value, sums = whole(hidden, head, torch.arange(5), teacher, Head(torch.randn(9, 6)))
+    value.backward()
+    assert weight.grad.abs().max() > 0 and sums["kd_loss"] > 0 and sums["teacher_entropy"] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (kl(logs, logs, "batchmean"), r"twice give 1 times the value, expected 2; return the sum"),
+        (kl(logs, logs, "none"), r"returns a tensor of shape \[6, 11\], expected a scalar"),
+        (kl(logs, logs, mask=False), "labelled -100 change the value"),
+        (kl(lambda z: logs(z.detach()), logs), "has no gradient"),
+        (lambda s, t, y: 1.0, r"returns 1\.0, expected a scalar tensor"),
+        (lambda s, t: s.sum(), r"fails on a small example \(6 tokens\): TypeError"),
+        (lambda s, t, y: (s * float("nan")).sum(), "is nan for 6 tokens"),
+        (
+            lambda s, t, y: F.cross_entropy(
+                s[y != -100], logs(t)[y != -100].exp(), reduction="sum"
+            ),
+            "equal logits of both models give .*, expected 0",
+        ),
+        (Trained(11, 2), r"has parameters \(weight, bias\)"),
+        (3, "cannot be called"),
+    ],
+)
+def test_a_loss_that_breaks_the_contract_is_told_which_clause(loss, words):
+    with pytest.raises(ValueError, match=words):
+        check_divergence(loss)
+
+
+def test_a_cross_entropy_need_not_be_zero_but_must_be_a_sum():
+    check_cross_entropy(MaskedCrossEntropy())
+    check_cross_entropy(torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1))
+    with pytest.raises(ValueError, match="return the sum over tokens, not a mean"):
+        check_cross_entropy(torch.nn.CrossEntropyLoss())
