@@ -91,7 +91,7 @@ def _rows(data: dict[str, Any], name: str) -> list[str]:
 def _loss(section: Any) -> str:
     """A fused or chunked cross-entropy, as this project's own, which never holds whole logits."""
     name = section.get("_target_") if isinstance(section, dict) else None
-    if name not in NEMO_LOSSES:
+    if not isinstance(name, str) or name not in NEMO_LOSSES:
         return ""
     section["_target_"] = "ds_kd.losses.MaskedCrossEntropy"
     for argument in NEMO_LOSSES[name]:

@@ -181,14 +181,14 @@ def test_a_mutated_config_is_refused_or_builds(base, edits, typos, local, model,
         text = text[: where % (len(text) + 1)] + character + text[where % (len(text) + 1) :]
     path = tmp_path / "c.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
-    started = time.monotonic()
+    started = time.process_time()  # of this process: other jobs of the machine do not count
     with watching() as watch:
         try:
             cfg = load(path)
         except ConfigError as error:
             cfg = None
             assert error.problems and all(line.strip() for line in error.problems)
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
     assert watch.seen == set()
     assert sorted(tmp_path.iterdir()) == [path]
     OUTCOMES[cfg is not None] += 1

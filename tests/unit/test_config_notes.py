@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from tests.scripts import script
 
@@ -70,3 +71,8 @@ def test_checking_prints_the_notes_and_finds_nothing_wrong(capsys):
     assert script("kd").main(words) == 0
     out = capsys.readouterr().out
     assert "dataset.seq_length: has no effect" in out and "nothing wrong with it" in out
+
+
+def test_a_loss_whose_name_is_no_name_is_refused_without_a_traceback():
+    with pytest.raises(ConfigError, match=r"loss_fn\._target_: got \['a'\]"):
+        load(GUIDE, ["loss_fn={_target_: [a]}"])
