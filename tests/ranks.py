@@ -50,7 +50,7 @@ def run_ranks(
     size: int,
     directory: Path,
     *args,
-    seconds: float = 240,
+    seconds: float = 600,
     timeout_minutes: float = 1,
 ) -> list:
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank

@@ -78,7 +78,7 @@ def rank_processes(process):
     return [p for p in found if p.pid not in inner]
 
 
-def finish(process, seconds=120):
+def finish(process, seconds=300):
     output = process.communicate(timeout=seconds)[0]
     return process.returncode, output
 
