@@ -46,11 +46,7 @@ def default_collater(
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
     if packed:
-        # What pads is a sample of its own; one without a token is none to attention.
-        lengths = [n for n in lengths if n > 0]
-        lengths += [length - sum(lengths)] * (length > sum(lengths))
-        positions = torch.cat([torch.arange(n) for n in lengths])[None]
-        extra = {"position_ids": positions, "segment_lengths": lengths}
+        extra = _segments(lengths, length)
 
     def padded(name: str, value: int) -> torch.Tensor:
         rows = [sample[name] + [value] * (length - len(sample[name])) for sample in samples]
@@ -70,3 +66,12 @@ def default_collater(
         "sample_ids": [str(i) for i in ids],
         **extra,
     }
+
+
+def _segments(lengths: list[int], total: int) -> dict[str, Any]:
+    """Return the positions and lengths of a pack's samples in a row of `total` tokens."""
+    # What pads is a sample of its own; one without a token is none to attention.
+    lengths = [n for n in lengths if n > 0]
+    lengths += [total - sum(lengths)] * (total > sum(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    return {"position_ids": positions, "segment_lengths": lengths}

@@ -8,11 +8,11 @@ from typing import Any
 from ds_kd.data.chat import (
     ChatDataset,
     cut_length,
-    shift,
     tokenize_chat,
     tokenize_prompt_answer,
     use_template,
 )
+from ds_kd.data.labels import shift
 from ds_kd.data.source import load_rows, text_of, tokenize
 
 _ROLES = {"context": "system", "question": "user", "answer": "assistant"}
@@ -72,14 +72,18 @@ def make_instruction_dataset(
             turns = [{"role": _ROLES[part], "content": text} for part, text in texts.items()]
             ids, mask = tokenize_chat(tokenizer, turns)
         else:
-            answer = texts.pop("answer")
-            prompt = " ".join(texts.values())
-            gap = "" if prompt[-1:].isspace() or answer[:1].isspace() else " "
-            ids, mask = tokenize_prompt_answer(tokenizer, prompt + gap, answer)
+            ids, mask = _running_text(tokenizer, texts)
         return shift(ids, mask if answer_only_loss_mask else [True] * len(ids), length)
 
     columns = tuple(mapping.values())
     return _tokenized(path_or_dataset_id, split, columns, limit_dataset_samples, sample)
+
+
+def _running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], list[bool]]:
+    """Tokenise parts that end in an answer, with a space between where neither side has one."""
+    prompt = " ".join(text for part, text in texts.items() if part != "answer")
+    gap = "" if prompt[-1:].isspace() or texts["answer"][:1].isspace() else " "
+    return tokenize_prompt_answer(tokenizer, prompt + gap, texts["answer"])
 
 
 def make_text_dataset(
