@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from ds_kd.parallel.world import _free_port
+from ds_kd.parallel.rendezvous import free_port
 
 
 def _rank(
@@ -56,7 +56,7 @@ def run_ranks(
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
     order."""
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     ranks = [
         context.Process(
             target=_rank, args=(worker, r, size, port, str(directory), args, timeout_minutes)

@@ -27,7 +27,8 @@ from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
-from ds_kd.parallel.world import World, on_rank0, seconds_after_sigterm
+from ds_kd.parallel.rendezvous import seconds_after_sigterm
+from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.data import build_loader, packs
 from ds_kd.recipe.models import fix_rope, load_model, name_of, tokenizer_of, training_dtype
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed

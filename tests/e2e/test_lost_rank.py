@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 
-from ds_kd.parallel.world import _free_port
+from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment
 
@@ -41,7 +41,7 @@ def test_rank_0s_death_is_told_by_the_others_in_one_message_and_its_lock_is_take
         "checkpoint.save_consolidated=true",
     ]
     logs = [tmp_path / f"log{rank}" for rank in range(2)]
-    port = _free_port()
+    port = free_port()
     ranks = [start(rank, port, overrides, logs[rank]) for rank in range(2)]
     try:
         deadline = time.monotonic() + 200

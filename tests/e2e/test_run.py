@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_kd.checkpoint.run_lock import RunLock
-from ds_kd.parallel.world import _free_port
+from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +40,7 @@ def run(command: list[str]) -> subprocess.CompletedProcess:
 def kd_command(*overrides: str, ranks: int = 2, port: int | None = None) -> list[str]:
     start = [sys.executable]
     if ranks > 1:
-        port = port or _free_port()
+        port = port or free_port()
         start = ["deepspeed", "--master_port", str(port), "--num_accelerators", str(ranks)]
     return [*start, "launch/kd.py", "--config", GUIDE, *overrides]
 
@@ -239,7 +239,7 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
 
 def test_torchrun_starts_the_same_run(overrides, root):
     command = [
-        *("torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())),
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())),
         *("launch/kd.py", "--config", GUIDE, *overrides, "step_scheduler.max_steps=1"),
         *(f"checkpoint.checkpoint_dir={root / 'torchrun'}", "validation_dataset=null"),
     ]
@@ -267,7 +267,7 @@ def test_packs_run_on_two_ranks_and_name_their_samples_padding(overrides, root):
 
 def test_an_error_that_only_one_rank_meets_is_told(overrides, root):
     command = [
-        *("torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())),
+        *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())),
         *("launch/kd.py", "--config", GUIDE, *overrides),
         f"model.pretrained_model_name_or_path={root}/${{oc.env:MODEL_OF_RANK}}",
     ]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ds_kd.parallel.world import _free_port
+from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment, kd_command
 
@@ -158,8 +158,8 @@ def launched(launcher, config):
         return ["bash", "launch/single_node.sh", GUIDE, *config]
     start = {
         "python": [sys.executable],
-        "deepspeed": ["deepspeed", "--master_port", str(_free_port()), "--num_accelerators", "2"],
-        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(_free_port())],
+        "deepspeed": ["deepspeed", "--master_port", str(free_port()), "--num_accelerators", "2"],
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())],
     }
     return [*start[launcher], "launch/kd.py", "--config", GUIDE, *config]
 

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from ds_kd.parallel import world as distributed
-from ds_kd.parallel.world import _fill_environment, _first_slurm_host
+from ds_kd.parallel import rendezvous, world
+from ds_kd.parallel.rendezvous import _first_slurm_host, fill_environment
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -46,12 +46,12 @@ def test_srun_variables_become_ranks(environment):
     }
     for name, value in given.items():
         environment.setenv(f"SLURM_{name}", value)
-    _fill_environment()
+    fill_environment()
     assert [os.environ[name] for name in NAMES] == ["5", "8", "1", "10.0.0.7", "20042"]
 
 
 def test_plain_python_is_a_world_of_one(environment):
-    _fill_environment()
+    fill_environment()
     assert [os.environ[name] for name in NAMES[:3]] == ["0", "1", "0"]
 
 
@@ -60,7 +60,7 @@ def test_a_launchers_variables_are_left_alone(environment):
     environment.setenv("WORLD_SIZE", "4")
     environment.setenv("SLURM_PROCID", "0")
     environment.setenv("SLURM_NTASKS", "2")
-    _fill_environment()
+    fill_environment()
     assert os.environ["RANK"] == "3" and os.environ["WORLD_SIZE"] == "4"
 
 
@@ -71,11 +71,11 @@ def test_a_build_lock_goes_when_its_owner_is_dead_and_only_then(environment, tmp
     dead, alive = (tmp_path / "py311_cpu" / name / "lock" for name in ("dead", "alive"))
     dead.touch()
     with alive.open("w"):  # as torch's FileBaton holds it
-        assert distributed.clear_stale_locks() == [dead]
+        assert rendezvous.clear_stale_locks() == [dead]
         assert alive.exists() and not dead.exists()
         monkeypatch.setenv("SLURM_NNODES", "2")  # its owner may be on another node
         dead.touch()
-        assert distributed.clear_stale_locks() == [] and dead.exists()
+        assert rendezvous.clear_stale_locks() == [] and dead.exists()
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def shared(environment, tmp_path, monkeypatch):
     environment.setenv("CROSS_SIZE", "1")
     environment.setenv("WORLD_SIZE", "2")
     environment.setenv("RANK", "0")
-    environment.setenv("MASTER_PORT", str(distributed._free_port()))
+    environment.setenv("MASTER_PORT", str(rendezvous.free_port()))
     victim = tmp_path / "victim"
     victim.write_text("precious")
     return tmp_path, victim
@@ -97,11 +97,11 @@ def test_no_link_made_beforehand_is_written_through(shared):
     own.mkdir(mode=0o700)
     for name in (f"port-{os.getppid()}", f"port-{os.getppid()}.new"):
         (own / name).symlink_to(victim)
-    with distributed._free_master_port():
+    with rendezvous.free_master_port():
         port = own / f"port-{os.getppid()}"
         assert not port.is_symlink() and port.read_text() == os.environ["MASTER_PORT"]
         assert port.stat().st_mode & 0o077 == 0
-        assert distributed._wait_for_text(port, 0) == os.environ["MASTER_PORT"]
+        assert rendezvous._wait_for_text(port, 0) == os.environ["MASTER_PORT"]
     assert victim.read_text() == "precious" and victim.stat().st_size == 8
     assert [*own.iterdir()] == []
 
@@ -119,12 +119,12 @@ def test_a_directory_that_others_may_have_filled_is_not_used(shared, trap):
         own.chmod(0o777)
         elsewhere = own
     before = os.environ["MASTER_PORT"]
-    with distributed._free_master_port():
+    with rendezvous.free_master_port():
         assert [*elsewhere.iterdir()] == []
         assert os.environ["MASTER_PORT"] == before
         # Of an error somebody speaks: a file made beforehand silences nobody.
         (elsewhere / f"failed-{os.getppid()}-{before}").touch()
-        assert distributed.is_first_to_fail()
+        assert world.is_first_to_fail()
 
 
 def test_a_port_of_a_launcher_that_had_the_same_number_is_not_read(shared):
@@ -132,4 +132,4 @@ def test_a_port_of_a_launcher_that_had_the_same_number_is_not_read(shared):
     path = directory / "port"
     path.write_text("1234")
     os.utime(path, (1, 1))
-    assert distributed._wait_for_text(path, newer_than=2, seconds=0.2) is None
+    assert rendezvous._wait_for_text(path, newer_than=2, seconds=0.2) is None

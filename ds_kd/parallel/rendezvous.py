@@ -1,0 +1,183 @@
+"""How ranks meet: what the launcher left in the environment, an address and a port for all.
+
+The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
+MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
+and is a world of one. `fill_environment` makes them all look alike.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ds_kd.parallel.private_files import private_directory, read_own, write_new
+
+
+def _first_slurm_host(nodelist: str) -> str:
+    """`gpu[03-05,9],cpu1` → `gpu03`: SLURM's compressed host list, first entry."""
+    match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
+    assert match is not None
+    prefix, ranges = match.groups()
+    return prefix + (re.split(r"[,-]", ranges)[0] if ranges else "")
+
+
+def _slurm_master(host: str) -> str:
+    """The first node: its name or, where names of nodes do not resolve, srun's own address."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        # sbatch runs the script, and so srun, on the first node.
+        return os.environ.get("SLURM_LAUNCH_NODE_IPADDR", host)
+    return host
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fill_environment() -> None:
+    """Give RANK & co. their values from SLURM, or those of a world of one."""
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"] = env["SLURM_PROCID"]
+        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
+        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
+        env.setdefault("MASTER_ADDR", _slurm_master(_first_slurm_host(nodes)))
+        # Every task must name the same port without talking first: derive it from the job's number.
+        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
+    elif "RANK" not in env:
+        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        env["MASTER_PORT"] = str(free_port())
+    env.setdefault("LOCAL_RANK", "0")
+
+
+def seconds_after_sigterm() -> float | None:
+    """How long this process lives on after SIGTERM; None where its launcher leaves it alone."""
+    return 30.0 if _launched_by_deepspeed() else None
+
+
+def _launched_by_deepspeed() -> bool:
+    return "CROSS_SIZE" in os.environ and "SLURM_PROCID" not in os.environ
+
+
+@contextlib.contextmanager
+def free_master_port() -> Iterator[None]:
+    """Let the ranks of a `deepspeed` launcher on one machine meet at another port where the
+    launcher's is taken: its default is the same for every job.
+
+    Rank 0 writes the port it found into a file that the launcher's other children wait for.
+    """
+    env = os.environ
+    if not (_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1):
+        yield
+        return
+    import psutil
+
+    directory = private_directory()
+    if directory is None:  # the same for every rank: they meet at the launcher's port
+        yield
+        return
+    launcher = psutil.Process(os.getppid())
+    path = directory / f"port-{launcher.pid}"
+    if env["RANK"] == "0":
+        if _is_taken(int(env["MASTER_PORT"])):
+            env["MASTER_PORT"] = str(free_port())
+        fresh = path.with_suffix(".new")
+        fresh.unlink(missing_ok=True)
+        write_new(fresh, env["MASTER_PORT"])
+        fresh.replace(path)
+    else:
+        # A file from before belongs to a launcher that had the same number.
+        port = _wait_for_text(path, newer_than=launcher.create_time() - 1)
+        # Without: rank 0 has ended; its own message says why.
+        env["MASTER_PORT"] = port or env["MASTER_PORT"]
+    try:
+        yield
+    finally:
+        if env["RANK"] == "0":
+            path.unlink(missing_ok=True)
+
+
+def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | None:
+    """What is in a file of ours that was written since; None after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        found = read_own(path)
+        if found is not None and found[1] >= newer_than:
+            return found[0]
+        time.sleep(0.05)
+    return None
+
+
+def _is_taken(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError:
+            return True
+    return False
+
+
+def clear_stale_locks() -> list[Path]:
+    """Remove the build locks of torch's C++ extensions whose owner is gone, and return them.
+
+    A process that is killed while DeepSpeed compiles an operator leaves its lock, and every later
+    run would wait for it for ever without a word. A living owner keeps the file open. In a job of
+    several nodes it may live on another one: there the locks are left alone.
+    """
+    if _spans_nodes():
+        return []
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or os.path.expanduser("~/.cache/torch_extensions")
+    locks = [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]
+    held = set()
+    for handle in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            held.add(os.readlink(handle))
+    stale = [lock for lock in locks if str(lock.resolve()) not in held and _is_ours(lock)]
+    for lock in stale:
+        lock.unlink(missing_ok=True)
+    return stale
+
+
+def _spans_nodes() -> bool:
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1")))
+    return (
+        int(os.environ.get("WORLD_SIZE", "1")) > here
+        or int(os.environ.get("SLURM_NNODES", "1")) > 1
+        or int(os.environ.get("CROSS_SIZE", "1")) > 1
+    )
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return path.stat().st_uid == os.getuid()
+    except OSError:
+        return False
+
+
+def is_first_here() -> bool:
+    """Among the processes of one parent, by a file that lives for half a second."""
+    if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
+        return True
+    directory = private_directory()
+    if directory is None:  # better twice than never
+        return True
+    path = directory / f"failed-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
+    try:
+        write_new(path, "")
+    except FileExistsError:
+        return False
+    except OSError:  # nowhere to write: better twice than never
+        return True
+    time.sleep(0.5)
+    path.unlink(missing_ok=True)
+    return True
