@@ -63,24 +63,27 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
     from ds_kd.data.collate import default_collater
     from ds_kd.data.packing import PackedDataset
     from ds_kd.losses.chunked import DistillationLoss
-    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+    from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+    from ds_kd.losses.divergences import KDLoss
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
     from ds_kd.parallel import world as distributed
+    from ds_kd.teachers.resident import ResidentTeacher
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
     with engines.zero3_init(config):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
-    teacher = engines.build_teacher(causal_lm.Teacher(teacher_model), config)
+    teacher_engine = engines.build_teacher(causal_lm.FrozenModel(teacher_model), config)
+    teacher = ResidentTeacher(teacher_engine)
     with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
     loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
     student = engines.build_student(
-        causal_lm.Student(student_model, loss_fn, teacher.module),
+        causal_lm.Student(student_model, loss_fn),
         config,
         lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
     )
@@ -99,7 +102,7 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
         batches = [default_collater(part) for part in _chunks(mine, micro)][
             world.rank :: world.size
         ]
-        labels = int(distributed.sum_over_ranks([sum(b["num_labels"] for b in batches)], world)[0])
+        labels = int(distributed.sum_over([sum(b["num_labels"] for b in batches)], world.data)[0])
         total = torch.zeros((), device=world.device)
         for batch in batches:
             batch = {
@@ -108,17 +111,17 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
                 else value
                 for name, value in batch.items()
             }
-            target = teacher(batch)
-            loss, _ = student(batch, target)
-            del target
-            student.backward(loss * (world.size / labels), scale_wrt_gas=False)
+            teacher_output = teacher(batch)
+            loss, _ = student(batch, teacher_output)
+            del teacher_output
+            student.backward(loss * (world.data.size / labels), scale_wrt_gas=False)
             total += loss.detach()
         student.step()
-        return float(distributed.sum_over_ranks(total[None], world)[0]) / labels
+        return float(distributed.sum_over(total[None], world.data)[0]) / labels
 
-    step.state_bytes = state_bytes(teacher) + state_bytes(student)  # type: ignore[attr-defined]
+    step.state_bytes = state_bytes(teacher_engine) + state_bytes(student)  # type: ignore[attr-defined]
     yield step
-    for engine in (student, teacher):
+    for engine in (student, teacher_engine):
         engine.destroy()
 
 

@@ -280,8 +280,10 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
     import measure
     import torch
 
-    from ds_kd.losses.chunked import DistillationLoss, Head
-    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+    from ds_kd.losses.chunked import DistillationLoss
+    from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+    from ds_kd.losses.divergences import KDLoss
+    from ds_kd.losses.head import Head, States
 
     made = []
     hidden, dtype = 576, getattr(torch, DTYPES[cell.dtype])
@@ -291,12 +293,18 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
         w_s, w_t = (torch.randn(cell.vocab, hidden, dtype=dtype) for _ in range(2))
         labels = torch.randint(cell.vocab, (tokens,))
         row: dict[str, Any] = {"cell": cell.name, "tokens": tokens, "vocabulary": cell.vocab}
-        for name, chunk in (("plain", 0), ("ds_kd", None)):
-            loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk), 0.5)
+        ce, kd = MaskedCrossEntropy(), KDLoss()
+
+        def whole(student: States, labels: Any, teacher: States) -> tuple[Any, None]:
+            z_s, z_t = (part.head.logits(part.hidden) for part in (student, teacher))
+            return 0.5 * ce(z_s, labels) + 0.5 * kd(z_s, z_t, labels), None  # noqa: B023
+
+        for name, loss in (("plain", whole), ("ds_kd", DistillationLoss(ce, kd, 0.5))):
             leaf = h_s.clone().requires_grad_(), w_s.clone().requires_grad_()
 
             def run(loss=loss, leaf=leaf):
-                loss(leaf[0], Head(leaf[1]), labels, h_t, Head(w_t))[0].backward()  # noqa: B023
+                student, teacher = States(leaf[0], Head(leaf[1])), States(h_t, Head(w_t))  # noqa: B023
+                loss(student, labels, teacher)[0].backward()  # noqa: B023
 
             # What stays is the gradients; they are no workspace.
             kept = sum(t.nbytes for t in leaf)

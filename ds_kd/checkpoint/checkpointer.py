@@ -53,7 +53,7 @@ from ds_kd.checkpoint.state import TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
 from ds_kd.models.model_files import FILES
-from ds_kd.parallel.world import World, on_rank0, sum_over_ranks
+from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
 _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
@@ -176,7 +176,7 @@ class Checkpointer:
 
     def _needed(self, engine: Any, consolidate: bool) -> int:
         """Bytes of a checkpoint, all ranks."""
-        total = int(sum_over_ranks([engine_files.written_bytes(engine)], self.world)[0])
+        total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total

@@ -4,16 +4,21 @@ refused, with its remedy."""
 _NEMO = "nemo_automodel.components."
 _MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 
-#: Public names of ds_kd → where they are defined.
-_HOMES = {
-    f"ds_kd.losses.{name}": f"ds_kd.losses.divergences.{name}"
-    for name in ("KDLoss", "MaskedCrossEntropy")
-}
+LOSSES = "ds_kd.losses."
+DIVERGENCES = f"{LOSSES}divergences."
 
 
 def home_of(dotted: str) -> str:
-    """Return where a public name of ds_kd is defined; any other name as it is."""
-    return _HOMES.get(dotted, dotted)
+    """Return where a public name of ds_kd is defined; any other name as it is.
+
+    `ds_kd.losses.Name` is the cross-entropy or one of the divergences.
+    """
+    name = dotted.removeprefix(LOSSES)
+    if not dotted.startswith(LOSSES) or "." in name:
+        return dotted
+    if name == "MaskedCrossEntropy":
+        return f"{LOSSES}cross_entropy.{name}"
+    return f"{DIVERGENCES}{name}"
 
 
 #: NeMo-AutoModel's name → the name that takes its place here.

@@ -273,7 +273,7 @@ class RunConfig:
         "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
         "target",
         target="ds_kd.losses.KDLoss",
-        calls=("ds_kd.losses.KDLoss",),
+        calls=("ds_kd.losses.divergences.",),
         default={},
     )
     peft: Peft | None = key(
@@ -285,7 +285,7 @@ class RunConfig:
         "cross-entropy: ignore_index, fp32_upcast",
         "target",
         target="ds_kd.losses.MaskedCrossEntropy",
-        calls=("ds_kd.losses.MaskedCrossEntropy",),
+        calls=("ds_kd.losses.cross_entropy.",),
         default={},
     )
     optimizer: Target = key(

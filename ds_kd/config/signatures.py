@@ -8,7 +8,7 @@ import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_kd.config.names import home_of
+from ds_kd.config.names import DIVERGENCES, LOSSES, home_of
 
 _HOPS = 4  # of `from .other import name`
 
@@ -41,7 +41,10 @@ def signature_of(dotted: str) -> Signature | None:
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
-                return _read(init[0], 1) if init else None
+                if init:
+                    return _read(init[0], 1)
+                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+                return signature_of(f"{module}.{bases[0]}") if bases else None
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return _read(node, 0)
         hop = _import_of(tree, name, module, path.name == "__init__.py")
@@ -49,6 +52,21 @@ def signature_of(dotted: str) -> Signature | None:
             return None
         module, name = hop
     return None
+
+
+@functools.cache
+def divergences() -> tuple[str, ...]:
+    """Return the public names of the project's divergences: the classes of their file that derive
+    from another one of it."""
+    path = _file_of(DIVERGENCES.rstrip("."))
+    assert path is not None
+    classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
+    known = {node.name for node in classes}
+    return tuple(
+        f"{LOSSES}{node.name}"
+        for node in classes
+        if any(isinstance(base, ast.Name) and base.id in known for base in node.bases)
+    )
 
 
 def _file_of(module: str) -> Path | None:

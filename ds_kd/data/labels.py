@@ -10,6 +10,19 @@ _NAMED = 5
 _TOLERATED = 0.01
 
 
+def check_ignore_index(value: int) -> None:
+    """Refuse another `ignore_index` than the one that data sets write.
+
+    Raises:
+        ValueError: with what to write.
+    """
+    if value != IGNORE_INDEX:
+        raise ValueError(
+            f"ignore_index must be {IGNORE_INDEX}, got {value}: data sets mark what is not "
+            f"supervised with {IGNORE_INDEX}, and tokens are counted by it"
+        )
+
+
 def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
     """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
 

@@ -1,4 +1,4 @@
-"""(1 - α)·CE + α·KD from hidden states, a chunk of tokens at a time: pure torch.
+"""(1 - α)·CE + α·T²·D from hidden states, a chunk of tokens at a time: pure torch.
 
 `[tokens, vocab]` logits are the largest tensors of a distillation step: at 4,096 tokens and 128k
 words one fp32 copy takes 2 GB, and the plain computation keeps about six. Here both heads are
@@ -7,12 +7,12 @@ states and head are taken at once, while the chunk's logits are there. Nothing o
 but the head's own gradient outlives a chunk, no logit is computed twice, and the buffers of one
 chunk serve the next.
 
-With q = softmax(z_s), q_T = softmax(z_s/T), p = softmax(z_t/T) and y the label:
+With q = softmax(z_s), y the label and g the divergence's gradient with respect to z_s/T:
 
-    d/dz_s [ (1 - α)·CE + α·T²·KL ] = (1 - α)·(q - onehot(y)) + α·T·(q_T - p)
+    d/dz_s [ (1 - α)·CE + α·T²·D ] = (1 - α)·(q - onehot(y)) + α·T·g
 
-q runs over the student's whole head, as transformers computes its loss; q_T and p run over the ids
-that both models share, where their heads are padded to different sizes.
+q runs over the student's whole head, as transformers computes its loss; D compares the ids that
+both models share, where their heads are padded to different sizes.
 
 The idea of taking a loss's gradient in its forward is Liger Kernel's (Hsu et al. 2024,
 arXiv:2410.10989); here it covers both losses and both heads under ZeRO-3's hooks.
@@ -20,198 +20,181 @@ arXiv:2410.10989); here it covers both losses and both heads under ZeRO-3's hook
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import contextlib
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.losses.chunk import Buffers, compare_chunk, cross_entropy
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.buffers import Buffers
+from ds_kd.losses.head import Gradients, States
+from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
+from ds_kd.losses.pair import Pair, find_largest
 
 # Tokens in a chunk where `chunk_size` does not say. Fewer make the matrix products narrow and add
 # to the head's gradient more often; more only take room (docs/performance.md). A GPU needs more to
 # be busy.
 _CHUNK, _CHUNK_ON_GPU = 512, 2048
-#: Sums over valid tokens that are reported beside the loss: always, with a teacher, and with a
-#: teacher where no gradient is wanted (validation); the last whatever the run's temperature is.
-_OF_STUDENT = ("ce_loss",)
-_OF_BOTH = (*_OF_STUDENT, "kd_loss", "top1_agreement", "teacher_entropy")
-_AT_T1 = ("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1")
 
 
-@dataclass(frozen=True)
-class Head:
-    """A language-model head as plain numbers: `softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
-
-    Args:
-        weight: `[vocab, hidden]`.
-        bias: `[vocab]` or None.
-        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's
-            `logits_scaling`).
-        softcap: Gemma 2's `final_logit_softcapping`, or None.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden` `[tokens, hidden]` → `[tokens, vocab]`."""
-        out = F.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            out = out * self.scale
-        if self.softcap is not None:
-            out = self.softcap * torch.tanh(out / self.softcap)
-        return out
-
-
-def chunk_of(device: str) -> int:
-    """Tokens of a chunk where the config does not say; on a kind of device."""
+def default_chunk(device: str) -> int:
+    """Return the tokens of a chunk where the config does not say, on a kind of device."""
     return _CHUNK if device == "cpu" else _CHUNK_ON_GPU
 
 
 class DistillationLoss:
-    """(1 - α)·CE + α·KD from hidden states, so that only supervised rows ever meet a head.
+    """(1 - α)·CE + α·T²·D from hidden states, so that only supervised rows ever meet a head.
 
     Args:
-        ce: cross-entropy of the student, a sum over valid tokens.
-        kd: distillation loss, a sum over valid tokens; it multiplies by T² itself, and its
-            `chunk_size` says how many tokens' logits exist at one time.
+        ce: `MaskedCrossEntropy`, or a user's own loss of whole logits.
+        divergence: a `Divergence`, or a user's own loss of whole logits; its `temperature` is T and
+            its `chunk_size` says how many tokens' logits exist at one time.
         kd_ratio: α in [0, 1]. At 0 a teacher is measured against only, at 1 the labels' values are
             not used (their mask is).
-        vocab_size: number of ids both models share, where their padded heads differ: KD is over
+        vocab_size: number of ids both models share, where their padded heads differ: D is over
             these, CE over the student's whole head. None takes the heads as they are.
-
-    A chunk is computed in fp32 whatever the losses' `fp32_upcast` says. Other losses than
-    `MaskedCrossEntropy` and `KDLoss` get whole logits.
 
     Raises:
         ValueError: `kd_ratio` out of range.
     """
 
-    def __init__(
-        self,
-        ce: Callable[[Tensor, Tensor], Tensor],
-        kd: Callable[[Tensor, Tensor, Tensor], Tensor],
-        kd_ratio: float,
-        vocab_size: int | None = None,
-    ):
+    def __init__(self, ce: Any, divergence: Any, kd_ratio: float, vocab_size: int | None = None):
         if not 0.0 <= kd_ratio <= 1.0:
             raise ValueError(f"kd_ratio must lie in [0, 1], got {kd_ratio}")
-        self.ce, self.kd, self.kd_ratio, self.vocab_size = ce, kd, float(kd_ratio), vocab_size
-        self.temperature = kd.temperature if isinstance(kd, KDLoss) else 1.0
-        self._chunk_size: int | None = 0
-        if type(ce) is MaskedCrossEntropy and type(kd) is KDLoss:
-            self._chunk_size = kd.chunk_size
+        self.ce, self.divergence = adapt(ce, OwnCrossEntropy), adapt(divergence, OwnDivergence)
+        self.kd_ratio, self.vocab_size = float(kd_ratio), vocab_size
         self._kept: Buffers | None = None
 
     def __call__(
-        self,
-        student_hidden: Tensor,
-        student_head: Head,
-        labels: Tensor,
-        teacher_hidden: Tensor | None = None,
-        teacher_head: Head | None = None,
+        self, student: States, labels: Tensor, teacher: Any | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weighted loss and its parts.
+        """Return the weighted loss and what it is made of.
 
         Args:
-            student_hidden: `[tokens, student hidden size]`, with a graph.
-            student_head: the student's head.
+            student: hidden states with a graph, `[tokens, hidden]`, and the student's head.
             labels: `[tokens]` int64, shifted.
-            teacher_hidden: `[tokens, teacher hidden size]`, no graph; may be None at `kd_ratio` 0.
-            teacher_head: the teacher's head, with `teacher_hidden`.
+            teacher: a teacher's output for the same tokens (`ds_kd.teachers.base`); may be None at
+                `kd_ratio` 0.
 
         Returns:
             The differentiable scalar (nats, summed over valid tokens), whose backward can be run
             once, and detached sums over valid tokens by name. Which there are depends on whether
             there is a teacher and on whether gradients are enabled, so it is the same on all ranks.
         """
-        if self._chunk_size == 0:
-            return self._plain(student_hidden, student_head, labels, teacher_hidden, teacher_head)
-        names = self._names(teacher_hidden is not None)
-        total, sums = _Chunked.apply(  # type: ignore[no-untyped-call]
-            student_hidden,
-            student_head.weight,
-            student_head.bias,
-            student_head,
+        sums: dict[str, Tensor] = {}
+        head = student.head
+        # Inside a Function grad mode is off, and needs_input_grad does not know of no_grad.
+        is_training = torch.is_grad_enabled()
+        total = _Chunked.apply(  # type: ignore[no-untyped-call]
+            student.hidden,
+            head.weight,
+            head.bias,
+            student,
             labels,
-            teacher_hidden,
-            teacher_head,
+            teacher,
             self,
-            # Inside a Function grad mode is off, and needs_input_grad does not know of no_grad.
-            torch.is_grad_enabled(),
-            len(names),
+            is_training,
+            sums,
         )
-        return total, dict(zip(names, sums.unbind(), strict=True))
+        return total, sums
 
-    def weigh(self, ce: Tensor, kd: Tensor | None) -> Tensor:
-        """The optimised sum: (1 - α)·CE + α·KD, or CE alone without a teacher."""
-        alpha = 0.0 if kd is None else self.kd_ratio
+    def weigh(self, sums: dict[str, Tensor]) -> Tensor:
+        """Return the optimised sum: (1 - α)·CE + α·KD, or CE alone without a teacher."""
+        alpha = self.kd_ratio if "kd_loss" in sums else 0.0
         # 0·inf is NaN: a part that is not optimised must not spoil the one that is.
-        terms = [w * s for w, s in ((1.0 - alpha, ce), (alpha, kd)) if w > 0 and s is not None]
-        return torch.stack(terms).sum()
+        weights = {"ce_loss": 1.0 - alpha, "kd_loss": alpha}
+        return torch.stack([w * sums[name] for name, w in weights.items() if w > 0]).sum()
 
-    def _names(self, has_teacher: bool) -> tuple[str, ...]:
-        """Names of the sums, in the order in which they are computed."""
-        if not has_teacher:
-            return _OF_STUDENT
-        return _OF_BOTH if torch.is_grad_enabled() else (*_OF_BOTH, *_AT_T1)
-
-    def _plain(
+    def of_chunk(
         self,
-        student_hidden: Tensor,
-        student_head: Head,
+        student: Tensor,
+        teacher: Tensor | None,
         labels: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """From whole logits: the definition, which the chunked form is tested against."""
-        logits = student_head.logits(student_hidden)
-        if teacher_hidden is None or teacher_head is None:
-            ce = self.ce(logits, labels)
-            return self.weigh(ce, None), {"ce_loss": ce.detach().float()}
-        names = self._names(True)
-        with torch.no_grad():
-            teacher = teacher_head.logits(teacher_hidden)[:, : self.vocab_size]
-        shared = logits[:, : self.vocab_size]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio < 1.0):
-            ce = self.ce(logits, labels)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.kd_ratio > 0.0):
-            kd = self.kd(shared, teacher, labels)
-        with torch.no_grad():
-            measured = [ce, kd, *self._measure(shared, teacher, labels, len(names))]
-            sums = {name: part.detach().float() for name, part in zip(names, measured, strict=True)}
-        return self.weigh(ce, kd), sums
+        buffers: Buffers,
+        is_training: bool,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute both losses of one chunk and what is measured beside them.
 
-    def _measure(
-        self, student: Tensor, teacher: Tensor, labels: Tensor, count: int
-    ) -> list[Tensor]:
-        """The sums after CE and KD, `count` with these, from logits `[tokens, vocab]`."""
-        valid = labels != IGNORE_INDEX
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        student, teacher = student[valid].to(dtype), teacher[valid].to(dtype)
-        agree = student.argmax(-1).eq(teacher.argmax(-1)).sum()
-        found = [agree, _entropy(teacher / self.temperature)]
-        if count > len(_OF_BOTH):
-            log_q, log_p = F.log_softmax(student, -1), F.log_softmax(teacher, -1)
-            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            found += [kl, _entropy(teacher), _entropy(student)]
-        return found
+        Args:
+            student: logits `[rows, student vocab]`, which come back as they were.
+            teacher: logits `[rows, shared vocab]`, used up; None without a teacher.
+            labels: `[rows]`.
+            is_training: if not, what needs another softmax is measured as well.
 
-    def chunk_size(self, device: torch.device) -> int:
-        """Tokens in one chunk."""
-        return self._chunk_size or chunk_of(device.type)
+        Returns:
+            Values per token by name, each `[rows, 1]`, and d loss / d student logits
+            `[rows, student vocab]`.
+        """
+        if teacher is None:
+            largest = student.amax(-1, keepdim=True)
+            ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
+            return {"ce_loss": ce}, gradient
+        shared = student
+        if student.shape[1] != teacher.shape[1]:
+            shared = buffers.like("shared", teacher).copy_(student[:, : teacher.shape[1]])
+        best, teacher_best = find_largest(shared), find_largest(teacher)
+        measured = {"top1_agreement": (best == teacher_best).to(student.dtype)}
+        largest, teacher_largest = shared.gather(1, best), teacher.gather(1, teacher_best)
+        logits = (shared, teacher, largest, teacher_largest)
+        if not is_training:
+            measured |= _measure(Pair(*logits, 1.0, labels, buffers))
+        values, gradient = self._losses(student, logits, labels, buffers)
+        return values | measured, gradient
+
+    def _losses(
+        self,
+        student: Tensor,
+        logits: tuple[Tensor, Tensor, Tensor, Tensor],
+        labels: Tensor,
+        buffers: Buffers,
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute CE and the divergence of one chunk.
+
+        Args:
+            student: the student's whole logits `[rows, student vocab]`.
+            logits: over the shared ids, the first four arguments of `Pair`, not yet divided by T;
+                the first may be `student` itself.
+        """
+        t, alpha, divergence = self.divergence.temperature, self.kd_ratio, self.divergence
+        is_padded = logits[0] is not student
+        shares_softmax = t == 1.0 and not is_padded and self.ce.is_softmax_less_one_hot
+        shares_softmax = shares_softmax and hasattr(divergence, "of_chunk_with_softmax")
+        at = labels.clamp(min=0)[:, None]
+        label_logit = student.gather(1, at)
+        if not shares_softmax:
+            largest = student.amax(-1, keepdim=True) if is_padded else logits[2]
+            ce, ce_gradient = self.ce.of_chunk(student, largest, labels, buffers)
+
+        if t != 1.0:
+            for part in logits:
+                part.div_(t)
+        pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
+        entropy = pair.teacher_entropy
+        if shares_softmax:
+            kd, gradient = divergence.of_chunk_with_softmax(pair, alpha)
+            ce = pair.student_lse - label_logit
+            gradient.scatter_add_(1, at, torch.full_like(ce, alpha - 1.0))
+        else:
+            kd, kd_gradient = divergence.of_chunk(pair)
+            gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
+            if t != 1.0 and not is_padded:
+                student.mul_(t)
+        return {"ce_loss": ce, "kd_loss": kd * t**2, "teacher_entropy": entropy}, gradient
+
+    def chunk_size(self, device: torch.device, tokens: int) -> int:
+        """Return the tokens of one chunk."""
+        wanted = self.divergence.chunk_size
+        wanted = default_chunk(device.type) if wanted is None else wanted
+        return max(1, min(wanted or tokens, tokens))
 
     def buffers(self, chunk: int, dtype: torch.dtype, device: torch.device) -> Buffers:
-        """Room for a chunk. A GPU's allocator keeps freed memory; on a CPU every page of new memory
-        is cleared by the system first, which costs more than a softmax: there it is kept here."""
+        """Return room for a chunk.
+
+        A GPU's allocator keeps freed memory; on a CPU every page of new memory is cleared by the
+        system first, which costs more than a softmax: there it is kept here.
+        """
         if device.type != "cpu":
             return Buffers(chunk, dtype, device)
         kept = self._kept
@@ -229,121 +212,64 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        head: Head,
+        student: States,
         labels: Tensor,
-        teacher_hidden: Tensor | None,
-        teacher_head: Head | None,
+        teacher: Any | None,
         loss: DistillationLoss,
-        takes_gradients: bool,
-        count: int,
-    ) -> tuple[Tensor, Tensor]:
+        is_training: bool,
+        sums: dict[str, Tensor],
+    ) -> Tensor:
         tokens, vocab = hidden.shape[0], weight.shape[0]
-        shared, alpha, t = loss.vocab_size or vocab, loss.kd_ratio, loss.temperature
         dtype = torch.promote_types(hidden.dtype, torch.float32)
-        chunk = max(1, min(loss.chunk_size(hidden.device), tokens))
+        chunk = loss.chunk_size(hidden.device, tokens)
         buffers = loss.buffers(chunk, dtype, hidden.device)
-        wanted = [takes_gradients and needed for needed in ctx.needs_input_grad[:3]]
-        grads = _Gradients(head, hidden, dtype, wanted)
-        valid = labels != IGNORE_INDEX
-        targets = torch.where(valid, labels, 0)[:, None]
-        valid = valid.to(dtype)
-        sums = torch.zeros(count, dtype=dtype, device=hidden.device)
-        for start in range(0, tokens, chunk):
-            rows = slice(start, start + chunk)
-            student = _logits("student", head, hidden[rows], vocab, buffers)
-            if teacher_hidden is None or teacher_head is None:
-                parts, gradient = cross_entropy(student, targets[rows], buffers)
-            else:
-                teacher = _logits("teacher", teacher_head, teacher_hidden[rows], shared, buffers)
-                measures = count > len(_OF_BOTH)
-                parts, gradient = compare_chunk(
-                    student, teacher, targets[rows], alpha, t, buffers, measures
-                )
-            sums += parts @ valid[rows]
-            if any(wanted):
-                grads.add(rows, gradient, student, valid[rows], buffers)
-        total = loss.weigh(sums[0], None if teacher_hidden is None else sums[1])
-        sums = sums.float()
-        if tokens == 0:  # no chunk has written
-            grads.clear()
+        wanted = [is_training and needed for needed in ctx.needs_input_grad[:3]]
+        # Inside, the tensors are seen without their graph.
+        grads = Gradients(States(hidden, student.head), dtype, wanted)
+        valid = (labels != IGNORE_INDEX).to(dtype)
+
+        totals = torch.zeros((), dtype=dtype, device=hidden.device)
+        with contextlib.ExitStack() as stack:
+            opened = None if teacher is None else stack.enter_context(teacher.opened())
+            for start in range(0, max(1, tokens), chunk):  # of no token one empty chunk
+                rows = slice(start, start + chunk)
+                z_s = grads.states.logits(rows, vocab, "student", buffers)
+                z_t = None
+                if opened is not None:
+                    z_t = opened.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
+                values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_training)
+                totals = totals + torch.cat([*values.values()], dim=1).t() @ valid[rows]
+                if any(wanted):
+                    grads.add(rows, gradient, z_s, valid[rows], buffers)
+        found = dict(zip(values, totals.unbind(), strict=True))
+        sums.update({name: part.float() for name, part in found.items()})
         ctx.gradients = grads.found
-        ctx.mark_non_differentiable(sums)
-        return total, sums
+        return loss.weigh(found)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         found, ctx.gradients = ctx.gradients, None
         if found is None:
             raise RuntimeError("the chunked loss can be differentiated once only")
-        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 7
+        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 6
 
 
-def _logits(name: str, head: Head, hidden: Tensor, vocab: int, buffers: Buffers) -> Tensor:
-    """Compute the first `vocab` of `Head.logits` in the buffer of that name. The product is rounded
-    to the model's dtype, as the model itself would round it."""
-    rows = len(hidden)
-    is_same = hidden.dtype == buffers.dtype
-    product = buffers.get(name if is_same else "product", rows, vocab, hidden.dtype)
-    weight = head.weight[:vocab].t()
-    if head.bias is None:
-        torch.mm(hidden, weight, out=product)
-    else:
-        torch.addmm(head.bias[:vocab], hidden, weight, out=product)
-    out = product if is_same else buffers.get(name, rows, vocab).copy_(product)
-    if head.scale != 1.0:
-        out.mul_(head.scale)
-    if head.softcap is not None:
-        out.div_(head.softcap).tanh_().mul_(head.softcap)
-    return out
+def _measure(pair: Pair) -> dict[str, Tensor]:
+    """Return KL and both entropies at T = 1, `[rows, 1]` each, whatever the run's T is."""
+    kl, entropy, student_lse = pair.forward_kl, pair.teacher_entropy, pair.student_lse
+    student_mean = pair.q.mul_(pair.student).sum(-1, keepdim=True)
+    return {
+        "kl_at_t1": kl,
+        "teacher_entropy_at_t1": entropy,
+        "student_entropy_at_t1": student_lse - student_mean,
+    }
 
 
-def _entropy(logits: Tensor) -> Tensor:
-    """Of the softmax of each row of `[rows, vocab]`, nats, summed."""
-    log_p = F.log_softmax(logits, -1)
-    return -(log_p.exp() * log_p).sum()
-
-
-class _Gradients:
-    """d loss / d (hidden, weight, bias), grown chunk by chunk; None where not wanted."""
-
-    def __init__(self, head: Head, hidden: Tensor, dtype: torch.dtype, wanted: list[bool]):
-        self.head, self.hidden = head, hidden
-        bias = head.bias
-        self.found = (
-            torch.empty_like(hidden) if wanted[0] else None,
-            torch.empty_like(head.weight, dtype=dtype) if wanted[1] else None,
-            torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None,
-        )
-
-    def clear(self) -> None:
-        for found in self.found:
-            if found is not None:
-                found.zero_()
-
-    def add(
-        self, rows: slice, gradient: Tensor, logits: Tensor, valid: Tensor, buffers: Buffers
-    ) -> None:
-        """The share of one chunk: `gradient` with respect to `logits`; both are used up."""
-        head, hidden = self.head, self.hidden[rows]
-        to_hidden, to_weight, to_bias = self.found
-        if head.softcap is not None:  # tanh' = 1 - tanh²
-            gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
-        # Validity and the head's scale are worth a pass over [rows, hidden], not [rows, vocab].
-        factor = valid * head.scale
-        if hidden.dtype != gradient.dtype:
-            gradient = buffers.like("product", gradient, hidden.dtype).copy_(gradient)
-        if to_hidden is not None:
-            torch.mm(gradient, head.weight, out=to_hidden[rows])
-            to_hidden[rows].mul_(factor[:, None])
-        scaled = (hidden * factor[:, None]).to(hidden.dtype)
-        if to_weight is not None:
-            is_first = rows.start == 0
-            if to_weight.dtype == gradient.dtype:
-                to_weight.addmm_(gradient.t(), scaled, beta=0.0 if is_first else 1.0)  # 0: not read
-            elif is_first:
-                to_weight.copy_(gradient.t() @ scaled)
-            else:
-                to_weight.add_(gradient.t() @ scaled)
-        if to_bias is not None:
-            to_bias.add_(gradient.t() @ factor.to(gradient.dtype))
+def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:
+    """Return the weighted sum of two gradients `[rows, student vocab]` and `[rows, shared vocab]`,
+    in the room of one of them."""
+    if ce.shape == kd.shape:
+        return kd.mul_(kd_weight).add_(ce, alpha=ce_weight)
+    ce.mul_(ce_weight)[:, : kd.shape[1]].add_(kd, alpha=kd_weight)
+    return ce

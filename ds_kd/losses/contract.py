@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import first_line
+from ds_kd.losses.buffers import Buffers
+from ds_kd.losses.pair import Pair
 
 _TOKENS, _VOCAB = 6, 11
+_CUT = slice(0, 2), slice(2, None)
 _CLOSE = 1e-3  # relative: fp32 sums of a few tokens are a thousand times nearer
 
 
@@ -34,6 +37,8 @@ def check_divergence(loss: Any) -> None:
             f"equal logits of both models give {same:.4g}, expected 0; return a divergence, such "
             f"as a KL, not a cross-entropy"
         )
+    if hasattr(loss, "of_chunk"):
+        _check_chunk(loss)
 
 
 def check_cross_entropy(loss: Any) -> None:
@@ -45,6 +50,39 @@ def check_cross_entropy(loss: Any) -> None:
     _check_module(loss)
     student, _, labels = _example()
     _check(lambda rows, y: loss(student[rows], y), student, labels)
+
+
+def _check_chunk(divergence: Any) -> None:
+    """Refuse a `Divergence` whose `of_chunk` is not what its call says, in value or gradient."""
+    student, teacher, labels = _example()
+    t = divergence.temperature
+    value = divergence(student, teacher, labels)
+    (slope,) = torch.autograd.grad(value, student)
+
+    def make_pair() -> Pair:
+        z_s, z_t = student.detach() / t, teacher / t
+        largest = z_s.amax(-1, keepdim=True), z_t.amax(-1, keepdim=True)
+        buffers = Buffers(_TOKENS, torch.float32, student.device)
+        return Pair(z_s, z_t, *largest, t, labels, buffers, divergence.reads_teacher_logits)
+
+    values, gradient = divergence.of_chunk(make_pair())
+    if not _close(float(values.sum()) * t**2, value.item()):
+        raise ValueError(
+            f"its of_chunk gives {float(values.sum()) * t**2:.4g} in all and its call {value:.4g}; "
+            f"override `value` (and `of_chunk`, if it is there) instead of `__call__`"
+        )
+    found = {"of_chunk": (gradient * t, slope)}
+    if hasattr(divergence, "of_chunk_with_softmax"):
+        pair = make_pair()
+        expected = 0.5 * torch.softmax(pair.student, -1) + 0.5 * slope / t
+        found["of_chunk_with_softmax"] = (divergence.of_chunk_with_softmax(pair, 0.5)[1], expected)
+    for name, (got, wanted) in found.items():
+        error = (got - wanted).abs().max().item()
+        if not error <= _CLOSE * max(1.0, wanted.abs().max().item()):
+            raise ValueError(
+                f"the gradient of its {name} differs by {error:.3g} from that of its value; return "
+                f"d value / d(z_s/T)"
+            )
 
 
 def _example() -> tuple[Tensor, Tensor, Tensor]:
@@ -80,6 +118,12 @@ def _check(evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: T
         raise ValueError(
             f"the same tokens twice give {twice / value if value else twice:.3g} times the value, "
             f"expected 2; return the sum over tokens, not a mean"
+        )
+    parts = [_value(evaluate, rows[k], labels[k], student, "a part") for k in _CUT]
+    if not _close(sum(parts), value):
+        raise ValueError(
+            f"6 tokens give {value:.4g}, and 2 and 4 of them {parts[0]:.4g} and {parts[1]:.4g}; "
+            f"each token's share must not depend on the others, as a step is cut into parts"
         )
     masked = labels.clone()
     masked[::2] = IGNORE_INDEX

@@ -1,33 +1,35 @@
-"""The two losses of knowledge distillation: pure torch, no engine, no config.
+"""Divergences: how far the student's next-token distribution is from the teacher's.
 
-    L = (1 - α)·CE(student, labels) + α·T²·KL( softmax(z_t/T) ‖ softmax(z_s/T) )
+    L = (1 - α)·CE(student, labels) + α·T²·D( softmax(z_t/T), softmax(z_s/T) )
 
-* **Direction.** KL(teacher ‖ student), the *forward* KL of Hinton et al. (2015): the student must
-  put probability wherever the teacher does. The reverse direction looks alike on paper and trains
-  another model.
-* **T².** d KL/d z_s = (softmax(z_s/T) - softmax(z_t/T))/T, and the difference itself shrinks like
-  1/T: together 1/T². Multiplying by T² keeps the gradient's scale, hence the learning rate,
+A divergence is one class here or in a user's own file. It says what it is (`__call__`, whole
+logits) and how one chunk of tokens is computed (`of_chunk`): a value per token and its gradient
+with respect to z_s/T. `ds_kd.losses.chunked` goes through the chunks, multiplies by α and T², and
+knows no divergence by name.
+
+* **T².** d D/d z_s carries a factor 1/T, and the difference of the two distributions itself shrinks
+  like 1/T: together 1/T². Multiplying by T² keeps the gradient's scale, hence the learning rate,
   independent of T (Hinton et al. 2015, section 2).
-* **Sums, not means.** Every loss returns the sum over the valid tokens it was given. A step is cut
-  into micro-batches and ranks with unequal numbers of valid tokens; only sum / global count is
+* **Sums, not means.** A loss is the sum over the valid tokens it was given. A step is cut into
+  micro-batches and ranks with unequal numbers of valid tokens; only sum / global count is
   independent of how it was cut. The one division is the trainer's.
 * **A zero with a graph.** No valid token gives a sum over nothing: exactly 0, still connected to
   the student, so that ZeRO-3's backward collectives run on every rank.
 
 Labels arrive already shifted: `labels[i]` is the token that position `i` must predict.
-These two take whole logits and are the definition; `ds_kd.losses.chunked` computes the same from
-hidden states, a chunk at a time.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
+from ds_kd.losses.pair import Pair
 
 # Above this temperature the KL is about 1/T² small, and the difference of two log-sum-exps about
 # ten: what fp32 keeps of the difference is no longer enough.
@@ -35,45 +37,23 @@ _HIGH_TEMPERATURE = 8.0
 _NEAR = 0.5  # |log-ratio| up to which `near_kl`'s series is exact to 1e-5
 
 
-class MaskedCrossEntropy:
-    """Cross-entropy of the student against the labels, summed over valid tokens.
-
-    Args:
-        ignore_index: label value of positions that are not supervised; -100 is the only one, as
-            data sets, token counts and losses must agree on it.
-        fp32_upcast: compute the log-softmax in fp32 whatever the logits' dtype; false is heeded
-            with `chunk_size` 0 only, as a chunk in fp32 costs next to nothing.
-
-    Raises:
-        ValueError: another ignore_index.
-    """
-
-    def __init__(self, ignore_index: int = IGNORE_INDEX, fp32_upcast: bool = True):
-        _check_ignore_index(ignore_index)
-        self.fp32_upcast = fp32_upcast
-
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """`logits` `[tokens, vocab]`, `labels` `[tokens]` int64 → scalar, nats, summed over valid
-        tokens."""
-        if self.fp32_upcast:
-            logits = logits.float()
-        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-class KDLoss:
-    """T²·KL(teacher ‖ student), summed over valid tokens (Hinton et al. 2015, arXiv:1503.02531).
+class Divergence(ABC):
+    """The interface of a distillation loss that is computed a chunk at a time.
 
     Args:
         ignore_index: as for `MaskedCrossEntropy`.
         temperature: T > 0, divides both models' logits.
-        fp32_upcast: as for `MaskedCrossEntropy`.
-        chunk_size: tokens whose logits exist at one time, CE's included; None chooses, 0 makes all
-            logits at once.
+        fp32_upcast: accepted; logits are compared in fp32 at least.
+        chunk_size: tokens whose logits exist at one time, CE's included; None chooses, 0 takes all
+            at once.
 
     Raises:
         ValueError: another ignore_index, a temperature that is not a positive number, or a
             chunk_size that is not an integer ≥ 0.
     """
+
+    #: Whether `of_chunk` reads `pair.teacher`; if not, its room is used for other things.
+    reads_teacher_logits = True
 
     def __init__(
         self,
@@ -82,45 +62,112 @@ class KDLoss:
         fp32_upcast: bool = True,
         chunk_size: int | None = None,
     ):
-        _check_ignore_index(ignore_index)
+        check_ignore_index(ignore_index)
         if not 0 < temperature < math.inf:
             raise ValueError(f"temperature must be > 0 and finite, got {temperature}")
         if chunk_size is not None and not (type(chunk_size) is int and chunk_size >= 0):
             raise ValueError(f"chunk_size must be an integer ≥ 0 (tokens), got {chunk_size!r}")
         self.temperature = float(temperature)
-        self.fp32_upcast = fp32_upcast
         self.chunk_size = chunk_size
 
+    @abstractmethod
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
+        """Return the divergence of every token, by its definition.
+
+        Args:
+            log_p, log_q: log-probabilities of teacher and student at temperature T,
+                `[tokens, vocab]`.
+
+        Returns:
+            `[tokens]`, nats, without the factor T².
+        """
+
     def __call__(self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor) -> Tensor:
-        """Both logits `[tokens, vocab]`, `labels` `[tokens]` int64 (only its mask is used) →
-        scalar, nats."""
+        """Return T²·D, summed over valid tokens.
+
+        Args:
+            student_logits, teacher_logits: `[tokens, vocab]`.
+            labels: `[tokens]` int64; only the mask of -100 is used.
+        """
         valid = labels != IGNORE_INDEX
-        student, teacher = student_logits[valid], teacher_logits[valid]
-        if self.fp32_upcast:
-            student, teacher = student.float(), teacher.float()
-        student, teacher = student / self.temperature, teacher / self.temperature
-        log_q, log_p = F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1)
+        log_q, log_p = (
+            F.log_softmax(_widen(logits[valid]) / self.temperature, dim=-1)
+            for logits in (student_logits, teacher_logits)
+        )
+        return self.value(log_p, log_q).sum() * self.temperature**2
+
+    def of_chunk(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Return the divergence of every token of a chunk, and its gradient.
+
+        This one differentiates `value` by autograd; a class that knows its gradient overrides it.
+
+        Args:
+            pair: both models' logits over T.
+
+        Returns:
+            Values `[rows, 1]`, nats, without T², and d value / d(z_s/T) `[rows, vocab]`; the latter
+            may lie in the room of `pair.p`, `pair.q` or `pair.teacher`.
+        """
+        with torch.enable_grad():
+            scaled = pair.student.detach().requires_grad_()
+            values = self.value(pair.log_p, F.log_softmax(scaled, -1))
+            (gradient,) = torch.autograd.grad(values.sum(), scaled)
+        return values.detach()[:, None], gradient
+
+
+def _widen(logits: Tensor) -> Tensor:
+    """Return logits in fp32, or in fp64 where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class KDLoss(Divergence):
+    """T²·KL(teacher ‖ student), the *forward* KL (Hinton et al. 2015, arXiv:1503.02531).
+
+    The student must put probability wherever the teacher does. The reverse direction looks alike on
+    paper and trains another model. With p = softmax(z_t/T) and q = softmax(z_s/T),
+
+        KL = Σ p·(log p - log q),        d KL / d(z_s/T) = q - p.
+    """
+
+    @property
+    def reads_teacher_logits(self) -> bool:  # type: ignore[override]
+        return self.temperature > _HIGH_TEMPERATURE
+
+    def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         # kl_div(input=log q, target=log p) is KL(p ‖ q): the teacher is the target.
-        if not is_high(self.temperature):
-            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            return kl * self.temperature**2
-        plain = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1, keepdim=True)
-        return near_kl(student - teacher, log_p.exp(), plain).sum() * self.temperature**2
+        kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
+        return (
+            near_kl(log_q - log_p, log_p.exp(), kl[:, None])[:, 0]
+            if self.reads_teacher_logits
+            else kl
+        )
 
+    def of_chunk(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        return self._kl(pair), pair.q.sub_(pair.p)
 
-def is_high(temperature: float) -> bool:
-    """Whether the KL at this temperature needs `near_kl`."""
-    return temperature > _HIGH_TEMPERATURE
+    def of_chunk_with_softmax(self, pair: Pair, alpha: float) -> tuple[Tensor, Tensor]:
+        """Return the values, and (1 - α)·q + α·(q - p): CE's share at T = 1 is in it but for the
+        one-hot of the labels.
+
+        A divergence may leave this shortcut out; one that has it reads `pair.student_lse` before it
+        overwrites q.
+        """
+        return self._kl(pair), pair.q.sub_(pair.p, alpha=alpha)
+
+    def _kl(self, pair: Pair) -> Tensor:
+        if not self.reads_teacher_logits:
+            return pair.forward_kl
+        return near_kl(pair.student - pair.teacher, pair.p, pair.forward_kl)
 
 
 def near_kl(difference: Tensor, p: Tensor, otherwise: Tensor) -> Tensor:
-    """KL(p ‖ q) of distributions that nearly agree, without cancellation.
+    """Return KL(p ‖ q) of distributions that nearly agree, without cancellation.
 
     With d the difference less its mean under p, KL = log(1 + Σ p·(e^d - 1 - d)): no term of the
     sum is negative, and an error of the mean enters squared only. e^d - 1 - d is its power series.
 
     Args:
-        difference: (z_s - z_t)/T `[rows, vocab]`.
+        difference: (z_s - z_t)/T `[rows, vocab]`, up to a number for each row.
         p: the teacher's probabilities `[rows, vocab]`.
         otherwise: the KL by its definition `[rows, 1]`, for rows whose log-ratios are large.
 
@@ -133,11 +180,3 @@ def near_kl(difference: Tensor, p: Tensor, otherwise: Tensor) -> Tensor:
     series = 1 / 24 + d * (1 / 120 + d / 720)
     series = d * d * (0.5 + d * (1 / 6 + d * series))
     return torch.where(is_near, torch.log1p((p * series).sum(-1, keepdim=True)), otherwise)
-
-
-def _check_ignore_index(value: int) -> None:
-    if value != IGNORE_INDEX:
-        raise ValueError(
-            f"ignore_index must be {IGNORE_INDEX}, got {value}: data sets mark what is not "
-            f"supervised with {IGNORE_INDEX}, and tokens are counted by it"
-        )

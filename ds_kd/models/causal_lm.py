@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.head import Head, States
 from ds_kd.models import attention
-from ds_kd.parallel.engines import gathered
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -96,16 +96,16 @@ class _Split(nn.Module):
             longer.remove()
 
 
-class Teacher(_Split):
-    """`teacher(batch)` → hidden states at supervised positions `[rows, hidden]`; frozen, in eval
-    mode for ever."""
+class FrozenModel(_Split):
+    """`model(batch)` → hidden states at supervised positions `[rows, hidden]`; without a gradient,
+    in eval mode for ever."""
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
         self.requires_grad_(False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> Teacher:
+    def train(self, mode: bool = True) -> FrozenModel:
         return super().train(False)
 
     @torch.no_grad()
@@ -114,36 +114,27 @@ class Teacher(_Split):
 
 
 class Student(_Split):
-    """`student(batch, target)` → (loss, sums), see `DistillationLoss`.
+    """`student(batch, teacher_output)` → (loss, sums), see `DistillationLoss`.
 
     Args:
         model: the HF model to train.
-        loss: from hidden states and heads to the weighted sum.
-        teacher: whose head turns `target` into logits; None where there is none.
+        loss: from hidden states, head, labels and a teacher's output to the weighted sum.
     """
 
-    def __init__(self, model: nn.Module, loss: DistillationLoss, teacher: Teacher | None = None):
+    def __init__(self, model: nn.Module, loss: DistillationLoss):
         super().__init__(model)
         self.loss = loss
-        # Held in a tuple so that the teacher does not become a submodule of the student.
-        self._teacher = (teacher,)
 
     def forward(
-        self, batch: dict[str, Any], target: Tensor | None = None, probe: str | None = None
+        self, batch: dict[str, Any], teacher_output: Any | None = None, probe: str | None = None
     ) -> Any:
         if probe:
             return getattr(self, probe)(batch)
-        hidden = self.hidden(batch)
         output_head = self.model.get_output_embeddings()
-        if target is None:
-            return output_head(hidden, loss=lambda h: self.loss(h, self.head(), batch["targets"]))
-        (teacher,) = self._teacher
-        assert teacher is not None
-        with gathered([p for p in teacher.model.get_output_embeddings().parameters()]):
-            return output_head(
-                hidden,
-                loss=lambda h: self.loss(h, self.head(), batch["targets"], target, teacher.head()),
-            )
+        return output_head(
+            self.hidden(batch),
+            loss=lambda h: self.loss(States(h, self.head()), batch["targets"], teacher_output),
+        )
 
 
 def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:

@@ -30,12 +30,30 @@ _calls = 0  # of on_rank0; the same on every rank, as all of them are collective
 
 
 @dataclass(frozen=True)
+class Group:
+    """Ranks that share something, and this one's place among them.
+
+    Args:
+        rank: 0 to `size` - 1.
+        size: how many they are.
+        host_group: carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
+            must not make the host wait for the GPU's queue, as an NCCL collective followed by
+            `.item()` would.
+        device_group: carries tensors on the device; None for all ranks of the job.
+    """
+
+    rank: int
+    size: int
+    host_group: dist.ProcessGroup | None = None
+    device_group: dist.ProcessGroup | None = None
+
+
+@dataclass(frozen=True)
 class World:
     """This process's place in the job.
 
-    `host_group` carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
-    must not make the host wait for the GPU's queue, as an NCCL collective followed by `.item()`
-    would.
+    `rank` and `size` count processes: files, generators and decisions go by them. A rank is not a
+    data rank: what is shared out or averaged names its group, `data` or `everyone`.
     """
 
     rank: int
@@ -48,6 +66,17 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def everyone(self) -> Group:
+        """All ranks of the job."""
+        return Group(self.rank, self.size, self.host_group)
+
+    @property
+    def data(self) -> Group:
+        """The ranks that see different samples: all of them, as no model is split over ranks in
+        another way than ZeRO's."""
+        return self.everyone
 
 
 def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
@@ -100,12 +129,13 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torch.Tensor:
-    """Elementwise sum over all ranks.
+def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tensor:
+    """Elementwise sum over the ranks of a group.
 
     Args:
         values: numbers on the host, or a tensor on the device (which stays there, without a host
             sync).
+        group: `world.data` for what samples add up to, `world.everyone` for decisions.
 
     Returns:
         A tensor of the same shape: fp64 for host numbers (integers are exact to 2⁵³), the given
@@ -113,12 +143,12 @@ def sum_over_ranks(values: Sequence[float] | torch.Tensor, world: World) -> torc
     """
     if isinstance(values, torch.Tensor):
         total = values.clone()
-        if world.size > 1:
-            dist.all_reduce(total)
+        if group.size > 1:
+            dist.all_reduce(total, group=group.device_group)
         return total
     total = torch.tensor(list(values), dtype=torch.float64)
-    if world.size > 1:
-        dist.all_reduce(total, group=world.host_group)
+    if group.size > 1:
+        dist.all_reduce(total, group=group.host_group)
     return total
 
 

@@ -13,7 +13,7 @@ from ds_kd.config.components import ConfigError, Target, as_config_error, instan
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.source import load_rows
 from ds_kd.errors import first_line
-from ds_kd.losses.chunked import chunk_of
+from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.parallel.world import World
 from ds_kd.plan import memory
@@ -278,7 +278,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "length": max(1, (packed * local if packed else tokens) // local),
         "supervised": supervised,
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
-        "chunk": kwargs.get("chunk_size") or chunk_of("cuda" if cuda else "cpu"),
+        "chunk": kwargs.get("chunk_size") or default_chunk("cuda" if cuda else "cpu"),
         "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.target.rpartition(".")[2], cfg.optimizer.kwargs

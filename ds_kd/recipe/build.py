@@ -23,15 +23,24 @@ from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.data import build_loader, packs
-from ds_kd.recipe.models import fix_rope, load_model, name_of, tokenizer_of, training_dtype
+from ds_kd.recipe.models import (
+    config_of,
+    fix_rope,
+    load_model,
+    name_of,
+    tokenizer_of,
+    training_dtype,
+)
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed
+from ds_kd.teachers.base import Teacher
+from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
@@ -57,38 +66,32 @@ def build(
     Raises:
         ConfigError: something the config names does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.size)
+    check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
-    loader, sampler = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
+    loader, _ = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
     validation = None
     if cfg.validation_dataset is not None:
         validation, _ = build_loader(
             cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, allow, False
         )
-    schedule = Schedule(
-        sampler.steps_per_epoch,
-        cfg.step_scheduler.num_epochs,
-        cfg.step_scheduler.max_steps,
-        cfg.step_scheduler.val_every_steps,
-        cfg.step_scheduler.ckpt_every_steps,
-    )
-    # What only rank 0 opens comes before anything that all ranks do together.
+    batches = LoaderBatches(loader)
+    schedule = _schedule(cfg, batches.steps_per_epoch)
+    # What only rank 0 opens, and what is soon refused, comes before the models.
     metrics = _metrics(cfg, schedule, world)
     checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
-    teacher = None
-    if cfg.teacher_model is not None and cfg.loads_teacher:
-        teacher = _teacher(cfg, cfg.teacher_model, world, allow)
+    loss = _loss(cfg, tokenizer, world, allow)
+
+    teacher = _teacher(cfg, world, allow) if cfg.loads_teacher else None
     if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _student(cfg, teacher, tokenizer, schedule, world, allow)
+    student = _student(cfg, loss, schedule, world, allow)
     if checkpointer is not None:  # by now all files are there
         checkpointer.fingerprint |= _model_files(cfg, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
-        validation_teacher=teacher,
-        loader=loader,
+        batches=batches,
         validation_loader=validation,
         schedule=schedule,
         metrics=metrics,
@@ -96,10 +99,54 @@ def build(
         state=TrainState(),
         world=world,
         validate_first=cfg.step_scheduler.val_at_start,
-        max_skipped=cfg.step_scheduler.max_skipped_steps,
         asked_to_stop=asked_to_stop,
+        max_skipped=cfg.step_scheduler.max_skipped_steps,
+        validation_teacher=teacher,
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
     )
+
+
+def _schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
+    steps = cfg.step_scheduler
+    return Schedule(
+        steps_per_epoch,
+        steps.num_epochs,
+        steps.max_steps,
+        steps.val_every_steps,
+        steps.ckpt_every_steps,
+    )
+
+
+def _loss(cfg: RunConfig, tokenizer: Any, world: World, allow: tuple[str, ...]) -> DistillationLoss:
+    """The student's loss, over the ids that it shares with the teacher."""
+    vocab_size = None
+    if cfg.loads_teacher:
+        assert cfg.teacher_model is not None
+        teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
+        parts = (cfg.model, cfg.teacher_model)
+        rows = [config_of(part).get_text_config().vocab_size for part in parts]
+        vocab_size = as_config_error(
+            "teacher_model",
+            name_of(cfg.teacher_model),
+            lambda: causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
+            "a teacher with the student's tokenizer"
+            + (", or step_scheduler.validate_teacher: false" if cfg.kd_ratio == 0 else ""),
+        )
+    ce = _part_of_loss(cfg.loss_fn, check_cross_entropy, world, allow)
+    divergence = _part_of_loss(cfg.kd_loss_fn, check_divergence, world, allow)
+    return DistillationLoss(ce, divergence, cfg.kd_ratio, vocab_size)
+
+
+def _part_of_loss(
+    target: Target, check: Callable[[Any], None], world: World, allow: tuple[str, ...]
+) -> Any:
+    """The loss of a section, tried against its contract, on this rank's device."""
+    try:
+        loss = instantiate(target, allow)
+        check(loss)
+    except ValueError as error:
+        raise ConfigError([f"{target.key}: {target.target}: {error}"]) from error
+    return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
 def _engine_config(
@@ -107,26 +154,27 @@ def _engine_config(
 ) -> dict[str, Any]:
     steps = cfg.step_scheduler
     dtype = training_dtype(target)
-    accumulation = steps.global_batch_size // (steps.local_batch_size * world.size)
+    accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _teacher(cfg: RunConfig, target: Target, world: World, allow: tuple[str, ...]) -> Any:
+def _teacher(cfg: RunConfig, world: World, allow: tuple[str, ...]) -> Teacher:
+    target = cfg.teacher_model
+    assert target is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
     if cfg.offload_teacher_model:
         zero = offloaded(zero)
     config = _engine_config(cfg, target, zero, world, None)
-    module = causal_lm.Teacher(load_model(target, config, packs(cfg), allow))
+    module = causal_lm.FrozenModel(load_model(target, config, packs(cfg), allow))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, target, engine, world)
     _compile(cfg, module.model)
-    return engine
+    return ResidentTeacher(engine)
 
 
 def _student(
     cfg: RunConfig,
-    teacher: Any | None,
-    tokenizer: Any,
+    loss: DistillationLoss,
     schedule: Schedule,
     world: World,
     allow: tuple[str, ...],
@@ -141,22 +189,7 @@ def _student(
             lambda: model.gradient_checkpointing_enable({"use_reentrant": False}),
             "a model that can recompute its activations",
         )
-    vocab_size = None
-    if teacher is not None:
-        assert cfg.teacher_model is not None
-        teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
-        rows = [m.config.get_text_config().vocab_size for m in (model, teacher.module.model)]
-        vocab_size = as_config_error(
-            "teacher_model",
-            name_of(cfg.teacher_model),
-            lambda: causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
-            "a teacher with the student's tokenizer"
-            + (", or step_scheduler.validate_teacher: false" if cfg.kd_ratio == 0 else ""),
-        )
-    ce = _loss(cfg.loss_fn, check_cross_entropy, world, allow)
-    kd = _loss(cfg.kd_loss_fn, check_divergence, world, allow)
-    loss = DistillationLoss(ce, kd, cfg.kd_ratio, vocab_size)
-    module = causal_lm.Student(model, loss, teacher.module if teacher is not None else None)
+    module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = placed(optimizer, offloads_optimizer(zero))
@@ -175,19 +208,6 @@ def _student(
     _compile(cfg, model)
     engine.train()
     return engine
-
-
-def _loss(
-    target: Target, check: Callable[[Any], None], world: World, allow: tuple[str, ...]
-) -> Any:
-    """The loss of a section, on this rank's device; one that is not ds_kd's own is tried first."""
-    try:
-        loss = instantiate(target, allow)
-        if type(loss) not in (MaskedCrossEntropy, KDLoss):
-            check(loss)
-    except ValueError as error:
-        raise ConfigError([f"{target.key}: {target.target}: {error}"]) from error
-    return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
 def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:

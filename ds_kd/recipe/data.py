@@ -129,10 +129,10 @@ def build_loader(
     def make() -> tuple[Any, GlobalBatchSampler]:
         sampler = GlobalBatchSampler(
             len(rows),
-            steps.global_batch_size if training else local * world.size,
+            steps.global_batch_size if training else local * world.data.size,
             local,
-            world.rank,
-            world.size,
+            world.data.rank,
+            world.data.size,
             shuffle=shuffle,
             seed=cfg.rng.seed,
             drop_last=drop_last,

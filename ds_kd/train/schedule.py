@@ -30,10 +30,6 @@ class Schedule:
         whole = self.steps_per_epoch * self.num_epochs
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
-    def position(self, steps_done: int) -> tuple[int, int]:
-        """(epoch, steps of it already done) after `steps_done` steps."""
-        return divmod(steps_done, self.steps_per_epoch)
-
     def is_last(self, step: int) -> bool:
         return step >= self.total_steps
 

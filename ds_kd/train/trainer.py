@@ -1,19 +1,19 @@
 """The algorithm: one optimizer step, and the loop around it.
 
-Per step, over all micro-batches and ranks,
+Per step, over all micro-batches and data ranks,
 
     n    = number of supervised tokens
-    loss = ( (1 - α)·Σ CE  +  α·T²·Σ KL(teacher ‖ student) ) / n
+    loss = ( (1 - α)·Σ CE  +  α·T²·Σ D(teacher, student) ) / n
 
-where α and T live in the student's loss (`DistillationLoss`): it takes its gradients on the
-weighted sum.
+where α, T and the divergence D live in the student's loss (`DistillationLoss`): it takes its
+gradients on the weighted sum.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,11 @@ import torch
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import UserError
-from ds_kd.parallel.world import World, lost_ranks, sum_over_ranks
+from ds_kd.parallel.world import World, lost_ranks, sum_over
+from ds_kd.teachers.base import Teacher
+from ds_kd.train.batches import Batch, Batches
 from ds_kd.train.metrics import Metrics, memory_gib
 from ds_kd.train.schedule import Schedule
-
-Batch = dict[str, Any]
 
 
 class TrainingError(UserError):
@@ -38,10 +38,10 @@ class Trainer:
     """Everything a run needs, built.
 
     Args:
-        student, teacher: DeepSpeed engines of `models.Student` / `models.Teacher`; no teacher where
-            training has none.
-        loader: micro-batches of this rank; its `batch_sampler` is a `GlobalBatchSampler`.
-        validation_loader: likewise, or None.
+        student: DeepSpeed engine of a `models.causal_lm.Student`.
+        teacher: of training; None where it has none.
+        batches: the micro-batches of each step, of this rank.
+        validation_loader: micro-batches of the validation data, or None.
         schedule: when to validate, save, stop.
         metrics: where numbers go (None on ranks that do not log).
         checkpointer: saves and restores; None keeps nothing.
@@ -50,14 +50,13 @@ class Trainer:
         validate_first: validate before the first step of a fresh run.
         asked_to_stop: whether this rank was; one that was stops all.
         max_skipped: steps that a run may leave out as their loss or gradient is not finite.
-        validation_teacher: engine that validation alone is measured against, where training has no
-            teacher.
+        validation_teacher: of validation alone, where training has no teacher.
         save_every_seconds: save when so long has passed since the last time; None never does.
     """
 
     student: Any
-    teacher: Any | None
-    loader: Any
+    teacher: Teacher | None
+    batches: Batches
     validation_loader: Any | None
     schedule: Schedule
     metrics: Metrics | None
@@ -67,7 +66,7 @@ class Trainer:
     validate_first: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     max_skipped: int = 0
-    validation_teacher: Any | None = None
+    validation_teacher: Teacher | None = None
     save_every_seconds: float | None = None
 
     def __post_init__(self) -> None:
@@ -85,72 +84,82 @@ class Trainer:
                 finite, or another rank that is gone.
         """
         try:
-            return self._train()
+            if (self.validate_first and self.state.step == 0) or self.schedule.max_steps == 0:
+                self.validate()
+            batches = self.batches.after(self.state.step)
+            while not self.schedule.is_last(self.state.step):
+                # From the end of a step to the end of the next one's logging: with the loading of
+                # data, without validation and checkpoints.
+                started = time.perf_counter()
+                self._step(next(batches), started)
+                if self._validate_and_save():
+                    return False
+            return True
         except RuntimeError as error:
             lost = lost_ranks(error, self.world)
             if lost is None:
                 raise
-            who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
-            raise TrainingError(
-                f"{who} does not answer in step {self.state.step + 1} (killed, out of memory, "
-                f"hung or cut off); {self._where_it_goes_on()}"
-            ) from error
+            raise self._name_lost(lost) from error
+
+    def _step(self, micro_batches: list[Batch], started: float) -> None:
+        """Take one optimizer step and log it."""
+        labels, tokens, slots = self._count(micro_batches)
+        sums: dict[str, torch.Tensor] = {}
+        for batch in micro_batches:
+            batch = self._to_device(batch)
+            # The teacher goes first, so that its outputs and the student's graph, which lives until
+            # backward, are never there together.
+            teacher_output = self.teacher(batch) if self.teacher is not None else None
+            loss, parts = self.student(batch, teacher_output)
+            del teacher_output
+            _add(sums, {"loss": loss.detach(), **parts})
+            # A loss that is not finite makes the gradient NaN, so that DeepSpeed leaves the step
+            # out on every rank.
+            loss = loss * (1.0 + 0.0 * loss.detach())
+            # ZeRO averages gradients over data ranks: times their number undoes it, over n makes
+            # the global token mean.
+            self.student.backward(loss * (self.world.data.size / labels), scale_wrt_gas=False)
+
+        means = self._means(sums, labels)
+        if self.state.skipped >= self.max_skipped:
+            self._check_finite(means["loss"], "loss", micro_batches)
+        lr = self.student.get_lr()[0]
+        self.student.step()
+        norm = self._gradient_norm()
+        skipped = self._is_skipped(means["loss"], norm, micro_batches)
+        self._advance(labels, tokens)
+        if not skipped:
+            speed = tokens / (time.perf_counter() - started)
+            self._log(means, lr, norm, speed, 1.0 - tokens / slots)
+
+    def _validate_and_save(self) -> bool:
+        """Do what is due after a step, and return whether the run stops here."""
+        is_last = self.schedule.is_last(self.state.step)
+        stops, saves = (False, False) if is_last else self._asked_to_stop_or_save()
+        validated = None
+        if self.schedule.validates(self.state.step) and not stops:
+            validated = self.validate()
+            if validated is None and not is_last:  # a signal may have broken it off
+                stops, _ = self._asked_to_stop_or_save()
+        saves = saves or stops or self.schedule.saves(self.state.step)
+        if self.checkpointer is not None and saves:
+            loss = None if validated is None else validated["loss"]
+            self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
+            self._saved_at = time.monotonic()
+        return stops
+
+    def _name_lost(self, lost: list[int]) -> TrainingError:
+        who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
+        return TrainingError(
+            f"{who} does not answer in step {self.state.step + 1} (killed, out of memory, "
+            f"hung or cut off); {self._where_it_goes_on()}"
+        )
 
     def _where_it_goes_on(self) -> str:
         last = None if self.checkpointer is None else self.checkpointer.newest()
         if last is None:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {last}, from which the same command goes on"
-
-    def _train(self) -> bool:
-        if (self.validate_first and self.state.step == 0) or self.schedule.max_steps == 0:
-            self.validate()
-        # From the end of a step's logging to the end of the next one's: with the loading of data,
-        # without validation and checkpoints.
-        started = time.perf_counter()
-        for micro_batches in self._steps():
-            labels, tokens, slots = self._count(micro_batches)
-            sums: dict[str, torch.Tensor] = {}
-            for batch in micro_batches:
-                batch = self._to_device(batch)
-                # The teacher goes first, so that its outputs and the student's graph, which lives
-                # until backward, are never there together.
-                target = self.teacher(batch) if self.teacher is not None else None
-                loss, parts = self.student(batch, target)
-                del target
-                # ZeRO averages gradients over ranks: times world undoes it, over n makes the global
-                # token mean. A loss that is not finite makes the gradient NaN, so that DeepSpeed
-                # leaves the step out on every rank.
-                _add(sums, {"loss": loss.detach(), **parts})
-                loss = loss * (1.0 + 0.0 * loss.detach())
-                self.student.backward(loss * (self.world.size / labels), scale_wrt_gas=False)
-            means = self._means(sums, labels)
-            if self.state.skipped >= self.max_skipped:
-                self._check_finite(means["loss"], "loss", micro_batches)
-            lr = self.student.get_lr()[0]
-            self.student.step()
-            norm = self._gradient_norm()
-            skipped = self._is_skipped(means["loss"], norm, micro_batches)
-            self._advance(labels, tokens)
-            speed = tokens / (time.perf_counter() - started)
-            if not skipped:
-                self._log(means, lr, norm, speed, 1.0 - tokens / slots)
-            is_last = self.schedule.is_last(self.state.step)
-            stops, saves = (False, False) if is_last else self._asked_to_stop_or_save()
-            validated = None
-            if self.schedule.validates(self.state.step) and not stops:
-                validated = self.validate()
-                if validated is None and not is_last:  # a signal may have broken it off
-                    stops, _ = self._asked_to_stop_or_save()
-            saves = saves or stops or self.schedule.saves(self.state.step)
-            if self.checkpointer is not None and saves:
-                loss = None if validated is None else validated["loss"]
-                self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
-                self._saved_at = time.monotonic()
-            if stops:
-                return False
-            started = time.perf_counter()
-        return True
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
@@ -169,10 +178,11 @@ class Trainer:
                 return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
             batch = self._to_device(batch)
-            loss, parts = self.student(batch, teacher(batch) if teacher is not None else None)
+            teacher_output = teacher(batch) if teacher is not None else None
+            loss, parts = self.student(batch, teacher_output)
             _add(sums, {"loss": loss, **parts})
         self.student.train()
-        labels, tokens = (int(x) for x in sum_over_ranks([labels, tokens], self.world))
+        labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
         if labels == 0:
             raise TrainingError(
                 "validation_dataset: no sample has a supervised token; look at seq_length, "
@@ -185,25 +195,12 @@ class Trainer:
             self.metrics.validation(self.state.step, means)
         return means
 
-    def _steps(self) -> Iterator[list[Batch]]:
-        """The micro-batches of each remaining step, from wherever the state says the run is."""
-        sampler = self.loader.batch_sampler
-        while not self.schedule.is_last(self.state.step):
-            epoch, done = self.schedule.position(self.state.step)
-            # Before the iterator exists: it reads its position once, when made.
-            sampler.seek(epoch, done)
-            batches = iter(self.loader)
-            for step_in_epoch in range(done, self.schedule.steps_per_epoch):
-                if self.schedule.is_last(self.state.step):
-                    return
-                yield [next(batches) for _ in range(sampler.micro_batches(step_in_epoch))]
-
     def _count(self, micro_batches: list[Batch]) -> tuple[int, int, int]:
         """(supervised tokens, real tokens, tokens with padding) of this step over all ranks, before
         its first forward."""
         names = ("num_labels", "num_tokens", "num_slots")
         here = [sum(b[name] for b in micro_batches) for name in names]
-        labels, tokens, slots = (int(x) for x in sum_over_ranks(here, self.world))
+        labels, tokens, slots = (int(x) for x in sum_over(here, self.world.data))
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
@@ -218,7 +215,7 @@ class Trainer:
         waited = time.monotonic() - self._saved_at
         is_time = self.save_every_seconds is not None and waited >= self.save_every_seconds
         here = [float(self.asked_to_stop()), float(is_time and self.world.is_main)]
-        stops, saves = sum_over_ranks(here, self.world).tolist()
+        stops, saves = sum_over(here, self.world.everyone).tolist()
         return stops > 0, saves > 0
 
     def _to_device(self, batch: Batch) -> Batch:
@@ -231,7 +228,7 @@ class Trainer:
     def _means(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
         """Global token means by name; `loss` is the optimised quantity."""
         here = torch.stack([part.float() for part in sums.values()])
-        totals = sum_over_ranks(here, self.world).tolist()
+        totals = sum_over(here, self.world.data).tolist()
         return {name: total / labels for name, total in zip(sums, totals, strict=True)}
 
     def _gradient_norm(self) -> float:

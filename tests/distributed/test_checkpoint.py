@@ -27,7 +27,7 @@ def trainer(world, paths, directory, steps, every=2):
     made = build(
         world, paths, rows, 1, 2, 0.5, adam, num_epochs=9, max_steps=steps, ckpt_every_steps=every
     )
-    made.loader.batch_sampler.shuffle = True
+    made.batches.loader.batch_sampler.shuffle = True
     made.checkpointer = Checkpointer(
         directory,
         world,

@@ -45,11 +45,11 @@ def measured(world, paths, dtype, checkpointing):
         world, paths, rows(2 * SAMPLES * world.size), 1, SAMPLES, 0.5, adamw, dtype=dtype,
         checkpointing=checkpointing, temperature=2.0,
     )  # fmt: skip
-    made.student.module.loss.kd.chunk_size = LENGTH
+    made.student.module.loss.divergence.chunk_size = LENGTH
     Path("/proc/self/clear_refs").write_text("5")
     made.train()
     peak = status("VmHWM") - before
-    states = state_bytes(made.student) + state_bytes(made.teacher)
+    states = state_bytes(made.student) + state_bytes(made.teacher.engine)
     shapes = []
     for name in ("student", "teacher"):
         with torch.device("meta"):

@@ -111,7 +111,7 @@ def on_two_ranks(world, root, paths):
 def broken_off(world, root, paths):
     """A run of which rank 1 is asked to stop while it validates."""
     made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
-    made.validation_loader = made.loader
+    made.validation_loader = made.batches.loader
     made.schedule = replace(made.schedule, val_every_steps=1)
     stop = StopRequest()
 

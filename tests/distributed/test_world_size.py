@@ -21,7 +21,7 @@ def part(world, directory, paths, checkpoints, steps):
     made = build(
         world, paths, rows, BATCH // world.size, 1, 0.5, adam, num_epochs=9, max_steps=steps
     )
-    made.loader.batch_sampler.shuffle = True
+    made.batches.loader.batch_sampler.shuffle = True
     losses, said = [], []
     means = made._means
     made._means = lambda sums, labels: (

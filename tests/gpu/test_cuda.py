@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_kd.losses.chunked import DistillationLoss, Head
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import Head, States
 from tests import tiny
 from tests.e2e.test_run import kd
 from tests.unit.test_distillation import case, evaluate, losses
@@ -50,7 +52,7 @@ def test_the_loss_never_waits_for_the_gpu():
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=64), 0.5)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss(leaf, Head(head), labels, teacher, Head(teacher_weight))[0].backward()
+        loss(States(leaf, Head(head)), labels, States(teacher, Head(teacher_weight)))[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

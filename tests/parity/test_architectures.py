@@ -9,7 +9,8 @@ import torch
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
 from ds_kd.losses.chunked import DistillationLoss
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
 from tests import tiny

@@ -50,10 +50,13 @@ def build(
     from ds_kd.data.collate import default_collater
     from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
     from ds_kd.losses.chunked import DistillationLoss
-    from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+    from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+    from ds_kd.losses.divergences import KDLoss
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.teachers.resident import ResidentTeacher
+    from ds_kd.train.batches import LoaderBatches
     from ds_kd.train.metrics import Metrics
     from ds_kd.train.schedule import Schedule
     from ds_kd.train.trainer import Trainer
@@ -79,17 +82,18 @@ def build(
 
     teacher = None
     if alpha > 0:
-        teacher = engines.build_teacher(
-            causal_lm.Teacher(load(paths["teacher"])), copy.deepcopy(config)
+        engine = engines.build_teacher(
+            causal_lm.FrozenModel(load(paths["teacher"])), copy.deepcopy(config)
         )
+        teacher = ResidentTeacher(engine)
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
     )
     student = load(paths["student"], adapt)
-    module = causal_lm.Student(student, loss, teacher.module if teacher else None)
+    module = causal_lm.Student(student, loss)
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
-        for engine in filter(None, (teacher, student)):
+        for engine in (teacher.engine, student):
             causal_lm.compile_layers(engine.module.model)
     student.train()
     sampler = GlobalBatchSampler(
@@ -98,9 +102,10 @@ def build(
     loader = StatefulDataLoader(
         WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater
     )
-    schedule = Schedule(sampler.steps_per_epoch, **extra)
+    batches = LoaderBatches(loader)
+    schedule = Schedule(batches.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
-    return Trainer(student, teacher, loader, loader, schedule, metrics, None, TrainState(), world)
+    return Trainer(student, teacher, batches, loader, schedule, metrics, None, TrainState(), world)
 
 
 def weights(engine, master: bool = False):
@@ -137,7 +142,7 @@ def compare_with_plain_pytorch(world, directory, paths):
         if "packs" in kind:
             local = -(-len(data) // world.size)
         trainer = build(world, paths, data, accumulation, local, alpha, sgd, **kind)
-        before = None if trainer.teacher is None else weights(trainer.teacher)
+        before = None if trainer.teacher is None else weights(trainer.teacher.engine)
         logged = trainer.validate()
         trainer.train()
         reference = AutoModelForCausalLM.from_pretrained(paths["student"])
@@ -154,11 +159,12 @@ def compare_with_plain_pytorch(world, directory, paths):
         case = {"error": error, "moved": moved, "logged": max(parts)}
         case["validated"] = trainer.validate()["loss"] < logged["loss"]
         if before is not None:
-            after = weights(trainer.teacher)
+            after = weights(trainer.teacher.engine)
             case["teacher_same"] = all(torch.equal(before[n], after[n]) for n in before)
-            case["teacher_state"] = hasattr(trainer.teacher.optimizer, "optimizer")
-            case["teacher_grad"] = any(p.grad is not None for p in trainer.teacher.parameters())
-            case["teacher_training"] = trainer.teacher.module.model.training
+            case["teacher_state"] = hasattr(trainer.teacher.engine.optimizer, "optimizer")
+            frozen = trainer.teacher.engine.parameters()
+            case["teacher_grad"] = any(p.grad is not None for p in frozen)
+            case["teacher_training"] = trainer.teacher.engine.module.model.training
         errors[f"{accumulation}x{local} alpha={alpha} {kind}"] = case
     return {"cases": errors, "refused": refused_steps(world, paths)}
 
@@ -183,9 +189,10 @@ def refused_steps(world, paths):
         trainer = build(world, paths, rows, 1, 2, 0.5, sgd)
         loss = trainer.student.module.loss
 
-        def spoiled(hidden, *rest):
-            value, sums = loss(hidden, *rest)
-            return value + torch.sqrt(hidden.sum() * 0.0), sums  # adds 0; its slope there is not
+        def spoiled(student, *rest):
+            value, sums = loss(student, *rest)
+            # Adds 0; its slope there is not finite.
+            return value + torch.sqrt(student.hidden.sum() * 0.0), sums
 
         trainer.student.module.loss = spoiled
         before = weights(trainer.student)
@@ -223,7 +230,6 @@ def refused_steps(world, paths):
         plain, trainer = (build(world, paths, rows, 1, 2, 0.0, sgd) for _ in range(2))
         other = build(world, paths, rows, 1, 2, 0.5, sgd)
         trainer.validation_teacher = other.teacher
-        trainer.student.module._teacher = (other.teacher.module,)
         seen = trainer.validate()
         expected = other.validate()
         trainer.train()
@@ -241,8 +247,8 @@ def refused_steps(world, paths):
         trainer = build(world, paths, rows, 1, 2, 0.5, sgd, num_epochs=3)
         trainer.max_skipped = 1
         loss = trainer.student.module.loss
-        trainer.student.module.loss = lambda hidden, *rest: [
-            part * float("nan") if k == 0 else part for k, part in enumerate(loss(hidden, *rest))
+        trainer.student.module.loss = lambda *inputs: [
+            part * float("nan") if k == 0 else part for k, part in enumerate(loss(*inputs))
         ]
         before = weights(trainer.student)
         try:

@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ds_kd.losses import chunked as kernels
-from ds_kd.losses.chunked import DistillationLoss, Head
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import Divergence, KDLoss
+from ds_kd.losses.head import Gradients, Head, States
+from tests.plain import PlainLoss
 
 
 def case(seed, tokens, vocab, dtype=torch.float32, extra=(0, 0), masked=0.3):
@@ -35,28 +37,26 @@ def case(seed, tokens, vocab, dtype=torch.float32, extra=(0, 0), masked=0.3):
 def evaluate(loss, hidden, weight, bias, labels, teacher, teacher_weight, scale=1.0, softcap=None):
     """(value, sums, gradients) of the loss times 3."""
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
-    value, sums = loss(
-        leaves[0],
-        Head(leaves[1], leaves[2], scale, softcap),
-        labels,
-        teacher,
-        None if teacher is None else Head(teacher_weight, None, 1.0 / scale, softcap),
-    )
+    if teacher is not None:
+        teacher = States(teacher, Head(teacher_weight, None, 1.0 / scale, softcap))
+    student = States(leaves[0], Head(leaves[1], leaves[2], scale, softcap))
+    value, sums = loss(student, labels, teacher)
     (3.0 * value).backward()
     assert all(not part.requires_grad for part in sums.values())
-    return value.detach(), torch.stack(list(sums.values())), [leaf.grad for leaf in leaves]
+    return value.detach(), by_name(sums), [leaf.grad for leaf in leaves]
 
 
-def losses(kd_ratio, temperature, chunk, vocab_size=None, upcast=True):
+def by_name(sums):
+    """The sums as one tensor, in the order of their names."""
+    return torch.stack([sums[name] for name in sorted(sums)])
+
+
+def losses(kd_ratio, temperature, chunk, vocab_size=None):
     """The chunked loss and the plain one."""
+    divergence = KDLoss(temperature=temperature, chunk_size=chunk)
     return (
-        DistillationLoss(
-            MaskedCrossEntropy(fp32_upcast=upcast),
-            KDLoss(temperature=temperature, fp32_upcast=upcast, chunk_size=size),
-            kd_ratio,
-            vocab_size,
-        )
-        for size in (chunk, 0)
+        kind(MaskedCrossEntropy(), divergence, kd_ratio, vocab_size)
+        for kind in (DistillationLoss, PlainLoss)
     )
 
 
@@ -95,7 +95,7 @@ def test_chunked_equals_plain(
 
 def test_in_double_precision_they_agree_to_rounding():
     inputs = case(0, 50, 33, torch.float64)
-    chunked, plain = losses(0.4, 2.0, 7, upcast=False)
+    chunked, plain = losses(0.4, 2.0, 7)
     value, _, grads = evaluate(chunked, *inputs, softcap=4.0)
     expected, _, expected_grads = evaluate(plain, *inputs, softcap=4.0)
     assert value.item() == pytest.approx(expected.item(), rel=1e-13)
@@ -108,7 +108,7 @@ def test_in_double_precision_they_agree_to_rounding():
 @pytest.mark.parametrize("extra", [(5, 0), (5, 3), (0, 3)])
 def test_ce_covers_the_students_whole_head_and_kd_the_shared_rows(extra, temperature, chunk):
     hidden, weight, bias, labels, teacher, teacher_weight = case(9, 50, 33, torch.float64, extra)
-    (loss, _) = losses(0.4, temperature, chunk, 33, upcast=False)
+    (loss, _) = losses(0.4, temperature, chunk, 33)
     inputs = hidden, weight, bias, labels, teacher, teacher_weight
     value, _, grads = evaluate(loss, *inputs, softcap=4.0)
     leaves = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
@@ -131,7 +131,8 @@ def test_ce_covers_the_students_whole_head_and_kd_the_shared_rows(extra, tempera
 @pytest.mark.parametrize("chunk", [7, 0])
 def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra):
     hidden, weight, bias, labels, teacher, teacher_weight = case(10, 50, 33, extra=extra)
-    heads = Head(weight, bias), labels, teacher, Head(teacher_weight)
+    student = States(hidden, Head(weight, bias))
+    rest = labels, States(teacher, Head(teacher_weight))
     names = ("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1")
     z_s, z_t = (hidden @ weight.T + bias).double()[:, :33], (teacher @ teacher_weight.T).double()
     valid = labels != -100
@@ -144,14 +145,14 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
     for kd_ratio, temperature in ((0.5, 1.0), (0.5, 4.0), (0.0, 4.0)):
         (loss, _) = losses(kd_ratio, temperature, chunk, 33)
         with torch.no_grad():
-            _, sums = loss(hidden, *heads)
+            _, sums = loss(student, *rest)
         for name, want in zip(names, expected, strict=True):
             assert sums[name].item() == pytest.approx(want.item(), rel=1e-5), name
         if temperature == 1.0:
             assert sums["kl_at_t1"] == sums["kd_loss"]
         else:
             assert sums["teacher_entropy"] > 1.2 * sums["teacher_entropy_at_t1"]
-        assert not set(names) & set(loss(hidden.clone().requires_grad_(), *heads)[1])
+        assert not set(names) & set(loss(student, *rest)[1])
 
 
 @pytest.mark.parametrize("chunk", [7, 0])
@@ -159,8 +160,8 @@ def test_measuring_a_teacher_at_kd_ratio_0_leaves_the_loss_bit_for_bit(chunk):
     hidden, weight, bias, labels, teacher, teacher_weight = case(11, 50, 33)
     (loss, _) = losses(0.0, 2.0, chunk)
     alone, measured = (
-        loss(hidden, Head(weight, bias), labels, *rest)[0]
-        for rest in ((), (teacher, Head(teacher_weight)))
+        loss(States(hidden, Head(weight, bias)), labels, output)[0]
+        for output in (None, States(teacher, Head(teacher_weight)))
     )
     assert torch.equal(alone, measured)
 
@@ -191,7 +192,7 @@ def test_identical_models_give_exactly_zero_and_no_gradient(temperature):
     hidden, weight, _, labels, _, _ = case(2, 31, 50, masked=0.0)
     (chunked, _) = losses(1.0, temperature, 8)
     leaf, head = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    value, sums = chunked(leaf, Head(head), labels, hidden, Head(weight))
+    value, sums = chunked(States(leaf, Head(head)), labels, States(hidden, Head(weight)))
     value.backward()
     assert value.item() == 0.0 and sums["kd_loss"].item() == 0.0
     assert sums["top1_agreement"].item() == 31.0
@@ -202,21 +203,21 @@ def test_a_part_that_is_not_optimised_cannot_spoil_the_one_that_is():
     hidden, weight, _, labels, teacher, teacher_weight = case(3, 9, 20, masked=0.0)
     teacher[4] = float("inf")
     (chunked, _) = losses(0.0, 1.0, 4)
-    value, _ = chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+    value, _ = chunked(States(hidden, Head(weight)), labels, States(teacher, Head(teacher_weight)))
     assert torch.isfinite(value)
 
 
 def test_no_gradient_is_taken_where_none_is_wanted(monkeypatch):
     taken = []
-    real = kernels._Gradients.add
-    monkeypatch.setattr(kernels._Gradients, "add", lambda *a: taken.append(1) or real(*a))
+    real = Gradients.add
+    monkeypatch.setattr(Gradients, "add", lambda *a: taken.append(1) or real(*a))
     hidden, weight, _, labels, teacher, teacher_weight = case(4, 9, 20)
     (chunked, _) = losses(0.5, 1.0, 4)
     weight.requires_grad_()
     with torch.no_grad():
-        chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+        chunked(States(hidden, Head(weight)), labels, States(teacher, Head(teacher_weight)))
     assert not taken
-    value, _ = chunked(hidden, Head(weight), labels, teacher, Head(teacher_weight))
+    value, _ = chunked(States(hidden, Head(weight)), labels, States(teacher, Head(teacher_weight)))
     assert len(taken) == 3  # chunks of 4 in 9
     value.backward()
     assert weight.grad is not None and hidden.grad is None
@@ -228,7 +229,9 @@ def test_a_frozen_head_gets_no_gradient():
     grads = []
     for loss in (chunked, plain):
         leaf = hidden.clone().requires_grad_()
-        loss(leaf, Head(weight), labels, teacher, Head(teacher_weight))[0].backward()
+        loss(States(leaf, Head(weight)), labels, States(teacher, Head(teacher_weight)))[
+            0
+        ].backward()
         grads.append(leaf.grad)
     assert torch.allclose(*grads, atol=1e-6) and weight.grad is None
 
@@ -236,24 +239,69 @@ def test_a_frozen_head_gets_no_gradient():
 def test_a_second_backward_is_refused_instead_of_wrong():
     hidden, weight, _, labels, teacher, teacher_weight = case(6, 9, 20)
     (chunked, _) = losses(0.5, 1.0, 4)
-    value, _ = chunked(hidden.requires_grad_(), Head(weight), labels, teacher, Head(teacher_weight))
+    value, _ = chunked(
+        States(hidden.requires_grad_(), Head(weight)), labels, States(teacher, Head(teacher_weight))
+    )
     value.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once only"):
         value.backward()
 
 
-def test_other_losses_get_whole_logits():
-    class Mine(KDLoss):
-        def __call__(self, student_logits, teacher_logits, labels):
-            self.seen = student_logits.shape
-            return super().__call__(student_logits, teacher_logits, labels)
+def own_kl(student_logits, teacher_logits, labels):
+    """A user's own loss: twice the forward KL at T = 2, without the square."""
+    valid = labels != -100
+    log_q, log_p = (torch.log_softmax(z[valid] / 2.0, -1) for z in (student_logits, teacher_logits))
+    return 2.0 * (log_p.exp() * (log_p - log_q)).sum()
 
-    kd = Mine(chunk_size=4)
-    hidden, weight, _, labels, teacher, teacher_weight = case(7, 9, 20)
-    DistillationLoss(MaskedCrossEntropy(), kd, 0.5)(
-        hidden, Head(weight), labels, teacher, Head(teacher_weight)
-    )
-    assert kd.seen == (9, 20)
+
+def own_ce(logits, labels):
+    valid = labels != -100
+    return torch.nn.functional.cross_entropy(logits[valid], labels[valid], reduction="sum")
+
+
+own_kl.temperature = 1.0
+
+
+class ByDefinition(Divergence):
+    """A divergence that says its value alone."""
+
+    def value(self, log_p, log_q):
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+class ByGradient(ByDefinition):
+    """The same with its gradient, q∘(r - ⟨q, r⟩) with r = log q - log p."""
+
+    def of_chunk(self, pair):
+        r = pair.log_q - pair.log_p
+        value = (pair.q * r).sum(-1, keepdim=True)
+        return value, pair.q * (r - value)
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (5, 3)])
+@pytest.mark.parametrize("chunk", [7, 0])
+@pytest.mark.parametrize(
+    "divergence",
+    [
+        own_kl,
+        ByDefinition(),
+        ByDefinition(temperature=3.0),
+        ByGradient(),
+        ByGradient(temperature=3.0),
+    ],
+)
+@pytest.mark.parametrize("ce", [MaskedCrossEntropy(), own_ce])
+def test_any_divergence_is_computed_a_chunk_at_a_time(ce, divergence, chunk, extra):
+    if isinstance(divergence, Divergence):
+        divergence.chunk_size = chunk
+    inputs = case(7, 30, 20, torch.float64, extra)
+    chunked, plain = (kind(ce, divergence, 0.4, 20) for kind in (DistillationLoss, PlainLoss))
+    value, sums, grads = evaluate(chunked, *inputs, softcap=4.0)
+    expected, expected_sums, expected_grads = evaluate(plain, *inputs, softcap=4.0)
+    assert value.item() == pytest.approx(expected.item(), rel=1e-13)
+    assert torch.allclose(sums, expected_sums, rtol=1e-6)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert (got - want).abs().max().item() <= 1e-12
 
 
 @pytest.mark.parametrize("extra", [(0, 0), (16, 8)])

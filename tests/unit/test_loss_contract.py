@@ -9,9 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ds_kd.losses.chunked import DistillationLoss, Head
+from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import Head, States
 
 DOCS = Path(__file__).parents[2] / "docs" / "losses.md"
 
@@ -61,7 +63,9 @@ def test_a_loss_that_meets_the_contract_is_taken_and_trains(loss):
     hidden, weight, teacher = torch.randn(5, 4), torch.randn(9, 4), torch.randn(5, 6)
     head = Head(weight.requires_grad_())
     whole = DistillationLoss(MaskedCrossEntropy(), loss, 0.5)
-    value, sums = whole(hidden, head, torch.arange(5), teacher, Head(torch.randn(9, 6)))
+    value, sums = whole(
+        States(hidden, head), torch.arange(5), States(teacher, Head(torch.randn(9, 6)))
+    )
     value.backward()
     assert weight.grad.abs().max() > 0 and sums["kd_loss"] > 0 and sums["teacher_entropy"] > 0
 

@@ -7,8 +7,10 @@ import math
 import pytest
 import torch
 
-from ds_kd.losses.chunked import DistillationLoss, Head
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import Head, States
 
 
 def test_kd_of_identical_logits_is_exactly_zero_with_a_zero_gradient():
@@ -59,7 +61,7 @@ def test_no_supervised_token_gives_an_exact_zero_with_a_graph(kd_ratio):
     hidden = torch.randn(5, 4, requires_grad=True)
     rows = torch.zeros(0, dtype=torch.int64)
     loss, sums = DistillationLoss(MaskedCrossEntropy(), KDLoss(), kd_ratio)(
-        hidden[rows], Head(weight), rows, torch.zeros(0, 6), Head(torch.randn(9, 6))
+        States(hidden[rows], Head(weight)), rows, States(torch.zeros(0, 6), Head(torch.randn(9, 6)))
     )
     loss.backward()
     assert loss.item() == 0.0 and set(map(float, sums.values())) == {0.0}
@@ -68,10 +70,10 @@ def test_no_supervised_token_gives_an_exact_zero_with_a_graph(kd_ratio):
 
 def test_kd_ratio_1_ignores_label_values_but_not_their_mask():
     hidden, weight = torch.randn(3, 4), torch.randn(9, 4)
-    teacher = torch.randn(3, 6), Head(torch.randn(9, 6))
+    teacher = States(torch.randn(3, 6), Head(torch.randn(9, 6)))
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 1.0)
     a, b, fewer = (
-        loss(hidden, Head(weight), torch.tensor(labels), *teacher)[0]
+        loss(States(hidden, Head(weight)), torch.tensor(labels), teacher)[0]
         for labels in ([1, 2, 3], [4, 5, 6], [1, 2, -100])
     )
     assert a.item() == b.item() != fewer.item()
@@ -84,7 +86,7 @@ def test_padded_heads_equal_truncation_by_hand():
     w_s, w_t = torch.randn(12, 4, generator=generator), torch.randn(14, 6, generator=generator)
     labels = torch.tensor([0, 9, 3, 4, 5])
     got, _ = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5, vocab_size=10)(
-        h_s, Head(w_s), labels, h_t, Head(w_t)
+        States(h_s, Head(w_s)), labels, States(h_t, Head(w_t))
     )
     z_s, z_t = h_s @ w_s.T, (h_t @ w_t.T)[:, :10]
     # CE as transformers computes it of the exported student, over all its rows.
@@ -106,7 +108,7 @@ def test_kd_is_right_to_a_thousandth_at_any_temperature(temperature, spread, chu
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=chunk), 1.0
     )
     leaf = hidden.clone().requires_grad_()
-    value, sums = loss(leaf, Head(weight), labels, hidden, Head(teacher))
+    value, sums = loss(States(leaf, Head(weight)), labels, States(hidden, Head(teacher)))
     value.backward()
     exact = hidden.double().requires_grad_()
     z_s, z_t = exact @ weight.double().T, hidden.double() @ teacher.double().T

@@ -16,7 +16,9 @@ from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset, lengths_of, pack
 from ds_kd.data.sampler import FILLER, WithFiller
 from ds_kd.losses.chunked import DistillationLoss
-from ds_kd.losses.divergences import KDLoss, MaskedCrossEntropy
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
 from tests import tiny
@@ -275,7 +277,7 @@ def test_only_supervised_rows_meet_the_head_and_the_loss_waits_for_nothing(chunk
     batch = default_collater(tiny.samples(6))
     hidden = module.hidden(batch)
     with Counting() as counted:
-        loss, _ = module.loss(hidden, module.head(), batch["targets"])
+        loss, _ = module.loss(States(hidden, module.head()), batch["targets"])
         loss.backward()
     assert counted.head_rows == batch["num_labels"] < batch["input_ids"].numel()
     assert counted.syncs == []

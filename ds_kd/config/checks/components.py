@@ -8,10 +8,10 @@ from typing import Any
 
 from ds_kd.config.checks.files import DATA, check_data, check_model
 from ds_kd.config.components import Target, problem, refuse, wrong_arguments
-from ds_kd.config.names import ALIASES, NOT_WITH_ZERO
+from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, NOT_WITH_ZERO, home_of
 from ds_kd.config.origins import decoded
 from ds_kd.config.schema import MODEL
-from ds_kd.config.signatures import signature_of
+from ds_kd.config.signatures import divergences, signature_of
 
 
 def check_target(
@@ -61,10 +61,11 @@ def check_target(
     if target.target.startswith("ds_kd.data.") and kwargs.pop("labels", "") == "unshifted":
         problems.append(f"{path}.labels: {target.target} shifts its labels itself; remove it")
     kind = meta.get("calls", ())
-    if not refusal and not target.target.startswith(kind or "") and not allow:
-        problems.append(
-            problem(f"{path}._target_", dotted, f"a name that begins with {' or '.join(kind)}")
-        )
+    if not refusal and not home_of(target.target).startswith(kind or "") and not allow:
+        expected = f"a name that begins with {' or '.join(kind)}"
+        if kind[0].startswith(LOSSES):
+            expected = " or ".join(divergences() if kind == (DIVERGENCES,) else [meta["target"]])
+        problems.append(problem(f"{path}._target_", dotted, expected))
         return target
     if not refusal:
         problems += _signature(target, meta)

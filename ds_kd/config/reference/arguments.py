@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.config.checks.files import DATA
-from ds_kd.config.names import ALIASES, ALLOWED
+from ds_kd.config.names import ALIASES, ALLOWED, home_of
 from ds_kd.config.schema import MODEL
-from ds_kd.config.signatures import signature_of
+from ds_kd.config.signatures import divergences, signature_of
 
 
 def callables_of(meta: Any) -> list[str]:
@@ -17,8 +17,8 @@ def callables_of(meta: Any) -> list[str]:
         meta: of the schema.
     """
     kinds, default = meta.get("calls", ()), meta.get("target")
-    names = {*ALIASES.values(), *ALLOWED, *DATA} - {MODEL}
-    found = sorted(name for name in names if kinds and name.startswith(kinds))
+    names = {*ALIASES.values(), *ALLOWED, *DATA, *divergences()} - {MODEL}
+    found = sorted(name for name in names if kinds and home_of(name).startswith(kinds))
     known = [name for name in found if signature_of(name) is not None and "collate" not in name]
     return sorted(known, key=lambda name: name != default)
 

@@ -1,0 +1,56 @@
+"""Cross-entropy of the student against the labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
+from ds_kd.losses.buffers import Buffers
+from ds_kd.losses.pair import log_sum_exp
+
+
+class MaskedCrossEntropy:
+    """Cross-entropy of the student against the labels, summed over valid tokens.
+
+    Args:
+        ignore_index: label value of positions that are not supervised; -100 is the only one, as
+            data sets, token counts and losses must agree on it.
+        fp32_upcast: accepted; logits are compared in fp32 at least, which costs next to nothing a
+            chunk at a time.
+
+    Raises:
+        ValueError: another ignore_index.
+    """
+
+    #: Its gradient is a softmax less a one-hot, and a divergence may need the same softmax.
+    is_softmax_less_one_hot = True
+
+    def __init__(self, ignore_index: int = IGNORE_INDEX, fp32_upcast: bool = True):
+        check_ignore_index(ignore_index)
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """`logits` `[tokens, vocab]`, `labels` `[tokens]` int64 → scalar, nats, summed over valid
+        tokens."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+
+    def of_chunk(
+        self, logits: Tensor, largest: Tensor, labels: Tensor, buffers: Buffers
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss of every token, and its gradient.
+
+        Args:
+            logits: `[rows, vocab]`, left as they are.
+            largest: the largest of each row, `[rows, 1]`.
+            labels: `[rows]`; rows of -100 get a number that the caller leaves out.
+            buffers: room for the gradient.
+
+        Returns:
+            Values `[rows, 1]`, nats, and d value / d logits `[rows, vocab]`.
+        """
+        at = labels.clamp(min=0)[:, None]
+        q = torch.softmax(logits, -1, out=buffers.like("q at T = 1", logits))
+        values = log_sum_exp(largest, q) - logits.gather(1, at)
+        return values, q.scatter_add_(1, at, torch.full_like(values, -1.0))

@@ -1,0 +1,133 @@
+"""A language-model head as plain numbers: its logits, a chunk at a time, and their gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ds_kd.losses.buffers import Buffers
+
+
+@dataclass(frozen=True)
+class Head:
+    """`softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
+
+    Args:
+        weight: `[vocab, hidden]`.
+        bias: `[vocab]` or None.
+        scale: multiplies the logits (Cohere's `logit_scale`, the inverse of Granite's
+            `logits_scaling`).
+        softcap: Gemma 2's `final_logit_softcapping`, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`hidden` `[tokens, hidden]` → `[tokens, vocab]`."""
+        out = F.linear(hidden, self.weight, self.bias)
+        if self.scale != 1.0:
+            out = out * self.scale
+        if self.softcap is not None:
+            out = self.softcap * torch.tanh(out / self.softcap)
+        return out
+
+
+@dataclass(frozen=True)
+class States:
+    """A model's hidden states of some tokens, and the head that makes logits of them.
+
+    A teacher's output is anything that can be opened and then answers like this class
+    (`ds_kd.teachers.base`).
+
+    Args:
+        hidden: `[tokens, hidden]`.
+        head: whole.
+    """
+
+    hidden: Tensor
+    head: Head
+
+    @contextmanager
+    def opened(self) -> Iterator[States]:
+        yield self
+
+    def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
+        """Return the first `vocab` logits of some tokens, `[rows, vocab]`, in the buffer `name`.
+
+        The product is rounded to the model's dtype, as the model itself would round it.
+        """
+        head, hidden = self.head, self.hidden[rows]
+        is_same = hidden.dtype == buffers.dtype
+        product = buffers.get(name if is_same else "product", len(hidden), vocab, hidden.dtype)
+        weight = head.weight[:vocab].t()
+        if head.bias is None:
+            torch.mm(hidden, weight, out=product)
+        else:
+            torch.addmm(head.bias[:vocab], hidden, weight, out=product)
+        out = product if is_same else buffers.get(name, len(hidden), vocab).copy_(product)
+        if head.scale != 1.0:
+            out.mul_(head.scale)
+        if head.softcap is not None:
+            out.div_(head.softcap).tanh_().mul_(head.softcap)
+        return out
+
+
+class Gradients:
+    """d loss / d (hidden, weight, bias), grown chunk by chunk.
+
+    Args:
+        states: of the student.
+        dtype: in which the head's gradient is summed.
+        wanted: which of the three are; the others stay None.
+    """
+
+    def __init__(self, states: States, dtype: torch.dtype, wanted: list[bool]):
+        self.states = states
+        head, bias = states.head, states.head.bias
+        self.found = (
+            torch.empty_like(states.hidden) if wanted[0] else None,
+            torch.empty_like(head.weight, dtype=dtype) if wanted[1] else None,
+            torch.zeros_like(bias, dtype=dtype) if wanted[2] and bias is not None else None,
+        )
+
+    def add(
+        self, rows: slice, gradient: Tensor, logits: Tensor, valid: Tensor, buffers: Buffers
+    ) -> None:
+        """Add the share of one chunk.
+
+        Args:
+            rows: of the chunk; the first begins at 0.
+            gradient: with respect to `logits`, `[rows, vocab]`; both are used up.
+            valid: 1 where a row counts, else 0, `[rows]`.
+        """
+        head, hidden = self.states.head, self.states.hidden[rows]
+        to_hidden, to_weight, to_bias = self.found
+        if head.softcap is not None:  # tanh' = 1 - tanh²
+            gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
+        # Validity and the head's scale are worth a pass over [rows, hidden], not [rows, vocab].
+        factor = valid * head.scale
+        if hidden.dtype != gradient.dtype:
+            gradient = buffers.like("product", gradient, hidden.dtype).copy_(gradient)
+
+        if to_hidden is not None:
+            torch.mm(gradient, head.weight, out=to_hidden[rows])
+            to_hidden[rows].mul_(factor[:, None])
+        scaled = (hidden * factor[:, None]).to(hidden.dtype)
+        if to_weight is not None:
+            is_first = rows.start == 0
+            if to_weight.dtype == gradient.dtype:
+                to_weight.addmm_(gradient.t(), scaled, beta=0.0 if is_first else 1.0)  # 0: not read
+            elif is_first:
+                to_weight.copy_(gradient.t() @ scaled)
+            else:
+                to_weight.add_(gradient.t() @ scaled)
+        if to_bias is not None:
+            to_bias.add_(gradient.t() @ factor.to(gradient.dtype))

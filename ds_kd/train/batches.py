@@ -1,0 +1,48 @@
+"""The micro-batches of each optimizer step, wherever they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+Batch = dict[str, Any]
+
+
+class Batches(Protocol):
+    """The source of a run's micro-batches. Its position is the number of steps done, which
+    `TrainState` keeps, so that going on from a checkpoint is asking for what comes after it."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps in one pass over the data."""
+
+    def after(self, step: int) -> Iterator[list[Batch]]:
+        """Return the micro-batches of step `step` + 1 and of all that follow, epoch after epoch.
+
+        Every rank gets as many as the others: ZeRO-3's collectives need all ranks in every forward.
+        """
+
+
+class LoaderBatches:
+    """Micro-batches of a data loader.
+
+    Args:
+        loader: its `batch_sampler` is a `GlobalBatchSampler`.
+    """
+
+    def __init__(self, loader: Any):
+        self.loader, self._sampler = loader, loader.batch_sampler
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return int(self._sampler.steps_per_epoch)
+
+    def after(self, step: int) -> Iterator[list[Batch]]:
+        epoch, done = divmod(step, self.steps_per_epoch)
+        while True:
+            # Before the iterator exists: it reads its position once, when made.
+            self._sampler.seek(epoch, done)
+            batches = iter(self.loader)
+            for step_in_epoch in range(done, self.steps_per_epoch):
+                yield [next(batches) for _ in range(self._sampler.micro_batches(step_in_epoch))]
+            epoch, done = epoch + 1, 0
