@@ -130,7 +130,7 @@ class DistillationLoss:
         if teacher is None:
             largest = student.amax(-1, keepdim=True)
             ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
-            return {"ce_loss": ce}, gradient
+            return {"ce_loss": ce}, self._take_off_one_hot(gradient, labels, 1.0)
         shared = student
         if student.shape[1] != teacher.shape[1]:
             shared = buffers.like("shared", teacher).copy_(student[:, : teacher.shape[1]])
@@ -159,10 +159,9 @@ class DistillationLoss:
         """
         t, alpha, divergence = self.divergence.temperature, self.kd_ratio, self.divergence
         is_padded = logits[0] is not student
-        shares_softmax = t == 1.0 and not is_padded and self.ce.is_softmax_less_one_hot
+        shares_softmax = t == 1.0 and not is_padded and self.ce.leaves_one_hot_out
         shares_softmax = shares_softmax and hasattr(divergence, "of_chunk_with_softmax")
-        at = labels.clamp(min=0)[:, None]
-        label_logit = student.gather(1, at)
+        label_logit = student.gather(1, labels.clamp(min=0)[:, None])
         if not shares_softmax:
             largest = student.amax(-1, keepdim=True) if is_padded else logits[2]
             ce, ce_gradient = self.ce.of_chunk(student, largest, labels, buffers)
@@ -175,13 +174,20 @@ class DistillationLoss:
         if shares_softmax:
             kd, gradient = divergence.of_chunk_with_softmax(pair, alpha)
             ce = pair.student_lse - label_logit
-            gradient.scatter_add_(1, at, torch.full_like(ce, alpha - 1.0))
         else:
             kd, kd_gradient = divergence.of_chunk(pair)
             gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
             if t != 1.0 and not is_padded:
                 student.mul_(t)
-        return {"ce_loss": ce, "kd_loss": kd * t**2, "teacher_entropy": entropy}, gradient
+        values = {"ce_loss": ce, "kd_loss": kd * t**2, "teacher_entropy": entropy}
+        return values, self._take_off_one_hot(gradient, labels, 1.0 - alpha)
+
+    def _take_off_one_hot(self, gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
+        """Complete CE's share of a gradient `[rows, student vocab]` where it is not whole yet."""
+        if self.ce.leaves_one_hot_out:
+            at = labels.clamp(min=0)[:, None]
+            gradient.scatter_add_(1, at, gradient.new_full(at.shape, -weight))
+        return gradient
 
     def chunk_size(self, device: torch.device, tokens: int) -> int:
         """Return the tokens of one chunk."""

@@ -24,8 +24,9 @@ class MaskedCrossEntropy:
         ValueError: another ignore_index.
     """
 
-    #: Its gradient is a softmax less a one-hot, and a divergence may need the same softmax.
-    is_softmax_less_one_hot = True
+    #: Its gradient is a softmax less the one-hot of the label. `of_chunk` gives the softmax, which
+    #: a divergence may need as well; the caller takes the one-hot off.
+    leaves_one_hot_out = True
 
     def __init__(self, ignore_index: int = IGNORE_INDEX, fp32_upcast: bool = True):
         check_ignore_index(ignore_index)
@@ -39,7 +40,7 @@ class MaskedCrossEntropy:
     def of_chunk(
         self, logits: Tensor, largest: Tensor, labels: Tensor, buffers: Buffers
     ) -> tuple[Tensor, Tensor]:
-        """Return the loss of every token, and its gradient.
+        """Return the loss of every token, and its gradient but for the one-hot.
 
         Args:
             logits: `[rows, vocab]`, left as they are.
@@ -48,9 +49,7 @@ class MaskedCrossEntropy:
             buffers: room for the gradient.
 
         Returns:
-            Values `[rows, 1]`, nats, and d value / d logits `[rows, vocab]`.
+            Values `[rows, 1]`, nats, and softmax(logits) `[rows, vocab]`.
         """
-        at = labels.clamp(min=0)[:, None]
         q = torch.softmax(logits, -1, out=buffers.like("q at T = 1", logits))
-        values = log_sum_exp(largest, q) - logits.gather(1, at)
-        return values, q.scatter_add_(1, at, torch.full_like(values, -1.0))
+        return log_sum_exp(largest, q) - logits.gather(1, labels.clamp(min=0)[:, None]), q

@@ -40,7 +40,7 @@ class OwnDivergence:
 class OwnCrossEntropy:
     """`loss(student_logits, labels)`, checked by `contract.check_cross_entropy`."""
 
-    is_softmax_less_one_hot = False
+    leaves_one_hot_out = False
 
     def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]):
         self.loss = loss

@@ -25,11 +25,11 @@ def environment() -> dict[str, str]:
     return {**made, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{made['PATH']}"}
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess:
+def run(command: list[str], **variables: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command,
         cwd=ROOT,
-        env=environment(),
+        env=environment() | variables,
         capture_output=True,
         text=True,
         timeout=480,
@@ -237,13 +237,21 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
 
 
-def test_torchrun_starts_the_same_run(overrides, root):
+def test_torchrun_starts_the_same_run_with_a_divergence_from_outside(overrides, root, tmp_path):
+    (tmp_path / "my_losses.py").write_text(
+        "from ds_kd.losses.divergences import Divergence\n\n\n"
+        "class ReverseKL(Divergence):\n"
+        "    def value(self, log_p, log_q):\n"
+        "        return (log_q.exp() * (log_q - log_p)).sum(-1)\n"
+    )
     command = [
         *("torchrun", "--nproc-per-node", "2", "--master-port", str(free_port())),
         *("launch/kd.py", "--config", GUIDE, *overrides, "step_scheduler.max_steps=1"),
         *(f"checkpoint.checkpoint_dir={root / 'torchrun'}", "validation_dataset=null"),
+        *("kd_loss_fn._target_=my_losses.ReverseKL", "kd_loss_fn.temperature=2"),
+        *("--allow-targets", "my_losses"),
     ]
-    result = run(command)
+    result = run(command, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "2 rank(s)" in result.stdout and "step 1/1" in result.stdout
 

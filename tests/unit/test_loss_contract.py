@@ -47,16 +47,34 @@ class Buffered(torch.nn.Module):
         return self.weight * kl(logs, logs)(student, teacher, labels)
 
 
-def example():
-    space: dict = {}
-    code = re.search(r"```python\n(.*?)```", DOCS.read_text(), re.S)
-    exec(code.group(1), space)
-    return space["ReverseKL"](temperature=2.0)
+def documented():
+    """What the examples of docs/losses.md define."""
+    space: dict = {"__name__": "my_losses"}
+    for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S):
+        exec(code, space)
+    reverse, fast = (space[n](temperature=2.0) for n in ("ReverseKL", "FastReverseKL"))
+    return [reverse, fast, space["make_total_variation"]()]
+
+
+class Overridden(KDLoss):
+    def __call__(self, student_logits, teacher_logits, labels):
+        return 2.0 * super().__call__(student_logits, teacher_logits, labels)
+
+
+class WrongSign(KDLoss):
+    def of_chunk(self, pair):
+        values, gradient = super().of_chunk(pair)
+        return values, -gradient
+
+
+class WrongJoin(KDLoss):
+    def of_chunk_with_softmax(self, pair, alpha):
+        return super().of_chunk_with_softmax(pair, 1.0 - alpha / 2)
 
 
 @pytest.mark.parametrize(
     "loss",
-    [example(), Buffered(), KDLoss(temperature=3.0), KDLoss(temperature=1e4), kl(logs, logs)],
+    [*documented(), Buffered(), KDLoss(temperature=3.0), KDLoss(temperature=1e4), kl(logs, logs)],
 )
 def test_a_loss_that_meets_the_contract_is_taken_and_trains(loss):
     check_divergence(loss)
@@ -86,6 +104,15 @@ def test_a_loss_that_meets_the_contract_is_taken_and_trains(loss):
             ),
             "equal logits of both models give .*, expected 0",
         ),
+        (
+            lambda s, t, y: (
+                kl(logs, logs)(s, t, y) * (1 + s[y != -100].std(0, correction=0).mean())
+            ),
+            "share must not depend on the others",
+        ),
+        (Overridden(), "its of_chunk gives .* and its call .*; override `value`"),
+        (WrongSign(), "the gradient of its of_chunk differs"),
+        (WrongJoin(), "the gradient of its of_chunk_with_softmax differs"),
         (Trained(11, 2), r"has parameters \(weight, bias\)"),
         (3, "cannot be called"),
     ],
