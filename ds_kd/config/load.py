@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from ds_kd.config.checks.components import check_target
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.config.names import REFUSED_KEYS, transformers_schedule
-from ds_kd.config.nemo import translate
+from ds_kd.config.names import REFUSED_KEYS
+from ds_kd.config.nemo import Translation
 from ds_kd.config.origins import decoded
-from ds_kd.config.schema import RunConfig, default_of, keys_of
+from ds_kd.config.schema import Rng, RunConfig, default_of, keys_of
 from ds_kd.config.yaml_source import read
 
 
@@ -49,60 +50,37 @@ def load(
 
 
 def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> RunConfig:
-    problems: list[str] = []
-    schedule = data.get("lr_scheduler")
-    if isinstance(schedule, dict):
-        data["lr_scheduler"] = transformers_schedule(decoded(schedule), problems)
-    if isinstance(data.get("compile"), bool):
-        data["compile"] = {"enabled": data["compile"]}
-    notes = translate(data)
+    """Return the typed config of a YAML's values.
+
+    Raises:
+        ConfigError: everything that is wrong with them.
+    """
+    translated = Translation(data, allow)
+    written, data, problems = data.get("lr_scheduler"), translated.data, translated.problems
     values = _section(RunConfig, data, "", problems)
     for name, meta in keys_of(RunConfig):
         if meta["kind"] == "target":
             meta = {**meta, "config_only": config_only}
             values[name] = check_target(data.get(name), name, meta, allow, problems)
-    cfg = RunConfig(**values, text=text, notes=notes)
+    if values.get("seed") is not None:
+        values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
+    cfg = RunConfig(**values, text=text, notes=translated.notes)
+
     find_contradictions(cfg, data, problems)
-    for path, name in _written(cfg, data).items():
-        if wrong := check_directory(path, name):
-            problems.append(wrong)
-    if problems:
-        raise ConfigError(_once(problems, schedule))
-    cfg.notes += find_idle_keys(cfg, data)
-    for model in filter(None, (cfg.model, cfg.teacher_model)):
-        cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
-    if cfg.seed is not None:
-        cfg.rng.seed = cfg.seed
-    if cfg.checkpoint.save_consolidated == "true":
-        cfg.checkpoint.save_consolidated = "final"
-    for name in ("checkpoint", "tensorboard"):
-        if name in data and data[name] is None:
-            getattr(cfg, name).enabled = False
-    if cfg.wandb is not None and cfg.wandb.pop("enabled", True) is False:
-        cfg.wandb = None
-    if cfg.wandb is not None and "save_dir" in cfg.wandb:  # NeMo-AutoModel's word
-        cfg.wandb["dir"] = cfg.wandb.pop("save_dir")
-    if cfg.peft is not None and cfg.peft.use_triton:
-        cfg.notes.append("peft.use_triton: accepted; peft's PyTorch code takes its place")
-    if data.get("distributed"):
-        name = cfg.distributed._target_ or cfg.distributed.strategy or "section"
-        cfg.notes.append(
-            f"distributed: {str(name).rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its "
-            f"place"
-        )
-    if cfg.distributed.dp_size is not None:
-        cfg.notes.append("distributed.dp_size: accepted; all ranks that are started share the data")
-    return cfg
-
-
-def _written(cfg: RunConfig, data: dict) -> dict[str, str]:
-    """The directories that a run writes, by key."""
-    named = {
+    directories: dict[str, Any] = {
         "checkpoint.checkpoint_dir": cfg.checkpoint.enabled and cfg.checkpoint.checkpoint_dir,
         "tensorboard.log_dir": cfg.tensorboard.enabled and cfg.tensorboard.log_dir,
     }
-    absent = {name for name in data if data[name] is None}
-    return {n: path for n, path in named.items() if path and n.partition(".")[0] not in absent}
+    for path, name in directories.items():
+        if name and (wrong := check_directory(path, name)):
+            problems.append(wrong)
+    if problems:
+        raise ConfigError(_once(problems, written))
+
+    cfg.notes += find_idle_keys(cfg, data)
+    for model in filter(None, (cfg.model, cfg.teacher_model)):
+        cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
+    return cfg
 
 
 #: Of lr_scheduler: what `transformers_schedule` makes of NeMo-AutoModel's names.
@@ -144,8 +122,6 @@ def _section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str
             problems.append(f"{path}: unknown key{hint}")
             continue
         meta = known[name]
-        if isinstance(value, str) and value.lower() == "none" and prefix == "distributed.":
-            value = None
         has_default = default_of(cls, name) is not None or "default" in meta
         if value is None and has_default and meta["kind"] not in ("section", "names", "target"):
             problems.append(
@@ -238,7 +214,7 @@ def _expected(meta: Any) -> str:
         "target": "a mapping with _target_",
         "clip": "a number > 0 or {max_norm: number}, or nothing for no clipping",
         "nemo": "a name of NeMo-AutoModel, or nothing",
-        "parallel": "1 (no such parallelism here)",
+        "parallel": "1, as ranks share the data alone and ZeRO-3 shards the weights over them",
     }
     text = words.get(kind, kind)
     if "low" in meta and "high" in meta:

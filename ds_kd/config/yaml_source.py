@@ -20,6 +20,7 @@ from ds_kd.config.interpolation import (
     check_interpolations,
     references,
 )
+from ds_kd.config.names import UNREAD
 from ds_kd.config.origins import blanked, marked, remember_secrets, variables_in
 from ds_kd.config.secrets import BLANK, is_secret, without_secrets
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
@@ -119,6 +120,8 @@ def read(
         raw = OmegaConf.create(text)
         for override in overrides:
             source.overridden.add(_override(raw, override))
+        for name in UNREAD & set(raw):  # their references may lead nowhere
+            raw[name] = None if raw._get_node(name)._is_none() else {}
         plain = OmegaConf.to_container(raw, resolve=False)
         check_interpolations(plain)
         data: Any = OmegaConf.to_container(raw, resolve=True)

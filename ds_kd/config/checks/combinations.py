@@ -74,11 +74,9 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
         )
-    is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
-    if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
-        problems.append(
-            f"seed: {cfg.seed} and rng.seed: {cfg.rng.seed} contradict each other; keep one"
-        )
+    other = data["rng"].get("seed") if isinstance(data.get("rng"), dict) else None
+    if cfg.seed is not None and other is not None and other != cfg.seed:
+        problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
     ranks = cfg.distributed.dp_size
     if ranks and steps.global_batch_size % (steps.local_batch_size * ranks):
         problems.append(problem(

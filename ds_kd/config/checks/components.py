@@ -45,15 +45,17 @@ def check_target(
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
+    is_model = meta.get("target") == MODEL
     for name, inner in kwargs.items():
-        if name in meta.get("given", ()):  # told below, once
+        if name in meta.get("given", ()) or (name in NOT_WITH_ZERO and is_model):  # told below
             continue
         problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
     target = Target(ALIASES.get(dotted, dotted), kwargs, path)
-    if meta.get("target") == MODEL:
+    if is_model:
         if target.target != MODEL and not refusal and not allow:
             problems.append(problem(f"{path}._target_", dotted, MODEL))
-        _model(path, kwargs, allow, problems, meta.get("config_only", False))
+        if not refusal:
+            _model(path, kwargs, allow, problems, meta.get("config_only", False))
         return target
     for name, among in meta.get("words", {}).items():
         if name in kwargs and kwargs[name] not in among:

@@ -24,9 +24,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         cfg: the checked config.
         data: the YAML's own keys, defaults not filled in.
     """
-    checkpoints_off = not cfg.checkpoint.enabled or (
-        "checkpoint" in data and not data["checkpoint"]
-    )
+    checkpoints_off = not cfg.checkpoint.enabled
     validates = cfg.validation_dataset is not None
     compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
     rules = [
