@@ -1,8 +1,11 @@
 """Which names a config may use: NeMo-AutoModel's, translated; a short list of others; and what is
 refused, with its remedy."""
 
+from ds_kd.config.keys import ComponentRules
+
 _NEMO = "nemo_automodel.components."
-_MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+_LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
@@ -23,8 +26,8 @@ def home_of(dotted: str) -> str:
 
 #: NeMo-AutoModel's name → the name that takes its place here.
 ALIASES = {
-    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
-    "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
+    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": MODEL,
+    "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": MODEL,
     _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.MaskedCrossEntropy",
     _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.KDLoss",
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",
@@ -41,8 +44,8 @@ ALLOWED = {
         f"torch.optim.{name}"
         for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop")
     ),
-    _MODEL,
-    "torchdata.stateful_dataloader.StatefulDataLoader",
+    MODEL,
+    _LOADER,
     "deepspeed.ops.adam.FusedAdam",
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
 }
@@ -171,3 +174,34 @@ REFUSED_KEYS = {
     "mlflow": "metrics go to TensorBoard, metrics.jsonl and wandb; remove the section",
     "fp8": "fp8 is not supported; remove the section",
 }
+
+#: Keys of a loader's section that ds_kd takes itself.
+LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
+#: Rules of the schema's `_target_` sections.
+OF_MODEL = ComponentRules(
+    calls=MODEL, example="{name}.pretrained_model_name_or_path: Qwen/Qwen3-0.6B"
+)
+OF_DATA = ComponentRules(
+    may_call=("ds_kd.data.",),
+    given=("tokenizer",),
+    words={"labels": ("shifted", "unshifted")},  # taken by ds_kd, see `ds_kd.data.own`
+    example="{name}._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
+)
+OF_LOADER = ComponentRules(
+    calls=_LOADER,
+    may_call=(_LOADER,),
+    given=("dataset", "batch_sampler", "generator"),
+    flags=LOADER_FLAGS,
+    kwargs={"collate_fn": "ds_kd.data.collate.default_collater"},
+)
+OF_OPTIMIZER = ComponentRules(
+    calls="torch.optim.AdamW",
+    may_call=("torch.optim.", "deepspeed.ops."),
+    given=("params", "model_params"),
+    kwargs={"lr": 1e-5},
+)
+
+
+def of_loss(name: str, home: str) -> ComponentRules:
+    """Return the rules of a loss's section: what it calls by default, and the file of its like."""
+    return ComponentRules(calls=name, may_call=(home,), kwargs={})

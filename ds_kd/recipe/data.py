@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ds_kd.config.components import Target, as_config_error, instantiate
-from ds_kd.config.schema import LOADER_FLAGS, RunConfig
+from ds_kd.config.names import LOADER_FLAGS
+from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of

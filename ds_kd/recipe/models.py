@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from ds_kd.config.components import Target, as_config_error, instantiate
-from ds_kd.config.schema import MODEL
+from ds_kd.config.names import MODEL
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample

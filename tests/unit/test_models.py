@@ -55,7 +55,7 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
     from ds_kd.config.components import ConfigError, Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.names import MODEL
     from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model", tie=False)
@@ -69,7 +69,7 @@ def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
 
 def test_a_damaged_file_of_weights_is_told(tmp_path):
     from ds_kd.config.components import ConfigError, Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.names import MODEL
     from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model")
@@ -84,7 +84,7 @@ def test_a_damaged_file_of_weights_is_told(tmp_path):
 
 def target_of(path, **kwargs):
     from ds_kd.config.components import Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.names import MODEL
 
     return Target(MODEL, {"pretrained_model_name_or_path": str(path), **kwargs}, "model")
 

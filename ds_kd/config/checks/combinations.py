@@ -3,17 +3,15 @@ and bounds of what a `_target_` is given."""
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Any, TypeGuard
 
 from ds_kd.config.checks.files import DATA
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Target, problem, wrong_arguments
+from ds_kd.config.keys import is_number
 from ds_kd.config.schema import RunConfig
 from ds_kd.config.signatures import signature_of
 
-_LARGEST = 1e30
 #: transformers' schedules by name; each takes other arguments.
 _SCHEDULES = {
     "constant": "get_constant_schedule",
@@ -43,12 +41,6 @@ _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
 _MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
-
-
-def is_number(value: Any) -> TypeGuard[int | float]:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return abs(value) < _LARGEST and math.isfinite(value)
 
 
 def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:

@@ -8,83 +8,103 @@ from typing import Any
 
 from ds_kd.config.checks.files import DATA, check_data, check_model
 from ds_kd.config.components import Target, problem, refuse, wrong_arguments
-from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, NOT_WITH_ZERO, home_of
+from ds_kd.config.keys import ComponentRules, Key
+from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.origins import decoded
-from ds_kd.config.schema import MODEL
 from ds_kd.config.signatures import divergences, signature_of
 
 
 def check_target(
-    value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: list[str]
+    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
 ) -> Target | None:
-    """The `Target` of a section, after noting in `problems` all that is wrong with it.
+    """Return the component of a `_target_` section, after noting all that is wrong with it.
 
     Args:
         value: what the YAML holds there.
-        path: its key.
-        meta: of the schema; with `config_only` where models need nothing but a config.json.
+        key: the section's, with its rules.
         allow: prefixes of `_target_` names opened on the command line.
+        config_only: models need nothing but a config.json.
+        problems: takes a line for each thing that is wrong.
     """
+    rules, path = key.component, key.name
+    assert rules is not None
+    example = rules.example.format(name=path)
     if value is None:
-        if meta.get("required"):
-            problems.append(f"{path}: missing; {meta['doc']}, for example {meta['example']}")
-        return Target(meta["target"], dict(meta["default"]), path) if "default" in meta else None
+        if rules.required:
+            problems.append(f"{path}: missing; write for example {example}")
+        return None if rules.kwargs is None else Target(rules.calls, dict(rules.kwargs), path)
+    is_model = rules.calls == MODEL
     if not isinstance(value, dict):
-        first = "pretrained_model_name_or_path" if meta.get("target") == MODEL else "_target_"
+        first = "pretrained_model_name_or_path" if is_model else "_target_"
         problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
         return None
-    kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
-    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
-        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
-    dotted = value.get("_target_", meta.get("target"))
+    dotted = value.get("_target_", rules.calls or None)
     if not isinstance(dotted, str):
-        hint = f"for example {meta['example']}" if "example" in meta else ""
+        hint = f"for example {example}" if example else ""
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
-    written = _take_synonym(path, ALIASES.get(dotted, dotted), kwargs, problems)
+
+    target = Target(ALIASES.get(dotted, dotted), _kwargs_of(value), path)
+    written = _take_synonym(path, target.target, target.kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
-    is_model = meta.get("target") == MODEL
-    for name, inner in kwargs.items():
-        if name in meta.get("given", ()) or (name in NOT_WITH_ZERO and is_model):  # told below
-            continue
-        problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
-    target = Target(ALIASES.get(dotted, dotted), kwargs, path)
-    if is_model:
-        if target.target != MODEL and not refusal and not allow:
-            problems.append(problem(f"{path}._target_", dotted, MODEL))
-        if not refusal:
-            _model(path, kwargs, allow, problems, meta.get("config_only", False))
+    for name, inner in target.kwargs.items():
+        if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
+            problems += _argument(f"{path}.{name}", inner, name in rules.flags, allow)
+    if refusal:
         return target
-    for name, among in meta.get("words", {}).items():
-        if name in kwargs and kwargs[name] not in among:
-            problems.append(problem(f"{path}.{name}", kwargs[name], " or ".join(among)))
-    if target.target.startswith("ds_kd.data.") and kwargs.pop("labels", "") == "unshifted":
-        problems.append(f"{path}.labels: {target.target} shifts its labels itself; remove it")
-    kind = meta.get("calls", ())
-    if not refusal and not home_of(target.target).startswith(kind or "") and not allow:
-        expected = f"a name that begins with {' or '.join(kind)}"
-        if kind[0].startswith(LOSSES):
-            expected = " or ".join(divergences() if kind == (DIVERGENCES,) else [meta["target"]])
-        problems.append(problem(f"{path}._target_", dotted, expected))
-        return target
-    if not refusal:
-        problems += _signature(target, meta)
-    if wrong := check_data(path, target.target, kwargs, written):
-        problems.append(wrong)
+    if not allow and not home_of(target.target).startswith(rules.may_call or rules.calls):
+        problems.append(problem(f"{path}._target_", dotted, _callable(rules)))
+    elif is_model:
+        _model(path, target.kwargs, allow, problems, config_only)
+    else:
+        problems += _own_words(target, rules)
+        problems += _signature(target, rules)
+        if wrong := check_data(path, target.target, target.kwargs, written):
+            problems.append(wrong)
     return target
 
 
-def _signature(target: Target, meta: Any) -> list[str]:
+def _callable(rules: ComponentRules) -> str:
+    """Return which names a section may call, for messages."""
+    if rules.may_call == (DIVERGENCES,):
+        return " or ".join(divergences())
+    if not rules.may_call or rules.may_call[0].startswith(LOSSES):
+        return rules.calls
+    return f"a name that begins with {' or '.join(rules.may_call)}"
+
+
+def _kwargs_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section's arguments in their own types."""
+    kwargs = {name: decoded(value) for name, value in section.items() if name != "_target_"}
+    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
+        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
+    return kwargs
+
+
+def _own_words(target: Target, rules: ComponentRules) -> list[str]:
+    """Return what is wrong with the keys of a section that ds_kd takes itself."""
+    found = [
+        problem(f"{target.key}.{name}", target.kwargs[name], " or ".join(among))
+        for name, among in rules.words.items()
+        if name in target.kwargs and target.kwargs[name] not in among
+    ]
+    is_ours = target.target.startswith("ds_kd.data.")
+    if is_ours and target.kwargs.pop("labels", "") == "unshifted":
+        found.append(f"{target.key}.labels: {target.target} shifts its labels itself; remove it")
+    return found
+
+
+def _signature(target: Target, rules: ComponentRules) -> list[str]:
     """Return what is wrong with a component's arguments by its callable's signature."""
     signature = signature_of(target.target)
     if signature is None:
         is_ours = target.target.startswith("ds_kd.")
         return [f"{target.key}._target_: there is no {target.target}"] if is_ours else []
-    given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
-    found = wrong_arguments(target, signature.annotations, signature.is_open, given, also)
-    missing = [name for name in signature.required if name not in (*target.kwargs, *given)]
+    also = (*rules.flags, *rules.words)
+    found = wrong_arguments(target, signature.annotations, signature.is_open, rules.given, also)
+    missing = [name for name in signature.required if name not in (*target.kwargs, *rules.given)]
     return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
 
 
