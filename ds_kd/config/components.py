@@ -19,12 +19,14 @@ from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
 from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
 from ds_kd.errors import UserError, first_line
 
+_LONGEST = 1500  # characters of a problem
+
 
 class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
     def __init__(self, problems: list[str]):
-        self.problems = [without_known(line) for line in problems]
+        self.problems = [_cut(without_known(line)) for line in problems]
         super().__init__(self.text())
 
     def text(self, excerpts: bool = False) -> str:
@@ -43,6 +45,14 @@ class ConfigError(UserError):
 
     def __reduce__(self) -> tuple:  # from rank 0 to the others; by default it would pass the text
         return type(self), (self.problems,)
+
+
+def _cut(line: str) -> str:
+    """Return a problem without the middle of a name or value that fills the screen."""
+    first, *excerpt = line.split("\n")
+    if len(first) > _LONGEST:
+        first = f"{first[: _LONGEST // 2]} … {first[-_LONGEST // 2 :]}"
+    return "\n".join([first, *excerpt])
 
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:

@@ -86,6 +86,8 @@ def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
         plain: the tree before interpolation, which tells what came from a secret.
     """
     is_hidden = is_hidden or comes_from_secret(plain, root)
+    if is_hidden and tree and not isinstance(tree, bool):
+        return BLANK  # with its keys, where it is a mapping
     plain = _referred(plain, root)
     if isinstance(tree, dict):
         return {
@@ -93,7 +95,6 @@ def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
             for n, v in tree.items()
         }
     if isinstance(tree, list):
-        return [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
-    if is_hidden and tree and not isinstance(tree, bool):
-        return BLANK
+        shown = [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
+        return list(without_secrets(shown))
     return without_secrets(tree)

@@ -45,6 +45,10 @@ FORMS = {
     "JSON in a text": 'recipe: \'{"apiKey": "hunter2 of room 5"}\'',
     "an address": "recipe: 'https://hunter2@host/x'",
     "a header": "recipe: 'Bearer hunter2'",
+    "an option": "recipe: 'run --password hunter2'",
+    "an option with its sign": "recipe: 'run --api-key=hunter2'",
+    "the word after an option": "recipe: ['--token', hunter2]",
+    "a key below a secret key": "wandb: {credentials: {hunter2: of room 5}}",
 }
 
 
@@ -101,6 +105,14 @@ def test_a_later_error_that_quotes_a_secret_is_blanked(tmp_path):
     assert "horse" not in problem("wandb", "x" * 290 + "correct horse", "no text")
 
 
+def test_a_secret_of_another_type_is_not_quoted_by_the_yaml_library(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(GOOD + "wandb: {token: !!int 'no-number-but-a-secret'}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert "but-a-secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -110,7 +122,8 @@ def test_a_later_error_that_quotes_a_secret_is_blanked(tmp_path):
         "password", "passwd", "pwd", "DB_PASS", "passphrase", "passcode", "credential",
         "credentials", "auth",
         "Authorization", "bearer", "private_key", "privateKey", "GITHUB_PAT", "jwt", "cookie",
-        "key", "hub_tokens",
+        "key", "hub_tokens", "tokens", "token_value", "TOKEN_STR", "pass_word", "sshkey", "otp",
+        "tökén",
     ],
 )  # fmt: skip
 def test_names_of_secrets_are_known(name):

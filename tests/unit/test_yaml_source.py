@@ -165,6 +165,29 @@ def test_bytes_that_are_not_utf8_are_told_with_their_line(tmp_path):
         load(path)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["a" * 100_000 + "=1", "a." * 50_000 + "b=1", "loss_fn._target_=" + "a." * 50_000 + "b",
+     "dataset._target_=ds_kd.data." + "x" * 5000, "dataloader.collate_fn=" + "a.b" * 20_000],
+    ids=range(5),
+)  # fmt: skip
+def test_a_name_that_never_ends_is_one_short_error_at_once(override, tmp_path):
+    (tmp_path / "c.yaml").write_text(GOOD)
+    started = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path / "c.yaml", [override])
+    assert len(str(caught.value)) < 4000 and time.monotonic() - started < 2
+
+
+def test_of_a_long_line_only_what_is_around_the_key_is_shown(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(GOOD + "rng: {" + " " * 20_000 + "sede: 1" + " " * 20_000 + "}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    line, caret = caught.value.text(excerpts=True).splitlines()[-2:]
+    assert len(line) < 300 and line.index("sede") == caret.index("^")
+
+
 def test_a_problem_shows_its_line_with_a_caret_on_a_terminal(tmp_path, capsys, monkeypatch):
     path = tmp_path / "c.yaml"
     path.write_text("rng:\n  sede: 1\n" + GOOD)

@@ -56,7 +56,10 @@ def load_zero_config(
         source = _read(source, where)
     if not isinstance(source, dict):
         raise ValueError(f"{where}: expected a mapping with zero_optimization")
-    config = copy.deepcopy(source)
+    try:
+        config = copy.deepcopy(source)
+    except RecursionError:
+        raise ValueError(f"{where}: it is nested too deeply; give a DeepSpeed JSON file") from None
     for name in list(config):
         if config[name] == "auto":
             del config[name]
