@@ -11,7 +11,8 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,31 +64,39 @@ def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     return " ".join(line.splitlines())
 
 
-def as_config_error(key: str, given: Any, function: Callable[[], Any], expected: str) -> Any:
-    """Run `function`; what it refuses, or cannot import, becomes a ConfigError of `key`."""
+@contextmanager
+def config_error(key: str, given: Any, expected: str) -> Iterator[None]:
+    """Turn what this block refuses, or cannot import, into a ConfigError of `key`."""
     try:
-        return function()
+        yield
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError([problem(key, given, expected, first_line(error))]) from error
 
 
 @dataclass(frozen=True)
-class Target:
-    """A `_target_` section: what to call, with what.
+class Component:
+    """A `_target_` section: what to call, with what. One that `load` has made is permitted.
 
     Args:
-        target: dotted name, NeMo-AutoModel's already translated.
+        name: dotted name of what is called, NeMo-AutoModel's already translated.
         kwargs: its keyword arguments.
         key: where it stands in the YAML.
+        allow: prefixes of names that were opened for it on the command line.
     """
 
-    target: str
+    name: str
     kwargs: dict[str, Any]
     key: str
+    allow: tuple[str, ...] = ()
+
+
+def is_opened(name: str, allow: tuple[str, ...]) -> bool:
+    """Return whether a name lies under one of these prefixes."""
+    return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
 
 
 def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
-    """Why this name may not be used, or an empty string; imports nothing."""
+    """Return why this name may not be used, or an empty text; imports nothing."""
     name = ALIASES.get(dotted, dotted)
     if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
         whole = next((known for known in ALLOWED if known.endswith(f".{dotted}")), "")
@@ -95,9 +104,12 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
         return f"{dotted!r} is not a dotted public name{hint}"
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
-    opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
     # Of ds_kd only what a run is made of: the config's own functions would call anything.
-    if name in ALLOWED or name.startswith(("ds_kd.losses.", "ds_kd.data.")) or opened:
+    if (
+        name in ALLOWED
+        or name.startswith(("ds_kd.losses.", "ds_kd.data."))
+        or is_opened(name, allow)
+    ):
         return ""
     if name.startswith("nemo_automodel."):
         return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
@@ -143,17 +155,18 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
     raise ConfigError([f"{dotted!r}: no such module"])
 
 
-def _arguments(target: Target, allow: tuple[str, ...]) -> dict[str, Any]:
+def _arguments(component: Component) -> dict[str, Any]:
+    """The component's arguments, with the functions that `…_fn` names in place of their names."""
     return {
-        name: resolve(value, allow) if name.endswith("_fn") and isinstance(value, str) else value
-        for name, value in target.kwargs.items()
+        name: resolve(value, component.allow)
+        if name.endswith("_fn") and isinstance(value, str)
+        else value
+        for name, value in component.kwargs.items()
     }
 
 
-def bind(
-    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
-) -> Any:
-    """The callable, after checking that it takes these arguments.
+def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
+    """Return the callable, after checking that it takes these arguments.
 
     Args:
         also: keys of the section that something else takes, for the message.
@@ -161,30 +174,30 @@ def bind(
     Raises:
         ConfigError: an argument it does not know, one of another type, or one that is missing.
     """
-    function = resolve(target.target, allow)
+    function = resolve(component.name, component.allow)
     parameters = inspect.signature(function).parameters
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     annotations = {name: p.annotation for name, p in parameters.items()}
-    problems = wrong_arguments(target, annotations, is_open, tuple(extra), also)
+    problems = wrong_arguments(component, annotations, is_open, tuple(extra), also)
     if problems:
         raise ConfigError(problems)
     try:
-        inspect.signature(function).bind(**target.kwargs, **extra)
+        inspect.signature(function).bind(**component.kwargs, **extra)
     except TypeError as error:
         raise ConfigError(
-            [f"{target.key}: {error}; {target.target} takes {', '.join(annotations)}"]
+            [f"{component.key}: {error}; {component.name} takes {', '.join(annotations)}"]
         ) from None
     return function
 
 
 def wrong_arguments(
-    target: Target,
+    component: Component,
     annotations: Mapping[str, Any],
     is_open: bool,
     given: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
 ) -> list[str]:
-    """What is wrong with a target's arguments, one line each.
+    """Return what is wrong with a component's arguments, one line each.
 
     Args:
         annotations: argument → its annotation, an object or text.
@@ -194,8 +207,8 @@ def wrong_arguments(
     """
     takes = [*dict.fromkeys([*(name for name in annotations if name not in given), *also])]
     problems = []
-    for name, value in target.kwargs.items():
-        key = f"{target.key}.{name}"
+    for name, value in component.kwargs.items():
+        key = f"{component.key}.{name}"
         if name in given:
             problems.append(f"{key}: ds_kd gives it itself; remove it")
         elif name in annotations:
@@ -203,8 +216,8 @@ def wrong_arguments(
                 problems.append(problem(key, value, expected))
         elif name not in also and not is_open:
             near = difflib.get_close_matches(name, takes, n=1)
-            hint = f"did you mean {target.key}.{near[0]}?" if near else ""
-            hint = hint or f"{target.target} takes {', '.join(takes)}"
+            hint = f"did you mean {component.key}.{near[0]}?" if near else ""
+            hint = hint or f"{component.name} takes {', '.join(takes)}"
             problems.append(f"{key}: unknown key; {hint}")
     return problems
 
@@ -227,17 +240,15 @@ def _mismatch(value: Any, annotation: Any) -> str:
     return " or ".join(word for name, word in words.items() if name in names)
 
 
-def instantiate(
-    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
-) -> Any:
-    """Call the target with its arguments and `extra`.
+def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
+    """Call the component with its arguments and `extra`.
 
     Raises:
         ConfigError: as `bind`, or a value of a wrong type.
         ValueError: what the callable itself refuses.
     """
-    function = bind(target, allow, also, **extra)
+    function = bind(component, also, **extra)
     try:
-        return function(**_arguments(target, allow), **extra)
+        return function(**_arguments(component), **extra)
     except TypeError as error:
-        raise ConfigError([f"{target.key}: {error}"]) from error
+        raise ConfigError([f"{component.key}: {error}"]) from error

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.config.checks.combinations import find_contradictions
-from ds_kd.config.checks.components import check_target
+from ds_kd.config.checks.combinations import find_contradictions, misfit_of_batch
+from ds_kd.config.checks.components import check_component
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
-from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.components import ConfigError
 from ds_kd.config.keys import keys_of
 from ds_kd.config.nemo import Translation
 from ds_kd.config.schema import Rng, RunConfig
@@ -58,7 +58,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> 
     values = check_section(RunConfig, data, "", problems)
     for name, key in keys_of(RunConfig).items():
         if key.component is not None:
-            values[name] = check_target(data.get(name), key, allow, config_only, problems)
+            values[name] = check_component(data.get(name), key, allow, config_only, problems)
     if values.get("seed") is not None:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
     cfg = RunConfig(**values, text=text, notes=translated.notes)
@@ -144,14 +144,5 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
     Raises:
         ConfigError: with a batch size that would.
     """
-    steps, problems = cfg.step_scheduler, []
-    width = steps.local_batch_size * world_size
-    if steps.global_batch_size % width:
-        up = -(-steps.global_batch_size // width) * width
-        problems.append(problem(
-            "step_scheduler.global_batch_size", steps.global_batch_size,
-            f"a multiple of local_batch_size {steps.local_batch_size} × {world_size} ranks = "
-            f"{width}", f"write {up}",
-        ))  # fmt: skip
-    if problems:
-        raise ConfigError(problems)
+    if misfit := misfit_of_batch(cfg.step_scheduler, world_size):
+        raise ConfigError([misfit])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_kd.config.components import Target
+from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, NemoName, OnlyOne, key
 from ds_kd.config.names import (
     DIVERGENCES,
@@ -297,19 +297,19 @@ class TensorBoard:
 
 @dataclass
 class RunConfig:
-    model: Target = key(
+    model: Component = key(
         None,
         "Names the student; its keys are arguments of from_pretrained.",
         component=replace(OF_MODEL, required=True),
     )
-    teacher_model: Target | None = key(
+    teacher_model: Component | None = key(
         None,
         "Names the teacher; its keys are arguments of from_pretrained. At kd_ratio 0 only "
         "validation uses it, and it may be absent.",
         component=OF_MODEL,
     )
     offload_teacher_model: bool = key(False, "Keeps the teacher's shards in the host's memory.")
-    dataset: Target = key(
+    dataset: Component = key(
         None, "Names the training data.", component=replace(OF_DATA, required=True)
     )
     kd_ratio: float = key(
@@ -319,7 +319,7 @@ class RunConfig:
         low=0,
         high=1,
     )
-    kd_loss_fn: Target = key(
+    kd_loss_fn: Component = key(
         None,
         "Sets the distillation loss: temperature, ignore_index, fp32_upcast, chunk_size.",
         component=of_loss(f"{LOSSES}KDLoss", DIVERGENCES),
@@ -327,12 +327,12 @@ class RunConfig:
     peft: Peft | None = key(
         None, "Trains small adapters (LoRA) and leaves the student's weights as they are."
     )
-    loss_fn: Target = key(
+    loss_fn: Component = key(
         None,
         "Sets the cross-entropy: ignore_index, fp32_upcast.",
         component=of_loss(f"{LOSSES}MaskedCrossEntropy", f"{LOSSES}cross_entropy."),
     )
-    optimizer: Target = key(
+    optimizer: Component = key(
         None,
         "Chooses an element-wise optimizer and its arguments. By default it is torch.optim.AdamW.",
         component=OF_OPTIMIZER,
@@ -349,18 +349,18 @@ class RunConfig:
     step_scheduler: StepScheduler = key(
         StepScheduler, "Sets batch sizes, and when a run ends, validates and saves."
     )
-    dataloader: Target = key(
+    dataloader: Component = key(
         None,
         "Sets the training loader: collate_fn, shuffle, drop_last, group_by_length, num_workers.",
         component=OF_LOADER,
     )
     packed_sequence: PackedSequence = key(PackedSequence, "Packs samples instead of padding them.")
-    validation_dataset: Target | None = key(
+    validation_dataset: Component | None = key(
         None,
         "Names the validation data. Without it nothing is validated.",
         component=OF_DATA,
     )
-    validation_dataloader: Target = key(
+    validation_dataloader: Component = key(
         None,
         "Sets the validation loader. Its batch_size is local_batch_size by default.",
         component=OF_LOADER,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.config.components import ConfigError, Target, bind, resolve
+from ds_kd.config.components import Component, ConfigError, bind, resolve
 from ds_kd.config.load import check_world, fingerprint, load
 from ds_kd.config.reference.keys import list_keys
 from tests import tiny
@@ -187,7 +187,7 @@ def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
     ],
 )
 def test_null_gives_an_optional_target_its_default(section, target):
-    assert getattr(load(GUIDE, [f"{section}=null"]), section).target == target
+    assert getattr(load(GUIDE, [f"{section}=null"]), section).name == target
     for required in ("model", "dataset"):
         with pytest.raises(ConfigError, match=f"{required}: missing"):
             load(GUIDE, [f"{required}=null"])
@@ -210,7 +210,7 @@ def test_an_unknown_argument_of_a_target_is_named_with_what_it_takes():
         lambda kwargs: load(
             GUIDE, [f"kd_loss_fn.{name}={value}" for name, value in kwargs.items()]
         ),
-        lambda kwargs: bind(Target("ds_kd.losses.KDLoss", kwargs, "kd_loss_fn")),
+        lambda kwargs: bind(Component("ds_kd.losses.KDLoss", kwargs, "kd_loss_fn")),
     ):
         with pytest.raises(ConfigError, match=r"temprature: .*did you mean kd_loss_fn.temperature"):
             refused({"temprature": 2})
@@ -363,7 +363,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("kd_ratio='0.5'", "expected a number from 0 to 1; write it without quotes"),
         ("optimizer._target_=AdamW", "did you mean torch.optim.AdamW"),
         ("modle.pretrained=3", "command line: modle: unknown key; did you mean model"),
-        ("distributed.dp_size=3", "a multiple of local_batch_size 1 × dp_size 3"),
+        ("distributed.dp_size=3", "a multiple of local_batch_size 1 × 3 ranks = 3; write 33"),
         ("checkpoint.restore_from=x", "restore_from: the same checkpoint_dir resumes by itself"),
         ("packed_sequence.split_across_pack=true", "split_across_pack: got True, expected false"),
         ("model.device_map=auto", "model.device_map: ZeRO-3 places the weights"),
@@ -650,7 +650,7 @@ def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
     ):  # fmt: skip
         assert told.count(key) == 1, (key, cfg.notes)
     assert cfg.dataloader.kwargs["collate_fn"] == "ds_kd.data.collate.default_collater"
-    assert cfg.loss_fn.target == "ds_kd.losses.MaskedCrossEntropy"
+    assert cfg.loss_fn.name == "ds_kd.losses.MaskedCrossEntropy"
     assert "backend" not in cfg.model.kwargs and "tokenizer" not in cfg.dataset.kwargs
 
 
@@ -789,7 +789,7 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     path = tmp_path / "new.yaml"
     path.write_text(capsys.readouterr().out)
     cfg = load(path)
-    assert cfg.dataset.target == "ds_kd.data.squad.make_squad_dataset"
+    assert cfg.dataset.name == "ds_kd.data.squad.make_squad_dataset"
     assert cfg.step_scheduler.local_batch_size == 16 and not cfg.offload_teacher_model
     check_world(cfg, 4)
     assert new.main([*words, "--data", str(rows), "--gpu-memory", "100KB"]) == 2

@@ -7,16 +7,16 @@ import difflib
 from typing import Any
 
 from ds_kd.config.checks.files import DATA, check_data, check_model
-from ds_kd.config.components import Target, problem, refuse, wrong_arguments
+from ds_kd.config.components import Component, is_opened, problem, refuse, wrong_arguments
 from ds_kd.config.keys import ComponentRules, Key
 from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.origins import decoded
 from ds_kd.config.signatures import divergences, signature_of
 
 
-def check_target(
+def check_component(
     value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
-) -> Target | None:
+) -> Component | None:
     """Return the component of a `_target_` section, after noting all that is wrong with it.
 
     Args:
@@ -32,7 +32,7 @@ def check_target(
     if value is None:
         if rules.required:
             problems.append(f"{path}: missing; write for example {example}")
-        return None if rules.kwargs is None else Target(rules.calls, dict(rules.kwargs), path)
+        return None if rules.kwargs is None else Component(rules.calls, dict(rules.kwargs), path)
     is_model = rules.calls == MODEL
     if not isinstance(value, dict):
         first = "pretrained_model_name_or_path" if is_model else "_target_"
@@ -44,26 +44,27 @@ def check_target(
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
 
-    target = Target(ALIASES.get(dotted, dotted), _kwargs_of(value), path)
-    written = _take_synonym(path, target.target, target.kwargs, problems)
+    component = Component(ALIASES.get(dotted, dotted), _kwargs_of(value), path, allow)
+    written = _take_synonym(path, component.name, component.kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
-    for name, inner in target.kwargs.items():
+    for name, inner in component.kwargs.items():
         if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
-            problems += _argument(f"{path}.{name}", inner, name in rules.flags, allow)
+            problems += _argument(component, name, inner, name in rules.flags)
     if refusal:
-        return target
-    if not allow and not home_of(target.target).startswith(rules.may_call or rules.calls):
+        return component
+    may_call = home_of(component.name).startswith(rules.may_call or rules.calls)
+    if not may_call and not is_opened(component.name, allow):
         problems.append(problem(f"{path}._target_", dotted, _callable(rules)))
     elif is_model:
-        _model(path, target.kwargs, allow, problems, config_only)
+        _model(component, problems, config_only)
     else:
-        problems += _own_words(target, rules)
-        problems += _signature(target, rules)
-        if wrong := check_data(path, target.target, target.kwargs, written):
+        problems += _own_words(component, rules)
+        problems += _signature(component, rules)
+        if wrong := check_data(path, component.name, component.kwargs, written):
             problems.append(wrong)
-    return target
+    return component
 
 
 def _callable(rules: ComponentRules) -> str:
@@ -83,35 +84,39 @@ def _kwargs_of(section: dict[str, Any]) -> dict[str, Any]:
     return kwargs
 
 
-def _own_words(target: Target, rules: ComponentRules) -> list[str]:
+def _own_words(component: Component, rules: ComponentRules) -> list[str]:
     """Return what is wrong with the keys of a section that ds_kd takes itself."""
     found = [
-        problem(f"{target.key}.{name}", target.kwargs[name], " or ".join(among))
+        problem(f"{component.key}.{name}", component.kwargs[name], " or ".join(among))
         for name, among in rules.words.items()
-        if name in target.kwargs and target.kwargs[name] not in among
+        if name in component.kwargs and component.kwargs[name] not in among
     ]
-    is_ours = target.target.startswith("ds_kd.data.")
-    if is_ours and target.kwargs.pop("labels", "") == "unshifted":
-        found.append(f"{target.key}.labels: {target.target} shifts its labels itself; remove it")
+    is_ours = component.name.startswith("ds_kd.data.")
+    if is_ours and component.kwargs.pop("labels", "") == "unshifted":
+        found.append(
+            f"{component.key}.labels: {component.name} shifts its labels itself; remove it"
+        )
     return found
 
 
-def _signature(target: Target, rules: ComponentRules) -> list[str]:
+def _signature(component: Component, rules: ComponentRules) -> list[str]:
     """Return what is wrong with a component's arguments by its callable's signature."""
-    signature = signature_of(target.target)
+    signature = signature_of(component.name)
     if signature is None:
-        is_ours = target.target.startswith("ds_kd.")
-        return [f"{target.key}._target_: there is no {target.target}"] if is_ours else []
+        is_ours = component.name.startswith("ds_kd.")
+        return [f"{component.key}._target_: there is no {component.name}"] if is_ours else []
     also = (*rules.flags, *rules.words)
-    found = wrong_arguments(target, signature.annotations, signature.is_open, rules.given, also)
-    missing = [name for name in signature.required if name not in (*target.kwargs, *rules.given)]
-    return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
+    found = wrong_arguments(component, signature.annotations, signature.is_open, rules.given, also)
+    missing = [name for name in signature.required if name not in (*component.kwargs, *rules.given)]
+    return found + [
+        f"{component.key}.{name}: missing; {component.name} needs it" for name in missing
+    ]
 
 
-def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list[str]) -> str:
+def _take_synonym(path: str, dotted: str, kwargs: dict[str, Any], problems: list[str]) -> str:
     """Put `dataset_name` under the name that the data set has for its source, and return which of
     the two is written."""
-    own = DATA[target][0] if target in DATA else "dataset_name"
+    own = DATA[dotted][0] if dotted in DATA else "dataset_name"
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
     if own in kwargs:
@@ -120,11 +125,11 @@ def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list
     return "dataset_name"
 
 
-def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:
-    """What is wrong with an argument whatever is called with it."""
-    problems = []
-    if path.endswith("_fn") and value is not None:
-        return _function(path, value, allow)
+def _argument(component: Component, name: str, value: Any, is_flag: bool) -> list[str]:
+    """Return what is wrong with an argument whatever is called with it."""
+    path, problems = f"{component.key}.{name}", []
+    if name.endswith("_fn") and value is not None:
+        return _function(path, value, component.allow)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
@@ -133,7 +138,7 @@ def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> l
 
 
 def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
-    """What is wrong with the dotted name of a function."""
+    """Return what is wrong with the dotted name of a function."""
     if not isinstance(name, str):
         return [problem(path, name, "a dotted name")]
     if refused := refuse(name, allow):
@@ -144,9 +149,9 @@ def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _model(
-    path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str], config_only: bool
-) -> None:
+def _model(component: Component, problems: list[str], config_only: bool) -> None:
+    """Add what is wrong with the arguments of `from_pretrained` to `problems`."""
+    path, kwargs = component.key, component.kwargs
     name = kwargs.get("pretrained_model_name_or_path")
     if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
@@ -170,7 +175,7 @@ def _model(
     is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
     if attention is not None and not is_kernel and attention not in _ATTENTION:
         problems.append(problem(f"{path}.attn_implementation", attention, " or ".join(_ATTENTION)))
-    if kwargs.get("trust_remote_code") and name not in allow:
+    if kwargs.get("trust_remote_code") and name not in component.allow:
         problems.append(
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.config.components import Target
+from ds_kd.config.components import Component
 from ds_kd.config.schema import RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
@@ -60,10 +60,10 @@ def _is_set(data: dict[str, Any], key: str) -> bool:
     return value not in (None, False, {}, [])
 
 
-def _lengths(dataset: Target, data: dict[str, Any]) -> list[str]:
+def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
     """A `seq_length` that nothing cuts or pads to, and a truncation to no length."""
     kwargs, key = dataset.kwargs, dataset.key
-    if not dataset.target.startswith("ds_kd.data."):
+    if not dataset.name.startswith("ds_kd.data."):
         return []
     cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
     if kwargs.get("seq_length") is not None and not cuts and kwargs.get("padding") != "max_length":
@@ -75,7 +75,7 @@ def _lengths(dataset: Target, data: dict[str, Any]) -> list[str]:
     return []
 
 
-def _loader(loader: Target, data: dict[str, Any], packs: bool) -> list[str]:
+def _loader(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
     """Arguments of a loader for what it does not do."""
     notes = []
     if packs and loader.kwargs.get("group_by_length"):
