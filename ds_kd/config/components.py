@@ -31,7 +31,7 @@ class ConfigError(UserError):
         super().__init__(self.text())
 
     def text(self, excerpts: bool = False) -> str:
-        """All problems.
+        """Return all problems as one text.
 
         Args:
             excerpts: with the lines of the YAML that a problem brings.
@@ -57,7 +57,7 @@ def _cut(line: str) -> str:
 
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
-    """One line of a `ConfigError`; long values are cut, secret ones not shown."""
+    """Return one line of a `ConfigError`; long values are cut, secret ones not shown."""
     shown = BLANK if is_under_secret(key) else repr(without_secrets(given))
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
@@ -123,7 +123,7 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
 
 
 def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
-    """The object behind a permitted name.
+    """Return the object behind a permitted name.
 
     Raises:
         ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
@@ -156,7 +156,7 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
 
 
 def _arguments(component: Component) -> dict[str, Any]:
-    """The component's arguments, with the functions that `…_fn` names in place of their names."""
+    """Return the component's arguments, the functions that `…_fn` keys name in place of names."""
     return {
         name: resolve(value, component.allow)
         if name.endswith("_fn") and isinstance(value, str)
@@ -223,7 +223,7 @@ def wrong_arguments(
 
 
 def _mismatch(value: Any, annotation: Any) -> str:
-    """What was expected of a plain value, or an empty string; only plain annotations are judged."""
+    """Return what was expected of a plain value, or an empty text; others are not judged."""
     if isinstance(annotation, str):  # from __future__ import annotations
         annotation = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", annotation)
         names = {part.strip() for part in annotation.split("|")}

@@ -46,7 +46,7 @@ class Kind:
 
 
 def _refuse_quotes(value: Any) -> ValueError:
-    """The error for what is no number, with a hint where only quotes are wrong."""
+    """Return the error for what is no number, with a hint where only quotes are wrong."""
     is_quoted = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
     return ValueError("write it without quotes" if is_quoted else "")
 
@@ -108,7 +108,7 @@ def _nemo_name(value: Any) -> str:
 
 
 def _choice(among: tuple[Any, ...]) -> Kind:
-    """The kind that takes one of these words, or true and false where they are among the words."""
+    """Return the kind that takes one of these words, or true and false where they are words."""
 
     def read(value: Any) -> Any:
         word = value if value in among or not isinstance(value, bool) else str(value).lower()
@@ -184,7 +184,7 @@ def kind_of(annotation: Any) -> Kind:
 
 @dataclass(frozen=True)
 class ComponentRules:
-    """What a `_target_` section may hold.
+    """The rules of a `_target_` section.
 
     Args:
         calls: dotted name of what is called where the section names nothing.
@@ -231,7 +231,7 @@ class Key:
 
     @property
     def section(self) -> Any:
-        """The dataclass of a section's own keys, or None."""
+        """Return the dataclass of a section's own keys, or None."""
         is_section = dataclasses.is_dataclass(self.annotation) and self.component is None
         return self.annotation if is_section else None
 
@@ -241,7 +241,7 @@ class Key:
 
     @property
     def expected(self) -> str:
-        """What the key takes, for messages."""
+        """Return in words what the key takes, for messages."""
         low, high = self.bounds.get("low"), self.bounds.get("high")
         if low is not None and high is not None:
             return f"{self.kind.words} from {low} to {high}"

@@ -29,7 +29,7 @@ def load(
     allow: tuple[str, ...] = (),
     config_only: bool = False,
 ) -> RunConfig:
-    """Read, override, check.
+    """Return the checked config of a YAML and its overrides.
 
     Args:
         path: the YAML, or its content as a mapping.
@@ -89,7 +89,7 @@ _NEMO_NAMES = {
 
 
 def _once(problems: list[str], schedule: Any) -> list[str]:
-    """Each key's problem once, under the name that was written."""
+    """Return each key's problem once, under the name that was written."""
     found: dict[str, str] = {}
     for line in problems:
         for ours, theirs in _NEMO_NAMES.items():
@@ -115,8 +115,8 @@ _NOT_OF_THE_COURSE = (
 
 
 def fingerprint(cfg: RunConfig) -> dict[str, Any]:
-    """What decides the course of a run, by name: the YAML's own words, secrets blanked, and the
-    versions of what computes."""
+    """Return what decides the course of a run, by name: the YAML's own words, secrets blanked, and
+    the versions of what computes."""
     from importlib.metadata import version
 
     from omegaconf import OmegaConf

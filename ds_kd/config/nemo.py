@@ -71,7 +71,7 @@ class Translation:
                 self.notes.append(f"{path}: accepted; {reason}")
 
     def _words(self) -> None:
-        """`none` for null, and private keys, which others refer to or somebody has put aside."""
+        """Read `none` as null, and drop private keys: anchors, and what somebody put aside."""
         for name in [name for name in self.data if name.startswith("_")]:
             self.drop(name, "a name that begins with _ is not read")
         distributed = self.section("distributed")
@@ -93,7 +93,7 @@ class Translation:
             self.drop("dataloader.batch_size", "step_scheduler.local_batch_size says the same")
 
     def _switches(self) -> None:
-        """Sections that null or one word switches on or off."""
+        """Write out the sections that null or one word switches on or off."""
         if isinstance(self.data.get("compile"), bool):
             self.data["compile"] = {"enabled": self.data["compile"]}
         compiled = self.section("compile")
@@ -113,7 +113,7 @@ class Translation:
             wandb["dir"] = wandb.pop("save_dir")
 
     def _models(self) -> None:
-        """Arguments of NeMo-AutoModel's `from_pretrained` that change no result."""
+        """Drop arguments of NeMo-AutoModel's `from_pretrained` that change no result."""
         for name in _MODELS:
             model = self.section(name)
             for key in [key for key in NOT_WITH_ZERO if model.get(key, key) is None]:
@@ -135,7 +135,7 @@ class Translation:
             self._trust(name, model)
 
     def _trust(self, name: str, model: dict[str, Any]) -> None:
-        """NeMo-AutoModel's recipes trust every author; here transformers' own code is taken."""
+        """Take transformers' own code, as NeMo-AutoModel's recipes trust every author."""
         is_nemos = str(model.get("_target_")).startswith("nemo_automodel.")
         if is_nemos and model.get("trust_remote_code") is True and model.get(_NAME):
             if model[_NAME] in self.allow:
@@ -147,7 +147,7 @@ class Translation:
             )
 
     def _is_students(self, tokenizer: Any) -> bool:
-        """Whether a tokenizer's section means the student's own, as it is."""
+        """Return whether a tokenizer's section means the student's own, as it is."""
         if not isinstance(tokenizer, dict) or not set(tokenizer) <= _OF_TOKENIZER:
             return False
         name = self.section("model").get(_NAME)
@@ -158,7 +158,7 @@ class Translation:
             self.drop("tokenizer", "it is the student's own")
 
     def _loaders(self) -> None:
-        """`collate_fn: {_target_: …}` of a known collater, as its name alone."""
+        """Write `collate_fn: {_target_: …}` of a known collater as its name alone."""
         for name in ("dataloader", "validation_dataloader"):
             loader, key = self.section(name), f"{name}.collate_fn"
             given = loader.get("collate_fn")
@@ -179,7 +179,7 @@ class Translation:
                 ]
 
     def _data_sets(self) -> None:
-        """What a data set's section says of padding, shuffling and the student's own tokenizer."""
+        """Drop what a data set's section says of padding, shuffling and the student's tokenizer."""
         for name in ("dataset", "validation_dataset"):
             section = self.section(name)
             if str(section.get("_target_", "")).endswith(".ChatDataset"):
@@ -191,7 +191,7 @@ class Translation:
                 self.drop(f"{name}.tokenizer", "it is the student's own")
 
     def _loss(self) -> None:
-        """A fused or chunked cross-entropy, as this project's own, which keeps no whole logits."""
+        """Put this project's cross-entropy in the place of a fused or chunked one."""
         section = self.section("loss_fn")
         name = section.get("_target_")
         if not isinstance(name, str) or name not in NEMO_LOSSES:
@@ -210,7 +210,7 @@ class Translation:
             self.data["lr_scheduler"] = transformers_schedule(given, self.problems, self.notes)
 
     def _distributed(self) -> None:
-        """Another layout of ranks that ZeRO-3 has its own for."""
+        """Note the layouts of ranks whose place ZeRO-3 takes."""
         section = self.section("distributed")
         if not section:
             return

@@ -386,11 +386,11 @@ class RunConfig:
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether a named teacher is loaded: to train with, or to be measured against."""
+        """Return whether a named teacher is loaded: to train with, or to be measured against."""
         validates = self.step_scheduler.validate_teacher and self.validation_dataset is not None
         return self.teacher_model is not None and (self.kd_ratio > 0 or validates)
 
     @property
     def tensorboard_dir(self) -> str:
-        """The directory of TensorBoard's events and of metrics.jsonl."""
+        """Return the directory of TensorBoard's events and of metrics.jsonl."""
         return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")

@@ -33,7 +33,7 @@ _PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
 @dataclass
 class Source:
-    """Where a config's keys stand.
+    """The places of a config's keys in its file.
 
     Args:
         path: the YAML, as it was given.
@@ -50,7 +50,7 @@ class Source:
     hidden: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def locate(self, line: str) -> str:
-        """A problem with the place of its key in front, and the line with a caret under it."""
+        """Return a problem with its key's place in front, and the line with a caret under it."""
         match = re.match(r"[\w.\[\]-]+", line)
         key = match[0] if match else ""
         while key:
@@ -78,7 +78,7 @@ class Source:
             self.hidden.setdefault(row + 1, []).append((start, end))
 
     def _shown(self, row: int, start: int, end: int) -> str:
-        """The columns of a row, from 0, secrets blanked."""
+        """Return the columns of a row, from 0, secrets blanked."""
         line, parts = self.lines[row - 1], []
         end = min(end, len(line))
         for first, last in sorted(self.hidden.get(row, ())):
@@ -169,7 +169,7 @@ def _text(path: Path) -> str:
 
 
 def _told(path: str | Path, error: Any) -> str:
-    """A YAML error in one line, with its place."""
+    """Return a YAML error in one line, with its place."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     what = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -212,7 +212,7 @@ def _outline(text: str, source: Source) -> None:
 
 
 def _size(root: Any) -> int:
-    """Nodes of a tree, aliases counted as often as they stand there.
+    """Count the nodes of a tree, aliases counted as often as they stand there.
 
     Raises:
         RecursionError: too deep.
@@ -241,7 +241,7 @@ def _size(root: Any) -> int:
 
 
 def _note_places(root: Any, source: Source) -> None:
-    """Where each key stands; refuses keys that are no words or stand there twice."""
+    """Note where each key stands; refuse keys that are no words or stand there twice."""
     import yaml
 
     twice: list[str] = []

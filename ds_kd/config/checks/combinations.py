@@ -92,7 +92,7 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
 
 
 def _peft(cfg: RunConfig, problems: list[str]) -> None:
-    """Which maps get an adapter, and what dropout is on."""
+    """Check which maps get an adapter, and what dropout is on."""
     peft = cfg.peft
     if peft is None:
         return
@@ -105,7 +105,7 @@ def _peft(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _zero(cfg: RunConfig, problems: list[str]) -> None:
-    """The two ZeRO files against each other's engines."""
+    """Check the two ZeRO files against each other's engines."""
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
@@ -126,7 +126,7 @@ def _zero(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _losses(cfg: RunConfig, problems: list[str]) -> None:
-    """Bounds that a loss's annotations do not tell."""
+    """Check bounds that a loss's annotations do not tell."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
     kwargs = cfg.kd_loss_fn.kwargs
@@ -143,7 +143,7 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
-    """Bounds that all optimizers share."""
+    """Check bounds that all optimizers share."""
     for name, value in (cfg.optimizer.kwargs if cfg.optimizer is not None else {}).items():
         if name == "betas":
             is_pair = isinstance(value, list) and len(value) == 2
@@ -158,7 +158,7 @@ def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _schedule(cfg: RunConfig, problems: list[str]) -> None:
-    """What the schedule of that name takes."""
+    """Check what the schedule of that name takes."""
     wanted = cfg.lr_scheduler
     if wanted is None:
         return
@@ -195,7 +195,7 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _data(component: Component, problems: list[str]) -> None:
-    """Bounds of the arguments that the project's data sets share."""
+    """Check bounds of the arguments that the project's data sets share."""
     if component.kwargs.get("streaming"):
         key = f"{component.key}.streaming"
         problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
@@ -227,7 +227,7 @@ def _data(component: Component, problems: list[str]) -> None:
 
 
 def _loader(component: Component, problems: list[str]) -> None:
-    """Bounds of a loader's arguments, and those that need worker processes."""
+    """Check bounds of a loader's arguments, and those that need worker processes."""
     for name, least in _LOADER_LEAST.items():
         value = component.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= least:

@@ -53,7 +53,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
 
 
 def _is_set(data: dict[str, Any], key: str) -> bool:
-    """Whether the YAML gives this key a value that asks for something."""
+    """Return whether the YAML gives this key a value that asks for something."""
     value: Any = data
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
@@ -61,7 +61,7 @@ def _is_set(data: dict[str, Any], key: str) -> bool:
 
 
 def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
-    """A `seq_length` that nothing cuts or pads to, and a truncation to no length."""
+    """Note a `seq_length` that nothing cuts or pads to, and a truncation to no length."""
     kwargs, key = dataset.kwargs, dataset.key
     if not dataset.name.startswith("ds_kd.data."):
         return []
@@ -76,7 +76,7 @@ def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
 
 
 def _loader(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
-    """Arguments of a loader for what it does not do."""
+    """Note arguments of a loader for what it does not do."""
     notes = []
     if packs and loader.kwargs.get("group_by_length"):
         notes.append(f"{loader.key}.group_by_length: has no effect, as samples are packed")

@@ -58,7 +58,7 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
 
 
 def _near(name: str, prefix: str, known: list[str]) -> str:
-    """A hint at the key that was meant."""
+    """Return a hint at the key that was meant."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
 

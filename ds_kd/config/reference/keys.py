@@ -70,7 +70,7 @@ def _unit_and_default(key: Key) -> str:
 
 
 def _arguments(prefix: str) -> list[tuple[str, str, str]]:
-    """(key, whose argument it is and its type, nothing) of the `_target_` section in a prefix."""
+    """Return (key, whose argument it is, nothing) for the `_target_` section in a prefix."""
     section = prefix.partition(".")[0]
     key = keys_of(RunConfig).get(section)
     rules = key.component if key else None
