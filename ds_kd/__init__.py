@@ -35,14 +35,13 @@ def load_config(
     return load(source, overrides, allow)
 
 
-def build(cfg: Any, allow: tuple[str, ...] = ()) -> Any:
+def build(cfg: Any) -> Any:
     """Return the `Trainer` of a checked config, at its last checkpoint if there is one.
 
     Joins the job that the launcher describes in the environment; without one it is a single rank.
 
     Args:
-        cfg: from `load_config`.
-        allow: prefixes of `_target_` names to permit.
+        cfg: from `load_config`, which permits what it names.
 
     Raises:
         ds_kd.config.components.ConfigError: something that the config names does not exist or does
@@ -52,7 +51,7 @@ def build(cfg: Any, allow: tuple[str, ...] = ()) -> Any:
     from ds_kd.recipe import build as recipe
 
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
-    trainer = recipe.build(cfg, world, allow)
+    trainer = recipe.build(cfg, world)
     if trainer.checkpointer is not None:
         trainer.checkpointer.resume(trainer.student, trainer.state)
         trainer.checkpointer.check_room(trainer.student)

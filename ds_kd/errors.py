@@ -39,6 +39,8 @@ def read_plain_file(path: str | Path, most: int) -> bytes:
         raise NotPlainFileError("not a regular file")
     with open(handle, "rb") as file:
         content = file.read(most + 1)
+    if content is None:  # one of the kernel's, which waits for something to say
+        raise NotPlainFileError("not a regular file")
     if len(content) > most:
         size = f"{most // 1024} KiB" if most < 1_000_000 else f"{most // 1_000_000} MB"
         raise NotPlainFileError(f"larger than {size}")

@@ -125,8 +125,12 @@ def run(args: argparse.Namespace) -> int:
     if args.list_keys is not None:
         print("\n".join(list_keys(args.list_keys)))
         return 0
-    allow = tuple(args.allow_targets)
-    cfg = load(args.config, args.overrides, allow, config_only=args.dry_run and not args.check)
+    cfg = load(
+        args.config,
+        args.overrides,
+        tuple(args.allow_targets),
+        config_only=args.dry_run and not args.check,
+    )
     if args.check:
         if args.ranks is not None:
             with cfg.source.locating():
@@ -169,9 +173,7 @@ def show_samples(cfg: RunConfig, args: argparse.Namespace) -> int:
         quiet()
     from ds_kd.recipe import data as loaders
 
-    shown = loaders.show_samples(
-        cfg, args.show_samples, tuple(args.allow_targets), sys.stdout.isatty()
-    )
+    shown = loaders.show_samples(cfg, args.show_samples, sys.stdout.isatty())
     print("\n".join(shown))
     return 0
 
@@ -212,7 +214,7 @@ def train_in(cfg: RunConfig, args: argparse.Namespace, world: World, lock: RunLo
     started = time.monotonic()
     stop = StopRequest()
     stop.listen()
-    trainer = recipe.build(cfg, world, tuple(args.allow_targets), stop)
+    trainer = recipe.build(cfg, world, stop)
     say(
         f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
         f"ready in "

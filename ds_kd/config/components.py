@@ -11,7 +11,8 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,16 +20,18 @@ from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
 from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
 from ds_kd.errors import UserError, first_line
 
+_LONGEST = 1500  # characters of a problem
+
 
 class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
     def __init__(self, problems: list[str]):
-        self.problems = [without_known(line) for line in problems]
+        self.problems = [_cut(without_known(line)) for line in problems]
         super().__init__(self.text())
 
     def text(self, excerpts: bool = False) -> str:
-        """All problems.
+        """Return all problems as one text.
 
         Args:
             excerpts: with the lines of the YAML that a problem brings.
@@ -45,39 +48,55 @@ class ConfigError(UserError):
         return type(self), (self.problems,)
 
 
+def _cut(line: str) -> str:
+    """Return a problem without the middle of a name or value that fills the screen."""
+    first, *excerpt = line.split("\n")
+    if len(first) > _LONGEST:
+        first = f"{first[: _LONGEST // 2]} … {first[-_LONGEST // 2 :]}"
+    return "\n".join([first, *excerpt])
+
+
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
-    """One line of a `ConfigError`; long values are cut, secret ones not shown."""
+    """Return one line of a `ConfigError`; long values are cut, secret ones not shown."""
     shown = BLANK if is_under_secret(key) else repr(without_secrets(given))
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
     return " ".join(line.splitlines())
 
 
-def as_config_error(key: str, given: Any, function: Callable[[], Any], expected: str) -> Any:
-    """Run `function`; what it refuses, or cannot import, becomes a ConfigError of `key`."""
+@contextmanager
+def config_error(key: str, given: Any, expected: str) -> Iterator[None]:
+    """Turn what this block refuses, or cannot import, into a ConfigError of `key`."""
     try:
-        return function()
+        yield
     except (ValueError, OSError, ImportError) as error:
         raise ConfigError([problem(key, given, expected, first_line(error))]) from error
 
 
 @dataclass(frozen=True)
-class Target:
-    """A `_target_` section: what to call, with what.
+class Component:
+    """A `_target_` section: what to call, with what. One that `load` has made is permitted.
 
     Args:
-        target: dotted name, NeMo-AutoModel's already translated.
+        name: dotted name of what is called, NeMo-AutoModel's already translated.
         kwargs: its keyword arguments.
         key: where it stands in the YAML.
+        allow: prefixes of names that were opened for it on the command line.
     """
 
-    target: str
+    name: str
     kwargs: dict[str, Any]
     key: str
+    allow: tuple[str, ...] = ()
+
+
+def is_opened(name: str, allow: tuple[str, ...]) -> bool:
+    """Return whether a name lies under one of these prefixes."""
+    return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
 
 
 def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
-    """Why this name may not be used, or an empty string; imports nothing."""
+    """Return why this name may not be used, or an empty text; imports nothing."""
     name = ALIASES.get(dotted, dotted)
     if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
         whole = next((known for known in ALLOWED if known.endswith(f".{dotted}")), "")
@@ -85,9 +104,12 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
         return f"{dotted!r} is not a dotted public name{hint}"
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
-    opened = any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
     # Of ds_kd only what a run is made of: the config's own functions would call anything.
-    if name in ALLOWED or name.startswith(("ds_kd.losses.", "ds_kd.data.")) or opened:
+    if (
+        name in ALLOWED
+        or name.startswith(("ds_kd.losses.", "ds_kd.data."))
+        or is_opened(name, allow)
+    ):
         return ""
     if name.startswith("nemo_automodel."):
         return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
@@ -101,7 +123,7 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
 
 
 def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
-    """The object behind a permitted name.
+    """Return the object behind a permitted name.
 
     Raises:
         ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
@@ -133,17 +155,18 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
     raise ConfigError([f"{dotted!r}: no such module"])
 
 
-def _arguments(target: Target, allow: tuple[str, ...]) -> dict[str, Any]:
+def _arguments(component: Component) -> dict[str, Any]:
+    """Return the component's arguments, the functions that `…_fn` keys name in place of names."""
     return {
-        name: resolve(value, allow) if name.endswith("_fn") and isinstance(value, str) else value
-        for name, value in target.kwargs.items()
+        name: resolve(value, component.allow)
+        if name.endswith("_fn") and isinstance(value, str)
+        else value
+        for name, value in component.kwargs.items()
     }
 
 
-def bind(
-    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
-) -> Any:
-    """The callable, after checking that it takes these arguments.
+def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
+    """Return the callable, after checking that it takes these arguments.
 
     Args:
         also: keys of the section that something else takes, for the message.
@@ -151,30 +174,30 @@ def bind(
     Raises:
         ConfigError: an argument it does not know, one of another type, or one that is missing.
     """
-    function = resolve(target.target, allow)
+    function = resolve(component.name, component.allow)
     parameters = inspect.signature(function).parameters
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     annotations = {name: p.annotation for name, p in parameters.items()}
-    problems = wrong_arguments(target, annotations, is_open, tuple(extra), also)
+    problems = wrong_arguments(component, annotations, is_open, tuple(extra), also)
     if problems:
         raise ConfigError(problems)
     try:
-        inspect.signature(function).bind(**target.kwargs, **extra)
+        inspect.signature(function).bind(**component.kwargs, **extra)
     except TypeError as error:
         raise ConfigError(
-            [f"{target.key}: {error}; {target.target} takes {', '.join(annotations)}"]
+            [f"{component.key}: {error}; {component.name} takes {', '.join(annotations)}"]
         ) from None
     return function
 
 
 def wrong_arguments(
-    target: Target,
+    component: Component,
     annotations: Mapping[str, Any],
     is_open: bool,
     given: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
 ) -> list[str]:
-    """What is wrong with a target's arguments, one line each.
+    """Return what is wrong with a component's arguments, one line each.
 
     Args:
         annotations: argument → its annotation, an object or text.
@@ -184,8 +207,8 @@ def wrong_arguments(
     """
     takes = [*dict.fromkeys([*(name for name in annotations if name not in given), *also])]
     problems = []
-    for name, value in target.kwargs.items():
-        key = f"{target.key}.{name}"
+    for name, value in component.kwargs.items():
+        key = f"{component.key}.{name}"
         if name in given:
             problems.append(f"{key}: ds_kd gives it itself; remove it")
         elif name in annotations:
@@ -193,14 +216,14 @@ def wrong_arguments(
                 problems.append(problem(key, value, expected))
         elif name not in also and not is_open:
             near = difflib.get_close_matches(name, takes, n=1)
-            hint = f"did you mean {target.key}.{near[0]}?" if near else ""
-            hint = hint or f"{target.target} takes {', '.join(takes)}"
+            hint = f"did you mean {component.key}.{near[0]}?" if near else ""
+            hint = hint or f"{component.name} takes {', '.join(takes)}"
             problems.append(f"{key}: unknown key; {hint}")
     return problems
 
 
 def _mismatch(value: Any, annotation: Any) -> str:
-    """What was expected of a plain value, or an empty string; only plain annotations are judged."""
+    """Return what was expected of a plain value, or an empty text; others are not judged."""
     if isinstance(annotation, str):  # from __future__ import annotations
         annotation = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", annotation)
         names = {part.strip() for part in annotation.split("|")}
@@ -217,17 +240,15 @@ def _mismatch(value: Any, annotation: Any) -> str:
     return " or ".join(word for name, word in words.items() if name in names)
 
 
-def instantiate(
-    target: Target, allow: tuple[str, ...] = (), also: tuple[str, ...] = (), **extra: Any
-) -> Any:
-    """Call the target with its arguments and `extra`.
+def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
+    """Call the component with its arguments and `extra`.
 
     Raises:
         ConfigError: as `bind`, or a value of a wrong type.
         ValueError: what the callable itself refuses.
     """
-    function = bind(target, allow, also, **extra)
+    function = bind(component, also, **extra)
     try:
-        return function(**_arguments(target, allow), **extra)
+        return function(**_arguments(component), **extra)
     except TypeError as error:
-        raise ConfigError([f"{target.key}: {error}"]) from error
+        raise ConfigError([f"{component.key}: {error}"]) from error

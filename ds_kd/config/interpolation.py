@@ -30,7 +30,7 @@ def check_interpolations(tree: Any) -> None:
     sizes: dict[str, tuple[int, int]] = {}
 
     def size(value: Any, key: str) -> tuple[int, int]:
-        """(characters and values, replacements) of what stands at a key when all is replaced."""
+        """Return (characters and values, replacements) at a key when all is replaced."""
         if key not in sizes:
             sizes[key] = _MAX_LENGTH + 1, 1  # what a reference to itself finds
             sizes[key] = added(parts(value, key), value)

@@ -1,8 +1,11 @@
 """Which names a config may use: NeMo-AutoModel's, translated; a short list of others; and what is
 refused, with its remedy."""
 
+from ds_kd.config.keys import ComponentRules
+
 _NEMO = "nemo_automodel.components."
-_MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
+_LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
@@ -23,8 +26,8 @@ def home_of(dotted: str) -> str:
 
 #: NeMo-AutoModel's name → the name that takes its place here.
 ALIASES = {
-    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
-    "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": _MODEL,
+    "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained": MODEL,
+    "nemo_automodel._transformers.NeMoAutoModelForCausalLM.from_pretrained": MODEL,
     _NEMO + "loss.masked_ce.MaskedCrossEntropy": "ds_kd.losses.MaskedCrossEntropy",
     _NEMO + "loss.kd_loss.KDLoss": "ds_kd.losses.KDLoss",
     _NEMO + "datasets.llm.squad.make_squad_dataset": "ds_kd.data.squad.make_squad_dataset",
@@ -41,8 +44,8 @@ ALLOWED = {
         f"torch.optim.{name}"
         for name in ("Adam", "AdamW", "SGD", "NAdam", "RAdam", "Adamax", "RMSprop")
     ),
-    _MODEL,
-    "torchdata.stateful_dataloader.StatefulDataLoader",
+    MODEL,
+    _LOADER,
     "deepspeed.ops.adam.FusedAdam",
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
 }
@@ -59,18 +62,47 @@ UNSUPPORTED = {
     "torch.nn.CrossEntropyLoss": "ds_kd's own cross-entropy never holds whole logits; leave the "
     "section out, or write ds_kd.losses.MaskedCrossEntropy",
     "torch.nn.KLDivLoss": "write ds_kd.losses.KDLoss",
+    "torch.utils.data.DataLoader": "its position cannot be saved; write "
+    "torchdata.stateful_dataloader.StatefulDataLoader",
+    **dict.fromkeys(
+        (
+            f"nemo_automodel.{name}.from_config"
+            for name in (
+                "NeMoAutoModelForCausalLM",
+                "_transformers.NeMoAutoModelForCausalLM",
+            )
+        ),
+        "training starts from weights; save the new model with save_pretrained, and write "
+        "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained with its directory",
+    ),
+    "nemo_automodel.NeMoAutoModelForSeq2SeqLM.from_pretrained": "models with an encoder are not "
+    "trained here; name a causal language model",
+    "dion.Muon": "it looks at whole matrices and ZeRO-3 gives it flat shards; write "
+    "torch.optim.AdamW",
+    "flashoptim.FlashAdamW": "it keeps its own states; write torch.optim.AdamW",
+    "transformer_engine.pytorch.optimizers.fused_adam.FusedAdam": "write torch.optim.AdamW, or "
+    "deepspeed.ops.adam.FusedAdam",
 }
 
 _PLACES = "ZeRO-3 places the weights; remove it"
 _QUANTIZES = "quantised weights are not supported; remove it and write torch_dtype: bf16"
-#: Arguments of from_pretrained that contradict ZeRO-3.
+_AHEAD = "heads that predict several tokens ahead are not trained here; remove it"
+#: Arguments of from_pretrained that contradict ZeRO-3, or would train something else.
 NOT_WITH_ZERO = {
     **dict.fromkeys(("device_map", "max_memory", "tp_plan", "offload_folder"), _PLACES),
+    **dict.fromkeys(
+        ("num_nextn_predict_layers", "mtp_loss_scaling_factor", "mtp_use_repeated_layer"), _AHEAD
+    ),
+    "load_base_model": "the weights are always loaded; remove it",
+    "config": "the model is the one of its own config.json; remove it, and change that file",
     **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), _QUANTIZES),
 }
 
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
-NEMO_KERNELS = ("use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "backend")
+NEMO_KERNELS = (
+    "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "backend",
+    "output_hidden_states",
+)  # fmt: skip
 
 #: Its other cross-entropies, and their arguments that have no meaning here.
 NEMO_LOSSES = {
@@ -91,7 +123,13 @@ WITHOUT_EFFECT = {
     "ci": "it is for NeMo-AutoModel's own tests",
     "nvtx": "no ranges are marked for a profiler",
     "skypilot": "launch/submit.py knows SLURM",
+    "prewarm": "kernels are tuned when they are first called",
+    "tool_call_eval": "tool calls are not evaluated",
+    "longalign": "whole samples are packed",
+    "benchmark": "docs/performance.md says how time is measured",
     "parallelizer": _PLACEMENT,
+    "autopipeline": "there is no pipeline",
+    "distributed_config": _PLACEMENT,
     "distributed.pipeline": "there is no pipeline",
     "distributed.moe": _PLACEMENT,
     "distributed.reshard_after_forward": _PLACEMENT,
@@ -101,9 +139,14 @@ WITHOUT_EFFECT = {
     "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself",
     "checkpoint.v4_compatible": "the student is saved as transformers saves it",
     "packed_sequence.packing_strategy": "whole samples are packed",
+    "packed_sequence.num_proc": "samples are packed in one process",
     "step_scheduler.gc_every_steps": "Python collects by itself",
     "step_scheduler.log_remote_every_steps": "every step is logged",
+    "step_scheduler.loss_average_window_steps": "the loss of every step is logged",
 }
+
+#: Its sections for other programs; not even their `${…}` are looked at.
+UNREAD = {"ci", "skypilot"}
 
 #: Keys of NeMo-AutoModel that have no meaning here: refused unless they are off, and what to do
 #: instead.
@@ -113,6 +156,12 @@ REFUSED_KEYS = {
     "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
     "the teacher)",
     "quantization": "quantised training is not supported; remove the section",
+    "qat": "quantised training is not supported; remove the section",
+    "neftune": "noise on embeddings is not offered; remove the section",
+    "embedding_row_repair": "weights are trained as they are; remove the section, and repair the "
+    "model's file beforehand",
+    "tokenizer": "models and data use the student's own tokenizer as it was saved; remove it",
+    "packed_sequence.max_packs": "write dataset.limit_dataset_samples",
     "checkpoint.dequantize_base_checkpoint": "quantised weights are not supported; name a model of "
     "bf16 or fp32 weights",
     "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
@@ -126,45 +175,33 @@ REFUSED_KEYS = {
     "fp8": "fp8 is not supported; remove the section",
 }
 
-#: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one
-#: calls it.
-_DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {
-    "cosine": ("cosine", "cosine_with_min_lr", "min_lr"),
-    "linear": ("linear", "polynomial", "lr_end"),
-    "constant": ("constant_with_warmup", None, ""),
-    "inverse-square-root": ("inverse_sqrt", None, ""),
-}
-_NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
+#: Keys of a loader's section that ds_kd takes itself.
+LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
+#: Rules of the schema's `_target_` sections.
+OF_MODEL = ComponentRules(
+    calls=MODEL, example="{name}.pretrained_model_name_or_path: Qwen/Qwen3-0.6B"
+)
+OF_DATA = ComponentRules(
+    may_call=("ds_kd.data.",),
+    given=("tokenizer",),
+    words={"labels": ("shifted", "unshifted")},  # taken by ds_kd, see `ds_kd.data.own`
+    example="{name}._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
+)
+OF_LOADER = ComponentRules(
+    calls=_LOADER,
+    may_call=(_LOADER,),
+    given=("dataset", "batch_sampler", "generator"),
+    flags=LOADER_FLAGS,
+    kwargs={"collate_fn": "ds_kd.data.collate.default_collater"},
+)
+OF_OPTIMIZER = ComponentRules(
+    calls="torch.optim.AdamW",
+    may_call=("torch.optim.", "deepspeed.ops."),
+    given=("params", "model_params"),
+    kwargs={"lr": 1e-5},
+)
 
 
-def transformers_schedule(section: dict, problems: list[str]) -> dict:
-    """NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
-    target = section.get("_target_")
-    if target is not None and not str(target).startswith("nemo_automodel."):
-        problems.append(
-            f"lr_scheduler._target_: got {target!r}, expected none; write lr_scheduler.name with a "
-            f"schedule of transformers, such as cosine"
-        )
-    if not _NEMO_SCHEDULE & set(section):
-        return section
-    rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}
-    style, least = section.get("lr_decay_style", "cosine"), section.get("min_lr")
-    if not isinstance(style, str) or style not in _DECAY_STYLES:
-        problems.append(
-            f"lr_scheduler.lr_decay_style: got {style!r}, expected one of "
-            f"{', '.join(_DECAY_STYLES)}, or lr_scheduler.name with transformers' own"
-        )
-        return rest
-    plain, with_least, keyword = _DECAY_STYLES[style]
-    made: dict = {"name": plain, "num_warmup_steps": section.get("lr_warmup_steps", 0)}
-    if least is not None and not (type(least) in (int, float) and least >= 0):
-        problems.append(f"lr_scheduler.min_lr: got {least!r}, expected a number ≥ 0")
-        least = None
-    if least and with_least is None:
-        problems.append(f"lr_scheduler.min_lr: {style} does not decay to one; remove it")
-    elif least:
-        made["name"] = with_least
-        made["scheduler_specific_kwargs"] = {keyword: least}
-        if with_least == "polynomial":
-            made["scheduler_specific_kwargs"]["power"] = 1.0
-    return {**made, **rest}
+def of_loss(name: str, home: str) -> ComponentRules:
+    """Return the rules of a loss's section: what it calls by default, and the file of its like."""
+    return ComponentRules(calls=name, may_call=(home,), kwargs={})

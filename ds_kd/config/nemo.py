@@ -1,101 +1,281 @@
-"""Sections of NeMo-AutoModel's recipes that change no result here: taken out, each with a note.
+"""A YAML as people write it → the same in the schema's own words, before anything is checked.
 
-What would change a result (another parallelism, fp8, quantised weights) stays in and is refused.
+NeMo-AutoModel's names and other spellings are translated, each with a note where that changes
+something a reader would look for. What changes no result is taken out. What would train something
+else (tensor parallelism, fp8, quantised weights) stays in, and the checks refuse it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from ds_kd.config.names import ALIASES, NEMO_COLLATERS, NEMO_KERNELS, NEMO_LOSSES, WITHOUT_EFFECT
+from ds_kd.config.components import problem
+from ds_kd.config.names import (
+    ALIASES,
+    NEMO_COLLATERS,
+    NEMO_KERNELS,
+    NEMO_LOSSES,
+    NOT_WITH_ZERO,
+    WITHOUT_EFFECT,
+)
+from ds_kd.config.origins import decoded
 
 _COLLATER = "ds_kd.data.collate.default_collater"
-#: Of a data set's section: how rows are padded in advance, shuffled in advance, or read.
+_NAME = "pretrained_model_name_or_path"
+_MODELS = ("model", "teacher_model")
+#: Keys of a data set's section that say how rows are padded, shuffled or read in advance.
 _OF_DATA = {
     "padding": "the collater pads each batch",
     "shuffle_seed": "rows are shuffled with rng.seed",
     "num_proc": "rows are read as the machine has cores",
 }
+#: Arguments of a tokenizer's section that leave the student's own as it is.
+_OF_TOKENIZER = {"_target_", _NAME, "trust_remote_code"}
 
 
-def translate(data: dict[str, Any]) -> list[str]:
-    """Take what changes no result out of `data`, in place.
+class Translation:
+    """A config on its way into the schema's words.
 
-    Returns:
-        A note for each.
+    Args:
+        data: the YAML's values; a copy is changed.
+        allow: prefixes of `_target_` names opened on the command line.
     """
-    notes = [_drop(data, path, reason) for path, reason in WITHOUT_EFFECT.items()]
-    for name in ("model", "teacher_model"):
-        for key in NEMO_KERNELS:
-            notes.append(_drop(data, f"{name}.{key}", "it changes speed alone, not results"))
-    for name in ("dataloader", "validation_dataloader"):
-        notes += _collater(data.get(name), f"{name}.collate_fn")
-    for name in ("dataset", "validation_dataset"):
-        notes += _rows(data, name)
-    notes.append(_loss(data.get("loss_fn")))
-    section = data.get("checkpoint")
-    if isinstance(section, dict) and section.get("model_save_format") == "torch_save":
-        del section["model_save_format"]
-        notes.append("checkpoint.model_save_format: accepted; the student is saved as safetensors")
-    section = data.get("compile")
-    if isinstance(section, dict):
-        for key in [key for key, value in section.items() if value is None]:
-            del section[key]
-    return [note for note in notes if note]
+
+    def __init__(self, data: dict[str, Any], allow: tuple[str, ...] = ()):
+        self.data: dict[str, Any] = _copy(data)
+        self.allow = allow
+        self.notes: list[str] = []
+        self.problems: list[str] = []
+        steps: tuple[Callable[[], None], ...] = (
+            self._words, self._without_effect, self._switches, self._models, self._tokenizer,
+            self._loaders, self._data_sets, self._loss, self._schedule, self._distributed,
+        )  # fmt: skip
+        for step in steps:
+            step()
+
+    def section(self, name: str) -> dict[str, Any]:
+        """Return a section to read or change; an empty one where there is none."""
+        found = self.data.get(name)
+        return found if isinstance(found, dict) else {}
+
+    def drop(self, path: str, reason: str) -> None:
+        """Remove a key, with a note unless it asked for nothing."""
+        *way, name = path.split(".")
+        section: Any = self.data
+        for part in way:
+            section = section.get(part) if isinstance(section, dict) else None
+        if isinstance(section, dict) and name in section:
+            value = section.pop(name)
+            if value is not None and value is not False:
+                self.notes.append(f"{path}: accepted; {reason}")
+
+    def _words(self) -> None:
+        """Read `none` as null, and drop private keys: anchors, and what somebody put aside."""
+        for name in [name for name in self.data if name.startswith("_")]:
+            self.drop(name, "a name that begins with _ is not read")
+        distributed = self.section("distributed")
+        for part in (self.data, distributed):
+            for name, value in part.items():
+                if isinstance(value, str) and value.lower() == "none":
+                    part[name] = None
+
+    def _without_effect(self) -> None:
+        for path, reason in WITHOUT_EFFECT.items():
+            self.drop(path, reason)
+        checkpoint = self.section("checkpoint")
+        if checkpoint.get("model_save_format") == "torch_save":
+            self.drop("checkpoint.model_save_format", "the student is saved as safetensors")
+        if self.section("peft").get("use_triton") is True:
+            self.drop("peft.use_triton", "peft's PyTorch code takes its place")
+        steps = self.section("step_scheduler")
+        if self.section("dataloader").get("batch_size", 0) in (None, steps.get("local_batch_size")):
+            self.drop("dataloader.batch_size", "step_scheduler.local_batch_size says the same")
+
+    def _switches(self) -> None:
+        """Write out the sections that null or one word switches on or off."""
+        if isinstance(self.data.get("compile"), bool):
+            self.data["compile"] = {"enabled": self.data["compile"]}
+        compiled = self.section("compile")
+        for name in [name for name, value in compiled.items() if value is None]:
+            del compiled[name]
+        for name in ("checkpoint", "tensorboard"):
+            if name in self.data and self.data[name] is None:
+                self.data[name] = {"enabled": False}
+        checkpoint = self.section("checkpoint")
+        if checkpoint.get("save_consolidated") in (True, "true"):
+            checkpoint["save_consolidated"] = "final"
+        wandb = self.section("wandb")
+        is_on = [decoded(wandb.pop(name, True)) for name in ("enable", "enabled")]
+        if False in is_on:
+            self.data["wandb"] = None
+        if "save_dir" in wandb:
+            wandb["dir"] = wandb.pop("save_dir")
+
+    def _models(self) -> None:
+        """Drop arguments of NeMo-AutoModel's `from_pretrained` that change no result."""
+        for name in _MODELS:
+            model = self.section(name)
+            for key in [key for key in NOT_WITH_ZERO if model.get(key, key) is None]:
+                del model[key]
+            backend = model.get("backend")
+            chosen = backend if isinstance(backend, dict) else {}
+            for key in ("fake_balanced_gate", "te_fp8"):
+                if chosen.get(key):
+                    self.problems.append(
+                        f"{name}.backend.{key}: it changes what is trained and is not offered; "
+                        f"write {name}.backend=null"
+                    )
+            for key in NEMO_KERNELS:
+                self.drop(f"{name}.{key}", "it changes speed alone, not results")
+            if model.get("load_base_model") is True:
+                self.drop(f"{name}.load_base_model", "the weights are always loaded")
+            if model.get("num_nextn_predict_layers") == 0:
+                del model["num_nextn_predict_layers"]
+            self._trust(name, model)
+
+    def _trust(self, name: str, model: dict[str, Any]) -> None:
+        """Take transformers' own code, as NeMo-AutoModel's recipes trust every author."""
+        is_nemos = str(model.get("_target_")).startswith("nemo_automodel.")
+        if is_nemos and model.get("trust_remote_code") is True and model.get(_NAME):
+            if model[_NAME] in self.allow:
+                return
+            model["trust_remote_code"] = False
+            self.notes.append(
+                f"{name}.trust_remote_code: not done; transformers' own code is used, and "
+                f"--allow-targets {model[_NAME]} would run that of the model's author"
+            )
+
+    def _is_students(self, tokenizer: Any) -> bool:
+        """Return whether a tokenizer's section means the student's own, as it is."""
+        if not isinstance(tokenizer, dict) or not set(tokenizer) <= _OF_TOKENIZER:
+            return False
+        name = self.section("model").get(_NAME)
+        return name is not None and tokenizer.get(_NAME) == name
+
+    def _tokenizer(self) -> None:
+        if self._is_students(self.data.get("tokenizer")):
+            self.drop("tokenizer", "it is the student's own")
+
+    def _loaders(self) -> None:
+        """Write `collate_fn: {_target_: …}` of a known collater as its name alone."""
+        for name in ("dataloader", "validation_dataloader"):
+            loader, key = self.section(name), f"{name}.collate_fn"
+            given = loader.get("collate_fn")
+            dotted = given.get("_target_") if isinstance(given, dict) else given
+            if not isinstance(dotted, str):
+                continue
+            if dotted in NEMO_COLLATERS:
+                loader["collate_fn"] = _COLLATER
+                self.notes.append(
+                    f"{key}: accepted; default_collater takes its place, which lays packs end to "
+                    f"end"
+                )
+            elif isinstance(given, dict) and ALIASES.get(dotted, dotted) == _COLLATER:
+                loader["collate_fn"] = _COLLATER
+                self.notes += [
+                    f"{key}.{part}: accepted; padding changes no result"
+                    for part in sorted(set(given) - {"_target_"})
+                ]
+
+    def _data_sets(self) -> None:
+        """Drop what a data set's section says of padding, shuffling and the student's tokenizer."""
+        for name in ("dataset", "validation_dataset"):
+            section = self.section(name)
+            if str(section.get("_target_", "")).endswith(".ChatDataset"):
+                for key, reason in _OF_DATA.items():
+                    self.drop(f"{name}.{key}", reason)
+                if section.get("mask_reasoning_content") is False:
+                    del section["mask_reasoning_content"]
+            if self._is_students(section.get("tokenizer")):
+                self.drop(f"{name}.tokenizer", "it is the student's own")
+
+    def _loss(self) -> None:
+        """Put this project's cross-entropy in the place of a fused or chunked one."""
+        section = self.section("loss_fn")
+        name = section.get("_target_")
+        if not isinstance(name, str) or name not in NEMO_LOSSES:
+            return
+        section["_target_"] = "ds_kd.losses.MaskedCrossEntropy"
+        for argument in NEMO_LOSSES[name]:
+            section.pop(argument, None)
+        if not section.get("logit_softcapping", True):
+            del section["logit_softcapping"]
+        short = name.rpartition(".")[2]
+        self.notes.append(f"loss_fn: {short} accepted; MaskedCrossEntropy takes its place")
+
+    def _schedule(self) -> None:
+        if self.section("lr_scheduler"):
+            given = decoded(self.section("lr_scheduler"))
+            self.data["lr_scheduler"] = transformers_schedule(given, self.problems, self.notes)
+
+    def _distributed(self) -> None:
+        """Note the layouts of ranks whose place ZeRO-3 takes."""
+        section = self.section("distributed")
+        if not section:
+            return
+        if isinstance(section.get("ep_size"), int) and section["ep_size"] > 1:
+            self.drop("distributed.ep_size", "ZeRO-3 shards the experts like all other weights")
+        name = str(section.get("_target_") or section.get("strategy") or "section")
+        self.notes.append(
+            f"distributed: {name.rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its place"
+        )
+        if section.get("dp_size") is not None:
+            self.notes.append(
+                "distributed.dp_size: accepted; all ranks that are started share the data"
+            )
 
 
-def _drop(data: dict[str, Any], path: str, reason: str) -> str:
-    """Remove a key; the note, or nothing where it is not there."""
-    *way, name = path.split(".")
-    section: Any = data
-    for part in way:
-        section = section.get(part) if isinstance(section, dict) else None
-    if not isinstance(section, dict) or name not in section:
-        return ""
-    value = section.pop(name)
-    return "" if value is None or value is False else f"{path}: accepted; {reason}"
+def _copy(tree: Any) -> Any:
+    """Return the same tree in mappings and lists of its own."""
+    if isinstance(tree, dict):
+        return {name: _copy(value) for name, value in tree.items()}
+    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
-def _collater(loader: Any, key: str) -> list[str]:
-    """`collate_fn: {_target_: …}` of a known collater, as its name alone."""
-    given = loader.get("collate_fn") if isinstance(loader, dict) else None
-    name = given.get("_target_") if isinstance(given, dict) else given
-    if not isinstance(name, str):
-        return []
-    if name in NEMO_COLLATERS:
-        loader["collate_fn"] = _COLLATER
-        return [f"{key}: accepted; default_collater takes its place, which lays packs end to end"]
-    if not isinstance(given, dict) or ALIASES.get(name, name) != _COLLATER:
-        return []
-    loader["collate_fn"] = _COLLATER
-    more = sorted(set(given) - {"_target_"})
-    return [f"{key}.{part}: accepted; padding changes no result" for part in more]
+#: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one
+#: calls it.
+_DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {
+    "cosine": ("cosine", "cosine_with_min_lr", "min_lr"),
+    "linear": ("linear", "polynomial", "lr_end"),
+    "constant": ("constant_with_warmup", None, ""),
+    "inverse-square-root": ("inverse_sqrt", None, ""),
+}
+_NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
 
 
-def _rows(data: dict[str, Any], name: str) -> list[str]:
-    """What a data set's section says of padding, shuffling and the student's own tokenizer."""
-    section, notes = data.get(name), []
-    if not isinstance(section, dict):
-        return []
-    if str(section.get("_target_", "")).endswith(".ChatDataset"):
-        notes = [_drop(data, f"{name}.{key}", reason) for key, reason in _OF_DATA.items()]
-    tokenizer, model = section.get("tokenizer"), data.get("model")
-    key = "pretrained_model_name_or_path"
-    names = [part.get(key) if isinstance(part, dict) else None for part in (tokenizer, model)]
-    if names[0] is not None and names[0] == names[1]:
-        del section["tokenizer"]
-        notes.append(f"{name}.tokenizer: accepted; it is the student's own")
-    return notes
+def transformers_schedule(
+    section: dict[str, Any], problems: list[str], notes: list[str]
+) -> dict[str, Any]:
+    """Return NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
+    target = section.get("_target_")
+    if target is not None and not str(target).startswith("nemo_automodel."):
+        problems.append(
+            f"lr_scheduler._target_: got {target!r}, expected none; write lr_scheduler.name with a "
+            f"schedule of transformers, such as cosine"
+        )
+    if not _NEMO_SCHEDULE & set(section):
+        return section
+    rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}
+    style, least = section.get("lr_decay_style", "cosine"), section.get("min_lr")
+    if not isinstance(style, str) or style not in _DECAY_STYLES:
+        problems.append(
+            f"lr_scheduler.lr_decay_style: got {style!r}, expected one of "
+            f"{', '.join(_DECAY_STYLES)}, or lr_scheduler.name with transformers' own"
+        )
+        return rest
 
-
-def _loss(section: Any) -> str:
-    """A fused or chunked cross-entropy, as this project's own, which never holds whole logits."""
-    name = section.get("_target_") if isinstance(section, dict) else None
-    if not isinstance(name, str) or name not in NEMO_LOSSES:
-        return ""
-    section["_target_"] = "ds_kd.losses.MaskedCrossEntropy"
-    for argument in NEMO_LOSSES[name]:
-        section.pop(argument, None)
-    if not section.get("logit_softcapping", True):
-        del section["logit_softcapping"]
-    return f"loss_fn: {str(name).rpartition('.')[2]} accepted; MaskedCrossEntropy takes its place"
+    plain, with_least, keyword = _DECAY_STYLES[style]
+    made: dict[str, Any] = {"name": plain, "num_warmup_steps": section.get("lr_warmup_steps", 0)}
+    if least is not None and not (type(least) in (int, float) and least >= 0):
+        problems.append(problem("lr_scheduler.min_lr", least, "a number ≥ 0"))
+    elif least and style == "constant":
+        notes.append("lr_scheduler.min_lr: has no effect, as a constant rate does not decay")
+    elif least and with_least is None:
+        problems.append(f"lr_scheduler.min_lr: {style} does not decay to one; remove it")
+    elif least:
+        made["name"] = with_least
+        made["scheduler_specific_kwargs"] = {keyword: least}
+        if with_least == "polynomial":
+            made["scheduler_specific_kwargs"]["power"] = 1.0
+    return {**made, **rest}

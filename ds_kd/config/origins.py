@@ -15,7 +15,7 @@ class FromEnvironment(str):
 
 
 def marked(tree: Any, plain: Any, root: Any) -> Any:
-    """The same tree with what came from variables marked, through references too."""
+    """Return the same tree with what came from variables marked, through references too."""
     plain = _referred(plain, root)
     if isinstance(tree, dict):
         return {n: marked(value, _part(plain, n), root) for n, value in tree.items()}
@@ -26,7 +26,7 @@ def marked(tree: Any, plain: Any, root: Any) -> Any:
 
 
 def _referred(plain: Any, root: Any) -> Any:
-    """What a text that is nothing but a `${section.key}` refers to; anything else as it is."""
+    """Return what a text that is only a `${section.key}` refers to; anything else as it is."""
     while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
         plain = find(root, name[1])
     return plain
@@ -39,7 +39,7 @@ def _part(plain: Any, name: Any) -> Any:
 
 
 def decoded(value: Any) -> Any:
-    """The numbers and truth values that variables' texts stand for; anything else as it is."""
+    """Return the number or truth value that a variable's text stands for; else what is given."""
     if isinstance(value, dict):
         return {name: decoded(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -55,7 +55,7 @@ def decoded(value: Any) -> Any:
 
 
 def variables_in(plain: Any) -> list[str]:
-    """The environment's variables that a text names."""
+    """Return the environment's variables that a text names."""
     return re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
 
 
@@ -80,12 +80,14 @@ def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) 
 
 
 def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
-    """The same tree without tokens, keys and passwords: it goes into logs and checkpoints.
+    """Return the same tree without tokens, keys and passwords: it goes into logs and checkpoints.
 
     Args:
         plain: the tree before interpolation, which tells what came from a secret.
     """
     is_hidden = is_hidden or comes_from_secret(plain, root)
+    if is_hidden and tree and not isinstance(tree, bool):
+        return BLANK  # with its keys, where it is a mapping
     plain = _referred(plain, root)
     if isinstance(tree, dict):
         return {
@@ -93,7 +95,6 @@ def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
             for n, v in tree.items()
         }
     if isinstance(tree, list):
-        return [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
-    if is_hidden and tree and not isinstance(tree, bool):
-        return BLANK
+        shown = [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
+        return list(without_secrets(shown))
     return without_secrets(tree)

@@ -1,156 +1,203 @@
-"""The config's schema: every key with its default, kind, bounds and meaning.
+"""The config's schema: every key with its type, bounds, unit, default and a sentence.
 
-It is the documentation as well, see `key_table`.
+It is the documentation as well, see `ds_kd.config.reference`.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ds_kd.config.components import Target
+from ds_kd.config.components import Component
+from ds_kd.config.keys import MaxNorm, NemoName, OnlyOne, key
+from ds_kd.config.names import (
+    DIVERGENCES,
+    LOSSES,
+    OF_DATA,
+    OF_LOADER,
+    OF_MODEL,
+    OF_OPTIMIZER,
+    of_loss,
+)
 from ds_kd.config.yaml_source import Source
 
-
-def key(default: Any, doc: str, kind: str, /, **bounds: Any) -> Any:
-    """A documented field: `kind` is int, number, bool, str, mapping, target, section, choice or
-    any."""
-    meta = {"doc": doc, "kind": kind, **bounds}
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=meta)
-    return field(default=default, metadata=meta)
-
-
 _SEED = 2**62  # torch takes 64 bits, and each rank adds its number
+_ONLY_ONE = "Only 1 or nothing is accepted: ranks share the data alone."
 
 
 @dataclass
 class StepScheduler:
-    global_batch_size: int = key(32, "samples per optimizer step, over all ranks", "int", low=1)
-    local_batch_size: int = key(1, "samples per micro-batch on one rank", "int", low=1)
-    num_epochs: int = key(1, "passes over the training data", "int", low=1)
+    global_batch_size: int = key(
+        32, "Sets how many samples one optimizer step takes, over all ranks.", "samples", low=1
+    )
+    local_batch_size: int = key(
+        1, "Sets how many samples one micro-batch on one rank takes.", "samples", low=1
+    )
+    num_epochs: int = key(
+        1, "Sets how often the run goes through the training data.", "epochs", low=1
+    )
     max_steps: int | None = key(
-        None, "stop after so many optimizer steps; 0 validates and trains nothing", "int", low=0
+        None,
+        "Ends the run after this many optimizer steps; 0 validates and trains nothing. Without it "
+        "num_epochs decides.",
+        "steps",
+        low=0,
     )
     val_every_steps: int | None = key(
-        None, "validate every so many optimizer steps, and after the last", "int", low=1
+        None,
+        "Validates each time after this many optimizer steps, and after the last. Without it only "
+        "after the last.",
+        "steps",
+        low=1,
     )
     ckpt_every_steps: int | None = key(
-        None, "checkpoint every so many optimizer steps, and after the last; see every_minutes",
-        "int", low=1,
-    )  # fmt: skip
+        None,
+        "Saves a checkpoint each time after this many optimizer steps, and after the last. Without "
+        "it checkpoint.every_minutes decides.",
+        "steps",
+        low=1,
+    )
     max_skipped_steps: int = key(
-        0, "steps of a run that may be left out as their loss or gradient is not finite", "int",
+        0,
+        "Lets this many steps of a run be left out because their loss or gradient is not finite; "
+        "one more ends the run.",
+        "steps",
         low=0,
-    )  # fmt: skip
-    val_at_start: bool = key(False, "validate before the first step too", "bool")
+    )
+    val_at_start: bool = key(False, "Validates before the first step too.")
     validate_teacher: bool = key(
         True,
-        "at kd_ratio 0: load a named teacher to measure the student against it in validation",
-        "bool",
+        "Loads a named teacher at kd_ratio 0 too, so that validation measures the student against "
+        "it.",
     )
 
 
 @dataclass
 class DistEnv:
-    backend: str = key(
-        "nccl",
-        "collective library; nccl becomes gloo where there is no CUDA",
-        "choice",
-        among=("nccl", "gloo"),
+    backend: Literal["nccl", "gloo"] = key(
+        "nccl", "Chooses the library of collectives; nccl becomes gloo where there is no CUDA."
     )
     timeout_minutes: float = key(
-        10.0, "how long a collective waits for a missing rank", "number", above=0, high=10_080
+        10.0,
+        "A collective waits this long for a missing rank; then the run ends.",
+        "minutes",
+        above=0,
+        high=10_080,
     )
 
 
 @dataclass
 class Rng:
-    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
-    seed: int = key(1111, "of shuffling, dropout and initialisation", "int", low=0, high=_SEED)
-    ranked: bool = key(True, "each rank draws its own dropout masks", "bool")
+    _target_: NemoName | None = key(None, "NeMo-AutoModel's class is accepted and not used.")
+    seed: int = key(1111, "Seeds shuffling, dropout and initialisation.", low=0, high=_SEED)
+    ranked: bool = key(True, "Gives each rank dropout masks of its own.")
 
 
 @dataclass
 class Checkpoint:
-    enabled: bool = key(True, "save checkpoints and resume from them", "bool")
+    enabled: bool = key(True, "Saves checkpoints and resumes from them.")
     checkpoint_dir: str = key(
-        "checkpoints/", "directory of the run; the same directory resumes", "str"
+        "checkpoints/",
+        "Names the directory of the run. The same command with the same directory resumes.",
     )
-    model_save_format: str = key(
-        "safetensors", "format of the exported student", "choice", among=("safetensors",)
+    model_save_format: Literal["safetensors"] = key(
+        "safetensors", "Chooses the format of the exported student."
     )
-    save_consolidated: str = key(
-        "final", "Hugging Face student: true/final at the end, every with each checkpoint, "
-        "false not at all",
-        "choice", among=("false", "true", "final", "every"),
-    )  # fmt: skip
-    is_async: bool = key(
-        False, "only false: a checkpoint is whole before the next step", "bool", among=(False,)
+    save_consolidated: Literal["false", "true", "final", "every"] = key(
+        "final",
+        "Exports the student for transformers: final (or true) at the end of the run, every with "
+        "each checkpoint, false never.",
+    )
+    is_async: Literal[False] = key(
+        False, "Only false is accepted: a checkpoint is whole before the next step begins."
     )
     every_minutes: float = key(
-        30.0, "checkpoint when the last one is so old, whatever ckpt_every_steps says; 0 never",
-        "number", low=0,
-    )  # fmt: skip
+        30.0,
+        "Saves a checkpoint when the last one is this old, in addition to ckpt_every_steps; 0 "
+        "switches it off.",
+        "minutes",
+        low=0,
+    )
     keep_last: int | None = key(
-        None, "checkpoints that stay; by default all, or 2 without ckpt_every_steps", "int", low=1
+        None,
+        "Keeps this many of the newest checkpoints. By default all stay, or 2 where "
+        "ckpt_every_steps is not given.",
+        "checkpoints",
+        low=1,
     )
     keep_best: int = key(
-        1, "with keep_last: so many of the lowest validation loss stay besides", "int", low=0
+        1,
+        "Also keeps this many checkpoints of lowest validation loss, if keep_last is given.",
+        "checkpoints",
+        low=0,
     )
-    on_failed_save: str = key(
-        "continue", "what a run does that cannot write a checkpoint (full disk)", "choice",
-        among=("continue", "stop"),
-    )  # fmt: skip
+    on_failed_save: Literal["continue", "stop"] = key(
+        "continue",
+        "Says whether a run goes on when a checkpoint cannot be written, for example on a full "
+        "disk.",
+    )
 
 
 @dataclass
 class Distributed:
-    _target_: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "nemo")
-    strategy: str | None = key(None, "accepted; ZeRO-3 takes the place of FSDP2", "any")
+    _target_: NemoName | None = key(
+        None, "NeMo-AutoModel's class is accepted; ZeRO-3 takes its place."
+    )
+    strategy: Any = key(None, "NeMo-AutoModel's word is accepted; ZeRO-3 takes its place.")
     dp_size: int | None = key(
         None,
-        "data-parallel ranks, for checks and plans; a run has all that are started",
-        "int",
+        "Tells checks and plans how many ranks share the data. A run uses all ranks that are "
+        "started.",
+        "ranks",
         low=1,
     )
-    dp_replicate_size: int | None = key(None, "only 1", "parallel")
-    tp_size: int | None = key(None, "only 1", "parallel")
-    cp_size: int | None = key(None, "only 1", "parallel")
-    pp_size: int | None = key(None, "only 1", "parallel")
-    ep_size: int | None = key(None, "only 1", "parallel")
-    sequence_parallel: bool = key(False, "only false", "bool", among=(False,))
+    dp_replicate_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    tp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    cp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    pp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    ep_size: int | None = key(
+        None, "Any number is accepted: ZeRO-3 shards experts like all other weights.", "ranks",
+        low=1,
+    )  # fmt: skip
+    sequence_parallel: Literal[False] = key(
+        False, "Only false is accepted: ranks share the data alone."
+    )
     activation_checkpointing: bool = key(
-        False, "recompute the student's activations in backward", "bool"
+        False, "Computes the student's activations again in the backward pass, to save memory."
     )
 
 
 @dataclass
 class LRScheduler:
-    name: str = key("linear", "schedule by transformers' name", "choice", among=(
+    name: Literal[
         "linear", "cosine", "cosine_with_restarts", "cosine_with_min_lr", "polynomial", "constant",
         "constant_with_warmup", "inverse_sqrt", "warmup_stable_decay",
-    ))  # fmt: skip
-    num_warmup_steps: int = key(0, "optimizer steps of linear warm-up", "int", low=0)
+    ] = key("linear", "Chooses the schedule by transformers' name.")  # fmt: skip
+    num_warmup_steps: int = key(
+        0, "The learning rate rises linearly over this many optimizer steps.", "steps", low=0
+    )
     warmup_ratio: float | None = key(
         None,
-        "warm-up as a share of all steps, in place of num_warmup_steps",
-        "number",
+        "Gives the length of the warm-up as a share of all steps, in place of num_warmup_steps.",
+        "share of all steps",
         low=0,
         high=1,
     )
-    scheduler_specific_kwargs: dict = key(dict, "further arguments of that schedule", "mapping")
+    scheduler_specific_kwargs: dict[str, Any] = key(
+        dict, "Passes further arguments to the schedule, such as min_lr to cosine_with_min_lr."
+    )
 
 
 @dataclass
 class DeepSpeed:
     student: Any = key(
-        None, "ZeRO file (path or mapping) of the student; plain ZeRO-3 by default", "any"
+        None,
+        "Gives the student's ZeRO file, as a path or a mapping. By default it is plain ZeRO-3.",
     )
     teacher: Any = key(
-        None, "ZeRO file (path or mapping) of the teacher; plain ZeRO-3 by default", "any"
+        None,
+        "Gives the teacher's ZeRO file, as a path or a mapping. By default it is plain ZeRO-3.",
     )
 
 
@@ -158,225 +205,192 @@ class DeepSpeed:
 class PackedSequence:
     packed_sequence_size: int = key(
         0,
-        "tokens a pack of whole samples holds; batch sizes then count packs; 0 packs nothing",
-        "int",
+        "Lays whole samples end to end in packs of this many tokens; batch sizes then count packs. "
+        "0 packs nothing.",
+        "tokens",
         low=0,
     )
-    split_across_pack: bool = key(False, "only false: samples stay whole", "bool", among=(False,))
+    split_across_pack: Literal[False] = key(False, "Only false is accepted: samples stay whole.")
 
 
 @dataclass
 class Peft:
-    _target_: str | None = key(None, "accepted for NeMo-AutoModel's sake", "nemo")
-    match_all_linear: bool = key(False, "adapt every linear map but the head", "bool")
-    target_modules: list = key(
-        list, "maps to adapt, `*` for anything; `*_proj` where nothing is chosen", "names"
+    _target_: NemoName | None = key(None, "NeMo-AutoModel's class is accepted; peft is used.")
+    match_all_linear: bool = key(False, "Adapts every linear map but the head.")
+    target_modules: list[str] = key(
+        list,
+        "Names the linear maps to adapt, with `*` for any text. By default they are `*_proj`.",
     )
-    exclude_modules: list = key(list, "maps not to adapt, of all there are", "names")
-    dim: int = key(8, "rank of the adapters", "int", low=1)
-    alpha: float = key(32, "they are scaled by alpha / dim", "number", above=0)
-    dropout: float = key(0.0, "on an adapter's input", "number", low=0, high=1)
-    dropout_position: str = key(
-        "pre", "only pre, unless dropout is 0", "choice", among=("pre", "post")
+    exclude_modules: list[str] = key(list, "Adapts all linear maps but these.")
+    dim: int = key(8, "Sets the rank of the adapters.", low=1)
+    alpha: float = key(32, "Scales the adapters' output by alpha / dim.", above=0)
+    dropout: float = key(
+        0.0, "Sets the dropout on an adapter's input.", "probability", low=0, high=1
     )
-    lora_dtype: str | None = key(None, "only null: the student's", "choice", among=("null",))
-    moe_rank_scaling: bool = key(False, "only false", "bool", among=(False,))
-    lora_A_init: str = key("xavier", "normal; or Kaiming's", "choice", among=("xavier", "uniform"))
-    use_dora: bool = key(False, "DoRA: a trained length of each output besides", "bool")
-    use_triton: bool = key(False, "accepted; peft's PyTorch code is used", "bool")
-    use_memory_efficient_lora: bool = key(True, "accepted; peft's PyTorch code is used", "bool")
+    dropout_position: Literal["pre", "post"] = key(
+        "pre", "Only pre is accepted, unless dropout is 0."
+    )
+    lora_dtype: None = key(None, "Only null is accepted: adapters have the student's dtype.")
+    moe_rank_scaling: Literal[False] = key(
+        False, "Only false is accepted: all adapters have the same rank."
+    )
+    lora_A_init: Literal["xavier", "uniform"] = key(
+        "xavier", "Draws the first matrix from a normal distribution, or from Kaiming's uniform."
+    )
+    use_dora: bool = key(False, "Trains DoRA: the length of each output too.")
+    use_triton: bool = key(False, "Either value is accepted; peft's PyTorch code is used.")
+    use_memory_efficient_lora: bool = key(
+        True, "Either value is accepted; peft's PyTorch code is used."
+    )
 
 
 @dataclass
 class Compile:
-    enabled: bool = key(False, "torch.compile the transformer layers; or `compile: true`", "bool")
-    mode: str = key(
-        "default", "of torch.compile", "choice",
-        among=("default", "max-autotune", "max-autotune-no-cudagraphs"),
-    )  # fmt: skip
-    dynamic: bool = key(True, "one version for all lengths; false makes one for each", "bool")
-    fullgraph: bool = key(False, "only false: attention stays outside", "bool", among=(False,))
-    backend: str = key(
-        "inductor", "of torch.compile", "choice",
-        among=("inductor", "cudagraphs", "aot_eager", "eager"),
-    )  # fmt: skip
+    enabled: bool = key(
+        False, "Compiles the transformer layers with torch.compile; `compile: true` does the same."
+    )
+    mode: Literal["default", "max-autotune", "max-autotune-no-cudagraphs"] = key(
+        "default", "Chooses the mode of torch.compile."
+    )
+    dynamic: bool = key(
+        True, "Compiles one version for all lengths of a batch; false compiles one for each."
+    )
+    fullgraph: Literal[False] = key(False, "Only false is accepted: attention is not compiled.")
+    backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] = key(
+        "inductor", "Chooses the backend of torch.compile."
+    )
 
 
 @dataclass
 class Slurm:
-    job_name: str = key("ds_kd", "name of the job", "str")
-    nodes: int = key(1, "machines", "int", low=1)
-    ntasks_per_node: int = key(1, "ranks on each: one per accelerator", "int", low=1)
-    gpus_per_node: int | None = key(None, "accelerators asked for on each", "int", low=1)
-    cpus_per_task: int | None = key(None, "cores of a rank", "int", low=1)
-    time: str | None = key(None, "limit of one attempt, in quotes: `'04:00:00'`", "str")
-    account: str | None = key(None, "who pays", "str")
-    partition: str | None = key(None, "queue", "str")
-    log_dir: str = key(".", "of the job's log and each attempt's", "str")
-    container_image: str | None = key(None, "image to run in (pyxis)", "str")
-    container_mounts: list = key(list, "`HOST:CONTAINER` directories of it", "names")
-    env_vars: dict = key(dict, "environment variables of the job", "mapping")
-    sbatch_options: list = key(list, "any other options of sbatch", "names")
+    job_name: str = key("ds_kd", "Names the job.")
+    nodes: int = key(1, "Asks for this many machines.", "machines", low=1)
+    ntasks_per_node: int = key(
+        1, "Starts this many ranks on each machine: one per accelerator.", "ranks", low=1
+    )
+    gpus_per_node: int | None = key(
+        None, "Asks for this many accelerators on each machine.", "accelerators", low=1
+    )
+    cpus_per_task: int | None = key(None, "Asks for this many cores per rank.", "cores", low=1)
+    time: str | None = key(
+        None, "Limits the time of one attempt; write it in quotes: `'04:00:00'`.", "HH:MM:SS"
+    )
+    account: str | None = key(None, "Charges the job to this account.")
+    partition: str | None = key(None, "Submits the job to this partition.")
+    log_dir: str = key(".", "Names the directory of the job's log and of each attempt's.")
+    container_image: str | None = key(None, "Runs the job in this container image (pyxis).")
+    container_mounts: list[str] = key(
+        list, "Shows these directories to the container, as `HOST:CONTAINER`."
+    )
+    env_vars: dict[str, Any] = key(dict, "Sets environment variables of the job.")
+    sbatch_options: list[str] = key(list, "Passes any other options to sbatch.")
 
 
 @dataclass
 class TensorBoard:
-    enabled: bool = key(True, "write TensorBoard events", "bool")
+    enabled: bool = key(True, "Writes TensorBoard events.")
     log_dir: str | None = key(
-        None, "of events and metrics.jsonl; <checkpoint_dir>/tensorboard by default", "str"
+        None,
+        "Names the directory of events and metrics.jsonl, by default <checkpoint_dir>/tensorboard.",
     )
-
-
-_LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
-MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
-_GIVEN_TO_LOADER = ("dataset", "batch_sampler", "generator")
-LOADER_FLAGS = ("shuffle", "drop_last", "group_by_length")
-#: Taken by ds_kd from a data set's section, see `ds_kd.data.own`.
-_LABELS = {"labels": ("shifted", "unshifted")}
-_COLLATE = {"collate_fn": "ds_kd.data.collate.default_collater"}
 
 
 @dataclass
 class RunConfig:
-    model: Target = key(
+    model: Component = key(
         None,
-        "the student: from_pretrained arguments",
-        "target",
-        target=MODEL,
-        required=True,
-        example="model.pretrained_model_name_or_path: Qwen/Qwen3-0.6B",
+        "Names the student; its keys are arguments of from_pretrained.",
+        component=replace(OF_MODEL, required=True),
     )
-    teacher_model: Target | None = key(
+    teacher_model: Component | None = key(
         None,
-        "the teacher: likewise; not needed at kd_ratio 0, where only validation looks at it",
-        "target",
-        target=MODEL,
+        "Names the teacher; its keys are arguments of from_pretrained. At kd_ratio 0 only "
+        "validation uses it, and it may be absent.",
+        component=OF_MODEL,
     )
-    offload_teacher_model: bool = key(
-        False, "the teacher's shards stay in the host's memory", "bool"
-    )
-    dataset: Target = key(
-        None,
-        "training data",
-        "target",
-        given=("tokenizer",),
-        words=_LABELS,
-        calls=("ds_kd.data.",),
-        required=True,
-        example="dataset._target_: ds_kd.data.squad.make_squad_dataset, and dataset_name",
+    offload_teacher_model: bool = key(False, "Keeps the teacher's shards in the host's memory.")
+    dataset: Component = key(
+        None, "Names the training data.", component=replace(OF_DATA, required=True)
     )
     kd_ratio: float = key(
-        0.5, "α: 0 is pure cross-entropy, 1 pure distillation", "number", low=0, high=1
+        0.5,
+        "Sets the weight α of the distillation loss: 0 is pure cross-entropy, 1 pure distillation.",
+        "share",
+        low=0,
+        high=1,
     )
-    kd_loss_fn: Target = key(
+    kd_loss_fn: Component = key(
         None,
-        "distillation loss: temperature, ignore_index, fp32_upcast, chunk_size",
-        "target",
-        target="ds_kd.losses.KDLoss",
-        calls=("ds_kd.losses.divergences.",),
-        default={},
+        "Sets the distillation loss: temperature, ignore_index, fp32_upcast, chunk_size.",
+        component=of_loss(f"{LOSSES}KDLoss", DIVERGENCES),
     )
     peft: Peft | None = key(
-        None, "LoRA: the student's weights stay, small adapters are trained", "section",
-        section=Peft,
-    )  # fmt: skip
-    loss_fn: Target = key(
-        None,
-        "cross-entropy: ignore_index, fp32_upcast",
-        "target",
-        target="ds_kd.losses.MaskedCrossEntropy",
-        calls=("ds_kd.losses.cross_entropy.",),
-        default={},
+        None, "Trains small adapters (LoRA) and leaves the student's weights as they are."
     )
-    optimizer: Target = key(
+    loss_fn: Component = key(
         None,
-        "an element-wise optimizer and its arguments; torch.optim.AdamW by default",
-        "target",
-        target="torch.optim.AdamW",
-        given=("params", "model_params"),
-        calls=("torch.optim.", "deepspeed.ops."),
-        default={"lr": 1e-5},
+        "Sets the cross-entropy: ignore_index, fp32_upcast.",
+        component=of_loss(f"{LOSSES}MaskedCrossEntropy", f"{LOSSES}cross_entropy."),
+    )
+    optimizer: Component = key(
+        None,
+        "Chooses an element-wise optimizer and its arguments. By default it is torch.optim.AdamW.",
+        component=OF_OPTIMIZER,
     )
     lr_scheduler: LRScheduler | None = key(
-        None, "learning-rate schedule; constant by default", "section", section=LRScheduler
+        None, "Sets the schedule of the learning rate. By default it is constant."
     )
-    clip_grad_norm: float | None = key(
-        None, "largest gradient norm: a number or {max_norm: number}; off by default", "clip"
+    clip_grad_norm: MaxNorm | None = key(
+        None,
+        "Clips the gradient to this norm, a number or {max_norm: number}. By default it is not "
+        "clipped.",
+        "L2 norm",
     )
     step_scheduler: StepScheduler = key(
-        StepScheduler, "batch sizes and when things happen", "section", section=StepScheduler
+        StepScheduler, "Sets batch sizes, and when a run ends, validates and saves."
     )
-    dataloader: Target = key(
+    dataloader: Component = key(
         None,
-        "loader arguments: collate_fn, shuffle, drop_last, group_by_length, num_workers",
-        "target",
-        target=_LOADER,
-        default=_COLLATE,
-        flags=LOADER_FLAGS,
-        given=_GIVEN_TO_LOADER,
-        calls=(_LOADER,),
+        "Sets the training loader: collate_fn, shuffle, drop_last, group_by_length, num_workers.",
+        component=OF_LOADER,
     )
-    packed_sequence: PackedSequence = key(
-        PackedSequence, "samples packed instead of padded", "section", section=PackedSequence
-    )
-    validation_dataset: Target | None = key(
+    packed_sequence: PackedSequence = key(PackedSequence, "Packs samples instead of padding them.")
+    validation_dataset: Component | None = key(
         None,
-        "validation data; without it no validation",
-        "target",
-        example="validation_dataset._target_: ds_kd.data.squad.make_squad_dataset",
-        given=("tokenizer",),
-        words=_LABELS,
-        calls=("ds_kd.data.",),
+        "Names the validation data. Without it nothing is validated.",
+        component=OF_DATA,
     )
-    validation_dataloader: Target = key(
+    validation_dataloader: Component = key(
         None,
-        "likewise for validation; batch_size is local_batch_size by default",
-        "target",
-        target=_LOADER,
-        default=_COLLATE,
-        flags=LOADER_FLAGS,
-        given=_GIVEN_TO_LOADER,
-        calls=(_LOADER,),
+        "Sets the validation loader. Its batch_size is local_batch_size by default.",
+        component=OF_LOADER,
     )
-    dist_env: DistEnv = key(DistEnv, "how ranks talk", "section", section=DistEnv)
-    rng: Rng = key(Rng, "random numbers", "section", section=Rng)
-    seed: int | None = key(None, "newer spelling of rng.seed", "int", low=0, high=_SEED)
-    checkpoint: Checkpoint = key(Checkpoint, "what is kept", "section", section=Checkpoint)
+    dist_env: DistEnv = key(DistEnv, "Sets how ranks exchange data.")
+    rng: Rng = key(Rng, "Sets how random numbers are drawn.")
+    seed: int | None = key(None, "Gives the seed, in place of rng.seed.", low=0, high=_SEED)
+    checkpoint: Checkpoint = key(Checkpoint, "Sets which checkpoints are saved, where and when.")
     distributed: Distributed = key(
-        Distributed, "the guide's section; only what ZeRO-3 knows", "section", section=Distributed
+        Distributed, "Describes NeMo-AutoModel's ranks; ZeRO-3 takes its place."
     )
-    compile: Compile = key(Compile, "fused pointwise work", "section", section=Compile)
-    deepspeed: DeepSpeed = key(
-        DeepSpeed, "ZeRO files of the two engines", "section", section=DeepSpeed
+    compile: Compile = key(Compile, "Compiles the transformer layers with torch.compile.")
+    deepspeed: DeepSpeed = key(DeepSpeed, "Gives the ZeRO files of the two engines.")
+    tensorboard: TensorBoard = key(TensorBoard, "Sets how TensorBoard's events are written.")
+    slurm: Slurm | None = key(None, "Describes the job that launch/submit.py asks SLURM for.")
+    wandb: dict[str, Any] | None = key(
+        None, "Passes arguments to wandb.init. By default nothing is sent to Weights & Biases."
     )
-    tensorboard: TensorBoard = key(TensorBoard, "logging", "section", section=TensorBoard)
-    slurm: Slurm | None = key(
-        None, "what launch/submit.py asks SLURM for", "section", section=Slurm
-    )
-    wandb: dict | None = key(None, "arguments of wandb.init; off by default", "mapping")
-    recipe: Any = key(None, "accepted and ignored", "any")
+    recipe: Any = key(None, "NeMo-AutoModel's name is accepted and not used.")
     text: str = ""
     notes: list[str] = field(default_factory=list)
     source: Source = field(default_factory=Source)
 
     @property
     def loads_teacher(self) -> bool:
-        """Whether a named teacher is loaded: to train with, or to be measured against."""
+        """Return whether a named teacher is loaded: to train with, or to be measured against."""
         validates = self.step_scheduler.validate_teacher and self.validation_dataset is not None
         return self.teacher_model is not None and (self.kd_ratio > 0 or validates)
 
     @property
     def tensorboard_dir(self) -> str:
+        """Return the directory of TensorBoard's events and of metrics.jsonl."""
         return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")
-
-
-def keys_of(cls: Any) -> list[tuple[str, Any]]:
-    return [(f.name, f.metadata) for f in dataclasses.fields(cls) if f.metadata]
-
-
-def default_of(cls: Any, name: str) -> Any:
-    """What a key is where nothing is written; {} for a section."""
-    found = next(f for f in dataclasses.fields(cls) if f.name == name)
-    if found.default is not dataclasses.MISSING:
-        return found.default
-    return [] if found.default_factory is list else {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import unicodedata
 from typing import Any
 
 BLANK = "***"
@@ -18,7 +19,7 @@ BLANK = "***"
 _ALWAYS = {
     "password", "passwords", "passwd", "pwd", "passphrase", "passcode", "secret", "secrets",
     "credential", "credentials", "cred", "creds", "auth", "oauth", "authorization", "bearer",
-    "apikey", "apikeys", "jwt", "cookie", "cookies",
+    "apikey", "apikeys", "jwt", "cookie", "cookies", "otp",
 }  # fmt: skip
 #: A word that does so as the last one.
 _LAST = {"pass", "pat"}
@@ -28,7 +29,12 @@ _OWNERS = {
     "signing", "ssh",
 }  # fmt: skip
 #: The end of a name written in one piece, such as accesstoken.
-_ENDS = ("token", "apikey", "secret", "password", "passwd", "accesskey", "secretkey", "privatekey")
+_ENDS = (
+    "token", "apikey", "secret", "password", "passwd", "accesskey", "secretkey", "privatekey",
+    "sshkey",
+)  # fmt: skip
+#: Words after the one that tells.
+_AFTER = {"value", "str", "string"}
 #: In front of `token`, a token of a vocabulary is meant.
 _OF_A_VOCABULARY = {
     "pad", "eos", "bos", "unk", "mask", "sep", "cls", "image", "video", "audio", "stop", "end",
@@ -44,7 +50,7 @@ _OF_DATA = {
 }  # fmt: skip
 _DIRECTORIES = {"PWD", "OLDPWD"}  # variables of every shell
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
-_NAME = re.compile(r"""(?<![\w-])([A-Za-z_][\w-]*)["']?\s*[=:]\s*""")
+_NAME = re.compile(r"""(?<![\w-])(--?)?([A-Za-z_][\w-]*)(?:["']?\s*[=:]\s*|(?(1)[ \t]+|(?!)))""")
 _VALUE = re.compile(r"""\*{3}|"(?:[^"\\\n]|\\.)*"?|'(?:[^'\n]|'')*'?|[^\n]*""")
 _LOOKS_SECRET = re.compile(
     r"\b(?:hf_|gh[opsu]_|github_pat_|glpat-|sk-|xox[abprs]-|AKIA|eyJ)[\w.-]{16,}"
@@ -62,10 +68,15 @@ def is_secret(name: str) -> bool:
     """
     if name in _DIRECTORIES:
         return False
-    words = [word.lower() for word in _WORD.findall(name)]
-    if not words or not name.isascii():
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    words = [word.lower() for word in _WORD.findall(plain)]
+    while len(words) > 1 and words[-1] in _AFTER:
+        words.pop()
+    if not words:
         return False
-    if _ALWAYS & set(words) or words[-1] in _LAST:
+    if _ALWAYS & set(words) or words[-1] in _LAST or words == ["tokens"]:
+        return True
+    if ("pass", "word") in itertools.pairwise(words):
         return True
     owned = ("key", "keys", "token", "tokens")
     if any(a in _OWNERS and b in owned for a, b in itertools.pairwise(words)):
@@ -106,15 +117,24 @@ def without_secrets(value: Any) -> Any:
     if isinstance(value, dict):
         return {n: BLANK if is_secret(str(n)) else without_secrets(v) for n, v in value.items()}
     if isinstance(value, list):
-        return [without_secrets(inner) for inner in value]
+        flags = ["", *value][: len(value)]  # `[--token, x]`, as words of a command
+        return [
+            BLANK if is_secret_flag(flag) else without_secrets(inner)
+            for flag, inner in zip(flags, value, strict=True)
+        ]
     return _without_named(without_known(value)) if isinstance(value, str) else value
+
+
+def is_secret_flag(word: Any) -> bool:
+    """Return whether a word of a command says that the next one is secret, such as `--token`."""
+    return isinstance(word, str) and word.startswith("-") and is_secret(word.strip("-"))
 
 
 def _without_named(text: str) -> str:
     """Blank what follows `token:` or `"api_key" = ` in a text: a quoted value, or the line."""
     parts, done = [], 0
     for match in _NAME.finditer(text):
-        if match.start() < done or not is_secret(match[1]):
+        if match.start() < done or not is_secret(match[2]):
             continue
         found = _VALUE.match(text, match.end())
         if found is not None and found[0]:

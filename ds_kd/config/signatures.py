@@ -28,7 +28,7 @@ class Signature:
 
 @functools.cache
 def signature_of(dotted: str) -> Signature | None:
-    """Of a dotted name; None where the source does not tell."""
+    """Return the signature of a dotted name; None where the source does not tell."""
     module, _, name = home_of(dotted).rpartition(".")
     for _ in range(_HOPS):
         path = _file_of(module)
@@ -70,7 +70,7 @@ def divergences() -> tuple[str, ...]:
 
 
 def _file_of(module: str) -> Path | None:
-    """Of a module, found without importing its parents, as importlib would."""
+    """Return the file of a module, found as importlib would but without importing its parents."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -85,7 +85,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tuple | None:
-    """(module, name) that a module's own `from … import …` takes a name from."""
+    """Return (module, name) that a module's own `from … import …` takes a name from."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:

@@ -20,18 +20,20 @@ from ds_kd.config.interpolation import (
     check_interpolations,
     references,
 )
+from ds_kd.config.names import UNREAD
 from ds_kd.config.origins import blanked, marked, remember_secrets, variables_in
-from ds_kd.config.secrets import BLANK, is_secret, without_secrets
+from ds_kd.config.secrets import BLANK, is_secret, is_secret_flag, remember, without_secrets
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
+_AROUND = 100  # columns of a line that are shown on both sides of a key
 _STRING = "tag:yaml.org,2002:str"
 _PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
 
 @dataclass
 class Source:
-    """Where a config's keys stand.
+    """The places of a config's keys in its file.
 
     Args:
         path: the YAML, as it was given.
@@ -48,7 +50,7 @@ class Source:
     hidden: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def locate(self, line: str) -> str:
-        """A problem with the place of its key in front, and the line with a caret under it."""
+        """Return a problem with its key's place in front, and the line with a caret under it."""
         match = re.match(r"[\w.\[\]-]+", line)
         key = match[0] if match else ""
         while key:
@@ -56,7 +58,9 @@ class Source:
                 return f"command line: {line}"
             if key in self.places:
                 row, column, width = self.places[key]
-                before, after = self._shown(row, 0, column - 1), self._shown(row, column - 1, None)
+                first, last = max(0, column - _AROUND), column + width + _AROUND  # of a long line
+                before = self._shown(row, first, column - 1)
+                after = self._shown(row, column - 1, last)
                 text, caret = before + after, " " * len(before) + "^" * width
                 return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
             if any(name.startswith(f"{key}.") for name in self.overridden):
@@ -65,17 +69,18 @@ class Source:
         return f"{self.path}: {line}" if self.path else line
 
     def hide(self, node: Any) -> None:
-        """Never show this scalar of the YAML."""
+        """Never show this scalar of the YAML, nor what it says in another library's error."""
+        remember(node.value)
         first, last = node.start_mark, node.end_mark
         for row in range(first.line, last.line + 1):
             start = first.column if row == first.line else 0
             end = last.column if row == last.line else _MAX_BYTES
             self.hidden.setdefault(row + 1, []).append((start, end))
 
-    def _shown(self, row: int, start: int, end: int | None) -> str:
-        """The columns of a row, from 0, secrets blanked."""
+    def _shown(self, row: int, start: int, end: int) -> str:
+        """Return the columns of a row, from 0, secrets blanked."""
         line, parts = self.lines[row - 1], []
-        end = len(line) if end is None else end
+        end = min(end, len(line))
         for first, last in sorted(self.hidden.get(row, ())):
             if first < end and last > start:
                 parts += [line[start:first], BLANK]
@@ -119,6 +124,8 @@ def read(
         raw = OmegaConf.create(text)
         for override in overrides:
             source.overridden.add(_override(raw, override))
+        for name in UNREAD & set(raw):  # their references may lead nowhere
+            raw[name] = None if raw._get_node(name)._is_none() else {}
         plain = OmegaConf.to_container(raw, resolve=False)
         check_interpolations(plain)
         data: Any = OmegaConf.to_container(raw, resolve=True)
@@ -162,7 +169,7 @@ def _text(path: Path) -> str:
 
 
 def _told(path: str | Path, error: Any) -> str:
-    """A YAML error in one line, with its place."""
+    """Return a YAML error in one line, with its place."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     what = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -205,7 +212,7 @@ def _outline(text: str, source: Source) -> None:
 
 
 def _size(root: Any) -> int:
-    """Nodes of a tree, aliases counted as often as they stand there.
+    """Count the nodes of a tree, aliases counted as often as they stand there.
 
     Raises:
         RecursionError: too deep.
@@ -234,7 +241,7 @@ def _size(root: Any) -> int:
 
 
 def _note_places(root: Any, source: Source) -> None:
-    """Where each key stands; refuses keys that are no words or stand there twice."""
+    """Note where each key stands; refuse keys that are no words or stand there twice."""
     import yaml
 
     twice: list[str] = []
@@ -246,8 +253,9 @@ def _note_places(root: Any, source: Source) -> None:
             if is_hidden and not _PLAIN_REFERENCE.fullmatch(node.value):
                 source.hide(node)
         if isinstance(node, yaml.SequenceNode):
+            flags = [None, *(child.value for child in node.value)]
             for k, child in enumerate(node.value):
-                walk(child, f"{prefix[:-1]}[{k}].", is_hidden)
+                walk(child, f"{prefix[:-1]}[{k}].", is_hidden or is_secret_flag(flags[k]))
         if not isinstance(node, yaml.MappingNode):
             return
         seen: dict[str, int] = {}
@@ -287,6 +295,8 @@ def _override(raw: Any, override: str) -> str:
     name, equals, value = override.partition("=")
     if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
         raise ConfigError([problem("override", name, "key.sub=value")])
+    if name.count(".") >= _MAX_DEPTH:
+        raise ConfigError([problem("override", name, f"a key of at most {_MAX_DEPTH} parts")])
     try:
         text = f"value: {value}"
         _outline(text, Source(f"override {name}"))

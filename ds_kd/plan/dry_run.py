@@ -4,12 +4,13 @@ of a few samples; no weights."""
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ds_kd.config.checks.files import DATA, columns_wanted
 from ds_kd.config.checks.zero_file import load_zero_config
-from ds_kd.config.components import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.source import load_rows
 from ds_kd.errors import first_line
@@ -180,21 +181,18 @@ def _advice(
     )
 
 
-def model_shape(target: Target, cfg: RunConfig | None = None) -> memory.Shape:
+def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Shape:
     """Of a model by its config.json; with the adapters that `cfg` asks for."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    config = config_of(target)
-    dtype = training_dtype(target)
+    config = config_of(component)
+    dtype = training_dtype(component)
     with torch.device("meta"):
-        trusts = bool(target.kwargs.get("trust_remote_code", False))
-        model = as_config_error(
-            f"{target.key}.pretrained_model_name_or_path",
-            name_of(target),
-            lambda: AutoModelForCausalLM.from_config(config, trust_remote_code=trusts),
-            "a Hugging Face causal language model",
-        )
+        trusts = bool(component.kwargs.get("trust_remote_code", False))
+        key = f"{component.key}.pretrained_model_name_or_path"
+        with config_error(key, name_of(component), "a Hugging Face causal language model"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)
     return memory.shape_of(model, dtype.itemsize)
@@ -206,9 +204,9 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
     Args:
         length: tokens of a sample, where it is not to be measured.
     """
-    local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
-    total, supervised, longest = _measure(cfg) if target.target in DATA else (None, 1.0, None)
-    cut = _cut_of(target)
+    local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
+    total, supervised, longest = _measure(cfg) if component.name in DATA else (None, 1.0, None)
+    cut = _cut_of(component)
     if length is not None:
         return total, local * length, supervised, "--length"
     if longest is not None:
@@ -217,14 +215,14 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         )
         return total, local * longest, supervised, told
     if cut is not None:
-        return total, local * cut, supervised, f"{target.key}.seq_length"
+        return total, local * cut, supervised, f"{component.key}.seq_length"
     told = f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; --length sets it"
     return total, local * _GUESS, supervised, told
 
 
-def _cut_of(target: Target) -> int | None:
+def _cut_of(component: Component) -> int | None:
     """The `seq_length` that samples are cut or padded to; None where they keep their own."""
-    length, kwargs = target.kwargs.get("seq_length"), target.kwargs
+    length, kwargs = component.kwargs.get("seq_length"), component.kwargs
     cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
     return length if length and (cuts or kwargs.get("padding") == "max_length") else None
 
@@ -238,22 +236,22 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     """
     import torch
 
-    target = cfg.dataset
-    argument, _, limit = DATA[target.target]
-    kwargs = target.kwargs
-    columns = columns_wanted(target.target, kwargs)
+    component = cfg.dataset
+    argument, _, limit = DATA[component.name]
+    kwargs = component.kwargs
+    columns = columns_wanted(component.name, kwargs)
     source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
     total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = Target(target.target, {**kwargs, limit: min(total, _SAMPLES)}, target.key)
+        few = replace(component, kwargs={**kwargs, limit: min(total, _SAMPLES)})
         alone = World(0, 1, 0, torch.device("cpu"), "gloo")
         rows = instantiate(few, tokenizer=tokenizer_of(cfg.model, alone))
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
     except (ConfigError, ValueError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
             return total, 1.0, None
-        raise ConfigError([f"{target.key}.{argument}: {first_line(error)}"]) from error
+        raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
     lengths = sorted(length for length, _ in some)
     labels = sum(label != -100 for _, row in some for label in row)
     return total, labels / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
@@ -281,7 +279,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "chunk": kwargs.get("chunk_size") or default_chunk("cuda" if cuda else "cpu"),
         "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
         "optimizer_numbers": optimizer_numbers(
-            cfg.optimizer.target.rpartition(".")[2], cfg.optimizer.kwargs
+            cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
         "checkpointing": cfg.distributed.activation_checkpointing,
         "offload_weights": away("student", "offload_param"),

@@ -4,7 +4,6 @@ components take plain values."""
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloaded, offloads_optimizer
-from ds_kd.config.components import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
 from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
@@ -52,7 +51,6 @@ _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs")
 def build(
     cfg: RunConfig,
     world: World,
-    allow: tuple[str, ...] = (),
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
     """Build everything a run needs.
@@ -60,7 +58,6 @@ def build(
     Args:
         cfg: a checked config.
         world: this process's place in the job.
-        allow: prefixes of `_target_` names opened on the command line.
         asked_to_stop: whether this rank was asked to stop after its step.
 
     Raises:
@@ -69,23 +66,23 @@ def build(
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
-    loader, _ = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
+    loader, _ = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, True)
     validation = None
     if cfg.validation_dataset is not None:
         validation, _ = build_loader(
-            cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, allow, False
+            cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, False
         )
     batches = LoaderBatches(loader)
     schedule = _schedule(cfg, batches.steps_per_epoch)
     # What only rank 0 opens, and what is soon refused, comes before the models.
     metrics = _metrics(cfg, schedule, world)
     checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
-    loss = _loss(cfg, tokenizer, world, allow)
+    loss = _loss(cfg, tokenizer, world)
 
-    teacher = _teacher(cfg, world, allow) if cfg.loads_teacher else None
+    teacher = _teacher(cfg, world) if cfg.loads_teacher else None
     if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _student(cfg, loss, schedule, world, allow)
+    student = _student(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are there
         checkpointer.fingerprint |= _model_files(cfg, world)
     return Trainer(
@@ -117,7 +114,7 @@ def _schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _loss(cfg: RunConfig, tokenizer: Any, world: World, allow: tuple[str, ...]) -> DistillationLoss:
+def _loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
     """The student's loss, over the ids that it shares with the teacher."""
     vocab_size = None
     if cfg.loads_teacher:
@@ -125,49 +122,45 @@ def _loss(cfg: RunConfig, tokenizer: Any, world: World, allow: tuple[str, ...]) 
         teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
         parts = (cfg.model, cfg.teacher_model)
         rows = [config_of(part).get_text_config().vocab_size for part in parts]
-        vocab_size = as_config_error(
-            "teacher_model",
-            name_of(cfg.teacher_model),
-            lambda: causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows),
-            "a teacher with the student's tokenizer"
-            + (", or step_scheduler.validate_teacher: false" if cfg.kd_ratio == 0 else ""),
-        )
-    ce = _part_of_loss(cfg.loss_fn, check_cross_entropy, world, allow)
-    divergence = _part_of_loss(cfg.kd_loss_fn, check_divergence, world, allow)
+        expected = "a teacher with the student's tokenizer"
+        if cfg.kd_ratio == 0:
+            expected += ", or step_scheduler.validate_teacher: false"
+        with config_error("teacher_model", name_of(cfg.teacher_model), expected):
+            vocab_size = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
+    ce = _part_of_loss(cfg.loss_fn, check_cross_entropy, world)
+    divergence = _part_of_loss(cfg.kd_loss_fn, check_divergence, world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, vocab_size)
 
 
-def _part_of_loss(
-    target: Target, check: Callable[[Any], None], world: World, allow: tuple[str, ...]
-) -> Any:
+def _part_of_loss(component: Component, check: Callable[[Any], None], world: World) -> Any:
     """The loss of a section, tried against its contract, on this rank's device."""
     try:
-        loss = instantiate(target, allow)
+        loss = instantiate(component)
         check(loss)
     except ValueError as error:
-        raise ConfigError([f"{target.key}: {target.target}: {error}"]) from error
+        raise ConfigError([f"{component.key}: {component.name}: {error}"]) from error
     return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
 def _engine_config(
-    cfg: RunConfig, target: Target, zero: dict[str, Any], world: World, clip: float | None
+    cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
     steps = cfg.step_scheduler
-    dtype = training_dtype(target)
+    dtype = training_dtype(component)
     accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _teacher(cfg: RunConfig, world: World, allow: tuple[str, ...]) -> Teacher:
-    target = cfg.teacher_model
-    assert target is not None
+def _teacher(cfg: RunConfig, world: World) -> Teacher:
+    component = cfg.teacher_model
+    assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
     if cfg.offload_teacher_model:
         zero = offloaded(zero)
-    config = _engine_config(cfg, target, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(target, config, packs(cfg), allow))
+    config = _engine_config(cfg, component, zero, world, None)
+    module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
     engine = engines.build_teacher(module, config)
-    _check_model(cfg, target, engine, world)
+    _check_model(cfg, component, engine, world)
     _compile(cfg, module.model)
     return ResidentTeacher(engine)
 
@@ -177,33 +170,25 @@ def _student(
     loss: DistillationLoss,
     schedule: Schedule,
     world: World,
-    allow: tuple[str, ...],
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, packs(cfg), allow, adapter_of(cfg))
+    model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
-        as_config_error(
-            "distributed.activation_checkpointing",
-            True,
-            lambda: model.gradient_checkpointing_enable({"use_reentrant": False}),
-            "a model that can recompute its activations",
-        )
+        expected = "a model that can recompute its activations"
+        with config_error("distributed.activation_checkpointing", True, expected):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = placed(optimizer, offloads_optimizer(zero))
-    engine = as_config_error(
-        "optimizer",
-        cfg.optimizer.target,
-        lambda: engines.build_student(
+    with config_error("optimizer", cfg.optimizer.name, "an element-wise optimizer"):
+        engine = engines.build_student(
             module,
             config,
-            lambda parameters: build_optimizer(optimizer, parameters, allow, cfg.optimizer),
+            lambda parameters: build_optimizer(optimizer, parameters, cfg.optimizer),
             build_schedule(cfg.lr_scheduler, max(1, schedule.total_steps)),
-        ),
-        "an element-wise optimizer",
-    )
+        )
     _check_model(cfg, cfg.model, engine, world)
     _compile(cfg, model)
     engine.train()
@@ -218,12 +203,9 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
 
     def adapt(model: Any) -> None:
         chosen = wanted.target_modules, wanted.exclude_modules
-        names = as_config_error(
-            "peft",
-            {"target_modules": chosen[0], "exclude_modules": chosen[1]},
-            lambda: lora.linear_maps(model, *chosen, wanted.match_all_linear),
-            f"names of linear maps of {name_of(cfg.model)}",
-        )
+        given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
+        with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
+            names = lora.linear_maps(model, *chosen, wanted.match_all_linear)
         lora.add_adapter(
             model,
             names,
@@ -240,16 +222,16 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
     return adapt
 
 
-def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> None:
+def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
     """Check what only the loaded model can tell, and say what it makes the run do."""
     if (said := fix_rope(engine.module.model)) and world.is_main:
-        print(f"{target.key}: {said}", flush=True)
+        print(f"{component.key}: {said}", flush=True)
     checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
     for check, expected in checks:
-        probe = functools.partial(check, engine, world.device, target.key)
-        as_config_error(target.key, name_of(target), probe, expected)
+        with config_error(component.key, name_of(component), expected):
+            check(engine, world.device, component.key)
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:
@@ -281,9 +263,9 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
         except ValueError as error:  # wandb's
             raise ConfigError([str(error)]) from error
 
-    as_config_error(
-        "tensorboard.log_dir", cfg.tensorboard_dir, everywhere, "a directory that can be written"
-    )
+    expected = "a directory that can be written"
+    with config_error("tensorboard.log_dir", cfg.tensorboard_dir, expected):
+        everywhere()
     return made[0] if made else None
 
 
@@ -304,12 +286,9 @@ def locked(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
         directory.mkdir(parents=True, exist_ok=True)
         lock.take()
 
-    as_config_error(
-        "checkpoint.checkpoint_dir",
-        cfg.checkpoint.checkpoint_dir,
-        lambda: on_rank0(take, world),
-        "a directory that can be written and that no other run uses",
-    )
+    expected = "a directory that can be written and that no other run uses"
+    with config_error("checkpoint.checkpoint_dir", cfg.checkpoint.checkpoint_dir, expected):
+        on_rank0(take, world)
     try:
         yield lock
     finally:

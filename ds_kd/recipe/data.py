@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ds_kd.config.components import Target, as_config_error, instantiate
-from ds_kd.config.schema import LOADER_FLAGS, RunConfig
+from ds_kd.config.components import Component, config_error, instantiate
+from ds_kd.config.names import LOADER_FLAGS
+from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
@@ -23,38 +24,34 @@ def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
 
-def _samples(
-    cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
-) -> Any:
+def _samples(cfg: RunConfig, dataset: Component, tokenizer: Any, world: World) -> Any:
     """The data set, its samples checked; packs where the YAML wants them."""
-    rows = samples_of(dataset, tokenizer, world, allow)
+    rows = samples_of(dataset, tokenizer, world)
     if not packs(cfg):
         return rows
     size = cfg.packed_sequence.packed_sequence_size
-    return as_config_error(
-        "packed_sequence.packed_sequence_size",
-        size,
-        lambda: PackedDataset(rows, size, cfg.rng.seed),
-        f"room for every sample of {dataset.key}",
-    )
+    expected = f"room for every sample of {dataset.key}"
+    with config_error("packed_sequence.packed_sequence_size", size, expected):
+        return PackedDataset(rows, size, cfg.rng.seed)
 
 
-def samples_of(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
+def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
     """Build a data set and check what it gives.
 
     Raises:
         ConfigError: it cannot be had, its samples break the contract of `ds_kd.data.own`, or none
             of them is supervised.
     """
-    rows = _built(dataset, tokenizer, world, allow)
+    rows = _built(dataset, tokenizer, world)
     key, given = _source(dataset)
-    told = as_config_error(key, given, lambda: tell_unsupervised(rows), "samples that teach")
+    with config_error(key, given, "samples that teach"):
+        told = tell_unsupervised(rows)
     if told and world.is_main:
         print(f"{dataset.key}: {told}", flush=True)
     return rows
 
 
-def show_samples(cfg: RunConfig, count: int, allow: tuple[str, ...], colour: bool) -> list[str]:
+def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
     """Render the first training samples; loads the tokenizer and the data, no model.
 
     Args:
@@ -66,44 +63,39 @@ def show_samples(cfg: RunConfig, count: int, allow: tuple[str, ...], colour: boo
     """
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")
     tokenizer = tokenizer_of(cfg.model, alone)
-    rows = _built(cfg.dataset, tokenizer, alone, allow)
+    rows = _built(cfg.dataset, tokenizer, alone)
     return [render(rows[k], tokenizer, colour) for k in range(min(count, len(rows)))]
 
 
-def _source(dataset: Target) -> tuple[str, Any]:
+def _source(dataset: Component) -> tuple[str, Any]:
     """The key that names a data set's rows and what it holds, for messages."""
     names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
     name = next((name for name in names if name in dataset.kwargs), None)
     if name is None:
-        return dataset.key, dataset.target
+        return dataset.key, dataset.name
     return f"{dataset.key}.{name}", dataset.kwargs[name]
 
 
-def _built(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
+def _built(dataset: Component, tokenizer: Any, world: World) -> Any:
     """The data set, what comes out of it checked where it is not ours."""
     kwargs = dict(dataset.kwargs)
     labels = kwargs.pop("labels", SHIFTED)
-    wanted = Target(dataset.target, kwargs, dataset.key)
+    wanted = replace(dataset, kwargs=kwargs)
     key, given = _source(dataset)
-    rows = as_config_error(
-        key,
-        given,
-        lambda: rank0_first(lambda: instantiate(wanted, allow, tokenizer=tokenizer), world),
-        "a data set",
-    )
-    if not dataset.target.startswith("ds_kd.data."):
-        own = functools.partial(OwnSamples, rows, len(tokenizer), labels)
-        rows = as_config_error(dataset.key, dataset.target, own, "a data set as docs/data.md says")
+    with config_error(key, given, "a data set"):
+        rows = rank0_first(lambda: instantiate(wanted, tokenizer=tokenizer), world)
+    if not dataset.name.startswith("ds_kd.data."):
+        with config_error(dataset.key, dataset.name, "a data set as docs/data.md says"):
+            rows = OwnSamples(rows, len(tokenizer), labels)
     return rows
 
 
 def build_loader(
     cfg: RunConfig,
-    dataset: Target,
-    loader: Target,
+    dataset: Component,
+    loader: Component,
     tokenizer: Any,
     world: World,
-    allow: tuple[str, ...],
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
     """Build the loader of a data set, which gives this rank's micro-batches, and their sampler.
@@ -114,7 +106,7 @@ def build_loader(
     Raises:
         ConfigError: the data set or the loader cannot be built; names the key.
     """
-    rows = _samples(cfg, dataset, tokenizer, world, allow)
+    rows = _samples(cfg, dataset, tokenizer, world)
     steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
     local = steps.local_batch_size
     if not training:
@@ -126,7 +118,7 @@ def build_loader(
     if init:
         kwargs.pop("worker_init_fn", None)
 
-    def make() -> tuple[Any, GlobalBatchSampler]:
+    with config_error(loader.key, loader.kwargs, "arguments that fit the data"):
         sampler = GlobalBatchSampler(
             len(rows),
             steps.global_batch_size if training else local * world.data.size,
@@ -139,8 +131,7 @@ def build_loader(
             lengths=lengths_of(rows) if grouped and not packs(cfg) else None,
         )
         built = instantiate(
-            Target(loader.target, kwargs, loader.key),
-            allow,
+            replace(loader, kwargs=kwargs),
             LOADER_FLAGS,
             dataset=WithFiller(rows),
             batch_sampler=sampler,
@@ -148,9 +139,4 @@ def build_loader(
             generator=torch.Generator().manual_seed(cfg.rng.seed),
             **init,
         )
-        return built, sampler
-
-    made: tuple[Any, GlobalBatchSampler] = as_config_error(
-        loader.key, loader.kwargs, make, "arguments that fit the data"
-    )
-    return made
+    return built, sampler

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ds_kd.config.components import Target, as_config_error, instantiate
-from ds_kd.config.schema import MODEL
+from ds_kd.config.components import Component, config_error, instantiate
+from ds_kd.config.names import MODEL
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
@@ -19,18 +20,18 @@ from ds_kd.parallel.world import World, rank0_first
 _NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
 
-def name_of(target: Target) -> str:
+def name_of(component: Component) -> str:
     """The directory or hub id."""
-    return str(target.kwargs["pretrained_model_name_or_path"])
+    return str(component.kwargs["pretrained_model_name_or_path"])
 
 
-def _where(target: Target) -> dict[str, Any]:
+def _where(component: Component) -> dict[str, Any]:
     """The arguments that say which files are meant, for config and tokenizer as for the model."""
     names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
-    return {name: target.kwargs[name] for name in names if name in target.kwargs}
+    return {name: component.kwargs[name] for name in names if name in component.kwargs}
 
 
-def tokenizer_of(target: Target, world: World) -> Any:
+def tokenizer_of(component: Component, world: World) -> Any:
     """The model's tokenizer, padding on the right; rank 0 loads it first.
 
     Raises:
@@ -38,24 +39,21 @@ def tokenizer_of(target: Target, world: World) -> Any:
     """
     from transformers import AutoTokenizer
 
-    kwargs = _where(target)
-    tokenizer = as_config_error(
-        f"{target.key}.pretrained_model_name_or_path",
-        name_of(target),
-        lambda: rank0_first(
-            lambda: AutoTokenizer.from_pretrained(name_of(target), **kwargs), world
-        ),
-        "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK,
-    )
+    kwargs = _where(component)
+    key = f"{component.key}.pretrained_model_name_or_path"
+    expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
+    with config_error(key, name_of(component), expected):
+        tokenizer = rank0_first(
+            lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 
 
 def load_model(
-    target: Target,
+    component: Component,
     zero: dict[str, Any],
     packs: bool,
-    allow: tuple[str, ...],
     adapt: Callable[[Any], None] | None = None,
 ) -> Any:
     """The Hugging Face model, sharded while it loads.
@@ -68,24 +66,25 @@ def load_model(
     Raises:
         ConfigError: it cannot be had, or its files lack weights.
     """
-    kwargs = {n: v for n, v in target.kwargs.items() if n not in ("torch_dtype", "dtype")}
-    extra: dict[str, Any] = {"dtype": training_dtype(target)}
-    if target.target == MODEL:
+    kwargs = {n: v for n, v in component.kwargs.items() if n not in ("torch_dtype", "dtype")}
+    extra: dict[str, Any] = {"dtype": training_dtype(component)}
+    if component.name == MODEL:
         extra["output_loading_info"] = True
         if "gguf_file" not in kwargs:
             extra["use_safetensors"] = True
-    target = Target(target.target, kwargs, target.key)
+    component = replace(component, kwargs=kwargs)
 
     def refusing(load: Callable[[], Any]) -> Any:
         expected = "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK
-        key = f"{target.key}.pretrained_model_name_or_path"
-        return as_config_error(key, name_of(target), lambda: _undamaged(load), expected)
+        key = f"{component.key}.pretrained_model_name_or_path"
+        with config_error(key, name_of(component), expected):
+            return _undamaged(load)
 
-    ties = refusing(lambda: _check_files(target)) if extra.get("use_safetensors") else []
+    ties = refusing(lambda: _check_files(component)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
     with engines.zero3_init(zero):
-        model = refusing(lambda: _whole(instantiate(target, allow, **extra), ties))
+        model = refusing(lambda: _whole(instantiate(component, **extra), ties))
         if adapt is not None:
             adapt(model)
     if packs:
@@ -125,21 +124,21 @@ def _whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
     return model
 
 
-def _check_files(target: Target) -> list[tuple[str, str]]:
+def _check_files(component: Component) -> list[tuple[str, str]]:
     """Compare the files with the configuration, the same way on every rank, and return the pairs of
     weights that only the configuration believes to be one."""
     from transformers import AutoConfig
 
     config, _ = AutoConfig.from_pretrained(
-        name_of(target),
+        name_of(component),
         return_unused_kwargs=True,
-        **{n: v for n, v in target.kwargs.items() if n != "pretrained_model_name_or_path"},
+        **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
-    files = WeightFiles(name_of(target), _where(target))
-    trusted = {n: v for n, v in target.kwargs.items() if n == "trust_remote_code"}
+    files = WeightFiles(name_of(component), _where(component))
+    trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
     model = empty_model(config, **trusted)
-    if not target.kwargs.get("ignore_mismatched_sizes"):
+    if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return differing_ties(files, model)
 
@@ -184,23 +183,23 @@ def _ropes(config: Any) -> list[dict[str, Any]]:
     return [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
 
 
-def training_dtype(target: Target) -> torch.dtype:
+def training_dtype(component: Component) -> torch.dtype:
     """Return the dtype a model is loaded, trained and saved in: the one the YAML names, or that of
     its config.json; float32 for a model kept in float16, in which nothing is trained here."""
-    if (named := dtype_of(target)) is not None:
+    if (named := dtype_of(component)) is not None:
         return named
-    config = config_of(target)
+    config = config_of(component)
     kept = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
     return torch.bfloat16 if kept == torch.bfloat16 else torch.float32
 
 
-def dtype_of(target: Target) -> torch.dtype | None:
+def dtype_of(component: Component) -> torch.dtype | None:
     """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
-    name = str(target.kwargs.get("torch_dtype", target.kwargs.get("dtype", "auto")))
+    name = str(component.kwargs.get("torch_dtype", component.kwargs.get("dtype", "auto")))
     return causal_lm.DTYPES.get(name.removeprefix("torch."))
 
 
-def config_of(target: Target) -> Any:
+def config_of(component: Component) -> Any:
     """The model's Hugging Face configuration.
 
     Raises:
@@ -208,9 +207,7 @@ def config_of(target: Target) -> Any:
     """
     from transformers import AutoConfig
 
-    return as_config_error(
-        f"{target.key}.pretrained_model_name_or_path",
-        name_of(target),
-        lambda: AutoConfig.from_pretrained(name_of(target), **_where(target)),
-        "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK,
-    )
+    key = f"{component.key}.pretrained_model_name_or_path"
+    expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
+    with config_error(key, name_of(component), expected):
+        return AutoConfig.from_pretrained(name_of(component), **_where(component))

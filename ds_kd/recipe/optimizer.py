@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from ds_kd.config.components import ConfigError, Target, instantiate, problem
+from ds_kd.config.components import Component, ConfigError, instantiate, problem
 from ds_kd.config.schema import LRScheduler
 from ds_kd.errors import first_line
 
@@ -15,62 +16,61 @@ _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
 _CPU_ADAM, _FUSED_ADAM = (f"deepspeed.ops.adam.{n}" for n in ("DeepSpeedCPUAdam", "FusedAdam"))
 
 
-def placed(target: Target, in_host: bool) -> Target:
+def placed(component: Component, in_host: bool) -> Component:
     """The optimizer for states on an accelerator or in the host's memory.
 
     There torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's Adam for the host: the
     same arithmetic on vector instructions and all cores.
 
     Args:
-        target: what the YAML names.
+        component: what the YAML names.
         in_host: whether `offload_optimizer` puts the states there.
 
     Raises:
         ConfigError: an optimizer that cannot work there.
     """
-    key = f"{target.key}._target_"
+    key = f"{component.key}._target_"
     if not in_host:
-        if target.target == _CPU_ADAM:
+        if component.name == _CPU_ADAM:
             hint = "write torch.optim.AdamW, or offload_optimizer in deepspeed.student"
             raise ConfigError([problem(key, _CPU_ADAM, "an optimizer of the accelerator", hint)])
-        return target
+        return component
     known = {  # → whether its weight decay is decoupled, and the default of that
         "torch.optim.Adam": (False, 0.0),
         "torch.optim.AdamW": (True, 1e-2),
         _FUSED_ADAM: (True, 0.0),
     }
-    if target.target in known and set(target.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
-        decoupled, weight_decay = known[target.target]
-        kwargs = {"weight_decay": weight_decay, **target.kwargs, "adamw_mode": decoupled}
-        return Target(_CPU_ADAM, kwargs, target.key)
-    if target.target == _FUSED_ADAM:
+    if component.name in known and set(component.kwargs) <= {"lr", "betas", "eps", "weight_decay"}:
+        decoupled, weight_decay = known[component.name]
+        kwargs = {"weight_decay": weight_decay, **component.kwargs, "adamw_mode": decoupled}
+        return replace(component, name=_CPU_ADAM, kwargs=kwargs)
+    if component.name == _FUSED_ADAM:
         hint = f"with offload_optimizer write {_CPU_ADAM}"
         raise ConfigError([problem(key, _FUSED_ADAM, "an optimizer of the host", hint)])
-    return target
+    return component
 
 
-def build_optimizer(target: Target, parameters: list, allow: tuple[str, ...], named: Target) -> Any:
+def build_optimizer(component: Component, parameters: list, named: Component) -> Any:
     """As the YAML says; torch's one-pass kernels where it names neither kind and there are some.
 
     Args:
-        target: from `placed`.
+        component: from `placed`.
         parameters: the trained ones.
-        allow: prefixes of `_target_` names opened on the command line.
         named: what is taken where DeepSpeed cannot build its own in the place of torch's.
 
     Raises:
         ConfigError: arguments that it does not take.
         ValueError: what it refuses, or an operator that cannot be built.
     """
-    chosen = {"fused", "foreach", "differentiable"} & set(target.kwargs)
-    extra: dict[str, Any] = {"fused": True} if target.target in _FUSED and not chosen else {}
-    extra["model_params" if target.target == _CPU_ADAM else "params"] = parameters
+    chosen = {"fused", "foreach", "differentiable"} & set(component.kwargs)
+    extra: dict[str, Any] = {"fused": True} if component.name in _FUSED and not chosen else {}
+    extra["model_params" if component.name == _CPU_ADAM else "params"] = parameters
     try:
-        return instantiate(target, allow, **extra)
+        return instantiate(component, **extra)
     except RuntimeError as error:  # DeepSpeed's, of an operator that it cannot build
-        if target is named or not named.target.startswith("torch."):
+        if component is named or not named.name.startswith("torch."):
             raise ValueError(first_line(error)) from error
-    return build_optimizer(named, parameters, allow, named)
+    return build_optimizer(named, parameters, named)
 
 
 def build_schedule(wanted: LRScheduler | None, total_steps: int) -> Callable[[Any], Any] | None:

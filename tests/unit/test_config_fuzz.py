@@ -147,7 +147,7 @@ def build(cfg):
             parameters = [*AutoModelForCausalLM.from_config(config).parameters()]
     else:
         parameters = [torch.nn.Parameter(torch.empty(2, 2, device="meta"))]
-    if cfg.optimizer.target.startswith("deepspeed."):  # these compile an operator
+    if cfg.optimizer.name.startswith("deepspeed."):  # these compile an operator
         bind(cfg.optimizer, params=parameters)
     else:
         optimizer = instantiate(cfg.optimizer, params=parameters)

@@ -8,7 +8,7 @@ import pytest
 
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import fingerprint, load
-from ds_kd.config.schema import RunConfig, keys_of
+from ds_kd.config.reference.keys import every_key
 from ds_kd.config.secrets import is_secret, without_secrets
 from tests.scripts import script
 
@@ -45,6 +45,10 @@ FORMS = {
     "JSON in a text": 'recipe: \'{"apiKey": "hunter2 of room 5"}\'',
     "an address": "recipe: 'https://hunter2@host/x'",
     "a header": "recipe: 'Bearer hunter2'",
+    "an option": "recipe: 'run --password hunter2'",
+    "an option with its sign": "recipe: 'run --api-key=hunter2'",
+    "the word after an option": "recipe: ['--token', hunter2]",
+    "a key below a secret key": "wandb: {credentials: {hunter2: of room 5}}",
 }
 
 
@@ -101,6 +105,14 @@ def test_a_later_error_that_quotes_a_secret_is_blanked(tmp_path):
     assert "horse" not in problem("wandb", "x" * 290 + "correct horse", "no text")
 
 
+def test_a_secret_of_another_type_is_not_quoted_by_the_yaml_library(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(GOOD + "wandb: {token: !!int 'no-number-but-a-secret'}\n")
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    assert "but-a-secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -110,7 +122,8 @@ def test_a_later_error_that_quotes_a_secret_is_blanked(tmp_path):
         "password", "passwd", "pwd", "DB_PASS", "passphrase", "passcode", "credential",
         "credentials", "auth",
         "Authorization", "bearer", "private_key", "privateKey", "GITHUB_PAT", "jwt", "cookie",
-        "key", "hub_tokens",
+        "key", "hub_tokens", "tokens", "token_value", "TOKEN_STR", "pass_word", "sshkey", "otp",
+        "tökén",
     ],
 )  # fmt: skip
 def test_names_of_secrets_are_known(name):
@@ -130,10 +143,8 @@ def test_innocent_names_are_not_blanked(name):
 
 
 def test_no_key_of_the_schema_is_taken_for_a_secret():
-    for name, meta in keys_of(RunConfig):
-        assert not is_secret(name)
-        for inner, _ in keys_of(meta["section"]) if "section" in meta else ():
-            assert not is_secret(inner)
+    for name, key in every_key():
+        assert not is_secret(key.name), name
 
 
 @pytest.mark.parametrize(

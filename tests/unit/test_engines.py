@@ -10,7 +10,7 @@ import torch
 
 from ds_kd.checkpoint.engine_files import settle
 from ds_kd.config.checks.zero_file import load_zero_config
-from ds_kd.config.components import ConfigError, Target
+from ds_kd.config.components import Component, ConfigError
 from ds_kd.parallel.engines import build_student, engine_config
 from ds_kd.recipe.optimizer import build_optimizer, placed
 
@@ -53,7 +53,7 @@ def test_clipping_is_written_even_when_off():
 
 
 def named(name, **kwargs):
-    return Target(name, kwargs, "optimizer")
+    return Component(name, kwargs, "optimizer")
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW"])
@@ -63,11 +63,11 @@ def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name
     results = []
     for target in (of_torch, placed(of_torch, in_host=True)):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 37))
-        made = build_optimizer(of_torch, [parameter], (), of_torch)
+        made = build_optimizer(of_torch, [parameter], of_torch)
         for step in range(1, 4):
             if step == 3 and target is not of_torch:  # a run that goes on with offload switched on
                 saved = made.state_dict()
-                made = build_optimizer(target, [parameter], (), of_torch)
+                made = build_optimizer(target, [parameter], of_torch)
                 made.load_state_dict(saved)
                 settle(made)
             parameter.grad = torch.linspace(1, -2, 37) / step
@@ -97,7 +97,7 @@ def test_where_deepspeeds_adam_cannot_be_built_torchs_stays(monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", cannot)
     of_torch = named("torch.optim.AdamW", lr=0.1)
     parameter = torch.nn.Parameter(torch.zeros(3))
-    found = build_optimizer(placed(of_torch, in_host=True), [parameter], (), of_torch)
+    found = build_optimizer(placed(of_torch, in_host=True), [parameter], of_torch)
     assert type(found) is torch.optim.AdamW
 
 

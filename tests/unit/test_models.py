@@ -54,39 +54,39 @@ def test_a_head_smaller_than_the_tokenizer_is_refused(make):
 def test_weights_that_a_checkpoint_lacks_are_not_made_up(tmp_path):
     from safetensors.torch import load_file, save_file
 
-    from ds_kd.config.components import ConfigError, Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.components import Component, ConfigError
+    from ds_kd.config.names import MODEL
     from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model", tie=False)
     weights = load_file(path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
+    target = Component(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
     with pytest.raises(ConfigError, match=r"lack weights.*lm_head.weight"):
-        load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
+        load_model(target, {"zero_optimization": {"stage": 0}}, False)
 
 
 def test_a_damaged_file_of_weights_is_told(tmp_path):
-    from ds_kd.config.components import ConfigError, Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.components import Component, ConfigError
+    from ds_kd.config.names import MODEL
     from ds_kd.recipe.models import load_model
 
     path = tiny.llama(tmp_path / "model")
     (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
-    target = Target(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
+    target = Component(MODEL, {"pretrained_model_name_or_path": str(path)}, "model")
     with pytest.raises(ConfigError, match="a file of its weights is damaged"):
-        load_model(target, {"zero_optimization": {"stage": 0}}, False, ())
+        load_model(target, {"zero_optimization": {"stage": 0}}, False)
 
 
 # ---- files against config.json -------------------------------------------------------------------
 
 
 def target_of(path, **kwargs):
-    from ds_kd.config.components import Target
-    from ds_kd.config.schema import MODEL
+    from ds_kd.config.components import Component
+    from ds_kd.config.names import MODEL
 
-    return Target(MODEL, {"pretrained_model_name_or_path": str(path), **kwargs}, "model")
+    return Component(MODEL, {"pretrained_model_name_or_path": str(path), **kwargs}, "model")
 
 
 def edit_config(path, **values):
@@ -103,11 +103,11 @@ def load_under_both_stages(world, directory, untied, misshapen):
     heads, messages = [], []
     for stage in (0, 3):
         zero = engines.engine_config({"zero_optimization": {"stage": stage}}, torch.float32, 1)
-        model = load_model(target_of(untied), zero, False, ())
+        model = load_model(target_of(untied), zero, False)
         with engines.gathered([model.lm_head.weight]):
             heads.append([model.lm_head.weight.sum().item(), model.config.tie_word_embeddings])
         try:
-            load_model(target_of(misshapen), zero, False, ())
+            load_model(target_of(misshapen), zero, False)
         except ConfigError as error:
             messages.append(str(error))
     return [heads, messages]
@@ -139,7 +139,7 @@ def test_a_tied_head_that_is_in_the_file_too_stays_tied(tmp_path):
     weights = load_file(path / "model.safetensors")
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False)
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
@@ -148,7 +148,7 @@ def test_a_model_kept_in_float16_is_loaded_and_saved_in_float32(tmp_path):
 
     path = tiny.llama(tmp_path / "model")
     edit_config(path, dtype="float16")
-    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False)
     assert training_dtype(target_of(path)) == model.dtype == model.config.dtype == torch.float32
     edit_config(path, dtype="bfloat16")
     assert training_dtype(target_of(path)) == torch.bfloat16
@@ -165,7 +165,7 @@ def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     edit_config(path, rope_parameters=rope)
     with pytest.raises(ConfigError, match=r"^(?s:.*)model.pretrained.*type dynamic.*rope_type"):
-        load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+        load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False)
 
 
 def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
@@ -175,7 +175,7 @@ def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, **factors}
     edit_config(path, rope_parameters={**rope, "original_max_position_embeddings": 16})
-    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False, ())
+    model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False)
     assert "longrope keeps its table for up to 16 tokens" in fix_rope(model)
     ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

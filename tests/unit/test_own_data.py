@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from ds_kd.config.components import ConfigError, Target
+from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
 from ds_kd.data.labels import tell_unsupervised
@@ -221,7 +221,7 @@ def own(tmp_path, monkeypatch):
 
 
 def built(path, allow, tokenizer):
-    return samples_of(load(path, [], allow=allow).dataset, tokenizer, ALONE, allow)
+    return samples_of(load(path, [], allow=allow).dataset, tokenizer, ALONE)
 
 
 def test_an_own_data_set_with_hugging_faces_labels_runs_once_its_section_says_so(own):
@@ -251,18 +251,22 @@ def test_the_check_knows_what_labels_may_be(own, tmp_path):
 def test_a_data_set_of_which_nothing_is_supervised_is_refused_by_name(tmp_path):
     rows = tmp_path / "q.jsonl"
     rows.write_text(json.dumps({"context": "w1", "question": "w2", "answers": {"text": []}}))
-    target = Target("ds_kd.data.squad.make_squad_dataset", {"dataset_name": str(rows)}, "dataset")
+    component = Component(
+        "ds_kd.data.squad.make_squad_dataset", {"dataset_name": str(rows)}, "dataset"
+    )
     with pytest.raises(
         ConfigError, match=r"dataset.dataset_name: .*q.jsonl.*none of the 1 samples"
     ):
-        samples_of(target, tiny.tokenizer(tmp_path / "t"), ALONE, ())
+        samples_of(component, tiny.tokenizer(tmp_path / "t"), ALONE)
 
 
 def test_a_share_without_supervision_is_printed_at_start(tmp_path, capsys):
     rows = tmp_path / "q.jsonl"
     empty = json.dumps({"context": "w1", "question": "w2", "answers": {"text": []}})
     rows.write_text(f"{tiny.squad_rows(3)}\n{empty}\n")
-    target = Target("ds_kd.data.squad.make_squad_dataset", {"dataset_name": str(rows)}, "dataset")
-    samples_of(target, tiny.tokenizer(tmp_path / "t"), ALONE, ())
+    component = Component(
+        "ds_kd.data.squad.make_squad_dataset", {"dataset_name": str(rows)}, "dataset"
+    )
+    samples_of(component, tiny.tokenizer(tmp_path / "t"), ALONE)
     told = "dataset: warning: 1 of 4 samples (25.0%) have no supervised token: 3"
     assert told in capsys.readouterr().out

@@ -110,7 +110,7 @@ def test_nemos_column_mapped_data_set_is_known_to_the_check(tmp_path):
     models = {n: {"pretrained_model_name_or_path": "of/hub"} for n in ("model", "teacher_model")}
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({**models, "dataset": section}))
-    assert load(path, []).dataset.target == "ds_kd.data.text.make_instruction_dataset"
+    assert load(path, []).dataset.name == "ds_kd.data.text.make_instruction_dataset"
     with pytest.raises(ConfigError, match="expected rows with q, answer; its first row has q, a"):
         load(path, ["dataset.column_mapping.answer=answer"])
     talk = {"conversations": [{"from": "human", "value": "a"}]}

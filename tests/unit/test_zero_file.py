@@ -62,6 +62,7 @@ WRONG = [
     '{"zero_allow_untested_optimizer": "no"}', '{"zero_optimization": ' + "[" * 5000,
     '{"train_batch_size": 1' + "0" * 400 + "}", '{"' + "y" * 100_000 + '": 1}',
     '{"zero_optimization": {"reduce_bucket_size": 1' + "0" * 5000 + "}}",
+    '{"zero_optimization": ' * 900 + "1" + "}" * 900,
 ]  # fmt: skip
 
 

@@ -3,17 +3,15 @@ and bounds of what a `_target_` is given."""
 
 from __future__ import annotations
 
-import math
 import re
-from typing import Any, TypeGuard
 
 from ds_kd.config.checks.files import DATA
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
-from ds_kd.config.components import Target, problem, wrong_arguments
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.components import Component, problem, wrong_arguments
+from ds_kd.config.keys import is_number
+from ds_kd.config.schema import RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 
-_LARGEST = 1e30
 #: transformers' schedules by name; each takes other arguments.
 _SCHEDULES = {
     "constant": "get_constant_schedule",
@@ -45,23 +43,12 @@ _MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
 
 
-def is_number(value: Any) -> TypeGuard[int | float]:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return abs(value) < _LARGEST and math.isfinite(value)
-
-
 def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     """Add what no key alone can tell to `problems`."""
     steps = cfg.step_scheduler
     if cfg.dataloader is not None and "batch_size" in cfg.dataloader.kwargs:
         problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
-    if steps.global_batch_size % steps.local_batch_size:
-        up = -(-steps.global_batch_size // steps.local_batch_size) * steps.local_batch_size
-        problems.append(problem(
-            "step_scheduler.global_batch_size", steps.global_batch_size,
-            f"a multiple of local_batch_size {steps.local_batch_size}", f"write {up}",
-        ))  # fmt: skip
+    problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
     if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
@@ -74,17 +61,9 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
         )
-    is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
-    if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
-        problems.append(
-            f"seed: {cfg.seed} and rng.seed: {cfg.rng.seed} contradict each other; keep one"
-        )
-    ranks = cfg.distributed.dp_size
-    if ranks and steps.global_batch_size % (steps.local_batch_size * ranks):
-        problems.append(problem(
-            "step_scheduler.global_batch_size", steps.global_batch_size,
-            f"a multiple of local_batch_size {steps.local_batch_size} × dp_size {ranks}",
-        ))  # fmt: skip
+    other = data["rng"].get("seed") if isinstance(data.get("rng"), dict) else None
+    if cfg.seed is not None and other is not None and other != cfg.seed:
+        problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
     _peft(cfg, problems)
@@ -92,14 +71,28 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _optimizer(cfg, problems)
     _zero(cfg, problems)
     _schedule(cfg, problems)
-    for target in filter(None, (cfg.dataset, cfg.validation_dataset)):
-        _data(target, problems)
-    for target in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        _loader(target, problems)
+    for component in filter(None, (cfg.dataset, cfg.validation_dataset)):
+        _data(component, problems)
+    for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        _loader(component, problems)
+
+
+def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
+    """Return what is wrong with batch sizes on this number of ranks, and a size that would fit; an
+    empty text where they fit."""
+    width = steps.local_batch_size * ranks
+    if steps.global_batch_size % width == 0:
+        return ""
+    expected = f"a multiple of local_batch_size {steps.local_batch_size}"
+    if ranks > 1:
+        expected += f" × {ranks} ranks = {width}"
+    up = -(-steps.global_batch_size // width) * width
+    key = "step_scheduler.global_batch_size"
+    return problem(key, steps.global_batch_size, expected, f"write {up}")
 
 
 def _peft(cfg: RunConfig, problems: list[str]) -> None:
-    """Which maps get an adapter, and what dropout is on."""
+    """Check which maps get an adapter, and what dropout is on."""
     peft = cfg.peft
     if peft is None:
         return
@@ -112,7 +105,7 @@ def _peft(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _zero(cfg: RunConfig, problems: list[str]) -> None:
-    """The two ZeRO files against each other's engines."""
+    """Check the two ZeRO files against each other's engines."""
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
@@ -133,7 +126,7 @@ def _zero(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _losses(cfg: RunConfig, problems: list[str]) -> None:
-    """Bounds that a loss's annotations do not tell."""
+    """Check bounds that a loss's annotations do not tell."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
     kwargs = cfg.kd_loss_fn.kwargs
@@ -150,7 +143,7 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
-    """Bounds that all optimizers share."""
+    """Check bounds that all optimizers share."""
     for name, value in (cfg.optimizer.kwargs if cfg.optimizer is not None else {}).items():
         if name == "betas":
             is_pair = isinstance(value, list) and len(value) == 2
@@ -165,7 +158,7 @@ def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _schedule(cfg: RunConfig, problems: list[str]) -> None:
-    """What the schedule of that name takes."""
+    """Check what the schedule of that name takes."""
     wanted = cfg.lr_scheduler
     if wanted is None:
         return
@@ -175,13 +168,13 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
     signature = signature_of(f"transformers.optimization.{_SCHEDULES[wanted.name]}")
     if signature is not None:
         taken = signature.annotations
-        target = Target(f"the schedule {wanted.name}", given, key)
+        component = Component(f"the schedule {wanted.name}", given, key)
         if given and not set(taken) - set(_GIVEN_TO_SCHEDULE):
-            problems.append(f"{key}: {target.target} takes none; remove them")
+            problems.append(f"{key}: {component.name} takes none; remove them")
         else:
-            problems += wrong_arguments(target, taken, signature.is_open, _GIVEN_TO_SCHEDULE)
+            problems += wrong_arguments(component, taken, signature.is_open, _GIVEN_TO_SCHEDULE)
         lacking = [n for n in signature.required if n not in {*_GIVEN_TO_SCHEDULE, *given}]
-        problems += [f"{key}.{name}: missing; {target.target} needs it" for name in lacking]
+        problems += [f"{key}.{name}: missing; {component.name} needs it" for name in lacking]
     if wanted.name == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(given)) != 1:
         problems.append(f"{key}: give min_lr, or min_lr_rate as a share of optimizer.lr")
     if wanted.name == "constant" and (wanted.num_warmup_steps or wanted.warmup_ratio):
@@ -201,47 +194,47 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(problem(f"{key}.{name}", least, f"less than optimizer.lr {lr}"))
 
 
-def _data(target: Target, problems: list[str]) -> None:
-    """Bounds of the arguments that the project's data sets share."""
-    if target.kwargs.get("streaming"):
-        key = f"{target.key}.streaming"
+def _data(component: Component, problems: list[str]) -> None:
+    """Check bounds of the arguments that the project's data sets share."""
+    if component.kwargs.get("streaming"):
+        key = f"{component.key}.streaming"
         problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
         problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
-    if target.target not in DATA:
+    if component.name not in DATA:
         return
-    for name in ("seq_length", DATA[target.target][2]):
-        value = target.kwargs.get(name)
+    for name in ("seq_length", DATA[component.name][2]):
+        value = component.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
-            problems.append(problem(f"{target.key}.{name}", value, "an integer ≥ 1"))
+            problems.append(problem(f"{component.key}.{name}", value, "an integer ≥ 1"))
     for name, words in _WORDS.items():
-        value = target.kwargs.get(name)
+        value = component.kwargs.get(name)
         if isinstance(value, str) and value not in words:
             expected = f"true, false or {' or '.join(words)}"
-            problems.append(problem(f"{target.key}.{name}", value, expected))
-    cuts = target.kwargs.get("truncation") not in (None, False, "do_not_truncate")
-    needs = cuts or target.kwargs.get("padding") == "max_length"
+            problems.append(problem(f"{component.key}.{name}", value, expected))
+    cuts = component.kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    needs = cuts or component.kwargs.get("padding") == "max_length"
     if (
         needs
-        and target.target.endswith(".make_squad_dataset")
-        and target.kwargs.get("seq_length") is None
+        and component.name.endswith(".make_squad_dataset")
+        and component.kwargs.get("seq_length") is None
     ):
-        problems.append(f"{target.key}.seq_length: missing; truncation and padding need it")
-    split = target.kwargs.get("split")
+        problems.append(f"{component.key}.seq_length: missing; truncation and padding need it")
+    split = component.kwargs.get("split")
     parts = [part.strip() for part in split.split("+")] if isinstance(split, str) else []
     if len(parts) > _MOST_SPLITS or not all(_SPLIT.fullmatch(part) for part in parts):
         expected = "a split such as train, train[:1000] or train[90%:]"
-        problems.append(problem(f"{target.key}.split", split, expected))
+        problems.append(problem(f"{component.key}.split", split, expected))
 
 
-def _loader(target: Target, problems: list[str]) -> None:
-    """Bounds of a loader's arguments, and those that need worker processes."""
+def _loader(component: Component, problems: list[str]) -> None:
+    """Check bounds of a loader's arguments, and those that need worker processes."""
     for name, least in _LOADER_LEAST.items():
-        value = target.kwargs.get(name)
+        value = component.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= least:
-            problems.append(problem(f"{target.key}.{name}", value, f"a number ≥ {least}"))
+            problems.append(problem(f"{component.key}.{name}", value, f"a number ≥ {least}"))
     for name in ("prefetch_factor", "persistent_workers", "timeout"):
-        if target.kwargs.get(name) and not target.kwargs.get("num_workers"):
+        if component.kwargs.get(name) and not component.kwargs.get("num_workers"):
             problems.append(
-                f"{target.key}.{name}: is for worker processes; set {target.key}.num_workers, or "
-                f"remove it"
+                f"{component.key}.{name}: is for worker processes; set "
+                f"{component.key}.num_workers, or remove it"
             )

@@ -7,89 +7,116 @@ import difflib
 from typing import Any
 
 from ds_kd.config.checks.files import DATA, check_data, check_model
-from ds_kd.config.components import Target, problem, refuse, wrong_arguments
-from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, NOT_WITH_ZERO, home_of
+from ds_kd.config.components import Component, is_opened, problem, refuse, wrong_arguments
+from ds_kd.config.keys import ComponentRules, Key
+from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.origins import decoded
-from ds_kd.config.schema import MODEL
 from ds_kd.config.signatures import divergences, signature_of
 
 
-def check_target(
-    value: Any, path: str, meta: Any, allow: tuple[str, ...], problems: list[str]
-) -> Target | None:
-    """The `Target` of a section, after noting in `problems` all that is wrong with it.
+def check_component(
+    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
+) -> Component | None:
+    """Return the component of a `_target_` section, after noting all that is wrong with it.
 
     Args:
         value: what the YAML holds there.
-        path: its key.
-        meta: of the schema; with `config_only` where models need nothing but a config.json.
+        key: the section's, with its rules.
         allow: prefixes of `_target_` names opened on the command line.
+        config_only: models need nothing but a config.json.
+        problems: takes a line for each thing that is wrong.
     """
+    rules, path = key.component, key.name
+    assert rules is not None
+    example = rules.example.format(name=path)
     if value is None:
-        if meta.get("required"):
-            problems.append(f"{path}: missing; {meta['doc']}, for example {meta['example']}")
-        return Target(meta["target"], dict(meta["default"]), path) if "default" in meta else None
+        if rules.required:
+            problems.append(f"{path}: missing; write for example {example}")
+        return None if rules.kwargs is None else Component(rules.calls, dict(rules.kwargs), path)
+    is_model = rules.calls == MODEL
     if not isinstance(value, dict):
-        first = "pretrained_model_name_or_path" if meta.get("target") == MODEL else "_target_"
+        first = "pretrained_model_name_or_path" if is_model else "_target_"
         problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
         return None
-    kwargs = {name: decoded(inner) for name, inner in value.items() if name != "_target_"}
-    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
-        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
-    dotted = value.get("_target_", meta.get("target"))
+    dotted = value.get("_target_", rules.calls or None)
     if not isinstance(dotted, str):
-        hint = f"for example {meta['example']}" if "example" in meta else ""
+        hint = f"for example {example}" if example else ""
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
-    written = _take_synonym(path, ALIASES.get(dotted, dotted), kwargs, problems)
+
+    component = Component(ALIASES.get(dotted, dotted), _kwargs_of(value), path, allow)
+    written = _take_synonym(path, component.name, component.kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
-    for name, inner in kwargs.items():
-        if name in meta.get("given", ()):  # told below, once
-            continue
-        problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
-    target = Target(ALIASES.get(dotted, dotted), kwargs, path)
-    if meta.get("target") == MODEL:
-        if target.target != MODEL and not refusal and not allow:
-            problems.append(problem(f"{path}._target_", dotted, MODEL))
-        _model(path, kwargs, allow, problems, meta.get("config_only", False))
-        return target
-    for name, among in meta.get("words", {}).items():
-        if name in kwargs and kwargs[name] not in among:
-            problems.append(problem(f"{path}.{name}", kwargs[name], " or ".join(among)))
-    if target.target.startswith("ds_kd.data.") and kwargs.pop("labels", "") == "unshifted":
-        problems.append(f"{path}.labels: {target.target} shifts its labels itself; remove it")
-    kind = meta.get("calls", ())
-    if not refusal and not home_of(target.target).startswith(kind or "") and not allow:
-        expected = f"a name that begins with {' or '.join(kind)}"
-        if kind[0].startswith(LOSSES):
-            expected = " or ".join(divergences() if kind == (DIVERGENCES,) else [meta["target"]])
-        problems.append(problem(f"{path}._target_", dotted, expected))
-        return target
-    if not refusal:
-        problems += _signature(target, meta)
-    if wrong := check_data(path, target.target, kwargs, written):
-        problems.append(wrong)
-    return target
+    for name, inner in component.kwargs.items():
+        if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
+            problems += _argument(component, name, inner, name in rules.flags)
+    if refusal:
+        return component
+    may_call = home_of(component.name).startswith(rules.may_call or rules.calls)
+    if not may_call and not is_opened(component.name, allow):
+        problems.append(problem(f"{path}._target_", dotted, _callable(rules)))
+    elif is_model:
+        _model(component, problems, config_only)
+    else:
+        problems += _own_words(component, rules)
+        problems += _signature(component, rules)
+        if wrong := check_data(path, component.name, component.kwargs, written):
+            problems.append(wrong)
+    return component
 
 
-def _signature(target: Target, meta: Any) -> list[str]:
+def _callable(rules: ComponentRules) -> str:
+    """Return which names a section may call, for messages."""
+    if rules.may_call == (DIVERGENCES,):
+        return " or ".join(divergences())
+    if not rules.may_call or rules.may_call[0].startswith(LOSSES):
+        return rules.calls
+    return f"a name that begins with {' or '.join(rules.may_call)}"
+
+
+def _kwargs_of(section: dict[str, Any]) -> dict[str, Any]:
+    """Return a section's arguments in their own types."""
+    kwargs = {name: decoded(value) for name, value in section.items() if name != "_target_"}
+    if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
+        kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
+    return kwargs
+
+
+def _own_words(component: Component, rules: ComponentRules) -> list[str]:
+    """Return what is wrong with the keys of a section that ds_kd takes itself."""
+    found = [
+        problem(f"{component.key}.{name}", component.kwargs[name], " or ".join(among))
+        for name, among in rules.words.items()
+        if name in component.kwargs and component.kwargs[name] not in among
+    ]
+    is_ours = component.name.startswith("ds_kd.data.")
+    if is_ours and component.kwargs.pop("labels", "") == "unshifted":
+        found.append(
+            f"{component.key}.labels: {component.name} shifts its labels itself; remove it"
+        )
+    return found
+
+
+def _signature(component: Component, rules: ComponentRules) -> list[str]:
     """Return what is wrong with a component's arguments by its callable's signature."""
-    signature = signature_of(target.target)
+    signature = signature_of(component.name)
     if signature is None:
-        is_ours = target.target.startswith("ds_kd.")
-        return [f"{target.key}._target_: there is no {target.target}"] if is_ours else []
-    given, also = meta.get("given", ()), (*meta.get("flags", ()), *meta.get("words", ()))
-    found = wrong_arguments(target, signature.annotations, signature.is_open, given, also)
-    missing = [name for name in signature.required if name not in (*target.kwargs, *given)]
-    return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
+        is_ours = component.name.startswith("ds_kd.")
+        return [f"{component.key}._target_: there is no {component.name}"] if is_ours else []
+    also = (*rules.flags, *rules.words)
+    found = wrong_arguments(component, signature.annotations, signature.is_open, rules.given, also)
+    missing = [name for name in signature.required if name not in (*component.kwargs, *rules.given)]
+    return found + [
+        f"{component.key}.{name}: missing; {component.name} needs it" for name in missing
+    ]
 
 
-def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list[str]) -> str:
+def _take_synonym(path: str, dotted: str, kwargs: dict[str, Any], problems: list[str]) -> str:
     """Put `dataset_name` under the name that the data set has for its source, and return which of
     the two is written."""
-    own = DATA[target][0] if target in DATA else "dataset_name"
+    own = DATA[dotted][0] if dotted in DATA else "dataset_name"
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
     if own in kwargs:
@@ -98,11 +125,11 @@ def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list
     return "dataset_name"
 
 
-def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> list[str]:
-    """What is wrong with an argument whatever is called with it."""
-    problems = []
-    if path.endswith("_fn") and value is not None:
-        return _function(path, value, allow)
+def _argument(component: Component, name: str, value: Any, is_flag: bool) -> list[str]:
+    """Return what is wrong with an argument whatever is called with it."""
+    path, problems = f"{component.key}.{name}", []
+    if name.endswith("_fn") and value is not None:
+        return _function(path, value, component.allow)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
@@ -111,7 +138,7 @@ def _argument(path: str, value: Any, is_flag: bool, allow: tuple[str, ...]) -> l
 
 
 def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
-    """What is wrong with the dotted name of a function."""
+    """Return what is wrong with the dotted name of a function."""
     if not isinstance(name, str):
         return [problem(path, name, "a dotted name")]
     if refused := refuse(name, allow):
@@ -122,9 +149,9 @@ def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _model(
-    path: str, kwargs: dict, allow: tuple[str, ...], problems: list[str], config_only: bool
-) -> None:
+def _model(component: Component, problems: list[str], config_only: bool) -> None:
+    """Add what is wrong with the arguments of `from_pretrained` to `problems`."""
+    path, kwargs = component.key, component.kwargs
     name = kwargs.get("pretrained_model_name_or_path")
     if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
@@ -148,7 +175,7 @@ def _model(
     is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
     if attention is not None and not is_kernel and attention not in _ATTENTION:
         problems.append(problem(f"{path}.attn_implementation", attention, " or ".join(_ATTENTION)))
-    if kwargs.get("trust_remote_code") and name not in allow:
+    if kwargs.get("trust_remote_code") and name not in component.allow:
         problems.append(
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.config.components import Target
+from ds_kd.config.components import Component
 from ds_kd.config.schema import RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
@@ -24,9 +24,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         cfg: the checked config.
         data: the YAML's own keys, defaults not filled in.
     """
-    checkpoints_off = not cfg.checkpoint.enabled or (
-        "checkpoint" in data and not data["checkpoint"]
-    )
+    checkpoints_off = not cfg.checkpoint.enabled
     validates = cfg.validation_dataset is not None
     compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
     rules = [
@@ -55,17 +53,17 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
 
 
 def _is_set(data: dict[str, Any], key: str) -> bool:
-    """Whether the YAML gives this key a value that asks for something."""
+    """Return whether the YAML gives this key a value that asks for something."""
     value: Any = data
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
     return value not in (None, False, {}, [])
 
 
-def _lengths(dataset: Target, data: dict[str, Any]) -> list[str]:
-    """A `seq_length` that nothing cuts or pads to, and a truncation to no length."""
+def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
+    """Note a `seq_length` that nothing cuts or pads to, and a truncation to no length."""
     kwargs, key = dataset.kwargs, dataset.key
-    if not dataset.target.startswith("ds_kd.data."):
+    if not dataset.name.startswith("ds_kd.data."):
         return []
     cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
     if kwargs.get("seq_length") is not None and not cuts and kwargs.get("padding") != "max_length":
@@ -77,8 +75,8 @@ def _lengths(dataset: Target, data: dict[str, Any]) -> list[str]:
     return []
 
 
-def _loader(loader: Target, data: dict[str, Any], packs: bool) -> list[str]:
-    """Arguments of a loader for what it does not do."""
+def _loader(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
+    """Note arguments of a loader for what it does not do."""
     notes = []
     if packs and loader.kwargs.get("group_by_length"):
         notes.append(f"{loader.key}.group_by_length: has no effect, as samples are packed")

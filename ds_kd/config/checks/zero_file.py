@@ -43,7 +43,7 @@ _PLAIN_ZERO3 = {
 def load_zero_config(
     source: str | dict | None, key: str, stages: tuple[int, ...] = (3,)
 ) -> dict[str, Any]:
-    """A ZeRO file (path, inline mapping, or None for plain ZeRO-3) → its checked content.
+    """Return the checked content of a ZeRO file: a path, a mapping, or None for plain ZeRO-3.
 
     Raises:
         ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
@@ -56,7 +56,10 @@ def load_zero_config(
         source = _read(source, where)
     if not isinstance(source, dict):
         raise ValueError(f"{where}: expected a mapping with zero_optimization")
-    config = copy.deepcopy(source)
+    try:
+        config = copy.deepcopy(source)
+    except RecursionError:
+        raise ValueError(f"{where}: it is nested too deeply; give a DeepSpeed JSON file") from None
     for name in list(config):
         if config[name] == "auto":
             del config[name]
@@ -121,12 +124,12 @@ def _check_offload(zero: dict[str, Any], where: str) -> None:
 
 
 def _named(name: str, value: Any) -> str:
-    """A key with its plain value; a section may hold secrets."""
+    """Return a key with its plain value; a section may hold secrets."""
     return name if isinstance(value, (dict, list)) else f"{name}={shown(value)}"
 
 
 def offloaded(config: dict[str, Any]) -> dict[str, Any]:
-    """The same ZeRO configuration with parameters kept in the host's memory, unless it says where
+    """Return the same ZeRO configuration with parameters in the host's memory, unless it says where
     itself."""
     zero = config["zero_optimization"]
     there = (zero.get("offload_param") or {}).get("device", "none") != "none"
@@ -135,6 +138,6 @@ def offloaded(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether optimizer states live outside the accelerator."""
+    """Return whether optimizer states live outside the accelerator."""
     part = config["zero_optimization"].get("offload_optimizer") or {}
     return part.get("device") in ("cpu", "nvme")

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ds_kd.config.checks.files import DATA
-from ds_kd.config.names import ALIASES, ALLOWED, home_of
-from ds_kd.config.schema import MODEL
+from ds_kd.config.keys import ComponentRules
+from ds_kd.config.names import ALIASES, ALLOWED, MODEL, home_of
 from ds_kd.config.signatures import divergences, signature_of
 
 
-def callables_of(meta: Any) -> list[str]:
-    """Return the names that the project knows for a section, its default first.
-
-    Args:
-        meta: of the schema.
-    """
-    kinds, default = meta.get("calls", ()), meta.get("target")
+def callables_of(rules: ComponentRules) -> list[str]:
+    """Return the names that the project knows for a section, its default first."""
     names = {*ALIASES.values(), *ALLOWED, *DATA, *divergences()} - {MODEL}
-    found = sorted(name for name in names if kinds and home_of(name).startswith(kinds))
+    found = sorted(name for name in names if home_of(name).startswith(rules.may_call))
     known = [name for name in found if signature_of(name) is not None and "collate" not in name]
-    return sorted(known, key=lambda name: name != default)
+    return sorted(known, key=lambda name: name != rules.calls)
 
 
-def arguments_of(name: str, meta: Any) -> tuple[dict[str, str], bool]:
+def arguments_of(name: str, rules: ComponentRules) -> tuple[dict[str, str], bool]:
     """Return a callable's arguments with their annotations, and whether it takes others.
 
     What ds_kd gives itself is left out; the section's own flags are there.
     """
     signature = signature_of(name)
     assert signature is not None
-    given = meta.get("given", ())
-    taken = {n: text for n, text in signature.annotations.items() if n not in given}
-    return {**taken, **dict.fromkeys(meta.get("flags", ()), "bool")}, signature.is_open
+    taken = {n: text for n, text in signature.annotations.items() if n not in rules.given}
+    return {**taken, **dict.fromkeys(rules.flags, "bool")}, signature.is_open

@@ -6,27 +6,11 @@ import json
 import signal
 from typing import Any
 
+from ds_kd.config.keys import ComponentRules, Key, keys_of
 from ds_kd.config.names import ALIASES
 from ds_kd.config.reference.arguments import arguments_of, callables_of
-from ds_kd.config.schema import RunConfig, keys_of
+from ds_kd.config.schema import RunConfig
 
-_TYPES: dict[str, dict[str, Any]] = {
-    "int": {"type": "integer"},
-    "number": {"type": "number"},
-    "bool": {"type": "boolean"},
-    "str": {"type": "string"},
-    "mapping": {"type": "object"},
-    "list": {"type": "array"},
-    "names": {"type": ["array", "string"], "items": {"type": "string"}},
-    "nemo": {"type": "string", "pattern": r"^nemo_automodel\."},
-    "parallel": {"const": 1},
-    "clip": {
-        "anyOf": [
-            {"type": "number", "exclusiveMinimum": 0},
-            {"type": "object", "properties": {"max_norm": {"type": "number"}}},
-        ]
-    },
-}
 _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
 #: What `load` translates before it looks: NeMo-AutoModel's spellings.
 _ALSO = {
@@ -36,16 +20,18 @@ _ALSO = {
 
 
 def json_schema() -> dict[str, Any]:
-    """Of a whole YAML; null and interpolations pass everywhere, `load` judges them."""
+    """Return the schema of a whole YAML; null and `${…}` pass everywhere, `load` judges them."""
     made = _section(RunConfig)
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "ds_kd"
-    made["required"] = [name for name, meta in keys_of(RunConfig) if meta.get("required")]
+    made["required"] = [
+        name for name, key in keys_of(RunConfig).items() if key.component and key.component.required
+    ]
     return made
 
 
 def _section(cls: Any, also: dict[str, Any] | None = None) -> dict[str, Any]:
-    properties = {name: _key(name, meta) for name, meta in keys_of(cls)}
+    properties = {name: _key(key) for name, key in keys_of(cls).items()}
     return {
         "type": "object",
         "properties": {**properties, **(also or {})},
@@ -53,36 +39,32 @@ def _section(cls: Any, also: dict[str, Any] | None = None) -> dict[str, Any]:
     }
 
 
-def _key(name: str, meta: Any) -> dict[str, Any]:
-    kind = meta["kind"]
-    if kind == "section":
-        wanted = [_section(meta["section"], _ALSO.get(name))]
-        wanted += [{"type": "boolean"}] if name == "compile" else []
-    elif kind == "target":
-        wanted = [_target(meta)]
-    elif kind == "choice":
-        among = [*meta["among"], *(word == "true" for word in meta["among"] if word in _TRUTH)]
-        wanted = [{"enum": among}]
-    elif kind == "any":
-        return {"description": meta["doc"]}
+def _key(key: Key) -> dict[str, Any]:
+    if key.section is not None:
+        wanted = [_section(key.section, _ALSO.get(key.name))]
+        wanted += [{"type": "boolean"}] if key.name == "compile" else []
+    elif key.component is not None:
+        wanted = [_component(key.component)]
+    elif not key.kind.json:
+        return {"description": key.sentence}
     else:
-        wanted = [{**_TYPES[kind], **{_BOUNDS[n]: meta[n] for n in _BOUNDS if n in meta}}]
-    loose = [{"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]
-    loose += [{"const": "none"}] if name.endswith("_size") else []
-    return {"description": meta["doc"], "anyOf": [*wanted, *loose]}
+        wanted = [{**key.kind.json, **{_BOUNDS[name]: key.bounds[name] for name in key.bounds}}]
+    loose: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]
+    loose += [{"const": "none"}] if key.name.endswith("_size") else []
+    return {"description": key.sentence, "anyOf": [*wanted, *loose]}
 
 
-def _target(meta: Any) -> dict[str, Any]:
-    """A `_target_` section: the arguments of each callable that the project knows for it."""
+def _component(rules: ComponentRules) -> dict[str, Any]:
+    """Return the schema of a `_target_` section: the arguments of each callable that it may be."""
     properties: dict[str, Any] = {"_target_": {"type": "string"}}
     made: dict[str, Any] = {"type": "object", "properties": properties}
     cases = []
-    for name in callables_of(meta):
-        taken, is_open = arguments_of(name, meta)
+    for name in callables_of(rules):
+        taken, is_open = arguments_of(name, rules)
         arguments = {argument: _typed(annotation) for argument, annotation in taken.items()}
         spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
         chosen: dict[str, Any] = {"properties": {"_target_": {"enum": spellings}}}
-        if name != meta.get("target"):
+        if name != rules.calls:
             chosen["required"] = ["_target_"]
         then: dict[str, Any] = {"properties": {"_target_": True, **arguments}}
         if not is_open:
@@ -98,7 +80,7 @@ _PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string
 
 
 def _typed(annotation: str) -> dict[str, Any]:
-    """The schema of a plain annotation; anything goes for another."""
+    """Return the schema of a plain annotation; anything goes for another."""
     names = [name.strip() for name in annotation.split("|")]
     if not annotation or not set(names) <= {*_PLAIN, "None"}:
         return {}
@@ -106,9 +88,6 @@ def _typed(annotation: str) -> dict[str, Any]:
     if "float" in names:  # 1e-8 is a text to YAML 1.1 and a number to `load`
         kinds.append({"type": "string", "pattern": r"^[-+]?[\d.]+[eE][-+]?\d+$"})
     return {"anyOf": [*kinds, {"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]}
-
-
-_TRUTH = ("true", "false")
 
 
 if __name__ == "__main__":

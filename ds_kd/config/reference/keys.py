@@ -4,36 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.reference.arguments import arguments_of, callables_of
-from ds_kd.config.schema import RunConfig, default_of, keys_of
+from ds_kd.config.schema import RunConfig
 
 
-def every_key() -> list[tuple[str, str, str]]:
-    """(key, meaning, default as YAML) of the whole schema."""
+def every_key() -> list[tuple[str, Key]]:
+    """Return (whole name, key) of the whole schema, each section before its own keys."""
     rows = []
-    for name, meta in keys_of(RunConfig):
-        section = meta.get("section")
-        default = "required" if meta.get("required") else ""
-        if section is None and not default:
-            default = _show(meta.get("default", default_of(RunConfig, name)))
-        rows.append((name, meta["doc"], default))
-        for inner, inner_meta in keys_of(section) if section else ():
-            default = _show(default_of(section, inner))
-            rows.append((f"{name}.{inner}", inner_meta["doc"], default))
+    for name, key in keys_of(RunConfig).items():
+        rows.append((name, key))
+        inner = keys_of(key.section) if key.section else {}
+        rows += [(f"{name}.{part}", inner[part]) for part in inner]
     return rows
 
 
-#: Units of what is counted or measured, by the last part of a key.
-_UNITS = {
-    "global_batch_size": "samples", "local_batch_size": "samples", "num_epochs": "epochs",
-    "max_steps": "steps", "val_every_steps": "steps", "ckpt_every_steps": "steps",
-    "max_skipped_steps": "steps", "timeout_minutes": "minutes", "num_warmup_steps": "steps",
-    "warmup_ratio": "share of all steps", "packed_sequence_size": "tokens",
-    "clip_grad_norm": "L2 norm", "keep_last": "checkpoints", "keep_best": "checkpoints",
-    "dropout": "probability", "nodes": "machines", "ntasks_per_node": "ranks",
-    "gpus_per_node": "accelerators", "cpus_per_task": "cores", "time": "HH:MM:SS",
-    "dp_size": "ranks", "kd_ratio": "share", "every_minutes": "minutes",
-}  # fmt: skip
+def default_of(key: Key) -> str:
+    """Return a key's default as YAML: empty for a section, `required` where there is none."""
+    if key.section is not None:
+        return ""
+    if key.component is None:
+        return _show(key.default)
+    if key.component.required:
+        return "required"
+    return _show(None if key.component.kwargs is None else dict(key.component.kwargs))
+
+
 #: What NeMo-AutoModel calls it, where the name is another; and what it has no name for.
 _NEMO_NAMES = {
     "lr_scheduler.name": "lr_decay_style", "lr_scheduler.num_warmup_steps": "lr_warmup_steps",
@@ -47,43 +43,46 @@ _OWN = (
 
 
 def key_table() -> str:
-    """Every key as a markdown table."""
+    """Return every key as a markdown table."""
     lines = ["| key | meaning | unit | default | in NeMo-AutoModel |", "|---|---|---|---|---|"]
-    for name, doc, default in every_key():
+    for name, key in every_key():
+        default = default_of(key)
         shown = default if default in ("", "required") else f"`{default}`"
-        unit = _UNITS.get(name.rpartition(".")[2], "")
         nemo = "—" if name.startswith(_OWN) else _NEMO_NAMES.get(name, "same")
-        lines.append(f"| `{name}` | {doc} | {unit} | {shown} | {nemo} |")
+        lines.append(f"| `{name}` | {key.sentence} | {key.unit} | {shown} | {nemo} |")
     return "\n".join(lines)
 
 
 def list_keys(prefix: str = "") -> list[str]:
-    """A line for each key that begins so, for a terminal."""
-    rows = [row for row in every_key() if row[0].startswith(prefix)]
-    rows += _arguments(prefix)
+    """Return a line for each key that begins so, for a terminal."""
+    rows = [(name, key.sentence, _unit_and_default(key)) for name, key in every_key()]
+    rows = [row for row in rows if row[0].startswith(prefix)] + _arguments(prefix)
     if not rows:
-        return [
-            f"no key begins with {prefix}; there are: {', '.join(n for n, _ in keys_of(RunConfig))}"
-        ]
+        return [f"no key begins with {prefix}; there are: {', '.join(keys_of(RunConfig))}"]
     width = max(len(name) for name, _, _ in rows)
-    return [
-        f"{name:<{width}}  {doc}" + (f" [{default}]" if default else "")
-        for name, doc, default in rows
-    ]
+    return [f"{name:<{width}}  {sentence}{more}" for name, sentence, more in rows]
+
+
+def _unit_and_default(key: Key) -> str:
+    told = [key.unit, f"default {default_of(key)}" if default_of(key) else ""]
+    told = ["required"] if default_of(key) == "required" else [part for part in told if part]
+    return f" [{', '.join(told)}]" if told else ""
 
 
 def _arguments(prefix: str) -> list[tuple[str, str, str]]:
-    """(key, whose argument it is and its type, nothing) of the `_target_` section in a prefix."""
+    """Return (key, whose argument it is, nothing) for the `_target_` section in a prefix."""
     section = prefix.partition(".")[0]
-    meta = dict(keys_of(RunConfig)).get(section, {})
-    rows: dict[str, tuple[str, str, str]] = {}
-    for name in callables_of(meta) if meta.get("kind") == "target" else ():
-        for argument, annotation in arguments_of(name, meta)[0].items():
-            key = f"{section}.{argument}"
+    key = keys_of(RunConfig).get(section)
+    rules = key.component if key else None
+    rows: dict[str, str] = {}
+    if rules is None:
+        return []
+    for name in callables_of(rules):
+        for argument, annotation in arguments_of(name, rules)[0].items():
             told = f"of {name}" + (f": {annotation}" if annotation else "")
-            before = rows[key][1] + "; " if key in rows else ""
-            rows[key] = (key, before + told, "")
-    return [row for key, row in rows.items() if key.startswith(prefix)]
+            path = f"{section}.{argument}"
+            rows[path] = f"{rows[path]}; {told}" if path in rows else told
+    return [(path, told, "") for path, told in rows.items() if path.startswith(prefix)]
 
 
 def _show(value: Any) -> str:

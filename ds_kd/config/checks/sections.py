@@ -1,0 +1,69 @@
+"""The plain keys of a config: known, of their kind and within their bounds."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from ds_kd.config.components import problem
+from ds_kd.config.keys import Key, keys_of
+from ds_kd.config.names import REFUSED_KEYS
+from ds_kd.config.origins import decoded
+
+
+def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
+    """Return the values of a section in their own types; what is absent is left to its default.
+
+    Args:
+        cls: the section's dataclass in the schema.
+        data: what the YAML holds there; `_target_` sections are left to `check_component`.
+        prefix: of its keys.
+        problems: takes a line for each value that is wrong.
+    """
+    known, values = keys_of(cls), {}
+    for name, value in data.items():
+        path = f"{prefix}{name}"
+        if path in REFUSED_KEYS:
+            if not _is_off(value):
+                problems.append(f"{path}: {REFUSED_KEYS[path]}")
+        elif name not in known:
+            problems.append(f"{path}: unknown key; {_near(name, prefix, [*known])}")
+        elif known[name].component is None:
+            checked = _check_key(path, value, known[name], problems)
+            if checked is not None:
+                values[name] = checked
+    return values
+
+
+def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
+    """Return a key's value in its own type, or None after noting what is wrong with it."""
+    if key.section is not None:
+        if isinstance(value, dict):
+            return key.section(**check_section(key.section, value, f"{path}.", problems))
+        if value is not None:
+            first = next(name for name in keys_of(key.section) if name != "_target_")
+            problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
+        return None
+    if value is None:
+        if key.default not in (None, []):
+            hint = "leave the key out for its default"
+            problems.append(problem(path, None, key.expected, hint))
+        return None
+    value = value if key.kind.keeps_text else decoded(value)
+    try:
+        return key.read(value)
+    except ValueError as error:
+        problems.append(problem(path, value, key.expected, str(error)))
+        return None
+
+
+def _near(name: str, prefix: str, known: list[str]) -> str:
+    """Return a hint at the key that was meant."""
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
+    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _is_off(value: Any) -> bool:
+    if isinstance(value, dict):
+        return value.get("enabled") is False
+    return value is None or value is False

@@ -1,0 +1,298 @@
+"""The keys of the YAML and the kinds of value that they hold.
+
+A field of a dataclass in `ds_kd.config.schema` is a key. Its annotation tells the kind, and a kind
+reads a value into its own type and says in words and as JSON Schema what it takes: a new kind is
+one entry here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeGuard
+
+_LARGEST = 1e30
+
+
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Return whether a value is a finite number that fits all computations; a bool is none."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return abs(value) < _LARGEST and math.isfinite(value)
+
+
+@dataclass(frozen=True, eq=False)  # hashed as an annotation is
+class Kind:
+    """One kind of value.
+
+    Args:
+        words: what it takes, for messages.
+        json: the same as JSON Schema.
+        read: returns a value in the kind's own type; raises a ValueError, whose text is a hint,
+            for what is not of this kind.
+        keeps_text: whether a text that a variable gave stays a text, even where it is a number.
+    """
+
+    words: str
+    json: Mapping[str, Any]
+    read: Callable[[Any], Any]
+    keeps_text: bool = False
+
+
+def _refuse_quotes(value: Any) -> ValueError:
+    """Return the error for what is no number, with a hint where only quotes are wrong."""
+    is_quoted = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
+    return ValueError("write it without quotes" if is_quoted else "")
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    raise _refuse_quotes(value)
+
+
+def _number(value: Any) -> float:
+    if is_number(value):
+        return float(value)
+    raise _refuse_quotes(value)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    raise ValueError("put it in quotes" if isinstance(value, (int, float)) else "")
+
+
+def _names(value: Any) -> list[str]:
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
+        return names
+    raise ValueError
+
+
+def _instance(of: Any) -> Callable[[Any], Any]:
+    """Return a reader that takes the instances of a type as they are."""
+
+    def read(value: Any) -> Any:
+        if isinstance(value, of):
+            return value
+        raise ValueError
+
+    return read
+
+
+def _max_norm(value: Any) -> float:
+    if isinstance(value, dict) and set(value) <= {"max_norm"}:
+        value = value.get("max_norm")
+    if is_number(value) and value > 0:
+        return float(value)
+    raise ValueError
+
+
+def _one(value: Any) -> int:
+    if value == 1 and not isinstance(value, bool):
+        return 1
+    raise ValueError
+
+
+def _nemo_name(value: Any) -> str:
+    if isinstance(value, str) and value.startswith("nemo_automodel."):
+        return value
+    raise ValueError
+
+
+def _choice(among: tuple[Any, ...]) -> Kind:
+    """Return the kind that takes one of these words, or true and false where they are words."""
+
+    def read(value: Any) -> Any:
+        word = value if value in among or not isinstance(value, bool) else str(value).lower()
+        if any(type(word) is type(choice) and word == choice for choice in among):
+            return word
+        raise ValueError
+
+    switches = [word == "true" for word in among if word in ("true", "false")]
+    words = " or ".join(str(choice).lower() for choice in among)
+    return Kind(words, {"enum": [*among, *switches]}, read)
+
+
+#: Type of an annotation → its kind.
+_KINDS: dict[Any, Kind] = {
+    int: Kind("an integer", {"type": "integer"}, _integer),
+    float: Kind("a number", {"type": "number"}, _number),
+    bool: Kind("true or false", {"type": "boolean"}, _instance(bool)),
+    str: Kind("text", {"type": "string"}, _text, keeps_text=True),
+    dict: Kind("a mapping", {"type": "object"}, _instance(dict), keeps_text=True),
+    list: Kind(
+        "a list of names",
+        {"type": ["array", "string"], "items": {"type": "string"}},
+        _names,
+        keeps_text=True,
+    ),
+    Any: Kind("anything", {}, _instance(object)),
+    type(None): Kind("null", {"type": "null"}, _instance(type(None))),
+}
+_MAX_NORM = Kind(
+    "a number > 0 or {max_norm: number}, or nothing for no clipping",
+    {
+        "anyOf": [
+            {"type": "number", "exclusiveMinimum": 0},
+            {"type": "object", "properties": {"max_norm": {"type": "number"}}},
+        ]
+    },
+    _max_norm,
+)
+_ONE = Kind(
+    "1, as ranks share the data alone and ZeRO-3 shards the weights over them", {"const": 1}, _one
+)
+_NEMO_NAME = Kind(
+    "a name of NeMo-AutoModel, or nothing",
+    {"type": "string", "pattern": r"^nemo_automodel\."},
+    _nemo_name,
+)
+#: Annotations of kinds that no plain type tells.
+MaxNorm = Annotated[float, _MAX_NORM]
+OnlyOne = Annotated[int, _ONE]
+NemoName = Annotated[str, _NEMO_NAME]
+
+
+def without_none(annotation: Any) -> Any:
+    """Return the annotation `X` of `X | None`; any other as it is."""
+    if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
+        return annotation
+    (only,) = [part for part in typing.get_args(annotation) if part is not type(None)]
+    return only
+
+
+def kind_of(annotation: Any) -> Kind:
+    """Return the kind that an annotation tells.
+
+    Raises:
+        KeyError: there is none.
+    """
+    if typing.get_origin(annotation) is Annotated:
+        return next(part for part in annotation.__metadata__ if isinstance(part, Kind))
+    if typing.get_origin(annotation) is Literal:
+        return _choice(typing.get_args(annotation))
+    return _KINDS[typing.get_origin(annotation) or annotation]
+
+
+@dataclass(frozen=True)
+class ComponentRules:
+    """The rules of a `_target_` section.
+
+    Args:
+        calls: dotted name of what is called where the section names nothing.
+        may_call: beginnings of the names that it may call.
+        given: arguments that ds_kd gives itself.
+        flags: keys of the section that are true or false and that ds_kd takes.
+        words: keys of the section that ds_kd takes, and the words each may be.
+        kwargs: the arguments where the section is absent; None leaves the section out.
+        required: whether it must be there.
+        example: of the section, for messages.
+    """
+
+    calls: str = ""
+    may_call: tuple[str, ...] = ()
+    given: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()
+    words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] | None = None
+    required: bool = False
+    example: str = ""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the schema.
+
+    Args:
+        name: the last part of the key.
+        sentence: what it does.
+        unit: of its number.
+        annotation: its type, without None.
+        default: its value where nothing is written; {} for a section that is always there.
+        bounds: `low` and `high`, which it may be, and `above`, which it may not.
+        component: the rules of a `_target_` section.
+    """
+
+    name: str
+    sentence: str
+    unit: str
+    annotation: Any
+    default: Any
+    bounds: Mapping[str, float]
+    component: ComponentRules | None
+
+    @property
+    def section(self) -> Any:
+        """Return the dataclass of a section's own keys, or None."""
+        is_section = dataclasses.is_dataclass(self.annotation) and self.component is None
+        return self.annotation if is_section else None
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.annotation)
+
+    @property
+    def expected(self) -> str:
+        """Return in words what the key takes, for messages."""
+        low, high = self.bounds.get("low"), self.bounds.get("high")
+        if low is not None and high is not None:
+            return f"{self.kind.words} from {low} to {high}"
+        signs = (("low", "≥"), ("above", ">"), ("high", "≤"))
+        told = [f"{sign} {self.bounds[name]}" for name, sign in signs if name in self.bounds]
+        return f"{self.kind.words} {' and '.join(told)}".strip()
+
+    def read(self, value: Any) -> Any:
+        """Return the value in the key's own type.
+
+        Raises:
+            ValueError: it is of another kind or out of bounds; the text is a hint.
+        """
+        made = self.kind.read(value)
+        if not self.bounds:
+            return made
+        in_range = self.bounds.get("low", made) <= made <= self.bounds.get("high", made)
+        if not in_range or made <= self.bounds.get("above", -math.inf):
+            raise ValueError
+        return made
+
+
+def key(
+    default: Any,
+    sentence: str,
+    /,
+    unit: str = "",
+    component: ComponentRules | None = None,
+    **bounds: float,
+) -> Any:
+    """Return a documented field; a type as the default makes a new one for each config."""
+    meta = {"sentence": sentence, "unit": unit, "component": component, "bounds": bounds}
+    if isinstance(default, type):
+        return field(default_factory=default, metadata=meta)
+    return field(default=default, metadata=meta)
+
+
+@functools.cache
+def keys_of(cls: Any) -> dict[str, Key]:
+    """Return the keys of a section by name."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {
+        f.name: Key(
+            name=f.name, annotation=without_none(hints[f.name]), default=_default(f), **f.metadata
+        )
+        for f in dataclasses.fields(cls)
+        if f.metadata
+    }
+
+
+def _default(of: Any) -> Any:
+    if of.default is not dataclasses.MISSING:
+        return of.default
+    return [] if of.default_factory is list else {}
