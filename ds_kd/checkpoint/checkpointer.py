@@ -266,7 +266,9 @@ class Checkpointer:
         return link.resolve() if link.exists() else None
 
     def mark(self, step: int, finished: bool) -> None:
-        """Leave or remove the marker of a run that was stopped before its end (rank 0)."""
+        """Leave or remove the marker of a run that was stopped before its end."""
+        if not self.world.is_main:
+            return
         marker = self.directory / PREEMPTED
         if finished:
             marker.unlink(missing_ok=True)

@@ -23,6 +23,8 @@ from ds_kd.errors import UserError, first_line
 class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
+    exit_code = 2
+
     def __init__(self, problems: list[str]):
         self.problems = [without_known(line) for line in problems]
         super().__init__(self.text())
