@@ -122,6 +122,8 @@ def _rank(rank: int, port: int, log: str, words: list[str], directory: Path, at:
 
 @functools.cache
 def _context() -> Any:
+    # As `quiet` sets it; here torch is there before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "transformers", "datasets", "tests.scripts"])
     return context

@@ -44,7 +44,8 @@ def build(cfg: Any, allow: tuple[str, ...] = (), listens: bool = False) -> Any:
     Args:
         cfg: from `load_config`.
         allow: prefixes of `_target_` names to permit.
-        listens: SIGTERM, SIGUSR1 and Ctrl-C end the run after its step, saved (in the main thread).
+        listens: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the run after its step, saved (in the main
+            thread).
 
     Raises:
         ds_kd.errors.UserError: something that the config names does not exist or does not fit, a

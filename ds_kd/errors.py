@@ -35,6 +35,7 @@ class MachineError(UserError):
 _EXHAUSTED = {
     "memory": ("out of memory", "allocate memory", "failed to map segment", "MemoryError"),
     "open files (ulimit -n)": ("Too many open files",),
+    "room on a disk": ("No space left on device", "Disk quota exceeded", "File too large"),
     "threads or processes (ulimit -u)": ("can't start new thread", "temporarily unavailable"),
 }
 

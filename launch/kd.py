@@ -8,8 +8,8 @@
     python launch/kd.py --config cfg.yaml --show-samples 3  what is supervised of its first samples
     python launch/kd.py --list-keys [prefix]                            every key of the YAML
 
-Ctrl-C, SIGTERM or SIGUSR1 at any rank: all finish their step, save and end; the same command goes
-on. A second one ends the process at once, with nothing saved.
+Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at any rank: all finish their step, save and end; the same
+command goes on. A second one ends the process at once, with nothing saved.
 
 Exit code: 0 done or stopped so, 1 the run failed, 2 the config, the command or the environment is
 wrong, 130 ended by Ctrl-C at once: by the second, or before there was anything to save.

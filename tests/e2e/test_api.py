@@ -25,9 +25,10 @@ def run(directory, *more):
     with ds_kd.build(config(directory, *more)) as trainer:
         began = trainer.state.step
         finished = trainer.train()
+        loss = trainer.validate()["loss"]
         assert (root / directory / "RUNNING").exists()
     assert not (root / directory / "RUNNING").exists()
-    return [began, trainer.state.step, finished, trainer.validate()["loss"]]
+    return [began, trainer.state.step, finished, loss]
 
 runs = [run("one", "step_scheduler.max_steps=1"), run("one"), run("two")]
 
