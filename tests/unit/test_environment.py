@@ -155,6 +155,21 @@ def test_what_no_run_could_work_in_is_refused(script, words):
 
 
 @pytest.mark.parametrize(
+    ("variables", "words", "told"),
+    [
+        ("", "", "usage: bash launch/single_node.sh CONFIG"),
+        ("", "nothing.yaml", "no file nothing.yaml"),
+        ("NPROC=two", GUIDE, "NPROC: got 'two', expected a number of ranks"),
+        ("NPROC=0", GUIDE, "NPROC: got '0'"),
+        ("PATH=/usr/bin:/bin VENV=/nowhere", GUIDE, "no deepspeed in /nowhere or on the PATH"),
+    ],
+)
+def test_the_launcher_of_a_node_says_what_it_lacks(variables, words, told):
+    done = shell(f"cd {ROOT}; {variables} DRY_RUN=1 bash launch/single_node.sh {words}")
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
     "locale",
     [
         {"PYTHONIOENCODING": "ascii"},
