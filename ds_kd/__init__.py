@@ -3,8 +3,8 @@
     import ds_kd
 
     cfg = ds_kd.load_config("cfg.yaml", ["kd_ratio=0.3"])     # or a mapping in place of the file
-    trainer = ds_kd.build(cfg)                                # on every rank; resumes
-    finished = trainer.train()
+    with ds_kd.build(cfg) as trainer:                         # on every rank; resumes
+        finished = trainer.train()
 
 `import ds_kd` imports neither torch nor DeepSpeed; each function imports what it needs.
 """
@@ -35,24 +35,21 @@ def load_config(
     return load(source, overrides, allow)
 
 
-def build(cfg: Any) -> Any:
+def build(cfg: Any, listens: bool = False) -> Any:
     """Return the `Trainer` of a checked config, at its last checkpoint if there is one.
 
     Joins the job that the launcher describes in the environment; without one it is a single rank.
+    The checkpoint directory is this run's alone until the trainer is closed, which a `with` does.
 
     Args:
-        cfg: from `load_config`, which permits what it names.
+        cfg: from `load_config`.
+        listens: SIGTERM, SIGUSR1, SIGHUP and Ctrl-C end the run after its step, saved (in the main
+            thread).
 
     Raises:
-        ds_kd.config.components.ConfigError: something that the config names does not exist or does
-            not fit.
+        ds_kd.errors.UserError: something that the config names does not exist or does not fit, a
+            run that is finished had other settings, or the ranks cannot meet.
     """
-    from ds_kd.parallel import world as distributed
-    from ds_kd.recipe import build as recipe
+    from ds_kd.recipe.run import open_run
 
-    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
-    trainer = recipe.build(cfg, world)
-    if trainer.checkpointer is not None:
-        trainer.checkpointer.resume(trainer.student, trainer.state)
-        trainer.checkpointer.check_room(trainer.student)
-    return trainer
+    return open_run(cfg, listens)

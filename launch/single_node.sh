@@ -14,14 +14,17 @@ VENV=${VENV:-.venv}
 DRY_RUN=${DRY_RUN:-0}
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-config=${1:?usage: bash launch/single_node.sh CONFIG [key.sub=value …]}
+[ "$#" -gt 0 ] || { echo "usage: bash launch/single_node.sh CONFIG [key.sub=value …]" >&2 && exit 2; }
+config=$1
 shift
 [ -f "$config" ] || { echo "single_node.sh: no file $config" >&2 && exit 2; }
+case ${NPROC:-1} in *[!0-9]* | 0*) echo "single_node.sh: NPROC: got '$NPROC', expected a number of ranks" >&2 && exit 2 ;; esac
 case $VENV in /*) ;; *) VENV=$repo/$VENV ;; esac
 if [ -x "$VENV/bin/deepspeed" ]; then
   PATH=$VENV/bin:$PATH
 fi
 export PATH
+command -v deepspeed >/dev/null || { echo "single_node.sh: no deepspeed in $VENV or on the PATH; bash launch/setup.sh installs it" >&2 && exit 2; }
 
 # nproc alone would answer with OMP_NUM_THREADS where that is set.
 cores() { env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc; }

@@ -10,6 +10,7 @@ Exit code: sbatch's, 2 when the config or the command is wrong.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shlex
 import shutil
@@ -17,62 +18,49 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # kd.py puts the root before it
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from kd import parse
-
-from ds_kd.config.checks.files import check_directory
-from ds_kd.config.components import ConfigError
-from ds_kd.config.load import check_world, load
-from ds_kd.config.secrets import is_secret, without_secrets
-from ds_kd.plan.slurm import sbatch_command
+from ds_kd.command_line import parse_run, run_parser
+from ds_kd.config.load import load
+from ds_kd.errors import MachineError
+from ds_kd.plan.slurm import check_slurm, make_log_directory, sbatch_command, shown
+from ds_kd.process import prepare
+from ds_kd.script import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def main(argv: list[str] | None = None) -> int:
-    words = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(words):
-        print(__doc__)
-        return 0
-    args = parse(words, prog="submit.py")
-    if args.config is None:
-        print("submit.py: --config is missing", file=sys.stderr)
-        return 2
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = run_parser("submit.py", __doc__)
+    option = parser.add_argument
+    option("--dry-run", action="store_true", help="print the command, submit nothing")
+    option("--check", action="store_true", help="the same")
+    return parse_run(parser, argv)
+
+
+def run(args: argparse.Namespace) -> int:
     config = Path(args.config).resolve()
     os.chdir(ROOT)  # where the job will start: the YAML's relative paths are meant from there
-    try:
-        cfg = load(config, args.overrides, allow=tuple(args.allow_targets))
-        if cfg.slurm is None:
-            raise ConfigError(
-                [
-                    "slurm: the section is missing; write slurm: {nodes: 2, ntasks_per_node: 8, "
-                    "gpus_per_node: 8}, or use sbatch launch/slurm.sh with options of your own"
-                ]
-            )
-        check_world(cfg, cfg.slurm.nodes * cfg.slurm.ntasks_per_node)
-    except ConfigError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 2
+    cfg = load(config, args.overrides, allow=tuple(args.allow_targets))
+    slurm = check_slurm(cfg)
     options = [f"--allow-targets={prefix}" for prefix in args.allow_targets]
-    variables, command = sbatch_command(cfg.slurm, str(config), [*args.overrides, *options])
-    named = {name: "***" if is_secret(name) else value for name, value in variables.items()}
-    shown = ["env", *(f"{name}={value}" for name, value in named.items()), *command]
-    print(shlex.join(map(without_secrets, shown)), flush=True)
+    variables, command = sbatch_command(slurm, str(config), [*args.overrides, *options])
+    print(shlex.join(shown(variables, command)), flush=True)
     if args.dry_run or args.check:
         return 0
     if shutil.which("sbatch") is None:
-        print(
-            "\nsbatch: not found; submit from a machine of the cluster, or add --dry-run",
-            file=sys.stderr,
+        raise MachineError(
+            "sbatch: not found; submit from a machine of the cluster, or add --dry-run"
         )
-        return 2
-    if wrong := check_directory("slurm.log_dir", cfg.slurm.log_dir):
-        print(f"\n{ConfigError([wrong])}", file=sys.stderr)
-        return 2
-    Path(cfg.slurm.log_dir).mkdir(parents=True, exist_ok=True)
+    make_log_directory(slurm)
     return subprocess.run(command, env={**os.environ, **variables}).returncode
 
 
+def main(argv: list[str] | None = None) -> int:
+    args = parse(sys.argv[1:] if argv is None else argv)
+    return run_script(lambda: run(args))
+
+
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

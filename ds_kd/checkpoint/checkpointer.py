@@ -41,6 +41,7 @@ from ds_kd.checkpoint.manifest import (
     ADAPTER,
     CONFIG,
     ENGINE,
+    FINAL,
     LATEST,
     MODEL,
     STATE,
@@ -237,6 +238,11 @@ class Checkpointer:
 
         found = on_rank0(find, self.world)
         if found is None:
+            if self.world.is_main and (self.directory / FINAL).exists():
+                self.say(
+                    f"{self.directory / FINAL} is there and no checkpoint: the run starts at step "
+                    f"0, and its student will take that place"
+                )
             return None
         scratch = self.directory / ".cut_anew"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
@@ -266,7 +272,9 @@ class Checkpointer:
         return link.resolve() if link.exists() else None
 
     def mark(self, step: int, finished: bool) -> None:
-        """Leave or remove the marker of a run that was stopped before its end (rank 0)."""
+        """Leave or remove the marker of a run that was stopped before its end."""
+        if not self.world.is_main:
+            return
         marker = self.directory / PREEMPTED
         if finished:
             marker.unlink(missing_ok=True)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from ds_kd.checkpoint import engine_files
 from ds_kd.checkpoint.manifest import (
@@ -20,7 +22,7 @@ from ds_kd.checkpoint.manifest import (
     verify,
 )
 from ds_kd.checkpoint.shards import ShardWriter
-from ds_kd.errors import first_line
+from ds_kd.errors import UserError, first_line
 from ds_kd.models import lora
 from ds_kd.models.weight_files import empty_model
 from ds_kd.models.weight_names import FileNames
@@ -77,6 +79,33 @@ def export_adapter(engine: Any, directory: Path, world: World) -> None:
     with gathered([*parameters.values()]):
         whole = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     on_rank0(lambda: lora.save_adapter(model, whole, directory), world)
+
+
+class ExportError(UserError):
+    """A path that cannot be exported, or exported to; the message says why."""
+
+    exit_code = 2
+
+
+def export_to(checkpoint: Path, out: Path) -> None:
+    """Write a saved checkpoint's student at `out`, which appears whole or not at all.
+
+    Raises:
+        ExportError: not a whole checkpoint, or `out` is there or cannot be written.
+    """
+    if os.path.lexists(out):
+        raise ExportError(f"{out} exists; remove it or give another name")
+    aside = out.with_name(f"{out.name}.part")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        export_checkpoint(checkpoint.resolve(), aside)
+        aside.rename(out)
+    except CheckpointError as error:
+        raise ExportError(str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise ExportError(f"{out}: cannot be written ({first_line(error)})") from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> None:

@@ -26,6 +26,8 @@ _LONGEST = 1500  # characters of a problem
 class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
+    exit_code = 2
+
     def __init__(self, problems: list[str]):
         self.problems = [_cut(without_known(line)) for line in problems]
         super().__init__(self.text())

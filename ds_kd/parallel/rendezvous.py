@@ -2,26 +2,36 @@
 
 The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
 MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
-and is a world of one. `fill_environment` makes them all look alike.
+and is a world of one. `job_of` makes them all look alike, and is the one place that reads and
+checks these variables: behind it they are there, and numbers where they should be.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ds_kd.errors import MachineError, first_line
 from ds_kd.parallel.private_files import private_directory, read_own, write_new
+
+_JOB = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_REMEDY = (
+    "deepspeed, torchrun and srun set all of these; for a single rank on this machine unset them "
+    "(env -u RANK -u WORLD_SIZE -u SLURM_NTASKS …)"
+)
 
 
 def _first_slurm_host(nodelist: str) -> str:
     """`gpu[03-05,9],cpu1` → `gpu03`: SLURM's compressed host list, first entry."""
     match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
-    assert match is not None
+    if match is None:
+        raise MachineError(f"SLURM_JOB_NODELIST: got {nodelist!r}, expected names of nodes")
     prefix, ranges = match.groups()
     return prefix + (re.split(r"[,-]", ranges)[0] if ranges else "")
 
@@ -43,20 +53,86 @@ def free_port() -> int:
 
 
 def fill_environment() -> None:
-    """Give RANK & co. their values from SLURM, or those of a world of one."""
-    env = os.environ
-    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        env["RANK"] = env["SLURM_PROCID"]
-        env["WORLD_SIZE"] = env["SLURM_NTASKS"]
-        env["LOCAL_RANK"] = env.get("SLURM_LOCALID", "0")
-        nodes = env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"]
-        env.setdefault("MASTER_ADDR", _slurm_master(_first_slurm_host(nodes)))
-        # Every task must name the same port without talking first: derive it from the job's number.
-        env.setdefault("MASTER_PORT", str(20000 + int(env["SLURM_JOB_ID"]) % 20000))
-    elif "RANK" not in env:
-        env.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
-        env["MASTER_PORT"] = str(free_port())
-    env.setdefault("LOCAL_RANK", "0")
+    """Give RANK & co. their values from SLURM, or those of a world of one.
+
+    Raises:
+        MachineError: a variable is missing, or not what it should be.
+    """
+    os.environ.update(job_of(os.environ))
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
+    except (OSError, UnicodeError) as error:
+        raise MachineError(
+            f"MASTER_ADDR: got {os.environ['MASTER_ADDR']!r}, expected a name or address that this "
+            f"machine finds ({first_line(error)})"
+        ) from error
+    known = [name for _, name in socket.if_nameindex()]
+    for given in filter(None, os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")):
+        if given not in known:
+            raise MachineError(
+                f"GLOO_SOCKET_IFNAME: got {given!r}, expected an interface of this machine "
+                f"({', '.join(known)}); or unset it"
+            )
+
+
+def job_of(env: Mapping[str, str]) -> dict[str, str]:
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as this environment has
+    them.
+
+    Raises:
+        MachineError: a variable is missing, or not what it should be.
+    """
+    for name in ("CROSS_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NNODES", "SLURM_NTASKS"):
+        _number(env, name, "1", 1)
+    if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        job = _slurm_job(env)
+    elif "RANK" in env:
+        job = {name: env[name] for name in _JOB if name in env}
+        if missing := [name for name in _JOB if name not in {"LOCAL_RANK", *job}]:
+            raise MachineError(f"RANK is set without {_and(missing)}; {_REMEDY}")
+        job.setdefault("LOCAL_RANK", "0")
+    elif _number(env, "WORLD_SIZE", "1", 1) > 1:
+        raise MachineError(f"WORLD_SIZE is {env['WORLD_SIZE']}, and RANK is not set; {_REMEDY}")
+    else:
+        local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **local}
+    size = _number(job, "WORLD_SIZE", None, 1)
+    _number(job, "RANK", None, 0, size - 1)
+    _number(job, "LOCAL_RANK", None, 0, size - 1)
+    _number(job, "MASTER_PORT", None, 1, 65535)
+    return job
+
+
+def _slurm_job(env: Mapping[str, str]) -> dict[str, str]:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    missing = [] if nodes or "MASTER_ADDR" in env else ["SLURM_JOB_NODELIST"]
+    missing += [] if {"MASTER_PORT", "SLURM_JOB_ID"} & env.keys() else ["SLURM_JOB_ID"]
+    if missing:
+        raise MachineError(f"SLURM_PROCID is set without {_and(missing)}; {_REMEDY}")
+    size = _number(env, "SLURM_NTASKS", None, 1)
+    job = {
+        "RANK": str(_number(env, "SLURM_PROCID", None, 0, size - 1)),
+        "WORLD_SIZE": str(size),
+        "LOCAL_RANK": str(_number(env, "SLURM_LOCALID", "0", 0, size - 1)),
+    }
+    job["MASTER_ADDR"] = env.get("MASTER_ADDR") or _slurm_master(_first_slurm_host(nodes or ""))
+    # Every task must name the same port without talking first: derive it from the job's number.
+    port = 20000 + _number(env, "SLURM_JOB_ID", "0", 0) % 20000
+    return {**job, "MASTER_PORT": env.get("MASTER_PORT", str(port))}
+
+
+def _number(
+    env: Mapping[str, str], name: str, default: str | None, least: int, most: float = math.inf
+) -> int:
+    given = env[name] if default is None else env.get(name, default)
+    if not (given.isascii() and given.isdigit() and least <= int(given) <= most):
+        bound = f"of at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise MachineError(f"{name}: got {given!r}, expected a whole number {bound}; {_REMEDY}")
+    return int(given)
+
+
+def _and(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def seconds_after_sigterm() -> float | None:
@@ -115,6 +191,28 @@ def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | 
             return found[0]
         time.sleep(0.05)
     return None
+
+
+@contextlib.contextmanager
+def naming_the_meeting_place() -> Iterator[None]:
+    """Turn what torch raises where the ranks do not find each other into where they looked.
+
+    Raises:
+        MachineError: in place of a `RuntimeError`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        env = os.environ
+        interfaces = [n for n in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if env.get(n)]
+        told = "".join(f", {name}={env[name]}" for name in interfaces)
+        raise MachineError(
+            f"{env['WORLD_SIZE']} rank(s) cannot meet at "
+            f"{env['MASTER_ADDR']}:{env['MASTER_PORT']}{told}: {first_line(error)}\n"
+            f"Every rank must be started, reach that host, and where it has several networks "
+            f"GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME must name an interface (ip -brief address "
+            f"lists them) or be unset."
+        ) from error
 
 
 def _is_taken(port: int) -> bool:

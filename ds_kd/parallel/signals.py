@@ -1,5 +1,5 @@
-"""A request to stop: SIGTERM (`scancel`, a preempted node), SIGUSR1 (`sbatch --signal`) or SIGINT
-(Ctrl-C)."""
+"""A request to stop: SIGTERM (`scancel`, a preempted node), SIGUSR1 (`sbatch --signal`), SIGINT
+(Ctrl-C) or SIGHUP (a terminal that is gone)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 #: and they pass it on: each rank gets it twice, or SIGTERM after SIGINT.
 _PASSED_ON_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
 _ECHO_SECONDS = 3.0
-_REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
@@ -34,9 +34,10 @@ class StopRequest:
         return self.received is not None
 
     def listen(self) -> None:
-        """From now on; in the main thread."""
+        """From now on; in the main thread. Under nohup the terminal's end is no request."""
         for number in _REQUESTS:
-            signal.signal(number, self._handle)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self.received is not None:

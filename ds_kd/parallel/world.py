@@ -16,12 +16,15 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from ds_kd.errors import UserError
 from ds_kd.parallel.rendezvous import (
     clear_stale_locks,
     fill_environment,
     free_master_port,
     is_first_here,
+    naming_the_meeting_place,
 )
+from ds_kd.process import choose_accelerator
 
 T = TypeVar("T")
 
@@ -86,6 +89,9 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
         backend: `nccl` or `gloo`; `nccl` on a machine without CUDA becomes `gloo` (the caller says
             so to the user).
         timeout_minutes: how long a collective may wait for a missing rank.
+
+    Raises:
+        MachineError: the environment says nothing that makes sense, or the ranks cannot meet.
     """
     fill_environment()
     with free_master_port():
@@ -94,10 +100,11 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
 
 def _join(backend: str, timeout_minutes: float) -> World:
     clear_stale_locks()
+    choose_accelerator()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = backend if cuda or backend != "nccl" else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
@@ -109,16 +116,18 @@ def _join(backend: str, timeout_minutes: float) -> World:
         # calls: it needs a compiler, costs a minute the first time, and a lock left by a killed
         # process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if not dist.is_initialized():
-        timeout = timedelta(minutes=timeout_minutes)
-        deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    with naming_the_meeting_place():
+        if not dist.is_initialized():
+            deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
+        host_group = dist.new_group(backend="gloo", timeout=timeout)
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
         local_rank=local_rank,
         device=torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu"),
         backend=backend,
-        host_group=dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes)),
+        host_group=host_group,
     )
 
 
@@ -221,7 +230,7 @@ def lost_ranks(error: BaseException, world: World) -> list[int] | None:
         return [0]
 
 
-class RankLostError(RuntimeError):
+class RankLostError(UserError):
     """Another rank is gone; the message says which."""
 
 
@@ -230,13 +239,12 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
     """Turn an error of a collective that is about ranks which are gone into one that names them.
 
     Raises:
-        RankLostError: in its place; the project's own errors and all others pass.
+        RankLostError: in its place; all others pass.
     """
     try:
         yield
     except RuntimeError as error:
-        known = type(error).__module__.startswith("ds_kd.")
-        lost = None if known else lost_ranks(error, world)
+        lost = lost_ranks(error, world)
         if lost is None:
             raise
         who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"

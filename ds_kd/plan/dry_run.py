@@ -1,4 +1,4 @@
-"""`--dry-run`: the plan of a run in words, from its config, the models' config.json and the lengths
+"""The plan of a run in words, from its config, the models' config.json and the lengths
 of a few samples; no weights."""
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from ds_kd.config.checks.files import DATA, columns_wanted
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
+from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.source import load_rows
 from ds_kd.errors import first_line
@@ -48,6 +49,38 @@ def bytes_of(text: str, option: str = "--gpu-memory") -> int:
     if match is None or match[2] not in _GB or float(match[1]) <= 0:
         raise ConfigError([problem(option, text, "a size such as 80GB or 24GiB")])
     return int(float(match[1]) * _GB[match[2]])
+
+
+def plan_of(
+    cfg: RunConfig,
+    ranks: int | None = None,
+    gpu_memory: str | None = None,
+    host_memory: str | None = None,
+    ranks_per_node: int | None = None,
+    length: int | None = None,
+    mfu: float = 0.4,
+    tflops: float = 989.0,
+) -> str:
+    """The plan of a run as text, of sizes as a user writes them.
+
+    Args:
+        ranks: that the run would have; None asks the config.
+        gpu_memory, host_memory: of a rank's accelerator and of a node (`80GB`); None judges none.
+        ranks_per_node: that share a node's memory; None asks the config.
+        length: tokens of a sample; None measures the data's.
+        mfu: share of an accelerator's peak that a step reaches.
+        tflops: that peak, in 10¹² operations per second (an H100's in bf16).
+
+    Raises:
+        ConfigError: a size that is none, batch sizes that do not fit, a model that is not there.
+    """
+    rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
+    sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
+    ranks = ranks or cfg.distributed.dp_size or 1
+    check_world(cfg, ranks)
+    together = ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
+    machine = memory.Machine(sizes[0], sizes[1], together)
+    return describe(cfg, ranks, machine, mfu, tflops, length)
 
 
 def describe(
@@ -216,7 +249,10 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         return total, local * longest, supervised, told
     if cut is not None:
         return total, local * cut, supervised, f"{component.key}.seq_length"
-    told = f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; --length sets it"
+    told = (
+        f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; "
+        f"launch/plan.py --length sets it"
+    )
     return total, local * _GUESS, supervised, told
 
 

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from ds_kd.config.schema import Slurm
+from pathlib import Path
+
+from ds_kd.config.checks.files import check_directory
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import check_world
+from ds_kd.config.schema import RunConfig, Slurm
+from ds_kd.config.secrets import is_secret, without_secrets
 
 _OPTIONS = (
     "job_name",
@@ -41,3 +47,38 @@ def sbatch_command(
         if value is not None:
             command.append(f"--{name.replace('_', '-')}={value}")
     return variables, [*command, *wanted.sbatch_options, "launch/slurm.sh", config, *overrides]
+
+
+def shown(variables: dict[str, str], command: list[str]) -> list[str]:
+    """Return the words to print of such a command, secrets blanked."""
+    named = {name: "***" if is_secret(name) else value for name, value in variables.items()}
+    words = ["env", *(f"{name}={value}" for name, value in named.items()), *command]
+    return [without_secrets(word) for word in words]
+
+
+def check_slurm(cfg: RunConfig) -> Slurm:
+    """Return the `slurm` section of a config whose batch sizes fit its ranks.
+
+    Raises:
+        ConfigError: there is no such section, or they do not.
+    """
+    if cfg.slurm is None:
+        raise ConfigError(
+            [
+                "slurm: the section is missing; write slurm: {nodes: 2, ntasks_per_node: 8, "
+                "gpus_per_node: 8}, or use sbatch launch/slurm.sh with options of your own"
+            ]
+        )
+    check_world(cfg, cfg.slurm.nodes * cfg.slurm.ntasks_per_node)
+    return cfg.slurm
+
+
+def make_log_directory(wanted: Slurm) -> None:
+    """Make the directory that the jobs' logs go to.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if wrong := check_directory("slurm.log_dir", wanted.log_dir):
+        raise ConfigError([wrong])
+    Path(wanted.log_dir).mkdir(parents=True, exist_ok=True)

@@ -3,10 +3,13 @@ Rank 0 only."""
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -15,6 +18,7 @@ import torch
 from ds_kd.errors import first_line
 
 _GIB = 2**30
+_EVENTS = "TensorBoard's events"
 
 
 def memory_gib(device: torch.device) -> float:
@@ -61,6 +65,7 @@ class Metrics:
         self._file: TextIO | None = None
         self._writer: Any = None
         self._wandb: Any = None
+        self._told: set[Any] = set()  # what could not be written
         self._started = time.monotonic()
         self._first_step: int | None = None
         if self._path is not None:
@@ -102,9 +107,9 @@ class Metrics:
         self.say(f"validation after step {step}: {shown}")
 
     def close(self) -> None:
-        for sink in (self._file, self._writer):
+        for name, sink in ((self._path, self._file), (_EVENTS, self._writer)):
             if sink is not None:
-                sink.close()
+                self._try(name, sink.close)
         if self._wandb is not None:
             self._wandb.finish()
 
@@ -118,18 +123,35 @@ class Metrics:
 
             # A file of its own, which has TensorBoard drop the later steps of those before it.
             self._writer = SummaryWriter(str(path.parent), purge_step=step)
+            threading.excepthook = functools.partial(_hook, threading.excepthook)
             self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
-        if self._file is None and self._path is not None:
-            self._open(self._path, step)
+        path, line = self._path, json.dumps({"step": step, **values}) + "\n"
+        if self._file is None and path is not None:
+            self._try(path, lambda: self._open(path, step))
         if self._file is not None:
-            self._file.write(json.dumps({"step": step, **values}) + "\n")
-        if self._writer is not None:
-            for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+            self._try(path, functools.partial(self._file.write, line))
+        if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
+            self._writer = None  # its thread has ended
         if self._wandb is not None:
             self._wandb.log(values, step=step)
+
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def _try(self, name: Any, write: Callable[..., Any], *arguments: Any) -> bool:
+        """Return whether it could be written. A full disk is no reason to end a run: it is said
+        once, and what does not fit is not logged."""
+        try:
+            write(*arguments)
+        except OSError as error:
+            if name not in self._told:
+                self.say(f"{name} cannot be written ({first_line(error)}); training goes on")
+            self._told.add(name)
+            return False
+        return True
 
     def _line(self, step: int, v: dict[str, float]) -> str:
         width = len(str(self.total_steps))
@@ -153,6 +175,12 @@ class Metrics:
         minutes, seconds = divmod(int(seconds), 60)
         hours, minutes = divmod(minutes, 60)
         return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def _hook(others: Callable[[Any], Any], ended: Any) -> None:
+    """Keep the end of TensorBoard's writing thread to the error that `add_scalar` raises of it."""
+    if type(ended.thread).__name__ != "_AsyncWriterThread":
+        others(ended)
 
 
 def _keep_before(path: Path, step: int) -> None:

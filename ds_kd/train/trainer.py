@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ class Trainer:
         max_skipped: steps that a run may leave out as their loss or gradient is not finite.
         validation_teacher: of validation alone, where training has no teacher.
         save_every_seconds: save when so long has passed since the last time; None never does.
+        held: what `close` gives back.
     """
 
     student: Any
@@ -68,6 +70,20 @@ class Trainer:
     max_skipped: int = 0
     validation_teacher: Teacher | None = None
     save_every_seconds: float | None = None
+    held: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Trainer:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.metrics is not None:
+            self.metrics.close()
+        self.held.__exit__(*error)
+
+    def close(self) -> None:
+        """End the log and give back what the run holds (a collective): its checkpoint directory,
+        its place in the job."""
+        self.__exit__(None, None, None)
 
     def __post_init__(self) -> None:
         self._saved_at = time.monotonic()
@@ -93,8 +109,11 @@ class Trainer:
                 started = time.perf_counter()
                 self._step(next(batches), started)
                 if self._validate_and_save():
-                    return False
-            return True
+                    break
+            finished = self.schedule.is_last(self.state.step)
+            if self.checkpointer is not None and self.schedule.total_steps:
+                self.checkpointer.mark(self.state.step, finished)
+            return finished
         except RuntimeError as error:
             lost = lost_ranks(error, self.world)
             if lost is None:

@@ -212,11 +212,17 @@ def stopped(script, **variables):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_second_signal_ends_the_process_at_once(name):
     done = stopped(f"send('{name}'); print(stop(), flush=True); send('{name}'); time.sleep(9)")
     assert done.stdout == "True\n" and not done.stderr
     assert done.returncode == 128 + getattr(signal, name)
+
+
+def test_under_nohup_the_end_of_the_terminal_is_no_request():
+    again = "signal.signal(signal.SIGHUP, signal.SIG_IGN); stop = StopRequest(); stop.listen(); "
+    done = stopped(again + "stop(); send('SIGHUP'); print(stop())")
+    assert done.stdout == "False\n" and done.returncode == 0
 
 
 @pytest.mark.parametrize("launcher", ["CROSS_SIZE", "TORCHELASTIC_RUN_ID"])

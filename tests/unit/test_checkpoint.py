@@ -49,3 +49,14 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
     assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_a_final_whose_checkpoints_were_deleted_is_told_before_it_is_replaced(tmp_path):
+    (tmp_path / "final").mkdir()
+    said: list[str] = []
+    world = World(0, 1, 0, torch.device("cpu"), "gloo")
+    assert Checkpointer(tmp_path, world, None, say=said.append).resume(None, None) is None
+    assert len(said) == 1 and "final is there and no checkpoint" in said[0]
+    (tmp_path / "final").rmdir()
+    assert Checkpointer(tmp_path, world, None, say=said.append).resume(None, None) is None
+    assert len(said) == 1

@@ -279,7 +279,9 @@ def test_the_slurm_section_becomes_an_sbatch_command(capsys):
     assert submit.main(["--config", str(GUIDE), *SLURM, batch, secret, "--check"]) == 0
     out = capsys.readouterr().out
     assert "abc123" not in out and "WANDB_API_KEY=***" in out.replace("'", "")
-    assert submit.main(["--list-keys"]) == 2
+    with pytest.raises(SystemExit) as caught:
+        submit.main(["--list-keys"])
+    assert caught.value.code == 2
 
 
 def test_submitting_checks_the_config_against_the_ranks(capsys):
@@ -525,7 +527,7 @@ def test_no_message_tells_a_secret(override):
 @pytest.mark.parametrize("words", [["--ranks", "0"], ["--mfu", "nan"], ["--tflops", "-1"]])
 def test_a_plan_for_nonsense_is_refused(words, capsys):
     with pytest.raises(SystemExit) as caught:
-        script("kd").main(["--config", str(GUIDE), "--dry-run", *words])
+        script("plan").main(["--config", str(GUIDE), *words])
     assert caught.value.code == 2 and "expected a number > 0" in capsys.readouterr().err
 
 
@@ -749,15 +751,15 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
 
     models = [tiny.llama(tmp_path / name, layers) for name, layers in (("s", 2), ("t", 3))]
     (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(40))
-    kd = script("kd")
+    kd, plan = script("kd"), script("plan")
     words = [
-        "--config", str(GUIDE), "--dry-run", "--ranks", "2", "--gpu-memory", "64GB",
+        "--config", str(GUIDE), "--ranks", "2", "--gpu-memory", "64GB",
         f"model.pretrained_model_name_or_path={models[0]}", "validation_dataset=null",
         f"teacher_model.pretrained_model_name_or_path={models[1]}",
         f"dataset.dataset_name={tmp_path / 'rows.jsonl'}",
         f"checkpoint.checkpoint_dir={tmp_path / 'run'}",
     ]  # fmt: skip
-    assert kd.main(words) == 0
+    assert plan.main(words) == 0
     out = capsys.readouterr().out
     for name, path in zip(("student", "teacher"), models, strict=True):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(path).parameters())
@@ -765,18 +767,21 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert "plan for 2 rank(s)" in out and "steps: 4 from 40 samples" in out
     assert "smallest that fits into 59.60 GiB: 1 rank(s) as written" in out
     assert not (tmp_path / "run").exists()
-    assert kd.main([*words, "dataset.split='train[:0]'"]) == 2
+    assert plan.main([*words, "dataset.split='train[:0]'"]) == 2
     told = capsys.readouterr().err
     assert "dataset.dataset_name: " in told and "no data" in told
     few = ["dataloader.drop_last=true", "step_scheduler.global_batch_size=64"]
-    assert kd.main([*words, *few]) == 2
+    assert plan.main([*words, *few]) == 2
     assert "40 samples make no global batch of 64" in capsys.readouterr().err
     assert kd.main([*words[:2], "--check", "--ranks", "3"]) == 2
     assert "global_batch_size: got 32, expected a multiple of" in capsys.readouterr().err
-    assert kd.main([*words, "--gpu-memory", "lots"]) == 2
+    assert plan.main([*words, "--gpu-memory", "lots"]) == 2
     assert "--gpu-memory: got 'lots', expected a size" in capsys.readouterr().err
-    assert kd.main([*words, "--ranks", "3"]) == 2
+    assert plan.main([*words, "--ranks", "3"]) == 2
     assert "3 ranks" in capsys.readouterr().err
+    short = [word for word in words if word not in ("--gpu-memory", "64GB")]
+    assert kd.main([*short, "--dry-run"]) == 0
+    assert "plan for 2 rank(s)" in capsys.readouterr().out
 
 
 def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):

@@ -58,6 +58,8 @@ def test_plain_python_is_a_world_of_one(environment):
 def test_a_launchers_variables_are_left_alone(environment):
     environment.setenv("RANK", "3")
     environment.setenv("WORLD_SIZE", "4")
+    environment.setenv("MASTER_ADDR", "localhost")
+    environment.setenv("MASTER_PORT", "29500")
     environment.setenv("SLURM_PROCID", "0")
     environment.setenv("SLURM_NTASKS", "2")
     fill_environment()

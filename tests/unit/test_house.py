@@ -16,7 +16,10 @@ LEVELS = (
     ("models",),
     ("config", "losses"),
     ("data",),
-    ("parallel", "errors", "quiet"),
+    ("script", "command_line"),
+    ("parallel", "quiet"),
+    ("process",),
+    ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 READS_CONFIG = {"config", "recipe", "plan"}

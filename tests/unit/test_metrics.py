@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -79,3 +81,28 @@ def test_a_log_that_is_not_gone_on_with_stays_as_it_is(tmp_path):
     before = (tmp_path / "metrics.jsonl").read_bytes()
     Metrics(tmp_path, out=io.StringIO()).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_log_that_cannot_be_written_is_said_once_and_costs_no_step(tmp_path):
+    """Files may have 4 KiB, as on a disk that is full after them."""
+    script = f"""if True:
+        from pathlib import Path
+        from ds_kd.train.metrics import Metrics
+        metrics = Metrics(Path({str(tmp_path)!r}), True, "x" * 3000, None, 99)
+        values = dict.fromkeys(["learning_rate", "grad_norm", "tokens_per_sec", "train_loss"], 1.0)
+        for step in range(1, 100):
+            metrics.train(step, values)
+            if metrics._writer is not None:
+                try:
+                    metrics._writer.flush()
+                except OSError:  # its thread has met the end of the disk
+                    pass
+        metrics.close()"""
+    done = subprocess.run(
+        ["bash", "-c", 'ulimit -f 4; exec "$@"', "_", sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.count("metrics.jsonl cannot be written (") == 1, done.stdout
+    assert done.stdout.count("TensorBoard's events cannot be written (") == 1
+    assert "step 99/99" in done.stdout

@@ -51,7 +51,7 @@ def words(tmp_path_factory):
                 other.unlink()
         models.append(path)
     return [
-        "--config", str(GUIDE), "--dry-run", "--ranks", "1", "--gpu-memory", "64GB",
+        "--config", str(GUIDE), "--ranks", "1", "--gpu-memory", "64GB",
         f"model.pretrained_model_name_or_path={models[0]}", "validation_dataset=null",
         f"teacher_model.pretrained_model_name_or_path={models[1]}",
         f"dataset.dataset_name={root / 'rows.jsonl'}",
@@ -65,7 +65,7 @@ OFFLOAD = (
 
 
 def test_no_part_is_larger_than_its_whole_when_states_are_offloaded(words, capsys):
-    assert script("kd").main([*words, OFFLOAD, "--length", "32"]) == 0
+    assert script("plan").main([*words, OFFLOAD, "--length", "32"]) == 0
     out = capsys.readouterr().out
     lines = re.findall(r"^ +\d+: (.*)$", out, re.MULTILINE)
     assert len(lines) == len(plan.WORLDS)
@@ -73,26 +73,26 @@ def test_no_part_is_larger_than_its_whole_when_states_are_offloaded(words, capsy
         whole, states, host = bytes_in(line)
         assert states <= whole and host > 0
         assert "fits the accelerator (--host-memory checks the host)" in line
-    assert script("kd").main([*words, OFFLOAD, "--length", "32", "--host-memory", "1KB"]) == 0
+    assert script("plan").main([*words, OFFLOAD, "--length", "32", "--host-memory", "1KB"]) == 0
     out = capsys.readouterr().out
     assert out.count("too much for the host") == len(plan.WORLDS) and "nothing fits" in out
-    assert script("kd").main([*words, "--host-memory", "much"]) == 2
+    assert script("plan").main([*words, "--host-memory", "much"]) == 2
     assert "--host-memory: got 'much'" in capsys.readouterr().err
 
 
 def test_a_config_json_is_enough_and_the_length_can_be_given(words, capsys):
-    kd = script("kd")
+    main = script("plan").main
     cuts = ["dataset.seq_length=96", "dataset.truncation=true"]
     for more, tokens, told in (
         ([], 1024, "--length sets it"),
         (cuts, 96, "dataset.seq_length"),
         (["--length", "300"], 300, "--length"),
     ):
-        assert kd.main([*words, *more]) == 0
+        assert main([*words, *more]) == 0
         out = capsys.readouterr().out
         assert told in out
         assert f"about {tokens:,} tokens" in out
         assert "steps: 4 from 40 samples" in out  # the rows can be counted without a tokenizer
-    run = [word for word in words if word != "--dry-run"]
-    assert kd.main([*run, "--check"]) == 2
+    run = [word for word in words if word not in ("--gpu-memory", "64GB")]
+    assert script("kd").main([*run, "--check"]) == 2
     assert "a tokenizer" in capsys.readouterr().err

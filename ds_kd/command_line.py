@@ -1,0 +1,80 @@
+"""The part of a command line that every script that takes a run has: the YAML, values that take
+the place of its own, and what its `_target_` sections may name."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
+
+
+def run_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
+    """Return a parser of `--config YAML [key.sub=value …] [--allow-targets PREFIX]`, to which a
+    script adds its own options."""
+    parser = argparse.ArgumentParser(
+        prog=prog, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-c", "--config", metavar="YAML", help="the run")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.sub=value",
+        help="YAML values (--key.sub value works too); null drops a section",
+    )
+    parser.add_argument(
+        "--allow-targets",
+        action="append",
+        default=[],
+        metavar="PREFIX",
+        help="let _target_ name code under this prefix (and trust_remote_code), for this run",
+    )
+    return parser
+
+
+def parse_run(
+    parser: argparse.ArgumentParser, argv: list[str], without_config: tuple[str, ...] = ()
+) -> argparse.Namespace:
+    """Parse the words of a command; what the parser has no option for is an override.
+
+    Args:
+        without_config: options, by the name of their value, that need no `--config`.
+    """
+    args = parser.parse_intermixed_args(_as_overrides(argv, parser))
+    if args.config is None and all(getattr(args, name) is None for name in without_config):
+        parser.error("the following arguments are required: -c/--config")
+    return args
+
+
+def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
+    """`--a.b value` and `--a.b=value` as `a.b=value`; the parser's options stay, shortened ones
+    too."""
+    own = parser._option_string_actions
+    words, rest = [], iter(argv)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if not word.startswith("--") or word == "--" or any(o.startswith(name) for o in own):
+            words.append(word)
+        elif equals:
+            words.append(f"{name[2:]}={value}")
+        else:
+            words.append(f"{name[2:]}={next(rest, '')}")
+    return words
+
+
+def positive(kind: Callable[[str], Number], most: float = math.inf) -> Callable[[str], Number]:
+    """Return what reads an option's value as a finite number of this kind above 0."""
+
+    def read(text: str) -> Number:
+        try:
+            number = kind(text)
+        except ValueError:
+            number = kind("0")
+        if not (0 < number <= most and math.isfinite(number)):
+            bound = "" if most == math.inf else f" and at most {most:g}"
+            raise argparse.ArgumentTypeError(f"got {text}, expected a number > 0{bound}")
+        return number
+
+    return read

@@ -1,0 +1,34 @@
+"""What this machine lacks for a run that is otherwise all right; another may have it."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from ds_kd.config.checks.files import has_gpu, missing_packages
+from ds_kd.config.components import ConfigError
+from ds_kd.config.schema import RunConfig
+
+
+def refuse_missing_packages(cfg: RunConfig) -> None:
+    """Refuse to start a run whose models need packages that are not installed.
+
+    Raises:
+        ConfigError: names them.
+    """
+    if missing := _missing_packages(cfg):
+        raise ConfigError(missing)
+
+
+def notes_on_machine(cfg: RunConfig) -> list[str]:
+    """Return what `--check` says about this machine, a line each."""
+    notes = _missing_packages(cfg)
+    if cfg.dist_env.backend == "nccl" and not has_gpu():
+        notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
+    if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
+        notes.append("wandb: the package is not installed here; pip install wandb")
+    return notes
+
+
+def _missing_packages(cfg: RunConfig) -> list[str]:
+    models = filter(None, (cfg.model, cfg.teacher_model))
+    return [*filter(None, (missing_packages(model.key, model.kwargs) for model in models))]

@@ -1,0 +1,157 @@
+"""This process as its shell and launcher left it: output, limits, directory, accelerator.
+
+`prepare` makes good what can be made good and is called first of all by a script; `check_machine`
+refuses the rest in a sentence, where it would end in a traceback of some library minutes later.
+Neither imports torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import resource
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+from ds_kd.errors import MachineError
+
+_WANTED_FILES = 4096
+#: What a rank needs at the least, measured with `ulimit`: the libraries alone take most of it.
+_LEAST_FILES = 128
+_LEAST_ADDRESSES = 4 << 30
+
+
+class _LastingOutput(io.RawIOBase):
+    """A descriptor that may be lost: its reader gone (`| head`, a closed terminal), its disk full.
+
+    What cannot be written is dropped, and the run goes on: its log is in a file besides.
+    """
+
+    def __init__(self, descriptor: int):
+        self._descriptor = descriptor
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data) -> int:  # type: ignore[no-untyped-def, override]
+        with contextlib.suppress(OSError):
+            return os.write(self._descriptor, data)
+        return len(data)
+
+
+def prepare() -> None:
+    """Make standard output and error such as nothing that is printed can fail on, and let Ctrl-C
+    end the process without a traceback, until a run listens to it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the next file that is opened would get its number, and its text
+            os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
+            os.set_inheritable(descriptor, True)
+    sys.stdout = _lasting(sys.stdout, 1)
+    sys.stderr = _lasting(sys.stderr, 2)
+    if any(action == "error" for action, *_ in warnings.filters):
+        warnings.simplefilter("default")  # -W error: other libraries' are shown, not raised
+
+
+def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
+    """A text stream on `descriptor` in the encoding of `stream`; what that lacks (α on an ASCII
+    terminal) is written as its number."""
+    if stream is not None:
+        stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_LastingOutput(descriptor)),
+        encoding="utf-8" if stream is None else stream.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
+
+
+def check_machine() -> None:
+    """Refuse what no run could work in, and raise the limit of open files where that is low.
+
+    Raises:
+        MachineError: with what to type.
+    """
+    try:
+        os.getcwd()
+    except OSError:
+        raise MachineError("the working directory is gone; cd into one that exists") from None
+    if sys.flags.optimize > 1:
+        raise MachineError(
+            "python -OO takes away the docstrings, which transformers reads; start it without, and "
+            "unset PYTHONOPTIMIZE"
+        )
+    accelerator = os.environ.get("DS_ACCELERATOR", "cpu")
+    if accelerator not in ("cpu", "cuda"):
+        raise MachineError(
+            f"DS_ACCELERATOR: got {accelerator!r}, expected cuda or cpu; unset it, and what the "
+            f"machine has is found out"
+        )
+    _check_limits()
+
+
+def _check_limits() -> None:
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files < _WANTED_FILES:
+        files = _WANTED_FILES if most == resource.RLIM_INFINITY else min(_WANTED_FILES, most)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, most))
+    if files < _LEAST_FILES:
+        raise MachineError(
+            f"ulimit -n: got {files}, expected {_LEAST_FILES} open files at the least; type "
+            f"ulimit -n {_WANTED_FILES}, or have the limit of this machine raised"
+        )
+    addresses, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if addresses != resource.RLIM_INFINITY and addresses < _LEAST_ADDRESSES:
+        raise MachineError(
+            f"ulimit -v: got {addresses >> 10}, expected {_LEAST_ADDRESSES >> 10} KiB of addresses "
+            f"at the least; type ulimit -v unlimited"
+        )
+
+
+def check_caches() -> None:
+    """Refuse a cache of Hugging Face's `datasets`, through which all rows go, where nothing can be
+    written; by itself that is told as a fault of the rows.
+
+    Raises:
+        MachineError: with what to set.
+    """
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    home = os.environ.get("HF_HOME") or f"{home}/huggingface"
+    cache = os.path.abspath(os.environ.get("HF_DATASETS_CACHE") or f"{home}/datasets")
+    there = Path(cache)
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise MachineError(
+            f"{cache}: cannot be written, and rows are kept there as they are read; set HF_HOME "
+            f"(or HF_DATASETS_CACHE) to a directory of yours"
+        )
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed which accelerator there is; left alone it searches, and says so.
+
+    Raises:
+        MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cuda":
+        raise MachineError(
+            "DS_ACCELERATOR is cuda, and torch finds no GPU here (nvidia-smi shows whether the "
+            "machine has one; a CPU build of torch sees none); unset it to run on the CPU"
+        )

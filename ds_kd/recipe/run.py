@@ -1,0 +1,88 @@
+"""A run from its config to a trainer that goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from ds_kd.checkpoint.run_lock import RunLock
+from ds_kd.config.checks.machine import refuse_missing_packages
+from ds_kd.config.schema import RunConfig
+from ds_kd.parallel import world as distributed
+from ds_kd.parallel.signals import StopRequest
+from ds_kd.parallel.world import World
+from ds_kd.process import check_caches
+from ds_kd.recipe.build import build, locked, refuse_changes
+from ds_kd.train.trainer import Trainer
+
+
+def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
+    """Join the job, take the checkpoint directory, build and resume (a collective).
+
+    What is held until the trainer is closed is given back here where anything goes wrong.
+
+    Args:
+        cfg: a checked config.
+        listens: signals end the run after its step.
+
+    Raises:
+        UserError: something the config names does not exist or does not fit, a run that is finished
+            had other settings, or a rank is gone.
+    """
+    refuse_missing_packages(cfg)
+    check_caches()
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    with ExitStack() as held:
+        held.enter_context(distributed.naming_lost_ranks(world))
+        lock = held.enter_context(locked(cfg, world))
+        # Not where a rank leaves with an error: the others may not come to a barrier.
+        held.push(lambda error, *_: None if error else distributed.stop())
+        trainer = _built(cfg, world, listens)
+        _resume(cfg, trainer, lock)
+        trainer.held = held.pop_all()
+        return trainer
+    raise AssertionError("what is entered above lets no error pass")
+
+
+def _built(cfg: RunConfig, world: World, listens: bool) -> Trainer:
+    for note in cfg.notes:
+        _say(world, note)
+    if world.backend != cfg.dist_env.backend:
+        _say(
+            world,
+            f"dist_env.backend: {cfg.dist_env.backend} needs CUDA, which this machine lacks; "
+            f"using {world.backend}",
+        )
+    started, stop = time.monotonic(), StopRequest()
+    if listens:
+        stop.listen()
+    trainer = build(cfg, world, stop)
+    _say(
+        world,
+        f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
+        f"ready in {time.monotonic() - started:.0f} s",
+    )
+    return trainer
+
+
+def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
+    """Go on from the last checkpoint, if there is one; of a finished run, see that `final` is what
+    this config asks for."""
+    checkpointer, state = trainer.checkpointer, trainer.state
+    if checkpointer is None:
+        return
+    checkpointer.lock = lock
+    found = checkpointer.resume(trainer.student, state)
+    if found is not None:
+        _say(trainer.world, f"resumed from {found} at step {state.step}")
+        if trainer.schedule.is_last(state.step):
+            refuse_changes(cfg, checkpointer.changes)
+            checkpointer.export_final(trainer.student)
+            _say(trainer.world, "all its steps are done; a larger max_steps or num_epochs goes on")
+    checkpointer.check_room(trainer.student)
+
+
+def _say(world: World, text: Any) -> None:
+    if world.is_main:
+        print(text, flush=True)

@@ -1,0 +1,75 @@
+"""What launch/kd.py does, from Python: `load_config`, `build`, `train`, more than once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests import tiny
+from tests.e2e.test_run import GUIDE, ROOT, environment
+
+SCRIPT = """
+import json, sys
+import ds_kd
+from pathlib import Path
+
+assert not {"torch", "deepspeed"} & set(sys.modules)
+guide, root, overrides = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
+
+def config(directory, *more):
+    place = f"checkpoint.checkpoint_dir={root / directory}"
+    return ds_kd.load_config(guide, [*overrides, place, *more])
+
+def run(directory, *more):
+    with ds_kd.build(config(directory, *more)) as trainer:
+        began = trainer.state.step
+        finished = trainer.train()
+        loss = trainer.validate()["loss"]
+        assert (root / directory / "RUNNING").exists()
+    assert not (root / directory / "RUNNING").exists()
+    return [began, trainer.state.step, finished, loss]
+
+runs = [run("one", "step_scheduler.max_steps=1"), run("one"), run("two")]
+
+# A build that fails gives back what it holds; a signal ends a run that listens.
+try:
+    ds_kd.build(config("one", "kd_ratio=0.1"))
+except ds_kd.errors.UserError as error:
+    runs.append(str(error))
+assert not (root / "one" / "RUNNING").exists()
+
+import os, signal
+trainer = ds_kd.build(config("three"), listens=True)
+os.kill(os.getpid(), signal.SIGUSR1)
+runs.append([trainer.train(), trainer.state.step, (root / "three" / "PREEMPTED").read_text()])
+trainer.close()
+print(json.dumps(runs))
+"""
+
+
+def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_path):
+    tiny.llama(tmp_path / "student", seed=1)
+    tiny.llama(tmp_path / "teacher", layers=3, hidden=64, tie=False, seed=2)
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(22))
+    rows = f"{{_target_: ds_kd.data.squad.make_squad_dataset, dataset_name: {tmp_path}/rows.jsonl}}"
+    overrides = [
+        f"model.pretrained_model_name_or_path={tmp_path / 'student'}",
+        f"teacher_model.pretrained_model_name_or_path={tmp_path / 'teacher'}",
+        f"dataset={rows}",
+        f"validation_dataset={rows}",
+        "dist_env.backend=gloo",
+        "step_scheduler.global_batch_size=8",
+        "step_scheduler.max_steps=2",
+        "optimizer.lr=0.01",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, GUIDE, str(tmp_path), *overrides],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, resumed, straight, refused, stopped = json.loads(done.stdout.splitlines()[-1])
+    assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
+    assert resumed[3] == straight[3] < first[3]
+    assert "kd_ratio was 0.5 and is 0.1" in refused
+    assert stopped == [False, 1, "preempted at step 1\n"]

@@ -1,0 +1,202 @@
+"""What surrounds the process: variables, limits, directories, output. Each ends in a sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ds_kd.errors import MachineError, exhausted
+from ds_kd.parallel.rendezvous import fill_environment, job_of, naming_the_meeting_place
+from ds_kd.process import check_caches, choose_accelerator
+from ds_kd.script import run_script
+
+ROOT = Path(__file__).parents[2]
+GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
+RANKS = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+SLURM = {"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_JOB_NODELIST": "n[1-2]"}
+SLURM |= {"SLURM_JOB_ID": "7", "MASTER_ADDR": "n1"}
+
+
+def test_a_whole_description_of_a_job_is_taken():
+    assert job_of(RANKS) == {**RANKS, "LOCAL_RANK": "0"}
+    assert job_of(SLURM)["MASTER_PORT"] == "20007" and job_of(SLURM)["RANK"] == "1"
+    assert job_of({"SLURM_NTASKS": "4"})["WORLD_SIZE"] == "1"  # in a shell of salloc
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"RANK": "0"}, "RANK is set without WORLD_SIZE, MASTER_ADDR and MASTER_PORT"),
+        ({**RANKS, "RANK": "x"}, "RANK: got 'x', expected a whole number from 0 to 1"),
+        ({**RANKS, "RANK": "2"}, "RANK: got '2'"),
+        ({**RANKS, "RANK": "²"}, "RANK: got"),
+        ({**RANKS, "WORLD_SIZE": "0"}, "WORLD_SIZE: got '0'"),
+        ({**RANKS, "WORLD_SIZE": ""}, "WORLD_SIZE: got ''"),
+        ({**RANKS, "LOCAL_RANK": "a"}, "LOCAL_RANK: got 'a'"),
+        ({**RANKS, "MASTER_PORT": "99999"}, "MASTER_PORT: got '99999', .* from 1 to 65535"),
+        ({**RANKS, "LOCAL_WORLD_SIZE": "a"}, "LOCAL_WORLD_SIZE: got 'a'"),
+        ({**RANKS, "CROSS_SIZE": "a"}, "CROSS_SIZE: got 'a'"),
+        ({"WORLD_SIZE": "3"}, "WORLD_SIZE is 3, and RANK is not set"),
+        ({"SLURM_NTASKS": "x"}, "SLURM_NTASKS: got 'x'"),
+        ({**SLURM, "SLURM_PROCID": "2"}, "SLURM_PROCID: got '2'"),
+        ({**SLURM, "SLURM_JOB_ID": "a"}, "SLURM_JOB_ID: got 'a'"),
+        ({**SLURM, "SLURM_LOCALID": "a"}, "SLURM_LOCALID: got 'a'"),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2"}, "without SLURM_JOB_NODELIST and SLURM_JOB_ID"),
+    ],
+)
+def test_a_variable_that_is_missing_or_no_number_is_named_with_what_to_do(env, words):
+    with pytest.raises(MachineError, match=words) as caught:
+        job_of(env)
+    assert "deepspeed, torchrun and srun set" in str(caught.value)
+
+
+def test_a_rank_that_finds_nobody_names_the_place(monkeypatch):
+    import torch.distributed as dist
+
+    for name, value in {**RANKS, "GLOO_SOCKET_IFNAME": "eth7"}.items():
+        monkeypatch.setenv(name, value)
+    with (
+        pytest.raises(MachineError, match=r"2 .* cannot meet at node1:29500, .*=eth7: refused"),
+        naming_the_meeting_place(),
+    ):
+        raise dist.DistNetworkError("refused")
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "words"),
+    [
+        ("MASTER_ADDR", "nowhere.invalid", "expected a name or address that this machine finds"),
+        ("GLOO_SOCKET_IFNAME", "nope0", r"expected an interface of this machine \(lo"),
+    ],
+)
+def test_a_network_that_is_not_there_is_told_before_anybody_waits(name, given, words, monkeypatch):
+    for variable, value in {**RANKS, "MASTER_ADDR": "127.0.0.1", name: given}.items():
+        monkeypatch.setenv(variable, value)
+    with pytest.raises(MachineError, match=f"{name}: got '{given}', {words}"):
+        fill_environment()
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "no more memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "local_batch_size"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes"), "local_batch_size"),
+        (ImportError("libx.so: failed to map segment from shared object"), "ulimit -v"),
+        (OSError(24, os.strerror(24)), r"ulimit -n"),
+        (OSError(28, os.strerror(28), "/a/file"), r"no more room on a disk: .*/a/file"),
+        (RuntimeError("can't start new thread"), r"ulimit -u"),
+    ],
+)
+def test_what_the_machine_has_no_more_of_is_told_without_a_traceback(error, words, capsys):
+    def work():
+        raise error
+
+    assert run_script(work) == 1
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_every_other_error_keeps_its_traceback():
+    assert exhausted(RuntimeError("shape mismatch")) is None
+    with pytest.raises(RuntimeError, match="shape"):
+        run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape")))
+
+
+@pytest.mark.parametrize("name", ["HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"])
+def test_a_cache_that_cannot_be_written_is_told_as_such(name, monkeypatch, tmp_path):
+    for other in ("HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, str(tmp_path / "not" / "there" / "yet"))
+    check_caches()
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(name, str(tmp_path / "file"))
+    with pytest.raises(MachineError, match=f"{tmp_path}/file.*cannot be written.*set HF_HOME"):
+        check_caches()
+
+
+def test_cuda_asked_for_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cuda")
+    with pytest.raises(MachineError, match="torch finds no GPU"):
+        choose_accelerator()
+    monkeypatch.delenv("DS_ACCELERATOR")
+    choose_accelerator()
+    assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def shell(script, **variables):
+    """A line of bash in which KD is the command, from a directory where nothing else lies."""
+    kd = f"{sys.executable} {ROOT / 'launch' / 'kd.py'}"
+    return subprocess.run(
+        ["bash", "-c", script.replace("KD", kd).replace("GUIDE", str(ROOT / GUIDE))],
+        env={**os.environ, **variables}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("script", "words"),
+    [
+        ("ulimit -n 32; KD -c GUIDE", "ulimit -n: got 32"),
+        ("ulimit -v 1000000; KD -c GUIDE", "ulimit -v: got 1000000"),
+        ("DS_ACCELERATOR=banana KD -c GUIDE", "DS_ACCELERATOR: got 'banana'"),
+        ("PYTHONOPTIMIZE=2 KD -c GUIDE", "python -OO takes away"),
+        ("d=$(mktemp -d); cd $d; rmdir $d; KD -c GUIDE", "the working directory is gone"),
+    ],
+)
+def test_what_no_run_could_work_in_is_refused(script, words):
+    done = shell(script)
+    assert done.returncode == 2 and words in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 4
+
+
+@pytest.mark.parametrize(
+    ("variables", "words", "told"),
+    [
+        ("", "", "usage: bash launch/single_node.sh CONFIG"),
+        ("", "nothing.yaml", "no file nothing.yaml"),
+        ("NPROC=two", GUIDE, "NPROC: got 'two', expected a number of ranks"),
+        ("NPROC=0", GUIDE, "NPROC: got '0'"),
+        ("PATH=/usr/bin:/bin VENV=/nowhere", GUIDE, "no deepspeed in /nowhere or on the PATH"),
+    ],
+)
+def test_the_launcher_of_a_node_says_what_it_lacks(variables, words, told):
+    done = shell(f"cd {ROOT}; {variables} DRY_RUN=1 bash launch/single_node.sh {words}")
+    assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "locale",
+    [
+        {"PYTHONIOENCODING": "ascii"},
+        {"PYTHONIOENCODING": "latin-1"},
+        {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    ],
+)
+def test_every_terminal_shows_what_it_can(locale):
+    done = shell("KD --list-keys kd_ratio && KD --help | tail -n 1", **locale)
+    assert done.returncode == 0 and not done.stderr
+    assert "\\u03b1 of the distillation loss" in done.stdout
+
+
+@pytest.mark.parametrize("output", ["| head -n 1", ">&-", ">&- 2>&- <&-", "> /dev/full"])
+def test_output_that_nobody_takes_is_no_error(output):
+    done = shell(f"KD --list-keys {output}; echo ${{PIPESTATUS[0]}} >&2" if "2>" not in output
+                 else f"(KD --list-keys {output}); echo $? >&2")  # fmt: skip
+    assert done.stderr == "0\n"
+
+
+def test_what_is_opened_first_does_not_become_standard_output(tmp_path):
+    """The number of a closed descriptor is the next file's."""
+    script = "from ds_kd.process import prepare; prepare(); import os; f = open('kept', 'w'); "
+    script += "print('text', flush=True); os.write(1, b'text'); f.write('mine')"
+    kept = tmp_path / "kept"
+    done = subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "_", sys.executable, "-c", script],
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and kept.read_text() == "mine"
