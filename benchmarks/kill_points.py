@@ -174,6 +174,7 @@ class Points:
         self.left = _names(straight)
         self.before = root / f"before-{consolidated}"  # as the run is when its last save begins
         self._kill_and_look(self.before, 0, 0)
+        shutil.rmtree(self.before / f".saving.step_{STEPS:07d}")  # its own begins the count
 
     def check(self, rank: int, at: int) -> str:
         """Kill `rank` before its operation `at`, and start again.
