@@ -71,6 +71,8 @@ class Countdown:
         self.count += 1
 
 
+_PRELOADED = ["deepspeed", "datasets", "transformers.models.llama.modeling_llama"]
+_PRELOADED += ["transformers.integrations.deepspeed", "ds_kd.recipe.run", "tests.scripts"]
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -122,10 +124,11 @@ def _rank(rank: int, port: int, log: str, words: list[str], directory: Path, at:
 
 @functools.cache
 def _context() -> Any:
-    # As `quiet` sets it; here torch is there before.
+    # As `quiet` sets them; here torch and DeepSpeed are there before.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "transformers", "datasets", "tests.scripts"])
+    context.set_forkserver_preload(_PRELOADED)
     return context
 
 
@@ -174,6 +177,7 @@ class Points:
         self.left = _names(straight)
         self.before = root / f"before-{consolidated}"  # as the run is when its last save begins
         self._kill_and_look(self.before, 0, 0)
+        shutil.rmtree(self.before / f".saving.step_{STEPS:07d}")  # its own begins the count
 
     def check(self, rank: int, at: int) -> str:
         """Kill `rank` before its operation `at`, and start again.

@@ -329,6 +329,6 @@ def _check_free(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < needed:
         raise OSError(
-            f"disk full: needed {needed / 2**20:.0f} MiB, free {free / 2**20:.0f} MiB in "
+            f"disk full: needed {needed / 2**20:,.1f} MiB, free {free / 2**20:,.1f} MiB in "
             f"{directory}"
         )

@@ -42,12 +42,10 @@ def load(
     """
     data, text, source = read(path, overrides or [])
     with source.locating():
-        cfg = _check(data, text, allow, config_only)
-    cfg.source = source
-    return cfg
+        return replace(_check(data, allow, config_only), text=text, source=source)
 
 
-def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> RunConfig:
+def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     """Return the typed config of a YAML's values.
 
     Raises:
@@ -61,7 +59,7 @@ def _check(data: dict, text: str, allow: tuple[str, ...], config_only: bool) -> 
             values[name] = check_component(data.get(name), key, allow, config_only, problems)
     if values.get("seed") is not None:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
-    cfg = RunConfig(**values, text=text, notes=translated.notes)
+    cfg = RunConfig(**values, notes=translated.notes)
 
     find_contradictions(cfg, data, problems)
     directories: dict[str, Any] = {

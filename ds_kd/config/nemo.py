@@ -248,12 +248,10 @@ def transformers_schedule(
     section: dict[str, Any], problems: list[str], notes: list[str]
 ) -> dict[str, Any]:
     """Return NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
-    target = section.get("_target_")
-    if target is not None and not str(target).startswith("nemo_automodel."):
-        problems.append(
-            f"lr_scheduler._target_: got {target!r}, expected none; write lr_scheduler.name with a "
-            f"schedule of transformers, such as cosine"
-        )
+    dotted = section.get("_target_")
+    if dotted is not None and not str(dotted).startswith("nemo_automodel."):
+        hint = "write lr_scheduler.name with a schedule of transformers, such as cosine"
+        problems.append(problem("lr_scheduler._target_", dotted, "none", hint))
     if not _NEMO_SCHEDULE & set(section):
         return section
     rest = {name: value for name, value in section.items() if name not in _NEMO_SCHEDULE}

@@ -101,8 +101,8 @@ class Checkpoint:
         "checkpoints/",
         "Names the directory of the run. The same command with the same directory resumes.",
     )
-    model_save_format: Literal["safetensors"] = key(
-        "safetensors", "Chooses the format of the exported student."
+    model_save_format: Literal["safetensors", "torch_save"] = key(
+        "safetensors", "The student is exported as safetensors; torch_save is read as the same."
     )
     save_consolidated: Literal["false", "true", "final", "every"] = key(
         "final",

@@ -132,10 +132,13 @@ def _join(backend: str, timeout_minutes: float) -> World:
 
 
 def stop() -> None:
-    """Leave the job together; without this a rank that ends early can abort the others."""
+    """Leave the job together; without this a rank that ends early can abort the others. The process
+    may then start anew."""
     if dist.is_initialized():
+        import deepspeed
+
         dist.barrier()
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # with DeepSpeed's own references to the groups
 
 
 def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tensor:

@@ -158,7 +158,7 @@ def build(cfg):
     for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
         bind(dataset, tokenizer=None)
     for loader in (cfg.dataloader, cfg.validation_dataloader):
-        bind(loader, (), ("shuffle", "group_by_length"), dataset=None, batch_sampler=None)
+        bind(loader, ("shuffle", "group_by_length"), dataset=None, batch_sampler=None)
 
 
 @settings(

@@ -7,21 +7,24 @@ import signal
 from typing import Any
 
 from ds_kd.config.keys import ComponentRules, Key, keys_of
-from ds_kd.config.names import ALIASES
+from ds_kd.config.names import ALIASES, WITHOUT_EFFECT
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
 
 _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
-#: What `load` translates before it looks: NeMo-AutoModel's spellings.
-_ALSO = {
-    "lr_scheduler": {"lr_decay_style": {"type": "string"}, "lr_warmup_steps": {"type": "integer"},
-                     "min_lr": {"type": "number"}},
-}  # fmt: skip
+#: Keys that `load` translates before it looks: NeMo-AutoModel's spellings.
+_SPELLINGS: dict[str, dict[str, Any]] = {
+    "lr_scheduler.lr_decay_style": {"type": "string"},
+    "lr_scheduler.lr_warmup_steps": {"type": "integer"},
+    "lr_scheduler.min_lr": {"type": "number"},
+    **{path: {"description": f"Accepted; {why}."} for path, why in WITHOUT_EFFECT.items()},
+}
 
 
 def json_schema() -> dict[str, Any]:
     """Return the schema of a whole YAML; null and `${…}` pass everywhere, `load` judges them."""
-    made = _section(RunConfig)
+    made = _section(RunConfig, "")
+    made["patternProperties"] = {"^_": {"description": "Not read."}}
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "ds_kd"
     made["required"] = [
@@ -30,18 +33,19 @@ def json_schema() -> dict[str, Any]:
     return made
 
 
-def _section(cls: Any, also: dict[str, Any] | None = None) -> dict[str, Any]:
-    properties = {name: _key(key) for name, key in keys_of(cls).items()}
-    return {
-        "type": "object",
-        "properties": {**properties, **(also or {})},
-        "additionalProperties": False,
-    }
+def _section(cls: Any, name: str) -> dict[str, Any]:
+    """Return the schema of a section and of its other spellings; the root has an empty name."""
+    properties = {key: _key(value) for key, value in keys_of(cls).items()}
+    for path, schema in _SPELLINGS.items():
+        section, _, key = path.rpartition(".")
+        if section == name:
+            properties[key] = schema
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def _key(key: Key) -> dict[str, Any]:
     if key.section is not None:
-        wanted = [_section(key.section, _ALSO.get(key.name))]
+        wanted = [_section(key.section, key.name)]
         wanted += [{"type": "boolean"}] if key.name == "compile" else []
     elif key.component is not None:
         wanted = [_component(key.component)]
@@ -62,6 +66,8 @@ def _component(rules: ComponentRules) -> dict[str, Any]:
     for name in callables_of(rules):
         taken, is_open = arguments_of(name, rules)
         arguments = {argument: _typed(annotation) for argument, annotation in taken.items()}
+        if "tokenizer" in rules.given:
+            arguments["tokenizer"] = {"description": "Accepted where it is the student's own."}
         spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
         chosen: dict[str, Any] = {"properties": {"_target_": {"enum": spellings}}}
         if name != rules.calls:
