@@ -18,17 +18,31 @@ class TrainState:
         tokens: real (unpadded) tokens seen, all ranks.
         labels: supervised tokens seen, all ranks.
         skipped: steps left out, as their loss or gradient was not finite.
+        validated: step of the last validation; -1 before the first.
+        lowest_loss: of all validations.
+        not_lower: validations in a row that have not lowered it.
     """
 
     step: int = 0
     tokens: int = 0
     labels: int = 0
     skipped: int = 0
+    validated: int = -1
+    lowest_loss: float | None = None
+    not_lower: int = 0
 
-    def state_dict(self) -> dict[str, int]:
+    def note_validation(self, loss: float) -> None:
+        """Note the loss of a validation after the present step."""
+        self.validated = self.step
+        if self.lowest_loss is None or loss < self.lowest_loss:
+            self.lowest_loss, self.not_lower = loss, 0
+        else:
+            self.not_lower += 1
+
+    def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 
-    def load_state_dict(self, saved: dict[str, int]) -> None:
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
         for name, value in saved.items():
             setattr(self, name, value)
 

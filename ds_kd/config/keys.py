@@ -95,6 +95,12 @@ def _max_norm(value: Any) -> float:
     raise ValueError
 
 
+def _every(value: Any) -> int | str:
+    if value == "epoch" or (is_number(value) and isinstance(value, int) and value >= 1):
+        return value
+    raise _refuse_quotes(value)
+
+
 def _one(value: Any) -> int:
     if value == 1 and not isinstance(value, bool):
         return 1
@@ -147,6 +153,11 @@ _MAX_NORM = Kind(
     },
     _max_norm,
 )
+_EVERY = Kind(
+    "an integer ≥ 1, or epoch",
+    {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "epoch"}]},
+    _every,
+)
 _ONE = Kind(
     "1, as ranks share the data alone and ZeRO-3 shards the weights over them", {"const": 1}, _one
 )
@@ -158,6 +169,7 @@ _NEMO_NAME = Kind(
 #: Annotations of kinds that no plain type tells.
 MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
+Every = Annotated[int | str, _EVERY]
 NemoName = Annotated[str, _NEMO_NAME]
 
 

@@ -165,7 +165,7 @@ REFUSED_KEYS = {
     "checkpoint.dequantize_base_checkpoint": "quantised weights are not supported; name a model of "
     "bf16 or fp32 weights",
     "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
-    "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps; the last step is saved",
+    "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps: epoch",
     "step_scheduler.grad_acc_steps": "it follows from global_batch_size; remove it",
     "peft.rank": "write peft.dim",
     "peft.r": "write peft.dim",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ds_kd.config.components import Component
-from ds_kd.config.keys import MaxNorm, NemoName, OnlyOne, key
+from ds_kd.config.keys import Every, MaxNorm, NemoName, OnlyOne, key
 from ds_kd.config.names import (
     DIVERGENCES,
     LOSSES,
@@ -44,18 +44,23 @@ class StepScheduler:
         "steps",
         low=0,
     )
-    val_every_steps: int | None = key(
+    val_every_steps: Every | None = key(
         None,
-        "Validates each time after this many optimizer steps, and after the last. Without it only "
-        "after the last.",
+        "Validates each time after this many optimizer steps, or after each epoch (`epoch`), and "
+        "after the last step. Without it only after the last.",
         "steps",
-        low=1,
     )
-    ckpt_every_steps: int | None = key(
+    ckpt_every_steps: Every | None = key(
         None,
-        "Saves a checkpoint each time after this many optimizer steps, and after the last. Without "
-        "it checkpoint.every_minutes decides.",
+        "Saves a checkpoint each time after this many optimizer steps, or after each epoch "
+        "(`epoch`), and after the last step. Without it checkpoint.every_minutes decides.",
         "steps",
+    )
+    patience: int | None = key(
+        None,
+        "Ends the run when this many validations in a row have not lowered the validation loss. "
+        "By default it does not end early.",
+        "validations",
         low=1,
     )
     max_skipped_steps: int = key(

@@ -111,6 +111,7 @@ def _schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
         steps.max_steps,
         steps.val_every_steps,
         steps.ckpt_every_steps,
+        steps.patience,
     )
 
 

@@ -76,7 +76,7 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
     found = checkpointer.resume(trainer.student, state)
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
-        if trainer.schedule.is_last(state.step):
+        if trainer.is_done:
             refuse_changes(cfg, checkpointer.changes)
             checkpointer.export_final(trainer.student)
             _say(trainer.world, "all its steps are done; a larger max_steps or num_epochs goes on")

@@ -39,7 +39,8 @@ class Metrics:
     Args:
         directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. What a
             run that was killed had logged there after the step from which this one goes on is
-            taken out when the first record is written: each step stands there once.
+            taken out when the first record is written: each step stands there once, and so does
+            its validation.
         tensorboard: write events.
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
@@ -113,23 +114,25 @@ class Metrics:
         if self._wandb is not None:
             self._wandb.finish()
 
-    def _open(self, path: Path, step: int) -> None:
-        """Open the files for a run whose first record is of `step`."""
-        _keep_before(path, step)
+    def _open(self, path: Path, step: int, place: float) -> None:
+        """Open the files for a run whose first record is of `step` and stands at `place`."""
+        _keep_before(path, place)
         # One line per record, written through at once: a killed run keeps all it logged.
         self._file = path.open("a", buffering=1)
         if self._events:
             from torch.utils.tensorboard import SummaryWriter
 
             # A file of its own, which has TensorBoard drop the later steps of those before it.
-            self._writer = SummaryWriter(str(path.parent), purge_step=step)
+            self._writer = SummaryWriter(
+                str(path.parent), purge_step=math.ceil(place) if step else 0
+            )
             threading.excepthook = functools.partial(_hook, threading.excepthook)
             self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         path, line = self._path, json.dumps({"step": step, **values}) + "\n"
         if self._file is None and path is not None:
-            self._try(path, lambda: self._open(path, step))
+            self._try(path, lambda: self._open(path, step, _place(step, values)))
         if self._file is not None:
             self._try(path, functools.partial(self._file.write, line))
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
@@ -183,11 +186,11 @@ def _hook(others: Callable[[Any], Any], ended: Any) -> None:
         others(ended)
 
 
-def _keep_before(path: Path, step: int) -> None:
-    """Cut a log of JSON lines to what comes before `step`, at one stroke; a last line that was torn
-    goes too. A log of which nothing would stay is another run's, and is set aside."""
+def _keep_before(path: Path, place: float) -> None:
+    """Cut a log of JSON lines to what comes before `place`, at one stroke; a torn last line goes
+    too. A log of which nothing would stay is another run's, and is set aside."""
     text = path.read_text(errors="replace") if path.is_file() else ""
-    kept = [line for line in text.splitlines(keepends=True) if _step_of(line) < step]
+    kept = [line for line in text.splitlines(keepends=True) if _place_of(line) < place]
     if "".join(kept) == text:
         return
     if not kept:
@@ -199,9 +202,15 @@ def _keep_before(path: Path, step: int) -> None:
     aside.replace(path)
 
 
-def _step_of(line: str) -> float:
-    """Return a record's step; infinity for a line that is none."""
+def _place(step: int, values: dict[str, Any]) -> float:
+    """Return where a record stands in a log: a step, then its validation."""
+    return step + 0.5 * any(name.startswith("val_") for name in values)
+
+
+def _place_of(line: str) -> float:
+    """Return the place of a log's line; infinity for a line that is none."""
     try:
-        return float(json.loads(line)["step"]) if line.endswith("\n") else math.inf
+        record = json.loads(line)
+        return _place(record["step"], record) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -15,15 +15,18 @@ class Schedule:
             global batch included.
         num_epochs: passes over the data.
         max_steps: stop after this many steps even within an epoch; None leaves it to `num_epochs`.
-        val_every_steps: validate after every that many steps; None only at the end.
-        ckpt_every_steps: save after every that many steps; None only at the end.
+        val_every_steps: validate after every that many steps, or `epoch`; None only at the end.
+        ckpt_every_steps: save after every that many steps, or `epoch`; None only at the end.
+        patience: end after this many validations in a row that have not lowered the loss; None
+            never does.
     """
 
     steps_per_epoch: int
     num_epochs: int = 1
     max_steps: int | None = None
-    val_every_steps: int | None = None
-    ckpt_every_steps: int | None = None
+    val_every_steps: int | str | None = None
+    ckpt_every_steps: int | str | None = None
+    patience: int | None = None
 
     @property
     def total_steps(self) -> int:
@@ -33,12 +36,17 @@ class Schedule:
     def is_last(self, step: int) -> bool:
         return step >= self.total_steps
 
+    def has_no_patience(self, validations: int) -> bool:
+        """Return whether so many validations in a row without a lower loss end the run."""
+        return self.patience is not None and validations >= self.patience
+
     def validates(self, step: int) -> bool:
-        return self.is_last(step) or _due(step, self.val_every_steps)
+        return self.is_last(step) or self._is_due(step, self.val_every_steps)
 
     def saves(self, step: int) -> bool:
-        return self.is_last(step) or _due(step, self.ckpt_every_steps)
+        return self.is_last(step) or self._is_due(step, self.ckpt_every_steps)
 
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0
+    def _is_due(self, step: int, every: int | str | None) -> bool:
+        if every is None:
+            return False
+        return step % (self.steps_per_epoch if isinstance(every, str) else every) == 0

@@ -100,25 +100,42 @@ class Trainer:
                 finite, or another rank that is gone.
         """
         try:
-            if (self.validate_first and self.state.step == 0) or self.schedule.max_steps == 0:
+            if self._owes_validation():
                 self.validate()
             batches = self.batches.after(self.state.step)
-            while not self.schedule.is_last(self.state.step):
+            while not self.is_done:
                 # From the end of a step to the end of the next one's logging: with the loading of
                 # data, without validation and checkpoints.
                 started = time.perf_counter()
                 self._step(next(batches), started)
                 if self._validate_and_save():
                     break
-            finished = self.schedule.is_last(self.state.step)
             if self.checkpointer is not None and self.schedule.total_steps:
-                self.checkpointer.mark(self.state.step, finished)
-            return finished
+                self.checkpointer.mark(self.state.step, self.is_done)
+            return self.is_done
         except RuntimeError as error:
             lost = lost_ranks(error, self.world)
             if lost is None:
                 raise
             raise self._name_lost(lost) from error
+
+    @property
+    def is_done(self) -> bool:
+        """Whether no step is left: the last is done, or `patience` has ended the run."""
+        return self.schedule.is_last(self.state.step) or self._ends_early
+
+    @property
+    def _ends_early(self) -> bool:
+        return self.schedule.has_no_patience(self.state.not_lower)
+
+    def _owes_validation(self) -> bool:
+        """Return whether a validation is to be made before the first step: the one at the start of
+        a fresh run, the only thing of a run without steps, or one that a signal broke off."""
+        step = self.state.step
+        if step == 0:
+            return self.validate_first or self.schedule.max_steps == 0
+        missed = self.schedule.validates(step) and self.state.validated < step
+        return missed or self.schedule.max_steps == 0
 
     def _step(self, micro_batches: list[Batch], started: float) -> None:
         """Take one optimizer step and log it."""
@@ -160,7 +177,13 @@ class Trainer:
             validated = self.validate()
             if validated is None and not is_last:  # a signal may have broken it off
                 stops, _ = self._asked_to_stop_or_save()
-        saves = saves or stops or self.schedule.saves(self.state.step)
+        if self._ends_early and not is_last:
+            is_last = True
+            self._say(
+                f"ends here: the last {self.state.not_lower} validations have not lowered the "
+                f"validation loss of {self.state.lowest_loss:.4f} (step_scheduler.patience)"
+            )
+        saves = saves or stops or is_last or self.schedule.saves(self.state.step)
         if self.checkpointer is not None and saves:
             loss = None if validated is None else validated["loss"]
             self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
@@ -210,6 +233,7 @@ class Trainer:
         means = self._means(sums, labels)
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
         means["memory"] = memory_gib(self.world.device)
+        self.state.note_validation(means["loss"])
         if self.metrics is not None:
             self.metrics.validation(self.state.step, means)
         return means
@@ -272,16 +296,19 @@ class Trainer:
         finite, and the run allows for it."""
         if math.isnan(norm) and self.state.skipped < self.max_skipped:
             self.state.skipped += 1
-            if self.metrics is not None:
-                self.metrics.say(
-                    f"step {self.state.step + 1} left out, number {self.state.skipped} of "
-                    f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
-                    f"{_ids(micro_batches)}"
-                )
+            self._say(
+                f"step {self.state.step + 1} left out, number {self.state.skipped} of "
+                f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
+                f"{_ids(micro_batches)}"
+            )
             return True
         self._check_finite(norm, "gradient norm", micro_batches)
         self._check_finite(loss, "loss", micro_batches)
         return False
+
+    def _say(self, text: str) -> None:
+        if self.metrics is not None:
+            self.metrics.say(text)
 
     def _advance(self, labels: int, tokens: int) -> None:
         self.state.step += 1

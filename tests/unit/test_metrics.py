@@ -69,6 +69,16 @@ def test_a_resumed_run_logs_each_step_once(tmp_path):
     assert curve == train
 
 
+def test_a_validation_made_after_a_resume_keeps_its_step(tmp_path):
+    log(tmp_path, range(1, 5), value=1.0)
+    for value in (2.0, 3.0):  # the second time it takes the place of the first
+        metrics = Metrics(tmp_path, total_steps=9, out=io.StringIO())
+        metrics.validation(4, {"loss": value})
+        metrics.close()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 4]
+    assert records(tmp_path)[-1]["val_loss"] == 3.0
+
+
 def test_a_run_that_begins_anew_sets_the_log_before_it_aside(tmp_path):
     log(tmp_path, (1, 2), value=1.0)
     log(tmp_path, (1,), value=2.0)
