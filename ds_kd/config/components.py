@@ -17,6 +17,7 @@ from typing import Any
 
 from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
 from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
+from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import UserError, first_line
 
 
@@ -69,11 +70,13 @@ class Target:
         target: dotted name, NeMo-AutoModel's already translated.
         kwargs: its keyword arguments.
         key: where it stands in the YAML.
+        declaration: of a data set that has one, see `ds_kd.data.rows.declaration`.
     """
 
     target: str
     kwargs: dict[str, Any]
     key: str
+    declaration: DataSet | None = None
 
 
 def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:

@@ -328,6 +328,12 @@ class RunConfig:
         words=_LABELS,
         calls=("ds_kd.data.",),
     )
+    validation_share: float | None = key(
+        None,
+        "share of the dataset's samples that is not trained on but validated with, chosen by "
+        "rng.seed; in place of validation_dataset",
+        "number", above=0, high=0.5,
+    )  # fmt: skip
     validation_dataloader: Target = key(
         None,
         "likewise for validation; batch_size is local_batch_size by default",
@@ -360,10 +366,15 @@ class RunConfig:
     source: Source = field(default_factory=Source)
 
     @property
+    def validates(self) -> bool:
+        """Whether there is something to validate with."""
+        return self.validation_dataset is not None or self.validation_share is not None
+
+    @property
     def loads_teacher(self) -> bool:
         """Whether a named teacher is loaded: to train with, or to be measured against."""
-        validates = self.step_scheduler.validate_teacher and self.validation_dataset is not None
-        return self.teacher_model is not None and (self.kd_ratio > 0 or validates)
+        measures = self.step_scheduler.validate_teacher and self.validates
+        return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
 
     @property
     def tensorboard_dir(self) -> str:

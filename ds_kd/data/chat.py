@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.data.labels import shift
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.source import make_samples
 
 #: Roles that templates know; any other needs a template given with the data.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
@@ -222,10 +223,17 @@ def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | N
     return None if truncation in (False, None, "do_not_truncate") else seq_length
 
 
+def read_conversation(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
+    """Return `conversation_of` a row, as `ChatDataset` with these arguments reads it."""
+    any_role = arguments.get("chat_template") is not None
+    return conversation_of(row, any_role, arguments.get("column", "messages"))
+
+
+@data_set("path_or_dataset_id", ("messages",), read_conversation, columns_from="column")
 def ChatDataset(  # a class in NeMo-AutoModel, hence the name
-    path_or_dataset_id: str,
+    path_or_dataset_id: str | list,
     tokenizer: Any,
-    split: str = "train",
+    split: str | None = "train",
     seq_length: int | None = None,
     truncation: bool | str = False,
     limit_dataset_samples: int | None = None,
@@ -246,14 +254,10 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
             f"{tokenizer.name_or_path} has no chat template; "
             "give chat_template: a Jinja file or text"
         )
-    rows = load_rows(path_or_dataset_id, split, (column,), limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        try:
-            talk, tools = conversation_of(row, chat_template is not None, column)
-            return shift(*tokenize_chat(tokenizer, talk, tools), length)
-        except ValueError as error:
-            raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None
+    def sample(row: dict[str, Any]) -> dict[str, list[int]]:
+        talk, tools = conversation_of(row, chat_template is not None, column)
+        return shift(*tokenize_chat(tokenizer, talk, tools), length)
 
-    return tokenize(rows, sample)
+    return make_samples(path_or_dataset_id, split, (column,), limit_dataset_samples, sample)

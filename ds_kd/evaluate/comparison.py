@@ -7,8 +7,8 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.detect import samples_of
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.rows.detect import samples_of
 from ds_kd.errors import UserError, first_line
 
 NEW_TOKENS = 40

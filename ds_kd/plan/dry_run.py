@@ -7,11 +7,10 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ds_kd.config.checks.files import DATA, columns_wanted
 from ds_kd.config.checks.zero_file import load_zero_config
-from ds_kd.config.components import ConfigError, Target, as_config_error, instantiate, problem
+from ds_kd.config.components import ConfigError, Target, as_config_error, problem
 from ds_kd.config.schema import RunConfig
-from ds_kd.data.source import load_rows
+from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import first_line
 from ds_kd.losses.chunked import chunk_of
 from ds_kd.parallel.engines import optimizer_numbers
@@ -207,7 +206,7 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         length: tokens of a sample, where it is not to be measured.
     """
     local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
-    total, supervised, longest = _measure(cfg) if target.target in DATA else (None, 1.0, None)
+    total, supervised, longest = _measure(cfg) if target.declaration else (None, 1.0, None)
     cut = _cut_of(target)
     if length is not None:
         return total, local * length, supervised, "--length"
@@ -239,16 +238,18 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     import torch
 
     target = cfg.dataset
-    argument, _, limit = DATA[target.target]
-    kwargs = target.kwargs
-    columns = columns_wanted(target.target, kwargs)
-    source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
+    data, kwargs = target.declaration, target.kwargs
+    assert data is not None
+    argument, limit = data.source, data.limit
+    columns = data.columns_wanted(kwargs)
+    source, split = data.source_of(kwargs), kwargs.get("split") or "train"
     total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = Target(target.target, {**kwargs, limit: min(total, _SAMPLES)}, target.key)
+        few = {**kwargs, limit: min(total, _SAMPLES)}
+        few.pop("labels", None)  # which way they look changes no length
         alone = World(0, 1, 0, torch.device("cpu"), "gloo")
-        rows = instantiate(few, tokenizer=tokenizer_of(cfg.model, alone))
+        rows = data.build(tokenizer=tokenizer_of(cfg.model, alone), **few)
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
     except (ConfigError, ValueError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():

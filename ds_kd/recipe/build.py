@@ -28,7 +28,7 @@ from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
 from ds_kd.parallel.world import World, on_rank0, seconds_after_sigterm
-from ds_kd.recipe.data import build_loader, packs
+from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import fix_rope, load_model, name_of, tokenizer_of, training_dtype
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.train.metrics import Metrics
@@ -59,12 +59,11 @@ def build(
     check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
-    loader, sampler = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, allow, True)
+    samples, held_out = build_samples(cfg, tokenizer, world, allow)
+    loader, sampler = build_loader(cfg, samples, cfg.dataloader, world, allow, True)
     validation = None
-    if cfg.validation_dataset is not None:
-        validation, _ = build_loader(
-            cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, allow, False
-        )
+    if held_out is not None:
+        validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, allow, False)
     schedule = Schedule(
         sampler.steps_per_epoch,
         cfg.step_scheduler.num_epochs,

@@ -6,12 +6,14 @@ import functools
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
-from ds_kd.config.components import Target, as_config_error, instantiate
+from ds_kd.config.components import Target, as_config_error, instantiate, resolve
 from ds_kd.config.schema import LOADER_FLAGS, RunConfig
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
+from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
 from ds_kd.parallel.signals import ignore_requests
@@ -23,19 +25,58 @@ def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
 
-def _samples(
-    cfg: RunConfig, dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
-) -> Any:
-    """The data set, its samples checked; packs where the YAML wants them."""
-    rows = samples_of(dataset, tokenizer, world, allow)
+def build_samples(
+    cfg: RunConfig, tokenizer: Any, world: World, allow: tuple[str, ...]
+) -> tuple[Any, Any | None]:
+    """Return the samples to train on, and those to validate with, None where there are none.
+
+    Raises:
+        ConfigError: see `samples_of`; or samples too few to be split, or too long to be packed.
+    """
+    training, validation = samples_of(cfg.dataset, tokenizer, world, allow), None
+    key = cfg.dataset.key
+    if cfg.validation_share is not None:
+        share, seed = cfg.validation_share, cfg.rng.seed
+        split = functools.partial(hold_out, training, share, seed)
+        training, validation = as_config_error("validation_share", share, split, "two samples")
+    elif cfg.validation_dataset is not None:
+        key = cfg.validation_dataset.key
+        validation = samples_of(cfg.validation_dataset, tokenizer, world, allow)
+    if validation is not None:
+        validation = _packed(cfg, key, validation)
+    return _packed(cfg, cfg.dataset.key, training), validation
+
+
+def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Return the samples without a share of them, and that share, each in the order they were in.
+
+    Args:
+        share: at least one sample, and never all.
+        seed: decides which, alone.
+
+    Raises:
+        ValueError: there are fewer than two samples.
+    """
+    count = len(samples)
+    if count < 2:
+        raise ValueError(f"there is {count} sample, and none would be left to train on")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    most = min(max(1, round(share * count)), count - 1)
+    chosen, others = sorted(order[:most]), sorted(order[most:])
+    pick = getattr(samples, "select", functools.partial(Subset, samples))
+    return pick(others), pick(chosen)
+
+
+def _packed(cfg: RunConfig, key: str, samples: Any) -> Any:
+    """The samples in packs, where the YAML wants them."""
     if not packs(cfg):
-        return rows
+        return samples
     size = cfg.packed_sequence.packed_sequence_size
     return as_config_error(
         "packed_sequence.packed_sequence_size",
         size,
-        lambda: PackedDataset(rows, size, cfg.rng.seed),
-        f"room for every sample of {dataset.key}",
+        lambda: PackedDataset(samples, size, cfg.rng.seed),
+        f"room for every sample of {key}",
     )
 
 
@@ -47,7 +88,7 @@ def samples_of(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, 
             of them is supervised.
     """
     rows = _built(dataset, tokenizer, world, allow)
-    key, given = _source(dataset)
+    key, given = _source(dataset, allow)
     told = as_config_error(key, given, lambda: tell_unsupervised(rows), "samples that teach")
     if told and world.is_main:
         print(f"{dataset.key}: {told}", flush=True)
@@ -70,13 +111,12 @@ def show_samples(cfg: RunConfig, count: int, allow: tuple[str, ...], colour: boo
     return [render(rows[k], tokenizer, colour) for k in range(min(count, len(rows)))]
 
 
-def _source(dataset: Target) -> tuple[str, Any]:
+def _source(dataset: Target, allow: tuple[str, ...]) -> tuple[str, Any]:
     """The key that names a data set's rows and what it holds, for messages."""
-    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-    name = next((name for name in names if name in dataset.kwargs), None)
-    if name is None:
+    declared = declaration_of(resolve(dataset.target, allow))
+    if declared is None or declared.source not in dataset.kwargs:
         return dataset.key, dataset.target
-    return f"{dataset.key}.{name}", dataset.kwargs[name]
+    return f"{dataset.key}.{declared.source}", dataset.kwargs[declared.source]
 
 
 def _built(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]) -> Any:
@@ -84,7 +124,7 @@ def _built(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
     kwargs = dict(dataset.kwargs)
     labels = kwargs.pop("labels", SHIFTED)
     wanted = Target(dataset.target, kwargs, dataset.key)
-    key, given = _source(dataset)
+    key, given = _source(dataset, allow)
     rows = as_config_error(
         key,
         given,
@@ -99,22 +139,21 @@ def _built(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, ...]
 
 def build_loader(
     cfg: RunConfig,
-    dataset: Target,
+    samples: Any,
     loader: Target,
-    tokenizer: Any,
     world: World,
     allow: tuple[str, ...],
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
-    """Build the loader of a data set, which gives this rank's micro-batches, and their sampler.
+    """Build the loader of samples, which gives this rank's micro-batches, and their sampler.
 
     Args:
+        samples: as `build_samples` gives them.
         training: whether a batch is cut as a step of training, else as the loader's section says.
 
     Raises:
-        ConfigError: the data set or the loader cannot be built; names the key.
+        ConfigError: the loader cannot be built; names the key.
     """
-    rows = _samples(cfg, dataset, tokenizer, world, allow)
     steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
     local = steps.local_batch_size
     if not training:
@@ -128,7 +167,7 @@ def build_loader(
 
     def make() -> tuple[Any, GlobalBatchSampler]:
         sampler = GlobalBatchSampler(
-            len(rows),
+            len(samples),
             steps.global_batch_size if training else local * world.size,
             local,
             world.rank,
@@ -136,13 +175,13 @@ def build_loader(
             shuffle=shuffle,
             seed=cfg.rng.seed,
             drop_last=drop_last,
-            lengths=lengths_of(rows) if grouped and not packs(cfg) else None,
+            lengths=lengths_of(samples) if grouped and not packs(cfg) else None,
         )
         built = instantiate(
             Target(loader.target, kwargs, loader.key),
             allow,
             LOADER_FLAGS,
-            dataset=WithFiller(rows),
+            dataset=WithFiller(samples),
             batch_sampler=sampler,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
             generator=torch.Generator().manual_seed(cfg.rng.seed),

@@ -14,7 +14,7 @@ from ds_kd.data.collate import default_collater
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import DataError, OwnSamples
 from ds_kd.data.packing import PackedDataset
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.rows.source import load_rows, tokenize
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import samples_of
 from tests import tiny

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.data.detect import samples_of
+from ds_kd.data.rows.detect import samples_of
 from ds_kd.evaluate import comparison
 from ds_kd.models import prune as pruning
 from tests import tiny

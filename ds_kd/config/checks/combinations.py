@@ -7,7 +7,6 @@ import math
 import re
 from typing import Any, TypeGuard
 
-from ds_kd.config.checks.files import DATA
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Target, problem, wrong_arguments
 from ds_kd.config.schema import RunConfig
@@ -66,14 +65,12 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
-    if (
-        steps.max_steps == 0
-        and cfg.validation_dataset is None
-        and not data.get("validation_dataset")
-    ):
+    if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
         )
+    if cfg.validation_share is not None and data.get("validation_dataset"):
+        problems.append("validation_share: there is a validation_dataset too; keep one")
     is_given = isinstance(data.get("rng"), dict) and data["rng"].get("seed") is not None
     if cfg.seed is not None and is_given and cfg.rng.seed != cfg.seed:
         problems.append(
@@ -207,9 +204,9 @@ def _data(target: Target, problems: list[str]) -> None:
         key = f"{target.key}.streaming"
         problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
         problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
-    if target.target not in DATA:
+    if target.declaration is None:
         return
-    for name in ("seq_length", DATA[target.target][2]):
+    for name in ("seq_length", target.declaration.limit):
         value = target.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
             problems.append(problem(f"{target.key}.{name}", value, "an integer ≥ 1"))

@@ -6,12 +6,14 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ds_kd.config.checks.files import DATA, check_data, check_model
-from ds_kd.config.components import Target, problem, refuse, wrong_arguments
+from ds_kd.config.checks.data import check_data, declared
+from ds_kd.config.checks.files import check_model
+from ds_kd.config.components import ConfigError, Target, problem, refuse, wrong_arguments
 from ds_kd.config.names import ALIASES, NOT_WITH_ZERO
 from ds_kd.config.origins import decoded
 from ds_kd.config.schema import MODEL
 from ds_kd.config.signatures import signature_of
+from ds_kd.data.rows.declaration import DataSet
 
 
 def check_target(
@@ -41,15 +43,16 @@ def check_target(
         hint = f"for example {meta['example']}" if "example" in meta else ""
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
-    written = _take_synonym(path, ALIASES.get(dotted, dotted), kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
+    declaration = None if refusal else _declared(path, ALIASES.get(dotted, dotted), allow, problems)
+    written = _take_synonym(path, declaration, kwargs, problems)
     for name, inner in kwargs.items():
         if name in meta.get("given", ()):  # told below, once
             continue
         problems += _argument(f"{path}.{name}", inner, name in meta.get("flags", ()), allow)
-    target = Target(ALIASES.get(dotted, dotted), kwargs, path)
+    target = Target(ALIASES.get(dotted, dotted), kwargs, path, declaration)
     if meta.get("target") == MODEL:
         if target.target != MODEL and not refusal and not allow:
             problems.append(problem(f"{path}._target_", dotted, MODEL))
@@ -68,7 +71,7 @@ def check_target(
         return target
     if not refusal:
         problems += _signature(target, meta)
-    if wrong := check_data(path, target.target, kwargs, written):
+    if declaration is not None and (wrong := check_data(path, declaration, kwargs, written)):
         problems.append(wrong)
     return target
 
@@ -85,10 +88,22 @@ def _signature(target: Target, meta: Any) -> list[str]:
     return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
 
 
-def _take_synonym(path: str, target: str, kwargs: dict[str, Any], problems: list[str]) -> str:
+def _declared(
+    path: str, dotted: str, allow: tuple[str, ...], problems: list[str]
+) -> DataSet | None:
+    try:
+        return declared(dotted, allow)
+    except ConfigError as error:
+        problems += [f"{path}._target_: {line}" for line in error.problems]
+        return None
+
+
+def _take_synonym(
+    path: str, data: DataSet | None, kwargs: dict[str, Any], problems: list[str]
+) -> str:
     """Put `dataset_name` under the name that the data set has for its source, and return which of
     the two is written."""
-    own = DATA[target][0] if target in DATA else "dataset_name"
+    own = data.source if data is not None else "dataset_name"
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
     if own in kwargs:

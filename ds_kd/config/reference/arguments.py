@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.config.checks.files import DATA
 from ds_kd.config.names import ALIASES, ALLOWED
 from ds_kd.config.schema import MODEL
 from ds_kd.config.signatures import signature_of
+from ds_kd.data.rows.detect import known_data_sets
 
 
 def callables_of(meta: Any) -> list[str]:
@@ -17,7 +17,8 @@ def callables_of(meta: Any) -> list[str]:
         meta: of the schema.
     """
     kinds, default = meta.get("calls", ()), meta.get("target")
-    names = {*ALIASES.values(), *ALLOWED, *DATA} - {MODEL}
+    ours = (each.name for each in known_data_sets())
+    names = {*ALIASES.values(), *ALLOWED, *ours} - {MODEL}
     found = sorted(name for name in names if kinds and name.startswith(kinds))
     known = [name for name in found if signature_of(name) is not None and "collate" not in name]
     return sorted(known, key=lambda name: name != default)
