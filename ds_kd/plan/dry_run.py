@@ -206,7 +206,8 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         length: tokens of a sample, where it is not to be measured.
     """
     local, target = cfg.step_scheduler.local_batch_size, cfg.dataset
-    total, supervised, longest = _measure(cfg) if target.declaration else (None, 1.0, None)
+    is_measured = target.declaration is not None and not target.declaration.has_parts
+    total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
     cut = _cut_of(target)
     if length is not None:
         return total, local * length, supervised, "--length"

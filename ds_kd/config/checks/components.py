@@ -13,7 +13,9 @@ from ds_kd.config.names import ALIASES, NOT_WITH_ZERO
 from ds_kd.config.origins import decoded
 from ds_kd.config.schema import MODEL
 from ds_kd.config.signatures import signature_of
+from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
+from ds_kd.errors import first_line
 
 
 def check_target(
@@ -71,7 +73,9 @@ def check_target(
         return target
     if not refusal:
         problems += _signature(target, meta)
-    if declaration is not None and (wrong := check_data(path, declaration, kwargs, written)):
+    if declaration is not None and declaration.has_parts:
+        _parts(f"{path}.{declaration.source}", kwargs, declaration.source, allow, problems)
+    elif declaration is not None and (wrong := check_data(path, declaration, kwargs, written)):
         problems.append(wrong)
     return target
 
@@ -86,6 +90,36 @@ def _signature(target: Target, meta: Any) -> list[str]:
     found = wrong_arguments(target, signature.annotations, signature.is_open, given, also)
     missing = [name for name in signature.required if name not in (*target.kwargs, *given)]
     return found + [f"{target.key}.{name}: missing; {target.target} needs it" for name in missing]
+
+
+def _parts(
+    key: str, kwargs: dict[str, Any], source: str, allow: tuple[str, ...], problems: list[str]
+) -> None:
+    """Check the parts of a mixture as sections of their own, and translate their names."""
+    parts = kwargs.get(source)
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
+        problems.append(problem(key, parts, "a list of mappings such as {dataset_name: …}"))
+        return
+    made = []
+    for number, given in enumerate(parts):
+        name = given.get("_target_")
+        part = {**given, "_target_": ALIASES.get(name, name)} if name is not None else {**given}
+        weight = part.pop("weight", None)
+        try:
+            part["_target_"] = data_set_of(part).name
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{key}[{number}]: {first_line(error)}")
+            continue
+        meta = {"given": ("tokenizer",), "calls": ("ds_kd.data.",)}
+        target = check_target(part, f"{key}[{number}]", meta, allow, problems)
+        if target is not None:
+            made.append({"_target_": target.target, **target.kwargs})
+            made[-1] |= {"weight": weight} if weight is not None else {}
+    try:
+        check_weights(made)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+    kwargs[source] = made
 
 
 def _declared(
