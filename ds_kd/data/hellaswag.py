@@ -21,7 +21,8 @@ def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
     """
     try:
         label = int(row["label"])
-        if label < 0:  # a test split may carry -1, which Python would read as the last ending
+        # A test split may carry -1, which Python would read as the last ending; 1.5 is none.
+        if label < 0 or (isinstance(row["label"], float) and label != row["label"]):
             raise IndexError
         ending = row["endings"][label]
     except (ValueError, TypeError, IndexError):

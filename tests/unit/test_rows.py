@@ -16,7 +16,7 @@ from ds_kd.data.mixture import make_mixture
 from ds_kd.data.rows.detect import known_data_sets
 from ds_kd.data.rows.source import load_rows
 from ds_kd.data.squad import make_squad_dataset
-from ds_kd.data.text import make_instruction_dataset
+from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset
 from ds_kd.recipe.data import hold_out
 from tests.unit.test_data import TEMPLATE, make_tokenizer, write
 from tests.unit.test_supervised import byte_level_bpe
@@ -26,11 +26,14 @@ PAIRS = [{"prompt": "what", "completion": name} for name in ("it", "is", "Paris"
 TEXT = {each.name.rpartition(".")[2]: each for each in known_data_sets()}
 
 
+LATIN = '{"prompt": "a", "completion": "é"}\n'.encode("latin-1")
+
+
 def lines(rows: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def wrong(path: Path, name: str = "make_instruction_dataset", **arguments) -> str:
+def wrong(path: Path | str, name: str = "make_instruction_dataset", **arguments) -> str:
     """What the check of a config tells of a file."""
     data = TEXT[name]
     return check_data("dataset", data, {data.source: str(path), **arguments}) or ""
@@ -116,13 +119,32 @@ def test_all_columns_of_csv_are_text_numbers_and_empty_cells_too(tmp_path):
         (lines(PAIRS[:2]) + '{"prompt": "a",\n', "row 2: not JSON"),
         (lines(PAIRS[:2]) + "[1]\n", "row 2 is list"),
         (lines(PAIRS[:2]).encode("utf-16"), "UTF-16; save it as UTF-8"),
-        (lines(PAIRS).encode() + b'{"prompt": "\xff", "completion": "c"}\n', "can't decode byte"),
+        (lines(PAIRS).encode() + LATIN, "byte 0xe9 is not of UTF-8"),
     ],
 )
 def test_what_is_wrong_with_a_files_text_is_told_by_the_check(tmp_path, content, said):
     path = tmp_path / "r.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in wrong(path)
+
+
+def test_a_byte_of_another_encoding_is_told_with_its_line(tmp_path):
+    (tmp_path / "r.jsonl").write_bytes(lines(PAIRS * 20).encode() + LATIN)
+    with pytest.raises(ValueError, match=r"r.jsonl', line 61: byte 0xe9 is not of UTF-8"):
+        make_instruction_dataset(str(tmp_path / "r.jsonl"), byte_level_bpe())
+
+
+def test_a_column_that_stands_twice_in_csv_is_refused(tmp_path):
+    (tmp_path / "c.csv").write_text("prompt,prompt,completion\na,b,c\n")
+    assert "the column prompt stands twice" in wrong(tmp_path / "c.csv")
+    with pytest.raises(ValueError, match="the column prompt stands twice"):
+        load_rows(str(tmp_path / "c.csv"), "train", ())
+
+
+def test_a_very_long_first_row_and_an_ending_in_capitals_are_read(tmp_path):
+    write(tmp_path / "R.JSONL", [{"prompt": "p" * 5_000_000, "completion": "c"}])
+    assert wrong(tmp_path / "R.JSONL") == ""
+    assert len(load_rows(str(tmp_path / "R.JSONL"), "train", ("prompt",))) == 1
 
 
 def test_a_line_that_cannot_be_read_is_told_with_its_number(tmp_path):
@@ -152,6 +174,37 @@ def test_a_row_of_parquet_that_cannot_be_learnt_from_is_told(tmp_path):
     path = tmp_path / "r.parquet"
     datasets.Dataset.from_list([*PAIRS, {"prompt": "a", "completion": None}]).to_parquet(path)
     assert "row 3: completion is None, expected text" in wrong(path)
+
+
+def test_a_label_that_is_no_whole_number_names_no_ending(tmp_path):
+    row = {"ctx": "a man", "endings": ["x", "walks."], "label": 1.7}
+    path = write(tmp_path / "h.jsonl", [row])
+    assert "label 1.7 names none of 2 endings" in wrong(path, "HellaSwag")
+
+
+def test_a_row_without_a_name_of_its_own_is_called_by_its_number(tmp_path):
+    path = write(tmp_path / "r.jsonl", [{**PAIRS[0], "id": None}, {**PAIRS[1], "id": "x"}])
+    assert make_instruction_dataset(path, byte_level_bpe())["sample_id"][:] == ["0", "x"]
+
+
+# ---- conversations
+
+
+def test_an_empty_turn_teaches_nothing_and_a_system_column_begins_the_conversation(tmp_path):
+    tokenizer = make_tokenizer(TEMPLATE)
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": " "}]
+    talk += [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    row = {"conversations": json.dumps(talk), "system": "c"}
+    data = make_sharegpt_dataset(write(tmp_path / "s.jsonl", [row]), tokenizer)
+    assert tokenizer.decode(data[0]["input_ids"]).startswith("<system> c <eos> <user> a <eos>")
+    learnt = [label for label in data[0]["labels"] if label != -100]
+    assert tokenizer.decode(learnt) == "<assistant> b <eos>"
+
+
+def test_a_role_in_capitals_is_told_with_its_spelling(tmp_path):
+    talk = [{"role": "User", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write(tmp_path / "c.jsonl", [{"messages": talk}])
+    assert "role is 'User'" in (told := wrong(path, "ChatDataset")) and "write user" in told
 
 
 # ---- a share held out, mixtures

@@ -24,12 +24,13 @@ FORMATS = {
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = "a .json, .jsonl, .csv, .tsv or .parquet file (text also as .gz or .zst)"
 _BEGINNING = 1 << 22  # bytes of a file, among which its first row is
+_LONGEST = 1 << 27  # bytes of a first row that is longer
 _FEW = 16  # rows looked at from the beginning, and as many from anywhere
 
 
 def ending_of(name: str) -> str:
     """Return the ending that tells a file's format, without that of its compression."""
-    path = Path(name)
+    path = Path(name.lower())
     inner = Path(path.stem) if path.suffix in COMPRESSIONS else path
     is_text = path.suffix not in COMPRESSIONS or inner.suffix != ".parquet"
     return inner.suffix if inner.suffix in FORMATS and is_text else ""
@@ -91,15 +92,21 @@ def columns_of(path: str | Path) -> list[str]:
     if ending_of(str(path)) == ".parquet":
         return list(_parquet(path).schema_arrow.names)
     if FORMATS[ending_of(str(path))] == "csv":
-        reader = _csv_reader(path, _beginning(path)[0])
-        return list(reader.fieldnames or [])
+        names = list(_csv_reader(path, _beginning(path)[0]).fieldnames or [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the column {twice[0]} stands twice in it")
+        return names
     text, is_whole = _beginning(path)
     try:
-        row, _ = _DECODER.raw_decode(text)
-    except ValueError:
-        if not is_whole:
-            raise ValueError("its first row is not complete JSON within 4 MiB") from None
-        raise
+        try:
+            row, _ = _DECODER.raw_decode(text)
+        except ValueError:  # a first row that goes on, perhaps
+            if is_whole:
+                raise
+            text, is_whole = _beginning(path, _LONGEST)
+            row, _ = _DECODER.raw_decode(text)
+    except ValueError as error:
+        raise ValueError(f"its first row: {_what_is_wrong(error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"its first row is {type(row).__name__}, not a mapping of columns")
     return list(row)
@@ -127,7 +134,7 @@ def sampled_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[ob
             yield f"row {index}", row
         return
     yield from _json_rows(text, is_whole, few)
-    is_plain = Path(path).suffix not in COMPRESSIONS
+    is_plain = Path(path).suffix.lower() not in COMPRESSIONS
     if most is None and is_plain and not is_whole and _has_lines(text):
         yield from _lines_anywhere(Path(path))
 
@@ -144,7 +151,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _beginning(path: str | Path) -> tuple[str, bool]:
+def _beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
     """The text at a file's beginning, behind a byte-order mark, and whether it is all of it.
 
     Raises:
@@ -152,20 +159,23 @@ def _beginning(path: str | Path) -> tuple[str, bool]:
     """
     try:
         with _open(path) as file:
-            content = file.read(_BEGINNING)
+            content = file.read(most)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"not compressed as its name says: {error}") from None
     if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise ValueError("it is encoded in UTF-16; save it as UTF-8")
-    is_whole = len(content) < _BEGINNING
-    text = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore").lstrip()
+    is_whole = len(content) < most
+    try:
+        text = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore").lstrip()
+    except UnicodeDecodeError as error:
+        raise ValueError(_what_is_wrong(error)) from None
     if not text:
         raise ValueError("the file is empty")
     return (text[1:].lstrip() if text[0] == "[" else text), is_whole
 
 
 def _open(path: str | Path) -> IO[bytes]:
-    suffix = Path(path).suffix
+    suffix = Path(path).suffix.lower()
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
@@ -173,7 +183,7 @@ def _open(path: str | Path) -> IO[bytes]:
 
         try:
             with zstandard.open(path, "rb") as file:
-                return io.BytesIO(file.read(_BEGINNING))
+                return io.BytesIO(file.read(_LONGEST))
         except zstandard.ZstdError as error:
             raise ValueError(f"not compressed as its name says: {error}") from None
     return open(path, "rb")
@@ -248,6 +258,8 @@ class _Line:
 
 def _what_is_wrong(error: ValueError, start: int = 0) -> str:
     """A decoder's error by the place in its row, which starts there, and not in the text."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.object[error.start]:#04x} is not of UTF-8; save the file as UTF-8"
     if not isinstance(error, json.JSONDecodeError):
         return first_line(error)
     return f"not JSON: {error.msg} (character {error.pos - start + 1} of it)"

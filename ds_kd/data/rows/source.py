@@ -149,11 +149,19 @@ def make_samples(
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             return make(row)
+        except UnicodeDecodeError:  # told below
+            raise
         except ValueError as error:
             place = _place(source, split or "train", index)
             raise ValueError(f"{place}: {error}") from None
 
-    return tokenize(rows, sample)
+    try:
+        return tokenize(rows, sample)
+    except UnicodeDecodeError as error:  # only a row's text is decoded, long after it was read
+        for name in files_of(source) or ():
+            if FORMATS[ending_of(name)] == "json" and (wrong := wrong_line(name)):
+                raise ValueError(f"{name!r}, {wrong}") from error
+        raise ValueError(f"{source!r}: it is not UTF-8; save it as UTF-8") from error
 
 
 def _place(source: str | list[str], split: str, index: int) -> str:
@@ -178,7 +186,8 @@ def tokenize(rows: Any, function: Any) -> Any:
     id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {**function(row, index), "sample_id": str(row[id_column] if id_column else index)}
+        own = row[id_column] if id_column is not None else None
+        return {**function(row, index), "sample_id": str(index if own is None else own)}
 
     # A bad row is told at once where it is among these, not after hours of good ones.
     first, spread = range(min(len(rows), _FIRST)), random.Random(0)
