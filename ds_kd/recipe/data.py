@@ -20,6 +20,8 @@ from ds_kd.parallel.signals import ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 
+_NO_LIMIT = 10**9  # tokens; tokenizers say so, or more, where they know of no limit
+
 
 def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
@@ -90,9 +92,23 @@ def samples_of(dataset: Target, tokenizer: Any, world: World, allow: tuple[str, 
     rows = _built(dataset, tokenizer, world, allow)
     key, given = _source(dataset, allow)
     told = as_config_error(key, given, lambda: tell_unsupervised(rows), "samples that teach")
-    if told and world.is_main:
-        print(f"{dataset.key}: {told}", flush=True)
+    for line in filter(None, (told, _tell_longest(rows, tokenizer)) if world.is_main else ()):
+        print(f"{dataset.key}: {line}", flush=True)
     return rows
+
+
+def _tell_longest(samples: Any, tokenizer: Any) -> str:
+    """A warning where a sample is longer than what the tokenizer says of its model."""
+    most = tokenizer.model_max_length
+    if not hasattr(samples, "column_names") or most > _NO_LIMIT:
+        return ""
+    longest = max(lengths_of(samples))
+    if longest <= most:
+        return ""
+    return (
+        f"warning: its longest sample has {longest:,} tokens, and the tokenizer's "
+        f"model_max_length is {most:,}; cut samples with seq_length: {most} and truncation: true"
+    )
 
 
 def show_samples(cfg: RunConfig, count: int, allow: tuple[str, ...], colour: bool) -> list[str]:

@@ -39,6 +39,19 @@ def wrong(path: Path | str, name: str = "make_instruction_dataset", **arguments)
     return check_data("dataset", data, {data.source: str(path), **arguments}) or ""
 
 
+@pytest.mark.parametrize("name", ["rows.jsn", "tickets.txt", "data/tickets", "rows.jsonl.xz"])
+def test_a_mistyped_path_that_could_be_a_hub_id_is_told_at_once(name):
+    section = {"_target_": "ds_kd.data.text.make_text_dataset", "dataset_name": name}
+    with pytest.raises(ConfigError, match=r"dataset.dataset_name: .*a directory, or a hub id"):
+        load(GUIDE, [f"dataset={json.dumps(section)}"])
+
+
+@pytest.mark.parametrize("name", ["rajpurkar/squad", "HuggingFaceH4/ultrachat_200k", "o/v1.5"])
+def test_hub_ids_are_left_to_the_hub(name):
+    section = {"_target_": "ds_kd.data.text.make_text_dataset", "dataset_name": name}
+    load(GUIDE, [f"dataset={json.dumps(section)}"])
+
+
 # ---- several files
 
 

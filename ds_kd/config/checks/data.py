@@ -3,14 +3,16 @@ anything starts."""
 
 from __future__ import annotations
 
+import difflib
 import functools
+from pathlib import Path
 from typing import Any
 
 from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import DataSet, data_set, declaration_of
-from ds_kd.data.rows.files import ENDINGS, columns_of, files_of, sampled_rows
+from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sampled_rows
 from ds_kd.errors import first_line
 
 
@@ -56,7 +58,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         expected = "a file that exists" if isinstance(source, str) else "files of rows"
         return problem(key, source, expected, str(error))
     if files is None:
-        if is_directory(source) or not looks_local(source):
+        if is_directory(source) or not (looks_local(source) or _names_a_file(source)):
             return None
         return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
     for name in files:
@@ -70,6 +72,18 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         if wrong := _wrong_row(name, data, kwargs):
             return problem(key, name, "rows that can be learnt from", wrong)
     return None
+
+
+#: Endings of files that no data set reads, and first parts of paths that nobody's hub ids have.
+_OTHER_ENDINGS = (".txt", ".md", ".xlsx", ".arrow", ".zip", ".tar", ".xz", ".bz2", ".pkl", ".zstd")
+_DIRECTORIES = ("data", "datasets", "dataset", "corpus", "rows", "tmp", "home")
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether what could be a hub id is more likely a file, whose ending or path is mistyped."""
+    ending, (first, slash, _) = Path(name).suffix.lower(), name.partition("/")
+    is_near = bool(difflib.get_close_matches(ending, FORMATS, n=1, cutoff=0.75))
+    return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
 
 
 def _wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
