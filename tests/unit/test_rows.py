@@ -39,7 +39,7 @@ def wrong(path: Path | str, name: str = "make_instruction_dataset", **arguments)
     return check_data("dataset", data, {data.source: str(path), **arguments}) or ""
 
 
-@pytest.mark.parametrize("name", ["rows.jsn", "tickets.txt", "data/tickets", "rows.jsonl.xz"])
+@pytest.mark.parametrize("name", ["", "rows.jsn", "tickets.txt", "data/tickets", "rows.jsonl.xz"])
 def test_a_mistyped_path_that_could_be_a_hub_id_is_told_at_once(name):
     section = {"_target_": "ds_kd.data.text.make_text_dataset", "dataset_name": name}
     with pytest.raises(ConfigError, match=r"dataset.dataset_name: .*a directory, or a hub id"):
@@ -79,6 +79,7 @@ def test_a_bad_row_of_several_files_is_told_with_its_own_file(tmp_path):
         (["{}/a.jsonl", "{}/c.csv"], "several formats"),
         (["{}/a.jsonl", "{}/none.jsonl"], "no such file: .*none.jsonl"),
         ("{}/*", "read.me is not a .json"),
+        ("x" * 5000 + ".jsonl", "name too long"),
         ([], r"it is \[\], expected a file"),
         (5, "it is 5, expected a file"),
     ],
@@ -89,10 +90,10 @@ def test_files_that_cannot_be_read_together_are_told(tmp_path, source, said):
     (tmp_path / "read.me").write_text("")
     fill = lambda name: name.format(tmp_path) if isinstance(name, str) else name  # noqa: E731
     source = [fill(name) for name in source] if isinstance(source, list) else fill(source)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=rf"(?i:{said})"):
         load_rows(source, "train", ())
     section = {"_target_": "ds_kd.data.text.make_instruction_dataset", "dataset_name": source}
-    with pytest.raises(ConfigError, match=rf"dataset.dataset_name: .*{said}"):
+    with pytest.raises(ConfigError, match=rf"dataset.dataset_name: .*(?i:{said})"):
         load(GUIDE, [f"dataset={json.dumps(section)}"])
 
 
@@ -291,6 +292,7 @@ def test_the_parts_of_a_mixture_are_checked_like_sections(sources, tmp_path):
     assert "weight is 0, expected a number > 0" in told({**sources[0], "weight": 0})
     assert "every source a weight, or none" in told({**sources[0], "weight": 1}, sources[1])
     assert "a mixture is made of" in told({"_target_": "ds_kd.data.own.OwnSamples"})
+    assert "a mixture is made of" in told({"_target_": ["list"]})
     assert "give _target_, or dataset_name" in told({"dataset_name": "owner/name"})
     assert "a list of mappings" in told()
     nemo = "nemo_automodel.components.datasets.llm.squad.make_squad_dataset"

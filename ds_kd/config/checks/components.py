@@ -102,8 +102,9 @@ def _parts(
         return
     made = []
     for number, given in enumerate(parts):
-        name = given.get("_target_")
-        part = {**given, "_target_": ALIASES.get(name, name)} if name is not None else {**given}
+        part, name = {**given}, given.get("_target_")
+        if name is not None:
+            part["_target_"] = ALIASES.get(str(name), name)
         weight = part.pop("weight", None)
         try:
             part["_target_"] = data_set_of(part).name

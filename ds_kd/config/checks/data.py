@@ -54,11 +54,11 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
     key = f"{key}.{written or data.source}"
     try:
         files = files_of(source)
-    except ValueError as error:
+    except (OSError, ValueError) as error:  # a name longer than one may be
         expected = "a file that exists" if isinstance(source, str) else "files of rows"
-        return problem(key, source, expected, str(error))
+        return problem(key, source, expected, first_line(error))
     if files is None:
-        if is_directory(source) or not (looks_local(source) or _names_a_file(source)):
+        if (source and is_directory(source)) or not (looks_local(source) or _names_a_file(source)):
             return None
         return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
     for name in files:
