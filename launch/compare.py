@@ -1,10 +1,12 @@
 """Say what a distillation run achieved: its log's numbers, and a question put to all models.
 
+    python launch/compare.py --config cfg.yaml
     python launch/compare.py --teacher DIR --before DIR --student DIR \\
         --data validation.jsonl --metrics metrics.jsonl
 
-`--before` is the student the run started from, `--student` the one it wrote. The rows may be of any
-data set of the schema; all models are asked for the answer of one of them. Exit code 2 where
+A run's YAML names its models, its log and its held-out rows; an option takes the place of what it
+says. `--before` is the student the run started from, `--student` the one it wrote. The rows may be
+of any data set of the schema; all models are asked for the answer of one of them. Exit code 2 where
 something is missing.
 """
 
@@ -29,11 +31,21 @@ def run(args: argparse.Namespace) -> None:
     quiet()
     from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summary
 
-    if args.metrics is not None:
-        print("\n".join(summary(read_lines(args.metrics))))
-    print(f"student: {args.student}\n")
-    models = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
-    told = compare({name: path for name, path in models.items() if path}, args.data, args.row)
+    given = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
+    models = {name: path for name, path in given.items() if path}
+    metrics, data = args.metrics, args.data
+    if args.config is not None:
+        from ds_kd.config.load import load
+        from ds_kd.recipe import results
+
+        cfg = load(args.config, args.overrides, tuple(args.allow_targets))
+        models = results.models_of(cfg) | models
+        metrics = metrics or results.log_of(cfg)
+        data = data or results.held_out_samples(cfg)
+    if metrics is not None:
+        print("\n".join(summary(read_lines(metrics))))
+    print(f"student: {models['student after']}\n")
+    told = compare(models, data, args.row)
     print(f"a held-out question, answered greedily in at most {NEW_TOKENS} tokens")
     for label, text in told:
         show(label, text)
@@ -43,13 +55,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="compare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--student", type=Path, required=True, help="the distilled model")
+    parser.add_argument("-c", "--config", metavar="YAML", help="of the run")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="YAML values the run was started with"
+    )
+    parser.add_argument("--allow-targets", action="append", default=[], metavar="PREFIX")
+    parser.add_argument("--teacher", type=Path)
+    parser.add_argument("--student", type=Path, help="the distilled model")
     parser.add_argument("--before", type=Path, help="the model distillation started from")
-    parser.add_argument("--data", type=Path, required=True, help="held-out rows")
+    parser.add_argument("--data", type=Path, help="held-out rows")
     parser.add_argument("--metrics", type=Path, help="the run's metrics.jsonl")
     parser.add_argument("--row", type=int, default=0, help="of --data, to ask about; from 0")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
+    missing = [f"--{name}" for name in ("teacher", "student", "data") if not getattr(args, name)]
+    if args.config is None and missing:
+        parser.error(f"give --config, or {', '.join(missing)}")
     if args.row < 0:
         parser.error(f"--row: got {args.row}, expected a number ≥ 0")
     from ds_kd.errors import UserError

@@ -3,7 +3,9 @@
     python launch/new_config.py --student DIR --teacher DIR --data FILE --gpus 8 > cfg.yaml
 
 Models and data are directories, files or hub ids. Batch size, activation checkpointing and offload
-are the ones whose memory plan fits. Exit code 2 where something named is wrong.
+are the ones whose memory plan fits; steps and validation follow the number of rows. Without
+--validation a share of the rows is kept out of training and validated on. Exit code 2 where
+something named is wrong.
 """
 
 from __future__ import annotations
@@ -27,21 +29,32 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--student", required=True, metavar="MODEL")
     parser.add_argument("--teacher", required=True, metavar="MODEL")
     parser.add_argument("--data", required=True, metavar="ROWS")
+    parser.add_argument("--validation", metavar="ROWS", help="held-out rows (a share of --data)")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks")
     parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each (80GB)")
+    parser.add_argument("--host-memory", metavar="SIZE", help="of one node, for what is offloaded")
+    parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="share it (8)")
     args = parser.parse_args(argv)
-    if args.gpus < 1:
-        parser.error(f"--gpus: got {args.gpus}, expected a number ≥ 1")
+    for option in ("gpus", "ranks_per_node"):
+        if (value := getattr(args, option)) < 1:
+            name = option.replace("_", "-")
+            parser.error(f"--{name}: got {value}, expected a number ≥ 1")
     quiet()
     from ds_kd.plan.dry_run import bytes_of
-    from ds_kd.plan.starter import starter
+    from ds_kd.plan.memory import Machine
+    from ds_kd.plan.starter import write_starter
 
     try:
-        room = bytes_of(args.gpu_memory)
-        print(starter(args.student, args.teacher, args.data, args.gpus, room), end="")
+        host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
+        machine = Machine(bytes_of(args.gpu_memory), host, args.ranks_per_node)
+        models = args.student, args.teacher
+        text, warnings = write_starter(models, args.data, args.validation, args.gpus, machine)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
+    print(text, end="")
+    for line in warnings:
+        print(line, file=sys.stderr)
     return 0
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
 from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
+from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import UserError, first_line
 
 _LONGEST = 1500  # characters of a problem
@@ -84,12 +85,14 @@ class Component:
         kwargs: its keyword arguments.
         key: where it stands in the YAML.
         allow: prefixes of names that were opened for it on the command line.
+        declaration: of a data set that has one, see `ds_kd.data.rows.declaration`.
     """
 
     name: str
     kwargs: dict[str, Any]
     key: str
     allow: tuple[str, ...] = ()
+    declaration: DataSet | None = None
 
 
 def is_opened(name: str, allow: tuple[str, ...]) -> bool:

@@ -104,7 +104,7 @@ _NOT_OF_THE_COURSE = (
     "tensorboard.",
     "wandb.",
     "dist_env.",
-    "validation_",
+    "validation_data",
     "recipe",
     "slurm.",
     "step_scheduler.val_",

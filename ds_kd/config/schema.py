@@ -1,7 +1,4 @@
-"""The config's schema: every key with its type, bounds, unit, default and a sentence.
-
-It is the documentation as well, see `ds_kd.config.reference`.
-"""
+"""The config's schema and documentation: every key with its type, bounds, unit and a sentence."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import Any, Literal
 
 from ds_kd.config.components import Component
 from ds_kd.config.keys import Every, MaxNorm, NemoName, OnlyOne, key
-from ds_kd.config.names import (
+from ds_kd.config.names import (  # fmt: skip
     DIVERGENCES,
     LOSSES,
     OF_DATA,
@@ -360,11 +357,11 @@ class RunConfig:
         component=OF_LOADER,
     )
     packed_sequence: PackedSequence = key(PackedSequence, "Packs samples instead of padding them.")
-    validation_dataset: Component | None = key(
-        None,
-        "Names the validation data. Without it nothing is validated.",
-        component=OF_DATA,
-    )
+    validation_dataset: Component | None = key(None, "Names validation data.", component=OF_DATA)
+    validation_share: float | None = key(
+        None, "Validates with this share of the dataset's samples, chosen by rng.seed, in place of "
+        "training with them.", "share", above=0, high=0.5,
+    )  # fmt: skip
     validation_dataloader: Component = key(
         None,
         "Sets the validation loader. Its batch_size is local_batch_size by default.",
@@ -390,10 +387,15 @@ class RunConfig:
     source: Source = field(default_factory=Source)
 
     @property
+    def validates(self) -> bool:
+        """Return whether there is something to validate with."""
+        return self.validation_dataset is not None or self.validation_share is not None
+
+    @property
     def loads_teacher(self) -> bool:
         """Return whether a named teacher is loaded: to train with, or to be measured against."""
-        validates = self.step_scheduler.validate_teacher and self.validation_dataset is not None
-        return self.teacher_model is not None and (self.kd_ratio > 0 or validates)
+        measures = self.step_scheduler.validate_teacher and self.validates
+        return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
 
     @property
     def tensorboard_dir(self) -> str:

@@ -19,11 +19,13 @@ class Signature:
     annotations: argument → its annotation as text, empty where there is none.
     required: arguments without a default.
     is_open: whether any others are taken too.
+    decorators: names of the functions that decorate it.
     """
 
     annotations: dict[str, str]
     required: tuple[str, ...]
     is_open: bool
+    decorators: tuple[str, ...] = ()
 
 
 @functools.cache
@@ -42,11 +44,11 @@ def signature_of(dotted: str) -> Signature | None:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
                 if init:
-                    return _read(init[0], 1)
+                    return _read(init[0], 1, _decorators(node))
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                 return signature_of(f"{module}.{bases[0]}") if bases else None
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return _read(node, 0)
+                return _read(node, 0, _decorators(node))
         hop = _import_of(tree, name, module, path.name == "__init__.py")
         if hop is None:
             return None
@@ -76,6 +78,8 @@ def _file_of(module: str) -> Path | None:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         return None
+    if spec is not None and not rest and spec.origin and spec.origin.endswith(".py"):
+        return Path(spec.origin)
     for root in (spec.submodule_search_locations or ()) if spec is not None else ():
         path = Path(root, *rest)
         for found in (path / "__init__.py", path.with_suffix(".py")):
@@ -97,7 +101,13 @@ def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tu
     return None
 
 
-def _read(node: ast.stmt, skip: int) -> Signature | None:
+def _decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
+    """The names of a definition's decorators, those that are called alone."""
+    called = (each.func for each in node.decorator_list if isinstance(each, ast.Call))
+    return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
+
+
+def _read(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:
     if not isinstance(node, ast.FunctionDef):
         return None
     positional = [*node.args.posonlyargs, *node.args.args]
@@ -107,4 +117,4 @@ def _read(node: ast.stmt, skip: int) -> Signature | None:
     arguments = [*positional[skip:], *node.args.kwonlyargs]
     texts = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
     required = tuple(name for name in texts if name not in optional)
-    return Signature(texts, required, node.args.kwarg is not None)
+    return Signature(texts, required, node.args.kwarg is not None, decorators)

@@ -2,7 +2,8 @@
 
 In plain form the answer's tokens are supervised, and EOS after them; in chat form everything an
 assistant turn adds to the rendered conversation (header and closing tokens included), or what the
-template marks with `{% generation %}`. Imports no torch: configs are checked with it.
+template marks with `{% generation %}`. An empty answer or turn supervises
+nothing. Imports no torch: configs are checked with it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.data.labels import shift
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.source import make_samples
 
 #: Roles that templates know; any other needs a template given with the data.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
@@ -62,20 +64,25 @@ def conversation_of(
     """Return a row's messages and its tools, which are None where there are none.
 
     Content parts of text are joined, null values dropped (a table fills absent keys with them),
-    JSON texts of tools and of a call's arguments decoded.
+    JSON texts of messages, of tools and of a call's arguments decoded. The text of a `system`
+    column begins a conversation without a system turn.
 
     Args:
-        row: with `messages`, perhaps with `tools`.
+        row: with `messages`, perhaps with `tools` and `system`.
         column: in place of `messages`.
         any_role: leave it to the template which roles there are.
 
     Raises:
         ValueError: not a conversation, or one without an assistant turn.
     """
-    given = row[column]
+    given = _decoded(row[column])  # in CSV it is a text
     if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
         raise ValueError(f"{column} is {given!r:.80}, expected a list of {{role, content}}")
     messages = [_message(message, any_role) for message in given]
+    system = row.get("system")  # a column of its own in ShareGPT's data
+    has_turn = any(message["role"] == "system" for message in messages)
+    if isinstance(system, str) and system.strip() and not has_turn:
+        messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
     tools = _decoded(_without_nulls(row.get("tools")))
@@ -93,7 +100,7 @@ def _message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
     if not isinstance(role, str) or not (calls or "content" in message):
         raise ValueError(f"every message needs a `role` and a `content`, one is {given!r:.80}")
     if role not in ROLES and not any_role:
-        other = _OTHER_WORDS.get(role)
+        other = _OTHER_WORDS.get(role.lower(), role.lower() if role.lower() in ROLES else None)
         hint = f"write {other}" if other else "give chat_template: one that knows it"
         raise ValueError(f"role is {role!r}, expected {', '.join(ROLES)}; {hint}")
     message["content"] = _text(message.get("content", ""))
@@ -168,10 +175,19 @@ def tokenize_chat(
     ids = list(_render(tokenizer, messages, tools)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and _says_something(message):
             start, end = (_prefix(tokenizer, messages[:k], tools, ids) for k in (turn, turn + 1))
             mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def _says_something(message: dict[str, Any]) -> bool:
+    """Whether a turn has anything to learn: a text, a call, or a template's further part."""
+    return any(
+        value.strip() if isinstance(value, str) else value
+        for name, value in message.items()
+        if name not in ("role", "name")
+    )
 
 
 def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
@@ -222,10 +238,17 @@ def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | N
     return None if truncation in (False, None, "do_not_truncate") else seq_length
 
 
+def read_conversation(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
+    """Return `conversation_of` a row, as `ChatDataset` with these arguments reads it."""
+    any_role = arguments.get("chat_template") is not None
+    return conversation_of(row, any_role, arguments.get("column", "messages"))
+
+
+@data_set("path_or_dataset_id", ("messages",), read_conversation, columns_from="column")
 def ChatDataset(  # a class in NeMo-AutoModel, hence the name
-    path_or_dataset_id: str,
+    path_or_dataset_id: str | list,
     tokenizer: Any,
-    split: str = "train",
+    split: str | None = "train",
     seq_length: int | None = None,
     truncation: bool | str = False,
     limit_dataset_samples: int | None = None,
@@ -246,14 +269,10 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
             f"{tokenizer.name_or_path} has no chat template; "
             "give chat_template: a Jinja file or text"
         )
-    rows = load_rows(path_or_dataset_id, split, (column,), limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        try:
-            talk, tools = conversation_of(row, chat_template is not None, column)
-            return shift(*tokenize_chat(tokenizer, talk, tools), length)
-        except ValueError as error:
-            raise ValueError(f"{path_or_dataset_id!r}, row {index}: {error}") from None
+    def sample(row: dict[str, Any]) -> dict[str, list[int]]:
+        talk, tools = conversation_of(row, chat_template is not None, column)
+        return shift(*tokenize_chat(tokenizer, talk, tools), length)
 
-    return tokenize(rows, sample)
+    return make_samples(path_or_dataset_id, split, (column,), limit_dataset_samples, sample)

@@ -6,13 +6,36 @@ from typing import Any
 
 from ds_kd.data.chat import tokenize_prompt_answer
 from ds_kd.data.labels import shift
-from ds_kd.data.source import HELLASWAG, hellaswag_texts, load_rows, tokenize
+from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.source import make_samples, text_of
 
+_COLUMNS = ("ctx", "endings", "label")
 _CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it
 
 
+def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
+    """Return the context and the right ending.
+
+    Raises:
+        ValueError: one of them is not text, or the label names no ending.
+    """
+    try:
+        label = int(row["label"])
+        # A test split may carry -1, which Python would read as the last ending; 1.5 is none.
+        if label < 0 or (isinstance(row["label"], float) and label != row["label"]):
+            raise IndexError
+        ending = row["endings"][label]
+    except (ValueError, TypeError, IndexError):
+        count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
+        raise ValueError(
+            f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
+        ) from None
+    return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+
+
+@data_set("path_or_dataset", _COLUMNS, _texts, limit="num_samples_limit")
 def HellaSwag(  # a class in NeMo-AutoModel, hence the name
-    path_or_dataset: str,
+    path_or_dataset: str | list,
     tokenizer: Any,
     split: str = "train",
     num_samples_limit: int | None = None,
@@ -37,14 +60,10 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     """
     if trust_remote_code:
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
-    rows = load_rows(path_or_dataset, split, HELLASWAG, num_samples_limit)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, list[int]]:
-        try:
-            context, ending = hellaswag_texts(row)
-        except ValueError as error:
-            raise ValueError(f"{path_or_dataset!r}, row {index}: {error}") from None
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        context, ending = _texts(row)
         gap = "" if ending.startswith(_CLOSE_UP) else " "
         return shift(*tokenize_prompt_answer(tokenizer, context + gap, ending))
 
-    return tokenize(rows, sample)
+    return make_samples(path_or_dataset, split, _COLUMNS, num_samples_limit, sample)

@@ -6,16 +6,36 @@ from typing import Any
 
 from ds_kd.data.chat import cut_length, tokenize_chat, tokenize_prompt_answer, use_template
 from ds_kd.data.labels import IGNORE_INDEX, shift
-from ds_kd.data.source import SQUAD, load_rows, squad_texts, tokenize
+from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.source import make_samples, text_of
+
+_COLUMNS = ("context", "question", "answers")
 
 
+def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
+    """Return context, question and the first answer, stripped, empty where there is none.
+
+    Raises:
+        ValueError: one of them is not text.
+    """
+    context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
+    try:
+        texts = answers["text"]
+        if isinstance(texts, str):  # whose first item would be a letter
+            raise TypeError
+        return context, question, str(texts[0].strip()) if texts else ""
+    except (TypeError, KeyError, AttributeError):
+        raise ValueError(f"answers is {answers!r:.80}, expected {{'text': [text, …]}}") from None
+
+
+@data_set("dataset_name", _COLUMNS, _texts)
 def make_squad_dataset(
     tokenizer: Any,
     seq_length: int | None = None,
     limit_dataset_samples: int | None = None,
     fp8: bool = False,
     split: str = "train",
-    dataset_name: str = "rajpurkar/squad",
+    dataset_name: str | list = "rajpurkar/squad",
     padding: bool | str = False,
     truncation: bool | str = False,
     chat_template: str | None = None,
@@ -46,14 +66,10 @@ def make_squad_dataset(
     if seq_length is None and (padding == "max_length" or cut_length(1, truncation)):
         raise ValueError("padding: max_length and truncation need seq_length: an integer")
     use_template(tokenizer, chat_template)
-    rows = load_rows(dataset_name, split, SQUAD, limit_dataset_samples)
     length = cut_length(seq_length, truncation)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            context, question, answer = squad_texts(row)
-        except ValueError as error:
-            raise ValueError(f"{dataset_name!r}, row {index}: {error}") from None
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        context, question, answer = _texts(row)
         prompt = f"Context: {context} Question: {question} Answer: "
         if tokenizer.chat_template is None:
             made: dict[str, Any] = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
@@ -64,7 +80,7 @@ def make_squad_dataset(
             made = _padded(made, seq_length, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
         return made
 
-    return tokenize(rows, sample)
+    return make_samples(dataset_name, split, _COLUMNS, limit_dataset_samples, sample)
 
 
 def _padded(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:

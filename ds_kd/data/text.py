@@ -2,25 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from ds_kd.data.chat import (
     ChatDataset,
+    conversation_of,
     cut_length,
     tokenize_chat,
     tokenize_prompt_answer,
     use_template,
 )
 from ds_kd.data.labels import shift
-from ds_kd.data.source import load_rows, text_of, tokenize
+from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.source import make_samples, text_of
 
 _ROLES = {"context": "system", "question": "user", "answer": "assistant"}
 _PROMPT_COMPLETION = {"question": "prompt", "answer": "completion"}
 
 
+def _texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
+    """Return a row's texts by their part in the conversation, in the order they are read.
+
+    Raises:
+        ValueError: one is not text, or the mapping lacks an answer, or anything before it.
+    """
+    mapping = arguments.get("column_mapping") or _PROMPT_COMPLETION
+    is_mapping = isinstance(mapping, dict) and all(isinstance(n, str) for n in mapping.values())
+    if not is_mapping or not {"answer"} < set(mapping) <= set(_ROLES):
+        raise ValueError(
+            f"column_mapping is {mapping!r:.80}; give answer, and context or question or both"
+        )
+    # A context may be missing from some rows.
+    return {
+        part: text_of(row, mapping[part])
+        for part in _ROLES
+        if part in mapping and not (part == "context" and row[mapping[part]] is None)
+    }
+
+
+@data_set("path_or_dataset_id", ("prompt", "completion"), _texts, columns_from="column_mapping")
 def make_instruction_dataset(
-    path_or_dataset_id: str,
+    path_or_dataset_id: str | list,
     tokenizer: Any,
     column_mapping: dict[str, str] | None = None,
     split: str | None = "train",
@@ -53,21 +75,14 @@ def make_instruction_dataset(
         ValueError: the data cannot be had, lacks a column, or has no text there; a mapping without
             an answer, or without anything before it.
     """
-    mapping = column_mapping or _PROMPT_COMPLETION
-    if not set(mapping) <= set(_ROLES) or "answer" not in mapping or len(mapping) < 2:
-        raise ValueError(
-            f"column_mapping has {', '.join(mapping)}; give answer, and context or question or both"
-        )
+    arguments = {"column_mapping": column_mapping}
+    columns = tuple((column_mapping or _PROMPT_COMPLETION).values())
+    _texts(dict.fromkeys(columns, ""), arguments)
     use_template(tokenizer, chat_template)
     length = _length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
-        # A context may be missing from some rows; in this order they are read.
-        texts = {
-            part: text_of(row, mapping[part])
-            for part in _ROLES
-            if part in mapping and not (part == "context" and row[mapping[part]] is None)
-        }
+        texts = _texts(row, arguments)
         if tokenizer.chat_template is not None:
             turns = [{"role": _ROLES[part], "content": text} for part, text in texts.items()]
             ids, mask = tokenize_chat(tokenizer, turns)
@@ -75,8 +90,7 @@ def make_instruction_dataset(
             ids, mask = _running_text(tokenizer, texts)
         return shift(ids, mask if answer_only_loss_mask else [True] * len(ids), length)
 
-    columns = tuple(mapping.values())
-    return _tokenized(path_or_dataset_id, split, columns, limit_dataset_samples, sample)
+    return make_samples(path_or_dataset_id, split, columns, limit_dataset_samples, sample)
 
 
 def _running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], list[bool]]:
@@ -86,8 +100,41 @@ def _running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], lis
     return tokenize_prompt_answer(tokenizer, prompt + gap, texts["answer"])
 
 
+def _talk(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
+    return conversation_of(row, arguments.get("chat_template") is not None, "conversations")
+
+
+@data_set("dataset_name", ("conversations",), _talk)
+def make_sharegpt_dataset(
+    dataset_name: str | list,
+    tokenizer: Any,
+    split: str | None = "train",
+    seq_length: int | None = None,
+    truncation: bool | str = False,
+    limit_dataset_samples: int | None = None,
+    chat_template: str | None = None,
+) -> Any:
+    """Rows with a `conversations` column, a list of `{from, value}`; as `ChatDataset` otherwise."""
+    return ChatDataset(
+        dataset_name,
+        tokenizer,
+        split,
+        _length(seq_length, truncation),
+        truncation,
+        limit_dataset_samples,
+        chat_template,
+        column="conversations",
+    )
+
+
+@data_set(
+    "dataset_name",
+    ("text",),
+    lambda row, arguments: text_of(row, arguments.get("column", "text")),
+    columns_from="column",
+)
 def make_text_dataset(
-    dataset_name: str,
+    dataset_name: str | list,
     tokenizer: Any,
     column: str = "text",
     split: str | None = "train",
@@ -113,50 +160,10 @@ def make_text_dataset(
         ids, _ = tokenize_prompt_answer(tokenizer, "", text_of(row, column))
         return shift(ids, [True] * len(ids), length)
 
-    return _tokenized(dataset_name, split, (column,), limit_dataset_samples, sample)
-
-
-def make_sharegpt_dataset(
-    dataset_name: str,
-    tokenizer: Any,
-    split: str = "train",
-    seq_length: int | None = None,
-    truncation: bool | str = False,
-    limit_dataset_samples: int | None = None,
-    chat_template: str | None = None,
-) -> Any:
-    """Rows with a `conversations` column, a list of `{from, value}`; as `ChatDataset` otherwise."""
-    return ChatDataset(
-        dataset_name,
-        tokenizer,
-        split,
-        _length(seq_length, truncation),
-        truncation,
-        limit_dataset_samples,
-        chat_template,
-        column="conversations",
-    )
+    return make_samples(dataset_name, split, (column,), limit_dataset_samples, sample)
 
 
 def _length(seq_length: int | None, truncation: bool | str | None) -> int | None:
     if seq_length is None and cut_length(1, truncation):
         raise ValueError("truncation needs seq_length: an integer")
     return cut_length(seq_length, truncation)
-
-
-def _tokenized(
-    source: str,
-    split: str | None,
-    columns: tuple[str, ...],
-    limit: int | None,
-    make: Callable[[dict[str, Any]], dict[str, Any]],
-) -> Any:
-    """`make(row)` over all rows; what is wrong with one is told with its number."""
-
-    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
-        try:
-            return make(row)
-        except ValueError as error:
-            raise ValueError(f"{source!r}, row {index}: {error}") from None
-
-    return tokenize(load_rows(source, split or "train", columns, limit), sample)

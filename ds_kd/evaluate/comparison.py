@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.detect import samples_of
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.rows.detect import samples_of
 from ds_kd.errors import UserError, first_line
 
 NEW_TOKENS = 40
@@ -125,12 +126,14 @@ def answer(directory: Path, prompt: list[int]) -> str:
     return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip()
 
 
-def compare(models: dict[str, Path], data: Path, row: int) -> list[tuple[str, str]]:
+def compare(
+    models: dict[str, Path], data: Path | Sequence[dict[str, Any]], row: int
+) -> list[tuple[str, str]]:
     """Return (label, text) of a held-out question, its expected answer and every model's.
 
     Args:
         models: directories by label; they share one tokenizer.
-        data: rows of any data set of the schema.
+        data: a file of rows that a data set of ds_kd reads, or samples.
         row: which of them, from 0.
 
     Raises:
@@ -142,12 +145,16 @@ def compare(models: dict[str, Path], data: Path, row: int) -> list[tuple[str, st
         if not (directory / "config.json").is_file():
             raise CompareError(f"{directory}: no Hugging Face model there")
     tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
-    try:
-        samples = samples_of(str(data), tokenizer, row + 1)
-    except ValueError as error:
-        raise CompareError(f"--data: {first_line(error)}") from error
+    samples: Any = data
+    name = "the held-out data"
+    if isinstance(data, Path):
+        name = str(data)
+        try:
+            samples = samples_of(name, tokenizer, row + 1)
+        except ValueError as error:
+            raise CompareError(f"--data: {first_line(error)}") from error
     if row >= len(samples):
-        raise CompareError(f"--row {row}: {data} has {len(samples)} rows")
+        raise CompareError(f"--row {row}: {name} has {len(samples)} rows")
     prompt, expected = question_of(samples[row], tokenizer)
     question, wanted = (
         str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (prompt, expected)

@@ -65,7 +65,7 @@ def calibration_samples(source: Path, tokenizer: Any) -> list[dict[str, list[int
     Raises:
         PruneError: no data set reads them, or no token of them is supervised.
     """
-    from ds_kd.data.detect import samples_of
+    from ds_kd.data.rows.detect import samples_of
 
     try:
         samples = list(samples_of(str(source), tokenizer, CALIBRATION_SAMPLES))

@@ -4,16 +4,14 @@ of a few samples; no weights."""
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ds_kd.config.checks.files import DATA, columns_wanted
 from ds_kd.config.checks.zero_file import load_zero_config
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
+from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
-from ds_kd.data.source import load_rows
+from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import first_line
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
@@ -238,7 +236,8 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         length: tokens of a sample, where it is not to be measured.
     """
     local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
-    total, supervised, longest = _measure(cfg) if component.name in DATA else (None, 1.0, None)
+    is_measured = component.declaration is not None and not component.declaration.has_parts
+    total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
     cut = _cut_of(component)
     if length is not None:
         return total, local * length, supervised, "--length"
@@ -273,16 +272,18 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     import torch
 
     component = cfg.dataset
-    argument, _, limit = DATA[component.name]
-    kwargs = component.kwargs
-    columns = columns_wanted(component.name, kwargs)
-    source, split = kwargs.get(argument, "rajpurkar/squad"), kwargs.get("split", "train")
+    data, kwargs = component.declaration, component.kwargs
+    assert data is not None
+    argument, limit = data.source, data.limit
+    columns = data.columns_wanted(kwargs)
+    source, split = data.source_of(kwargs), kwargs.get("split") or "train"
     total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = replace(component, kwargs={**kwargs, limit: min(total, _SAMPLES)})
+        few = {**kwargs, limit: min(total, _SAMPLES)}
+        few.pop("labels", None)  # which way they look changes no length
         alone = World(0, 1, 0, torch.device("cpu"), "gloo")
-        rows = instantiate(few, tokenizer=tokenizer_of(cfg.model, alone))
+        rows = data.build(tokenizer=tokenizer_of(cfg.model, alone), **few)
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
     except (ConfigError, ValueError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():

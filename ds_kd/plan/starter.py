@@ -1,4 +1,5 @@
-"""A YAML to start from: batch size, dtype and offload as the memory plan allows."""
+"""A YAML to start from: batch size, dtype and offload as the memory plan allows, steps and
+validation as the data's size allows."""
 
 from __future__ import annotations
 
@@ -7,16 +8,24 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ds_kd.config.checks.files import DATA, columns_of
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import load
-from ds_kd.data.source import CHAT, HELLASWAG, SQUAD
+from ds_kd.config.schema import RunConfig
+from ds_kd.data.rows.declaration import DataSet
+from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
+from ds_kd.data.rows.files import columns_of, files_of
+from ds_kd.data.rows.source import load_rows
 from ds_kd.plan import memory
 from ds_kd.plan.dry_run import data_of, model_shape, work_of
 
-_BATCHES = (16, 8, 4, 2, 1)
+_LOCAL_SIZES = (16, 8, 4, 2, 1)
 _GLOBAL = 32
+_STEPS_OF_EPOCH = 20  # at least, as far as the number of ranks allows
+_FEW_STEPS = 100  # below it, the rows are gone through three times
+_HELD_OUT = (0.05, 8, 512)  # share of the rows, and the fewest and most of them
+_VALIDATIONS = 10
 _TEMPLATE = """\
 # {student} under {teacher}, for {gpus} rank(s) of {room:.0f} GiB each.
 # Every key: python launch/kd.py --list-keys      What it needs: … --dry-run --ranks {gpus}
@@ -37,15 +46,17 @@ lr_scheduler:
   name: cosine
   warmup_ratio: 0.03
 clip_grad_norm: 1.0
-dataset:
+dataset:{rows}
   _target_: {target}
   {argument}: {data}
-dataloader:
+{validation}dataloader:
   shuffle: true
 step_scheduler:
   global_batch_size: {batch}         # samples per optimizer step, over all ranks
   local_batch_size: {local}           # of one forward on one rank: what fits, of 1 to 16
-  num_epochs: 1
+  num_epochs: {epochs}{steps}
+  val_every_steps: {val_every}
+  val_at_start: true            # launch/compare.py shows before and after
   ckpt_every_steps: 200
 distributed:
   activation_checkpointing: {checkpointing}
@@ -58,58 +69,141 @@ checkpoint:
 _OFFLOAD = "{zero_optimization: {stage: 3, offload_optimizer: {device: cpu, pin_memory: true}}}"
 
 
-def starter(student: str, teacher: str, data: str, gpus: int, room: int) -> str:
-    """A commented YAML.
+def write_starter(
+    models: tuple[str, str],
+    data: str,
+    validation: str | None,
+    gpus: int,
+    machine: memory.Machine,
+) -> tuple[str, list[str]]:
+    """Return a commented YAML, and warnings.
 
     Args:
-        student, teacher: directories or hub ids.
+        models: student and teacher, directories or hub ids.
         data: a hub id or local file; its first row tells which data set reads it.
+        validation: likewise; None keeps a share of the data's rows out of training.
         gpus: ranks.
-        room: bytes of each.
+        machine: the memory of each and of its node.
 
     Raises:
         ConfigError: something named does not exist, or nothing fits.
     """
-    for option, name in (("--student", student), ("--teacher", teacher), ("--data", data)):
+    assert machine.room is not None
+    named = {"--student": models[0], "--teacher": models[1], "--data": data}
+    named |= {"--validation": validation} if validation is not None else {}
+    for option, name in named.items():
         if "${" in name:
             raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
-    target = _target_of(data)
-    values = {
-        "student": _yaml(student), "teacher": _yaml(teacher), "data": _yaml(data), "gpus": gpus,
-        "room": room / 2**30,
-        "target": target, "argument": DATA[target][0], "local": 1, "batch": gpus,
-        "offload_teacher": "false", "checkpointing": "false", "zero": "null",
+    found = _data_set_of("--data", data)
+    values: dict[str, Any] = {
+        "student": _yaml(models[0]), "teacher": _yaml(models[1]), "data": _yaml(data),
+        "gpus": gpus, "room": machine.room / 2**30, "target": found.name, "argument": found.source,
+        "local": 1, "batch": gpus, "offload_teacher": "false", "checkpointing": "false",
+        "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
+        "validation": _validation(validation, _HELD_OUT[0]),
     }  # fmt: skip
+    cfg = _loaded(values)
+    rows, tokens, supervised, _ = data_of(cfg)
+    if rows is not None and rows < 2:
+        raise ConfigError([problem("--data", data, "at least 2 rows", f"it has {rows}")])
+    if validation is None and rows is not None:
+        share, fewest, most = _HELD_OUT
+        held_out = min(max(round(share * rows), fewest), most, rows // 2)
+        values["validation"] = _validation(None, float(f"{held_out / rows:.3g}"))
+        values["rows"] = f"                        # {rows:,} rows"
+        rows -= held_out
+    values |= _that_fits(cfg, tokens, supervised, gpus, machine, rows)
+    warnings = _plan_steps(values, rows)
+    return _TEMPLATE.format(**values), warnings
+
+
+def _loaded(values: dict[str, Any]) -> RunConfig:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.yaml"
         path.write_text(_TEMPLATE.format(**values))
         try:
-            cfg = load(path)
+            return load(path)
         except ConfigError as error:  # the file is nobody's
             lines = [line.split("\n")[0].rpartition(f"{path}:")[2] for line in error.problems]
             raise ConfigError([re.sub(r"^\d+:\d+: ", "", line) for line in lines]) from None
-    assert cfg.teacher_model is not None
+
+
+def _that_fits(
+    cfg: RunConfig,
+    tokens: int,
+    supervised: float,
+    gpus: int,
+    machine: memory.Machine,
+    rows: int | None,
+) -> dict[str, Any]:
+    """The largest micro-batch that has room, with as little moved and computed again as possible.
+
+    Raises:
+        ConfigError: none has.
+    """
+    assert cfg.teacher_model is not None and machine.room is not None
     shapes = model_shape(cfg.model), model_shape(cfg.teacher_model)
-    _, tokens, supervised, _ = data_of(cfg)
+    spare = replace(machine, room=int(0.9 * machine.room))
     plain = work_of(cfg, gpus, tokens, supervised)
     moves = [plain, replace(plain, checkpointing=True)]
     moves.append(replace(moves[-1], offload_teacher=True))
     moves.append(replace(moves[-1], offload_optimizer=True))
+    # Of few rows, a wide batch would leave hardly a step.
+    widest = max(gpus, rows // _STEPS_OF_EPOCH) if rows is not None else None
     for work in moves:
-        for local in _BATCHES:
-            wanted = replace(work, tokens=tokens * local)
-            if memory.on_device(memory.memory(*shapes, wanted, gpus)) <= 0.9 * room:
-                width = local * gpus
-                values |= {"local": local, "batch": -(-_GLOBAL // width) * width}
-                values["checkpointing"] = str(work.checkpointing).lower()
-                values["offload_teacher"] = str(work.offload_teacher).lower()
-                values["zero"] = _OFFLOAD if work.offload_optimizer else "null"
-                return _TEMPLATE.format(**values)
-    least = memory.on_device(memory.memory(*shapes, moves[-1], gpus)) / 2**30
+        for local in _LOCAL_SIZES:
+            width = local * gpus
+            parts = memory.memory(*shapes, replace(work, tokens=tokens * local), gpus)
+            if (widest is not None and width > widest) or spare.lacks(parts, gpus):
+                continue
+            wanted = max(_GLOBAL, width) if widest is None else min(max(_GLOBAL, width), widest)
+            return {
+                "local": local,
+                "batch": max(1, wanted // width) * width,
+                "checkpointing": str(work.checkpointing).lower(),
+                "offload_teacher": str(work.offload_teacher).lower(),
+                "zero": _OFFLOAD if work.offload_optimizer else "null",
+            }
+    parts = memory.memory(*shapes, moves[-1], gpus)
+    if spare.lacks(parts, gpus) == ["host"]:
+        needed = f"{machine.of_node(parts, gpus) / 2**30:.1f} GiB of host memory are needed"
+        there = f"--host-memory says {(machine.host_room or 0) / 2**30:.1f}"
+    else:
+        needed = f"{memory.on_device(parts) / 2**30:.1f} GiB are needed on each"
+        there = f"there are {machine.room / 2**30:.1f}"
     raise ConfigError(
-        [f"--gpus {gpus}: {least:.1f} GiB are needed on each and there are {room / 2**30:.1f}; "
-         f"give more of them, or smaller models"]
-    )  # fmt: skip
+        [f"--gpus {gpus}: {needed} and {there}; give more of them, or smaller models"]
+    )
+
+
+def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
+    """Put epochs and validations into `values`, and return a warning where steps are few."""
+    if rows is None:
+        values["val_every"] = _FEW_STEPS
+        return []
+    of_epoch = -(-rows // values["batch"])
+    values["epochs"] = 1 if of_epoch >= _FEW_STEPS else 3
+    steps = of_epoch * values["epochs"]
+    values["steps"] = f"                 # {steps:,} optimizer steps"
+    values["val_every"] = max(1, steps // _VALIDATIONS)
+    if steps >= _FEW_STEPS:
+        return []
+    return [
+        f"warning: {rows:,} rows for training make {steps} optimizer steps of {values['batch']} "
+        f"samples in {values['epochs']} epoch(s); more rows, more num_epochs or fewer ranks give "
+        f"more steps"
+    ]
+
+
+def _validation(data: str | None, share: float) -> str:
+    """The YAML's lines on what is validated with."""
+    if data is None:
+        return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
+    found = _data_set_of("--validation", data)
+    lines = [f"  _target_: {found.name}", f"  {found.source}: {_yaml(data)}"]
+    if not files_of(data):
+        lines.append("  split: validation")
+    return "\n".join(["validation_dataset:", *lines, ""])
 
 
 def _yaml(name: str) -> str:
@@ -117,19 +211,21 @@ def _yaml(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
-def _target_of(data: str) -> str:
+def _data_set_of(option: str, data: str) -> DataSet:
     """The data set that reads these rows, by their columns; SQuAD's for a hub id."""
-    path = Path(data)
-    if not path.is_file():
-        return "ds_kd.data.squad.make_squad_dataset"
     try:
-        found = columns_of(path)
+        files = files_of(data)
+        if files is not None:
+            columns = columns_of(files[0])
+        elif Path(data).is_dir():
+            columns = load_rows(data, "train", ()).column_names
+        else:
+            return next(each for each in known_data_sets() if each.name.endswith("squad_dataset"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(
-            [problem("--data", data, "rows of JSON or parquet", str(error))]
-        ) from None
-    for target, (_, columns, _) in DATA.items():
-        if set(columns) <= set(found):
-            return target
-    known = " or ".join(", ".join(columns) for columns in (SQUAD, HELLASWAG, CHAT))
-    raise ConfigError([problem("--data", data, known, f"its first row has {', '.join(found)}")])
+        expected = "rows of JSON, CSV or parquet"
+        raise ConfigError([problem(option, data, expected, str(error))]) from None
+    found = recognise(columns)
+    if found is None:
+        hint = f"its first row has {', '.join(columns)}"
+        raise ConfigError([problem(option, data, columns_known(), hint)])
+    return found

@@ -27,7 +27,7 @@ from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
-from ds_kd.recipe.data import build_loader, packs
+from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import (
     config_of,
     fix_rope,
@@ -66,12 +66,11 @@ def build(
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
-    loader, _ = build_loader(cfg, cfg.dataset, cfg.dataloader, tokenizer, world, True)
+    samples, held_out = build_samples(cfg, tokenizer, world)
+    loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
     validation = None
-    if cfg.validation_dataset is not None:
-        validation, _ = build_loader(
-            cfg, cfg.validation_dataset, cfg.validation_dataloader, tokenizer, world, False
-        )
+    if held_out is not None:
+        validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, False)
     batches = LoaderBatches(loader)
     schedule = _schedule(cfg, batches.steps_per_epoch)
     # What only rank 0 opens, and what is soon refused, comes before the models.

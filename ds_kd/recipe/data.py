@@ -6,33 +6,77 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.utils.data import Subset
 
-from ds_kd.config.components import Component, config_error, instantiate
+from ds_kd.config.components import Component, config_error, instantiate, resolve
 from ds_kd.config.names import LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
+from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
 from ds_kd.parallel.signals import ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 
+_NO_LIMIT = 10**9  # tokens; tokenizers say so, or more, where they know of no limit
+
 
 def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
 
-def _samples(cfg: RunConfig, dataset: Component, tokenizer: Any, world: World) -> Any:
-    """The data set, its samples checked; packs where the YAML wants them."""
-    rows = samples_of(dataset, tokenizer, world)
+def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, Any | None]:
+    """Return the samples to train on, and those to validate with, None where there are none.
+
+    Raises:
+        ConfigError: see `samples_of`; or samples too few to be split, or too long to be packed.
+    """
+    training, validation = samples_of(cfg.dataset, tokenizer, world), None
+    key = cfg.dataset.key
+    if cfg.validation_share is not None:
+        share, seed = cfg.validation_share, cfg.rng.seed
+        with config_error("validation_share", share, "a share of two samples or more"):
+            training, validation = hold_out(training, share, seed)
+    elif cfg.validation_dataset is not None:
+        key = cfg.validation_dataset.key
+        validation = samples_of(cfg.validation_dataset, tokenizer, world)
+    if validation is not None:
+        validation = _packed(cfg, key, validation)
+    return _packed(cfg, cfg.dataset.key, training), validation
+
+
+def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
+    """Return the samples without a share of them, and that share, each in the order they were in.
+
+    Args:
+        share: at least one sample, and never all.
+        seed: decides which, alone.
+
+    Raises:
+        ValueError: there are fewer than two samples.
+    """
+    count = len(samples)
+    if count < 2:
+        raise ValueError(f"there is {count} sample, and none would be left to train on")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    most = min(max(1, round(share * count)), count - 1)
+    chosen, others = sorted(order[:most]), sorted(order[most:])
+    if hasattr(samples, "select"):
+        return samples.select(others), samples.select(chosen)
+    return Subset(samples, others), Subset(samples, chosen)
+
+
+def _packed(cfg: RunConfig, key: str, samples: Any) -> Any:
+    """The samples in packs, where the YAML wants them."""
     if not packs(cfg):
-        return rows
+        return samples
     size = cfg.packed_sequence.packed_sequence_size
-    expected = f"room for every sample of {dataset.key}"
+    expected = f"room for every sample of {key}"
     with config_error("packed_sequence.packed_sequence_size", size, expected):
-        return PackedDataset(rows, size, cfg.rng.seed)
+        return PackedDataset(samples, size, cfg.rng.seed)
 
 
 def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
@@ -46,9 +90,23 @@ def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
     key, given = _source(dataset)
     with config_error(key, given, "samples that teach"):
         told = tell_unsupervised(rows)
-    if told and world.is_main:
-        print(f"{dataset.key}: {told}", flush=True)
+    for line in filter(None, (told, _tell_longest(rows, tokenizer)) if world.is_main else ()):
+        print(f"{dataset.key}: {line}", flush=True)
     return rows
+
+
+def _tell_longest(samples: Any, tokenizer: Any) -> str:
+    """A warning where a sample is longer than what the tokenizer says of its model."""
+    most = tokenizer.model_max_length
+    if not hasattr(samples, "column_names") or most > _NO_LIMIT:
+        return ""
+    longest = max(lengths_of(samples))
+    if longest <= most:
+        return ""
+    return (
+        f"warning: its longest sample has {longest:,} tokens, and the tokenizer's "
+        f"model_max_length is {most:,}; cut samples with seq_length: {most} and truncation: true"
+    )
 
 
 def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
@@ -69,11 +127,10 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
 
 def _source(dataset: Component) -> tuple[str, Any]:
     """The key that names a data set's rows and what it holds, for messages."""
-    names = ("dataset_name", "path_or_dataset", "path_or_dataset_id")
-    name = next((name for name in names if name in dataset.kwargs), None)
-    if name is None:
+    declared = declaration_of(resolve(dataset.name, dataset.allow))
+    if declared is None or declared.source not in dataset.kwargs:
         return dataset.key, dataset.name
-    return f"{dataset.key}.{name}", dataset.kwargs[name]
+    return f"{dataset.key}.{declared.source}", dataset.kwargs[declared.source]
 
 
 def _built(dataset: Component, tokenizer: Any, world: World) -> Any:
@@ -92,21 +149,20 @@ def _built(dataset: Component, tokenizer: Any, world: World) -> Any:
 
 def build_loader(
     cfg: RunConfig,
-    dataset: Component,
+    samples: Any,
     loader: Component,
-    tokenizer: Any,
     world: World,
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
-    """Build the loader of a data set, which gives this rank's micro-batches, and their sampler.
+    """Build the loader of samples, which gives this rank's micro-batches, and their sampler.
 
     Args:
+        samples: as `build_samples` gives them.
         training: whether a batch is cut as a step of training, else as the loader's section says.
 
     Raises:
-        ConfigError: the data set or the loader cannot be built; names the key.
+        ConfigError: the loader cannot be built; names the key.
     """
-    rows = _samples(cfg, dataset, tokenizer, world)
     steps, kwargs = cfg.step_scheduler, dict(loader.kwargs)
     local = steps.local_batch_size
     if not training:
@@ -120,7 +176,7 @@ def build_loader(
 
     with config_error(loader.key, loader.kwargs, "arguments that fit the data"):
         sampler = GlobalBatchSampler(
-            len(rows),
+            len(samples),
             steps.global_batch_size if training else local * world.data.size,
             local,
             world.data.rank,
@@ -128,12 +184,12 @@ def build_loader(
             shuffle=shuffle,
             seed=cfg.rng.seed,
             drop_last=drop_last,
-            lengths=lengths_of(rows) if grouped and not packs(cfg) else None,
+            lengths=lengths_of(samples) if grouped and not packs(cfg) else None,
         )
         built = instantiate(
             replace(loader, kwargs=kwargs),
             LOADER_FLAGS,
-            dataset=WithFiller(rows),
+            dataset=WithFiller(samples),
             batch_sampler=sampler,
             # Of its own: an iterator draws from it when made, and dropout must not notice.
             generator=torch.Generator().manual_seed(cfg.rng.seed),

@@ -392,7 +392,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("dataset.seq_length=-5", "dataset.seq_length: got -5, expected an integer ≥ 1"),
         ("dataset.limit_dataset_samples=0", "got 0, expected an integer ≥ 1"),
         ("dataset.split='train[:'", "dataset.split: got .*expected a split such as"),
-        ("dataset.dataset_name=./rows", "a .json, .jsonl or .parquet file, a directory, or a hub"),
+        ("dataset.dataset_name=./rows", "a directory, or a hub"),
         ("dataloader.num_workers=-1", "dataloader.num_workers: got -1, expected a number ≥ 0"),
         ("dataloader.prefetch_factor=2", "prefetch_factor: is for worker processes"),
         ("dataloader.collate_fn=5", "dataloader.collate_fn: got 5, expected a dotted name"),
@@ -787,24 +787,54 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
 def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     models = [tiny.llama(tmp_path / name, layers) for name, layers in (("s", 2), ("t", 3))]
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(tiny.squad_rows(40))
+    rows.write_text(tiny.squad_rows(4000))
     new = script("new_config")
     words = ["--student", str(models[0]), "--teacher", str(models[1]), "--gpus", "4"]
+    capsys.readouterr()  # what making the models told
     assert new.main([*words, "--data", str(rows)]) == 0
     path = tmp_path / "new.yaml"
     path.write_text(capsys.readouterr().out)
     cfg = load(path)
     assert cfg.dataset.name == "ds_kd.data.squad.make_squad_dataset"
-    assert cfg.step_scheduler.local_batch_size == 16 and not cfg.offload_teacher_model
+    steps = cfg.step_scheduler
+    assert (steps.local_batch_size, steps.global_batch_size) == (16, 64)
+    assert steps.val_at_start and not cfg.offload_teacher_model
+    assert cfg.validation_share == 0.05  # 200 of 4,000; 3,800 make 60 steps, in three epochs 180
+    assert (steps.num_epochs, steps.val_every_steps) == (3, 18)
     check_world(cfg, 4)
     assert new.main([*words, "--data", str(rows), "--gpu-memory", "100KB"]) == 2
     assert "GiB are needed on each" in capsys.readouterr().err
+    offloads = ["--gpu-memory", "400KB", "--host-memory"]
+    assert new.main([*words, "--data", str(rows), *offloads, "10KB"]) == 2
+    assert "of host memory are needed and --host-memory says 0.0" in capsys.readouterr().err
     assert new.main([*words[:2], "--teacher", "/nowhere", "--data", str(rows)]) == 2
     told = capsys.readouterr().err
     assert "- teacher_model.pretrained_model_name_or_path: got '/nowhere'" in told
     rows.write_text('{"body": 1}')
     assert new.main([*words, "--data", str(rows)]) == 2
     assert "its first row has body" in capsys.readouterr().err
+
+
+def test_a_new_config_for_few_rows_makes_steps_of_them_and_says_so(tmp_path, capsys):
+    model = str(tiny.llama(tmp_path / "model"))
+    for name, count in (("rows", 50), ("held_out", 4)):
+        (tmp_path / f"{name}.jsonl").write_text(tiny.squad_rows(count))
+    new, path = script("new_config"), tmp_path / "new.yaml"
+    words = ["--student", model, "--teacher", model, "--data", str(tmp_path / "rows.jsonl")]
+    capsys.readouterr()
+    assert new.main(words) == 0
+    told = capsys.readouterr()
+    # Eight are held out; 42 rows make 21 steps of 2 in each of three epochs.
+    assert "42 rows for training make 63 optimizer steps of 2 samples in 3 epoch(s)" in told.err
+    path.write_text(told.out)
+    assert load(path).validation_share == 0.16 and load(path).step_scheduler.num_epochs == 3
+    assert new.main([*words, "--validation", str(tmp_path / "held_out.jsonl")]) == 0
+    path.write_text(capsys.readouterr().out)
+    held_out = load(path).validation_dataset
+    assert held_out is not None and held_out.kwargs["dataset_name"].endswith("held_out.jsonl")
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(1))
+    assert new.main(words) == 2
+    assert "expected at least 2 rows; it has 1" in capsys.readouterr().err
 
 
 def test_the_json_schema_takes_what_load_takes_of_a_target():

@@ -43,7 +43,7 @@ NAMES = [
     "os.system", "subprocess.run", "builtins.eval", "torch.load", "torch.hub.load",
     "torch.os.system", "torch.optim.os.system", "transformers.utils.os.system", "pickle.loads",
     "transformers.AutoModelForCausalLM.__init__", "ds_kd.losses.torch.load", "file.py:attr",
-    "ds_kd.recipe.build", "ds_kd.data.source.os.remove", "this", "antigravity.webbrowser.open",
+    "ds_kd.recipe.build", "ds_kd.data.rows.source.os.remove", "this", "antigravity.webbrowser.open",
     "torch.optim.SGD", "torch.optim.NAdam", "torch.optim.Adafactor", "ds_kd.losses.KDLoss",
     "deepspeed.ops.adam.FusedAdam", "ds_kd.data.hellaswag.HellaSwag", "ds_kd.data.chat.ChatDataset",
     "nemo_automodel.components.loss.kd_loss.KDLoss", "nemo_automodel.nothing",

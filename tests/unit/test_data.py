@@ -11,8 +11,8 @@ from ds_kd.data.chat import ChatDataset, tokenize_chat, tokenize_prompt_answer, 
 from ds_kd.data.collate import default_collater
 from ds_kd.data.hellaswag import HellaSwag
 from ds_kd.data.labels import shift
+from ds_kd.data.rows.source import load_rows
 from ds_kd.data.sampler import FILLER, GlobalBatchSampler, WithFiller
-from ds_kd.data.source import load_rows
 from ds_kd.data.squad import make_squad_dataset
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -646,7 +646,7 @@ def test_an_unknown_split_is_refused_with_those_there_are(tmp_path):
 
 def test_content_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path):
     cases = {
-        "bad.jsonl": ('{"n": 1}\n{"n": \n', "JSON parse error"),
+        "bad.jsonl": ('{"n": 1}\n{"n": \n', "line 2: not JSON"),
         "bad.json": ("not json", "JSON parse error"),
         "bad.parquet": ("no", "Parquet"),
         "empty.jsonl": ("", "no rows"),

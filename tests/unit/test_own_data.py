@@ -14,7 +14,7 @@ from ds_kd.data.collate import default_collater
 from ds_kd.data.labels import tell_unsupervised
 from ds_kd.data.own import DataError, OwnSamples
 from ds_kd.data.packing import PackedDataset
-from ds_kd.data.source import load_rows, tokenize
+from ds_kd.data.rows.source import load_rows, tokenize
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import samples_of
 from tests import tiny
@@ -270,3 +270,14 @@ def test_a_share_without_supervision_is_printed_at_start(tmp_path, capsys):
     samples_of(component, tiny.tokenizer(tmp_path / "t"), ALONE)
     told = "dataset: warning: 1 of 4 samples (25.0%) have no supervised token: 3"
     assert told in capsys.readouterr().out
+
+
+def test_a_sample_longer_than_the_models_positions_is_warned_of(tmp_path, capsys):
+    rows = tmp_path / "q.jsonl"
+    rows.write_text(tiny.squad_rows(3))
+    data = Component("ds_kd.data.squad.make_squad_dataset", {"dataset_name": str(rows)}, "dataset")
+    tokenizer = tiny.tokenizer(tmp_path / "t")
+    tokenizer.model_max_length = 9
+    longest = max(len(sample["input_ids"]) for sample in samples_of(data, tokenizer, ALONE))
+    told = f"dataset: warning: its longest sample has {longest} tokens, and the tokenizer's"
+    assert longest > 9 and told in capsys.readouterr().out

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.data.detect import samples_of
+from ds_kd.data.rows.detect import samples_of
 from ds_kd.evaluate import comparison
 from ds_kd.models import prune as pruning
 from tests import tiny
@@ -381,6 +381,36 @@ def test_the_comparison_shows_the_answers_of_all_three_models(tmp_path, capsys):
     assert compare.main(command) == 0
     shown = capsys.readouterr().out
     assert "fewer than two validations" in shown and "student after" in shown
+
+
+def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):
+    model = tiny.llama(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(10))
+    part = {"pretrained_model_name_or_path": str(model)}
+    rows = {"_target_": "ds_kd.data.squad.make_squad_dataset",
+            "dataset_name": str(tmp_path / "rows.jsonl")}  # fmt: skip
+    run = tmp_path / "run"
+    config = {"model": part, "teacher_model": part, "dataset": rows, "validation_share": 0.2,
+              "checkpoint": {"checkpoint_dir": str(run)}}  # fmt: skip
+    (tmp_path / "cfg.yaml").write_text(json.dumps(config))
+    command = ["--config", str(tmp_path / "cfg.yaml")]
+    assert compare.main(command) == 2  # the run has not been made
+    assert "metrics.jsonl: No such file" in capsys.readouterr().err
+    (run / "tensorboard").mkdir(parents=True)
+    (run / "tensorboard" / "metrics.jsonl").write_text("")
+    assert compare.main(command) == 2
+    assert "run/final: no Hugging Face model there" in capsys.readouterr().err
+    tiny.llama(run / "final")
+    capsys.readouterr()
+    assert compare.main(command) == 0
+    assert "student after" in (shown := capsys.readouterr().out) and "w7 w8" in shown
+    assert compare.main([*command, "--row", "2"]) == 2  # two of ten are held out
+    assert "--row 2: the held-out data has 2 rows" in capsys.readouterr().err
+    assert compare.main([*command, "validation_share=null"]) == 2
+    assert "no held-out row; give --data" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        compare.main(["--teacher", str(model)])
+    assert "give --config, or --student, --data" in capsys.readouterr().err
 
 
 def test_rows_of_every_data_set_can_be_asked_about(tmp_path):

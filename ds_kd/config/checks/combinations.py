@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 
-from ds_kd.config.checks.files import DATA
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, problem, wrong_arguments
 from ds_kd.config.keys import is_number
@@ -53,14 +52,12 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
-    if (
-        steps.max_steps == 0
-        and cfg.validation_dataset is None
-        and not data.get("validation_dataset")
-    ):
+    if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
         )
+    if cfg.validation_share is not None and data.get("validation_dataset"):
+        problems.append("validation_share: there is a validation_dataset too; keep one")
     other = data["rng"].get("seed") if isinstance(data.get("rng"), dict) else None
     if cfg.seed is not None and other is not None and other != cfg.seed:
         problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
@@ -200,9 +197,9 @@ def _data(component: Component, problems: list[str]) -> None:
         key = f"{component.key}.streaming"
         problems[:] = [line for line in problems if not line.startswith(f"{key}:")]
         problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
-    if component.name not in DATA:
+    if component.declaration is None:
         return
-    for name in ("seq_length", DATA[component.name][2]):
+    for name in ("seq_length", component.declaration.limit):
         value = component.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
             problems.append(problem(f"{component.key}.{name}", value, "an integer ≥ 1"))

@@ -6,12 +6,23 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ds_kd.config.checks.files import DATA, check_data, check_model
-from ds_kd.config.components import Component, is_opened, problem, refuse, wrong_arguments
+from ds_kd.config.checks.data import check_data, declared
+from ds_kd.config.checks.files import check_model
+from ds_kd.config.components import (
+    Component,
+    ConfigError,
+    is_opened,
+    problem,
+    refuse,
+    wrong_arguments,
+)
 from ds_kd.config.keys import ComponentRules, Key
 from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.origins import decoded
 from ds_kd.config.signatures import divergences, signature_of
+from ds_kd.data.mixture import check_weights, data_set_of
+from ds_kd.data.rows.declaration import DataSet
+from ds_kd.errors import first_line
 
 
 def check_component(
@@ -44,11 +55,13 @@ def check_component(
         problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
         return None
 
-    component = Component(ALIASES.get(dotted, dotted), _kwargs_of(value), path, allow)
-    written = _take_synonym(path, component.name, component.kwargs, problems)
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
+    name = ALIASES.get(dotted, dotted)
+    declaration = None if refusal else _declared(path, name, allow, problems)
+    component = Component(name, _kwargs_of(value), path, allow, declaration)
+    written = _take_synonym(path, declaration, component.kwargs, problems)
     for name, inner in component.kwargs.items():
         if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
             problems += _argument(component, name, inner, name in rules.flags)
@@ -62,8 +75,7 @@ def check_component(
     else:
         problems += _own_words(component, rules)
         problems += _signature(component, rules)
-        if wrong := check_data(path, component.name, component.kwargs, written):
-            problems.append(wrong)
+        problems += _rows(component, written)
     return component
 
 
@@ -113,10 +125,64 @@ def _signature(component: Component, rules: ComponentRules) -> list[str]:
     ]
 
 
-def _take_synonym(path: str, dotted: str, kwargs: dict[str, Any], problems: list[str]) -> str:
+def _rows(component: Component, written: str) -> list[str]:
+    """Return what is wrong with the rows of a data set that declares them."""
+    data = component.declaration
+    if data is None:
+        return []
+    if data.has_parts:
+        return _parts(component, data.source)
+    return [*filter(None, [check_data(component.key, data, component.kwargs, written)])]
+
+
+def _parts(component: Component, source: str) -> list[str]:
+    """Check the parts of a mixture as sections of their own, and translate their names."""
+    key, parts = f"{component.key}.{source}", component.kwargs.get(source)
+    if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
+        return [problem(key, parts, "a list of mappings such as {dataset_name: …}")]
+    problems: list[str] = []
+    made = []
+    for number, given in enumerate(parts):
+        part, name = {**given}, given.get("_target_")
+        if name is not None:
+            part["_target_"] = ALIASES.get(str(name), name)
+        weight = part.pop("weight", None)
+        try:
+            part["_target_"] = data_set_of(part).name
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{key}[{number}]: {first_line(error)}")
+            continue
+        rules = ComponentRules(may_call=("ds_kd.data.",), given=("tokenizer",))
+        section = Key(f"{key}[{number}]", "", "", Component, None, {}, rules)
+        found = check_component(part, section, component.allow, False, problems)
+        if found is not None:
+            made.append({"_target_": found.name, **found.kwargs})
+            made[-1] |= {"weight": weight} if weight is not None else {}
+    try:
+        check_weights(made)
+    except ValueError as error:
+        problems.append(f"{key}: {error}")
+    component.kwargs[source] = made
+    return problems
+
+
+def _declared(
+    path: str, dotted: str, allow: tuple[str, ...], problems: list[str]
+) -> DataSet | None:
+    """Return what a data set declares of itself, after noting where that cannot be had."""
+    try:
+        return declared(dotted, allow)
+    except ConfigError as error:
+        problems += [f"{path}._target_: {line}" for line in error.problems]
+        return None
+
+
+def _take_synonym(
+    path: str, data: DataSet | None, kwargs: dict[str, Any], problems: list[str]
+) -> str:
     """Put `dataset_name` under the name that the data set has for its source, and return which of
     the two is written."""
-    own = DATA[dotted][0] if dotted in DATA else "dataset_name"
+    own = data.source if data is not None else "dataset_name"
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
     if own in kwargs:

@@ -27,7 +27,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         data: the YAML's own keys, defaults not filled in.
     """
     checkpoints_off = not cfg.checkpoint.enabled
-    validates = cfg.validation_dataset is not None
+    validates = cfg.validates
     compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
     rules = [
         (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from ds_kd.config.checks.files import DATA
 from ds_kd.config.keys import ComponentRules
 from ds_kd.config.names import ALIASES, ALLOWED, MODEL, home_of
 from ds_kd.config.signatures import divergences, signature_of
+from ds_kd.data.rows.detect import known_data_sets
 
 
 def callables_of(rules: ComponentRules) -> list[str]:
     """Return the names that the project knows for a section, its default first."""
-    names = {*ALIASES.values(), *ALLOWED, *DATA, *divergences()} - {MODEL}
+    ours = (each.name for each in known_data_sets())
+    names = {*ALIASES.values(), *ALLOWED, *ours, *divergences()} - {MODEL}
     found = sorted(name for name in names if home_of(name).startswith(rules.may_call))
     known = [name for name in found if signature_of(name) is not None and "collate" not in name]
     return sorted(known, key=lambda name: name != rules.calls)

@@ -1,30 +1,29 @@
-"""Where rows come from: the hub, a local file, or a directory."""
+"""Where rows come from: the hub, local files, or a directory."""
 
 from __future__ import annotations
 
+import csv
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, ending_of, files_of, wrong_line
 from ds_kd.errors import first_line
 
-#: Columns that the data sets need.
-SQUAD = ("context", "question", "answers")
-HELLASWAG = ("ctx", "endings", "label")
-CHAT = ("messages",)
-
-FORMATS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _FIRST = 16  # rows tried before all of them, and as many random ones
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
-def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | None = None) -> Any:
+def load_rows(
+    source: str | list[str], split: str, columns: tuple[str, ...], limit: int | None = None
+) -> Any:
     """Rows of one split as a `datasets.Dataset`.
 
     Args:
-        source: a local .json, .jsonl or .parquet file (it serves whatever split is named), a
-            directory of splits or one written by `save_to_disk`, or a hub id.
+        source: a local file, a pattern or a list of files (they serve whatever split is named, one
+            behind the other), a directory of splits or one written by `save_to_disk`, or a hub id.
         split: `train`, or a slice such as `train[:100]`.
         columns: that the rows must have.
         limit: keep the first so many rows.
@@ -36,7 +35,8 @@ def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | No
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"the sample limit must be an integer ≥ 1, got {limit!r}")
     try:
-        rows = _load(source, split)
+        files = files_of(source)
+        rows = _load(str(source), split) if files is None else _load_files(files, split)
     # datasets raises its own kinds for bad content, unknown splits and a missing network
     except Exception as error:
         raise ValueError(f"{source!r}, split {split!r}: {_reason(error)}") from error
@@ -53,15 +53,34 @@ def load_rows(source: str, split: str, columns: tuple[str, ...], limit: int | No
     return rows
 
 
+def _load_files(files: list[str], split: str) -> Any:
+    import datasets
+
+    kind = FORMATS[ending_of(files[0])]
+    options: dict[str, Any] = {}
+    if kind == "csv":  # all of it text: a column of numbers and empty cells would lose both
+        names = columns_of(files[0])
+        options = {
+            "sep": "\t" if ending_of(files[0]) == ".tsv" else ",",
+            "keep_default_na": False,
+            "quoting": csv.QUOTE_MINIMAL,
+            "features": datasets.Features({name: datasets.Value("string") for name in names}),
+        }
+    named = {split.split("[")[0]: files}
+    try:
+        return datasets.load_dataset(kind, data_files=named, split=split, **options)
+    except datasets.exceptions.DatasetGenerationError as error:
+        # Its own message counts rows in a block of the file, and names no file.
+        for name in files if kind == "json" else ():
+            if wrong := wrong_line(name):
+                raise ValueError(f"{name}, {wrong}" if len(files) > 1 else wrong) from error
+        raise
+
+
 def _load(source: str, split: str) -> Any:
     import datasets
 
     path = Path(source)
-    if path.suffix in FORMATS:
-        if not path.is_file():
-            raise FileNotFoundError("no such file")
-        files = {split.split("[")[0]: str(path)}
-        return datasets.load_dataset(FORMATS[path.suffix], data_files=files, split=split)
     if (path / "dataset_dict.json").is_file():
         return _slice(datasets.load_from_disk(path), split)
     if (path / "state.json").is_file():
@@ -69,9 +88,7 @@ def _load(source: str, split: str) -> Any:
     if not path.is_dir() and (
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):
-        raise FileNotFoundError(
-            "no such file or directory; give a .json, .jsonl or .parquet file, or a hub id"
-        )
+        raise FileNotFoundError(f"no such file or directory; give {ENDINGS}, or a hub id")
     try:
         return datasets.load_dataset(source, split=split)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
@@ -111,43 +128,54 @@ def text_of(row: dict[str, Any], column: str) -> str:
     """
     value = row[column]
     if not isinstance(value, str):
-        raise ValueError(f"{column} is {value!r}, expected text")
+        raise ValueError(f"{column} is {value!r:.80}, expected text")
     return value
 
 
-def squad_texts(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Return context, question and the first answer, stripped, empty where there is none.
+def make_samples(
+    source: str | list[str],
+    split: str | None,
+    columns: tuple[str, ...],
+    limit: int | None,
+    make: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Any:
+    """`make(row)` of all rows; see `load_rows` and `tokenize`.
 
     Raises:
-        ValueError: one of them is not text.
+        ValueError: the rows cannot be had, or one is wrong; then with its file and number.
     """
-    context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
+    rows = load_rows(source, split or "train", columns, limit)
+
+    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+        try:
+            return make(row)
+        except UnicodeDecodeError:  # told below
+            raise
+        except ValueError as error:
+            place = _place(source, split or "train", index)
+            raise ValueError(f"{place}: {error}") from None
+
     try:
-        texts = answers["text"]
-        if isinstance(texts, str):  # whose first item would be a letter
-            raise TypeError
-        return context, question, str(texts[0].strip()) if texts else ""
-    except (TypeError, KeyError, AttributeError):
-        raise ValueError(f"answers is {answers!r}, expected {{'text': [text, …]}}") from None
+        return tokenize(rows, sample)
+    except UnicodeDecodeError as error:  # only a row's text is decoded, long after it was read
+        for name in files_of(source) or ():
+            if FORMATS[ending_of(name)] == "json" and (wrong := wrong_line(name)):
+                raise ValueError(f"{name!r}, {wrong}") from error
+        raise ValueError(f"{source!r}: it is not UTF-8; save it as UTF-8") from error
 
 
-def hellaswag_texts(row: dict[str, Any]) -> tuple[str, str]:
-    """Return the context and the right ending.
-
-    Raises:
-        ValueError: one of them is not text, or the label names no ending.
-    """
-    try:
-        label = int(row["label"])
-        if label < 0:  # a test split may carry -1, which Python would read as the last ending
-            raise IndexError
-        ending = row["endings"][label]
-    except (ValueError, TypeError, IndexError):
-        count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
-        raise ValueError(
-            f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
-        ) from None
-    return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
+def _place(source: str | list[str], split: str, index: int) -> str:
+    """Where a row stands: its file, where several were read, and its number there."""
+    whole = f"{source!r}, row {index}" + (f" of {split}" if "[" in split else "")
+    files = files_of(source)
+    if files is None or "[" in split or len(files) == 1:
+        return whole
+    for name in files:
+        count = len(_load_files([name], split))
+        if index < count:
+            return f"{name!r}, row {index}"
+        index -= count
+    return whole
 
 
 def tokenize(rows: Any, function: Any) -> Any:
@@ -158,7 +186,8 @@ def tokenize(rows: Any, function: Any) -> Any:
     id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
-        return {**function(row, index), "sample_id": str(row[id_column] if id_column else index)}
+        own = row[id_column] if id_column is not None else None
+        return {**function(row, index), "sample_id": str(index if own is None else own)}
 
     # A bad row is told at once where it is among these, not after hours of good ones.
     first, spread = range(min(len(rows), _FIRST)), random.Random(0)

@@ -1,0 +1,106 @@
+"""What a data set declares of itself, and the local files that its section names, looked at before
+anything starts."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from pathlib import Path
+from typing import Any
+
+from ds_kd.config.checks.files import is_directory, looks_local
+from ds_kd.config.components import ConfigError, problem, resolve
+from ds_kd.config.signatures import signature_of
+from ds_kd.data.rows.declaration import DataSet, data_set, declaration_of
+from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sampled_rows
+from ds_kd.errors import first_line
+
+
+@functools.cache
+def declared(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None:
+    """Return what the data set of a `_target_` declares; None where it declares nothing.
+
+    Only a module whose source holds a declaration for that name is imported.
+
+    Args:
+        dotted: NeMo-AutoModel's names already translated.
+        allow: prefixes of `_target_` names opened on the command line.
+
+    Raises:
+        ConfigError: the name is refused, or its module cannot be imported.
+    """
+    signature = signature_of(dotted)
+    if signature is None or data_set.__name__ not in signature.decorators:
+        return None
+    try:
+        return declaration_of(resolve(dotted, allow))
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a module from outside may raise
+        kind = type(error).__name__
+        raise ConfigError([f"{dotted} cannot be imported: {kind}: {first_line(error)}"]) from error
+
+
+def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "") -> str | None:
+    """Return what is wrong with the local files that a data set names, by a few of their rows.
+
+    Args:
+        key: of its section.
+        written: what the config calls the argument that names them, where that is a synonym.
+    """
+    columns, source = data.columns_wanted(kwargs), kwargs.get(data.source)
+    if source is None:
+        return None
+    key = f"{key}.{written or data.source}"
+    try:
+        files = files_of(source)
+    except (OSError, ValueError) as error:  # a name longer than one may be
+        expected = "a file that exists" if isinstance(source, str) else "files of rows"
+        return problem(key, source, expected, first_line(error))
+    if files is None:
+        if (source and is_directory(source)) or not (looks_local(source) or _names_a_file(source)):
+            return None
+        return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
+    for name in files:
+        try:
+            found = columns_of(name)
+        except (OSError, ValueError, RecursionError) as error:
+            return problem(key, name, f"rows with {', '.join(columns)}", first_line(error))
+        if not {*columns} <= {*found}:
+            hint = f"its first row has {', '.join(found)}"
+            return problem(key, name, f"rows with {', '.join(columns)}", hint)
+        if wrong := _wrong_row(name, data, kwargs):
+            return problem(key, name, "rows that can be learnt from", wrong)
+    return None
+
+
+#: Endings of files that no data set reads, and first parts of paths that nobody's hub ids have.
+_OTHER_ENDINGS = (".txt", ".md", ".xlsx", ".arrow", ".zip", ".tar", ".xz", ".bz2", ".pkl", ".zstd")
+_DIRECTORIES = ("data", "datasets", "dataset", "corpus", "rows", "tmp", "home")
+
+
+def _names_a_file(name: str) -> bool:
+    """Whether what could be a hub id is more likely a file, whose ending or path is mistyped."""
+    ending, (first, slash, _) = Path(name).suffix.lower(), name.partition("/")
+    is_near = bool(difflib.get_close_matches(ending, FORMATS, n=1, cutoff=0.75))
+    return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
+
+
+def _wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
+    """What is wrong with some rows of a file; nothing is said where others are wanted."""
+    limit, split = kwargs.get(data.limit), kwargs.get("split")
+    if "[" in str(split):
+        return ""
+    try:
+        for place, row in sampled_rows(name, limit if isinstance(limit, int) else None):
+            try:
+                data.read(row, kwargs)
+            except KeyError as error:
+                return f"{place}: no column {error}"
+            except ValueError as error:
+                return f"{place}: {error}"
+    except RecursionError:
+        return "its rows are nested too deeply"
+    except (OSError, ValueError) as error:
+        return first_line(error)
+    return ""

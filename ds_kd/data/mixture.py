@@ -1,0 +1,113 @@
+"""Several data sets as one: all of their rows, or drawn by weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.data.rows.declaration import DataSet, data_set
+from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
+from ds_kd.data.rows.files import columns_of, files_of
+
+
+def data_set_of(part: dict[str, Any]) -> DataSet:
+    """Return the data set that a part of a mixture names, or whose columns its first file has.
+
+    Raises:
+        ValueError: there is none.
+    """
+    name = part.get("_target_")
+    if name is not None:
+        found = next((each for each in known_data_sets() if each.name == name), None)
+        if found is None or found.has_parts:
+            known = ", ".join(each.name for each in known_data_sets() if not each.has_parts)
+            raise ValueError(f"a mixture is made of {known}; got {name}")
+        return found
+    source = part.get("dataset_name")
+    files = files_of(source) if source is not None else None
+    if not files:
+        raise ValueError("give _target_, or dataset_name: a local file whose columns tell it")
+    columns = columns_of(files[0])
+    found = recognise(columns)
+    if found is None:
+        raise ValueError(f"{files[0]} has the columns {', '.join(columns)}, not {columns_known()}")
+    return found
+
+
+def check_weights(parts: list[dict[str, Any]]) -> None:
+    """Refuse weights that are not positive numbers, or that only some parts have.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    weights = [part.get("weight") for part in parts]
+    for weight in weights:
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight is not None and not (is_number and 0 < weight < float("inf")):
+            raise ValueError(f"weight is {weight!r}, expected a number > 0")
+    if None in weights and any(weight is not None for weight in weights):
+        raise ValueError("give every source a weight, or none")
+
+
+@data_set("sources")
+def make_mixture(
+    tokenizer: Any,
+    sources: list,
+    seed: int = 0,
+    stopping_strategy: str = "first_exhausted",
+    limit_dataset_samples: int | None = None,
+) -> Any:
+    """The samples of several data sets: each once, or drawn by weight.
+
+    Args:
+        tokenizer: of the student.
+        sources: for each data set its arguments as in a section of its own, and perhaps `weight`;
+            `_target_` may be left out where the columns of local files tell it.
+        seed: decides which of them is drawn next.
+        stopping_strategy: with weights, `first_exhausted` ends where one of them has no sample
+            left, so that none repeats; `all_exhausted` goes on and repeats the shorter ones.
+        limit_dataset_samples: keep the first so many samples of the mixture.
+
+    Raises:
+        ValueError: a source that cannot be had; told with its number.
+    """
+    import datasets
+
+    if stopping_strategy not in ("first_exhausted", "all_exhausted"):
+        raise ValueError(
+            f"stopping_strategy is {stopping_strategy!r}, expected first_exhausted or all_exhausted"
+        )
+    check_weights(sources)
+    parts = [_samples_of(tokenizer, number, part) for number, part in enumerate(sources)]
+    if any("num_tokens" in part.column_names for part in parts):
+        parts = [_with_num_tokens(part) for part in parts]
+    weights = [part.get("weight") for part in sources]
+    if None in weights:
+        mixed = datasets.concatenate_datasets(parts)
+    else:
+        shares = [weight / sum(weights) for weight in weights]
+        mixed = datasets.interleave_datasets(
+            parts, shares, seed, stopping_strategy=stopping_strategy
+        )
+    limit = limit_dataset_samples
+    return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
+
+
+def _samples_of(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
+    """The samples of one source, its number put before their names."""
+    try:
+        found = data_set_of(part)
+        arguments = {name: part[name] for name in part if name not in ("_target_", "weight")}
+        if "dataset_name" in arguments:
+            arguments.setdefault(found.source, arguments["dataset_name"])
+            if found.source != "dataset_name":
+                del arguments["dataset_name"]
+        samples = found.build(tokenizer=tokenizer, **arguments)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"sources[{number}]: {error}") from error
+    return samples.map(lambda name: {"sample_id": f"{number}:{name}"}, input_columns=["sample_id"])
+
+
+def _with_num_tokens(samples: Any) -> Any:
+    if "num_tokens" in samples.column_names:
+        return samples
+    return samples.map(lambda ids: {"num_tokens": len(ids)}, input_columns=["input_ids"])

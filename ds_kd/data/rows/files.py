@@ -1,0 +1,308 @@
+"""Local files of rows: their names, their columns, and a few of their rows without reading all."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import random
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from ds_kd.errors import first_line
+
+#: Ending of a file's name → the reader of `datasets`.
+FORMATS = {
+    ".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv",
+}  # fmt: skip
+COMPRESSIONS = (".gz", ".zst")
+ENDINGS = "a .json, .jsonl, .csv, .tsv or .parquet file (text also as .gz or .zst)"
+_BEGINNING = 1 << 22  # bytes of a file, among which its first row is
+_LONGEST = 1 << 27  # bytes of a first row that is longer
+_FEW = 16  # rows looked at from the beginning, and as many from anywhere
+
+
+def ending_of(name: str) -> str:
+    """Return the ending that tells a file's format, without that of its compression."""
+    path = Path(name.lower())
+    inner = Path(path.stem) if path.suffix in COMPRESSIONS else path
+    is_text = path.suffix not in COMPRESSIONS or inner.suffix != ".parquet"
+    return inner.suffix if inner.suffix in FORMATS and is_text else ""
+
+
+def files_of(source: Any) -> list[str] | None:
+    """Return the local files that a data set's source names; None for a directory or a hub id.
+
+    Args:
+        source: a file, a pattern such as `rows/*.jsonl`, or a list of these.
+
+    Raises:
+        ValueError: no such file, a pattern that finds none, a file of another format than the
+            others, or a list of anything else.
+    """
+    if isinstance(source, str):
+        if not ending_of(source) and not _is_pattern(source):
+            return None
+        names = _found(source)
+    elif isinstance(source, list) and source and all(isinstance(name, str) for name in source):
+        names = [path for name in source for path in _found(name)]
+    else:
+        raise ValueError(f"it is {source!r:.80}, expected a file, a pattern or a list of files")
+    for name in names:
+        if not ending_of(name):
+            raise ValueError(f"{name} is not {ENDINGS}")
+    twice = next((name for k, name in enumerate(names) if name in names[:k]), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is named twice")
+    formats = {ending_of(name): name for name in names}
+    if len({FORMATS[ending] for ending in formats}) > 1 or {".csv", ".tsv"} <= set(formats):
+        raise ValueError(f"the files have several formats: {', '.join(formats.values())}")
+    return names
+
+
+def _is_pattern(name: str) -> bool:
+    return any(sign in name for sign in "*?[") and not Path(name).exists()
+
+
+def _found(name: str) -> list[str]:
+    """The files of one entry, a pattern's sorted, so that every rank has the same order."""
+    if not _is_pattern(name):
+        if not Path(name).is_file():
+            raise ValueError(f"no such file: {name}")
+        return [name]
+    found = sorted(path for path in glob.glob(name, recursive=True) if Path(path).is_file())
+    if not found:
+        raise ValueError(f"no file matches {name}")
+    return found
+
+
+def columns_of(path: str | Path) -> list[str]:
+    """Return the columns of a file's first row.
+
+    Raises:
+        ValueError: no rows, or not what the file's name says.
+        OSError: it cannot be read.
+    """
+    if ending_of(str(path)) == ".parquet":
+        return list(_parquet(path).schema_arrow.names)
+    if FORMATS[ending_of(str(path))] == "csv":
+        names = list(_csv_reader(path, _beginning(path)[0]).fieldnames or [])
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"the column {twice[0]} stands twice in it")
+        return names
+    text, is_whole = _beginning(path)
+    try:
+        try:
+            row, _ = _DECODER.raw_decode(text)
+        except ValueError:  # a first row that goes on, perhaps
+            if is_whole:
+                raise
+            text, is_whole = _beginning(path, _LONGEST)
+            row, _ = _DECODER.raw_decode(text)
+    except ValueError as error:
+        raise ValueError(f"its first row: {_what_is_wrong(error)}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"its first row is {type(row).__name__}, not a mapping of columns")
+    return list(row)
+
+
+def sampled_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[object, dict]]:
+    """Yield (where it stands, row) of the first rows, and of some from anywhere in the file.
+
+    The same rows each time. Of a large file little is read: rows from anywhere are looked up where
+    each has its own line, or in parquet's groups.
+
+    Args:
+        most: the first so many alone.
+
+    Raises:
+        ValueError: a row that is not what the file's name says.
+    """
+    ending, few = ending_of(str(path)), min(most or _FEW, _FEW)
+    if ending == ".parquet":
+        yield from _parquet_rows(path, few, most is None)
+        return
+    text, is_whole = _beginning(path)
+    if FORMATS[ending] == "csv":
+        for index, row in zip(range(few), _csv_reader(path, text), strict=False):
+            yield f"row {index}", row
+        return
+    yield from _json_rows(text, is_whole, few)
+    is_plain = Path(path).suffix.lower() not in COMPRESSIONS
+    if most is None and is_plain and not is_whole and _has_lines(text):
+        yield from _lines_anywhere(Path(path))
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice} stands twice in it")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
+    """The text at a file's beginning, behind a byte-order mark, and whether it is all of it.
+
+    Raises:
+        ValueError: the file is empty, in another encoding, or not compressed as its name says.
+    """
+    try:
+        with _open(path) as file:
+            content = file.read(most)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"not compressed as its name says: {error}") from None
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise ValueError("it is encoded in UTF-16; save it as UTF-8")
+    is_whole = len(content) < most
+    try:
+        text = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore").lstrip()
+    except UnicodeDecodeError as error:
+        raise ValueError(_what_is_wrong(error)) from None
+    if not text:
+        raise ValueError("the file is empty")
+    return (text[1:].lstrip() if text[0] == "[" else text), is_whole
+
+
+def _open(path: str | Path) -> IO[bytes]:
+    suffix = Path(path).suffix.lower()
+    if suffix == ".gz":
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if suffix == ".zst":
+        import zstandard
+
+        try:
+            with zstandard.open(path, "rb") as file:
+                return io.BytesIO(file.read(_LONGEST))
+        except zstandard.ZstdError as error:
+            raise ValueError(f"not compressed as its name says: {error}") from None
+    return open(path, "rb")
+
+
+def _csv_reader(path: str | Path, text: str) -> csv.DictReader:
+    delimiter = "\t" if ending_of(str(path)) == ".tsv" else ","
+    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+
+
+def _json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, dict]]:
+    """The first rows of JSON text, one after the other."""
+    at = 0
+    for index in range(most):
+        try:
+            row, at = _DECODER.raw_decode(text, at)
+        except ValueError as error:
+            if not is_whole:  # perhaps cut in this row
+                return
+            raise ValueError(f"row {index}: {_what_is_wrong(error, at)}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"row {index} is {type(row).__name__}, not a mapping of columns")
+        yield f"row {index}", row
+        while at < len(text) and text[at] in ", \t\r\n":
+            at += 1
+        if at == len(text) or text[at] == "]":
+            return
+
+
+def _has_lines(text: str) -> bool:
+    """Whether each row has its own line, as its first two lines tell."""
+    try:
+        return all(isinstance(json.loads(line), dict) for line in text.split("\n", 2)[:2])
+    except ValueError:
+        return False
+
+
+def _lines_anywhere(path: Path) -> Iterator[tuple[object, dict]]:
+    """Rows behind random places of a file of lines."""
+    size, chosen = path.stat().st_size, random.Random(0)
+    with path.open("rb") as file:
+        for offset in sorted(chosen.randrange(size) for _ in range(_FEW)):
+            file.seek(offset)
+            file.readline(_BEGINNING)
+            start, line = file.tell(), file.readline(_BEGINNING)
+            if not line.strip() or (len(line) == _BEGINNING and not line.endswith(b"\n")):
+                continue
+            try:
+                row = _DECODER.decode(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError(f"it is {type(row).__name__}, not a mapping of columns")
+            except ValueError as error:
+                raise ValueError(f"{_Line(path, start)}: {_what_is_wrong(error)}") from None
+            yield _Line(path, start), row
+
+
+@dataclass(frozen=True)
+class _Line:
+    """The line that begins at an offset; only where it must be told are those before it counted."""
+
+    path: Path
+    offset: int
+
+    def __str__(self) -> str:
+        left, number = self.offset, 1
+        with self.path.open("rb") as file:
+            while left > 0 and (block := file.read(min(left, _BEGINNING))):
+                number += block.count(b"\n")
+                left -= len(block)
+        return f"line {number}"
+
+
+def _what_is_wrong(error: ValueError, start: int = 0) -> str:
+    """A decoder's error by the place in its row, which starts there, and not in the text."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.object[error.start]:#04x} is not of UTF-8; save the file as UTF-8"
+    if not isinstance(error, json.JSONDecodeError):
+        return first_line(error)
+    return f"not JSON: {error.msg} (character {error.pos - start + 1} of it)"
+
+
+def wrong_line(path: str | Path) -> str:
+    """Return what is wrong with the first line of a JSON-lines file that cannot be read; nothing
+    where all can. Reads the file up to there."""
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                content = line.removeprefix(codecs.BOM_UTF8).strip()
+                if number == 1 and content[:1] != b"{":
+                    return ""  # an array, or not JSON at all
+                try:
+                    row = _DECODER.decode(content.decode()) if content else {}
+                except RecursionError:
+                    return f"line {number}: nested too deeply"
+                except ValueError as error:
+                    return f"line {number}: {_what_is_wrong(error)}"
+                if not isinstance(row, dict):
+                    return f"line {number} is {type(row).__name__}, not a mapping of columns"
+    except (OSError, EOFError, zlib.error) as error:
+        return str(error)
+    return ""
+
+
+def _parquet(path: str | Path) -> Any:
+    from pyarrow import ArrowInvalid, parquet
+
+    try:
+        return parquet.ParquetFile(path)
+    except ArrowInvalid as error:
+        raise ValueError(first_line(error)) from None
+
+
+def _parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[tuple[object, dict]]:
+    """The first rows, and where the file has several groups of rows, the first of a random one."""
+    file = _parquet(path)
+    groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    chosen = [0, *({random.Random(0).randrange(len(groups))} if anywhere else ())]
+    for group in dict.fromkeys(chosen) if groups else ():
+        start = sum(groups[:group])
+        batch = next(file.iter_batches(batch_size=few, row_groups=[group]), None)
+        for index, row in enumerate(batch.to_pylist() if batch is not None else ()):
+            yield f"row {start + index}", row

@@ -1,0 +1,41 @@
+"""Where a config's run has its models, its log and its held-out samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ds_kd.checkpoint.manifest import FINAL
+from ds_kd.config.components import ConfigError
+from ds_kd.config.schema import RunConfig
+from ds_kd.parallel.world import World
+from ds_kd.recipe.data import build_samples
+from ds_kd.recipe.models import name_of, tokenizer_of
+
+
+def models_of(cfg: RunConfig) -> dict[str, Path]:
+    """Return the teacher, the student that a run starts from, and the one that it writes."""
+    found = {"teacher": Path(name_of(cfg.teacher_model))} if cfg.teacher_model is not None else {}
+    before, after = Path(name_of(cfg.model)), Path(cfg.checkpoint.checkpoint_dir) / FINAL
+    return found | {"student before": before, "student after": after}
+
+
+def log_of(cfg: RunConfig) -> Path:
+    """Return the path of a run's metrics.jsonl."""
+    return Path(cfg.tensorboard_dir) / "metrics.jsonl"
+
+
+def held_out_samples(cfg: RunConfig) -> Any:
+    """Return the samples that a run validates with.
+
+    Raises:
+        ConfigError: there are none, or they cannot be had.
+    """
+    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+    cfg.packed_sequence.packed_sequence_size = 0  # each sample for itself
+    _, held_out = build_samples(cfg, tokenizer_of(cfg.model, alone), alone)
+    if held_out is None:
+        raise ConfigError(["validation_dataset: missing, so there is no held-out row; give --data"])
+    return held_out
