@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
-from ds_kd.config.secrets import BLANK, is_under_secret, without_known, without_secrets
+from ds_kd.config.text.secrets import BLANK, is_under_secret, without_known, without_secrets
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import UserError, first_line
 

@@ -20,7 +20,7 @@ from ds_kd.config.components import ConfigError
 from ds_kd.config.keys import keys_of
 from ds_kd.config.nemo import Translation
 from ds_kd.config.schema import Rng, RunConfig
-from ds_kd.config.yaml_source import read
+from ds_kd.config.text.yaml_source import read
 
 
 def load(

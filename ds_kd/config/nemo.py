@@ -19,7 +19,7 @@ from ds_kd.config.names import (
     NOT_WITH_ZERO,
     WITHOUT_EFFECT,
 )
-from ds_kd.config.origins import decoded
+from ds_kd.config.text.origins import decoded
 
 _COLLATER = "ds_kd.data.collate.default_collater"
 _NAME = "pretrained_model_name_or_path"

@@ -8,7 +8,7 @@ from ds_kd.config.checks.files import check_directory
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig, Slurm
-from ds_kd.config.secrets import is_secret, without_secrets
+from ds_kd.config.text.secrets import is_secret, without_secrets
 
 _OPTIONS = (
     "job_name",

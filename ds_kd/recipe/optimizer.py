@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ds_kd.config.components import Component, ConfigError, instantiate, problem
-from ds_kd.config.schema import LRScheduler
+from ds_kd.config.sections import LRScheduler
 from ds_kd.errors import first_line
 
 #: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ds_kd.config.schema import LRScheduler
+from ds_kd.config.sections import LRScheduler
 from ds_kd.parallel.signals import StopRequest
 from ds_kd.recipe.optimizer import build_schedule
 from tests import tiny

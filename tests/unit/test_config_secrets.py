@@ -9,7 +9,7 @@ import pytest
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import fingerprint, load
 from ds_kd.config.reference.keys import every_key
-from ds_kd.config.secrets import is_secret, without_secrets
+from ds_kd.config.text.secrets import is_secret, without_secrets
 from tests.scripts import script
 
 GOOD = """model: {pretrained_model_name_or_path: a/b}

@@ -18,8 +18,8 @@ from ds_kd.config.components import (
 )
 from ds_kd.config.keys import ComponentRules, Key
 from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
-from ds_kd.config.origins import decoded
 from ds_kd.config.signatures import divergences, signature_of
+from ds_kd.config.text.origins import decoded
 from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import first_line

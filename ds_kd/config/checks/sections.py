@@ -8,7 +8,7 @@ from typing import Any
 from ds_kd.config.components import problem
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.names import REFUSED_KEYS
-from ds_kd.config.origins import decoded
+from ds_kd.config.text.origins import decoded
 
 
 def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:

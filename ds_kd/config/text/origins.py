@@ -6,8 +6,8 @@ import os
 import re
 from typing import Any
 
-from ds_kd.config.interpolation import comes_from_secret, find
-from ds_kd.config.secrets import BLANK, is_secret, remember, without_secrets
+from ds_kd.config.text.interpolation import comes_from_secret, find
+from ds_kd.config.text.secrets import BLANK, is_secret, remember, without_secrets
 
 
 class FromEnvironment(str):

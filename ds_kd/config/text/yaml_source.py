@@ -14,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.config.interpolation import (
+from ds_kd.config.names import UNREAD
+from ds_kd.config.text.interpolation import (
     MOST,
     TOO_MANY,
     check_interpolations,
     references,
 )
-from ds_kd.config.names import UNREAD
-from ds_kd.config.origins import blanked, marked, remember_secrets, variables_in
-from ds_kd.config.secrets import BLANK, is_secret, is_secret_flag, remember, without_secrets
+from ds_kd.config.text.origins import blanked, marked, remember_secrets, variables_in
+from ds_kd.config.text.secrets import BLANK, is_secret, is_secret_flag, remember, without_secrets
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50

@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.config.secrets import is_secret, is_under_secret
+from ds_kd.config.text.secrets import is_secret, is_under_secret
 
 MOST = 1000  # replacements; OmegaConf takes a millisecond for some
 TOO_MANY = f"more than {MOST} ${{…}}, or they grow beyond all bounds; write the values out"
