@@ -29,7 +29,7 @@ def show(label: str, text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     quiet()
-    from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summary
+    from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summarize
 
     given = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
     models = {name: path for name, path in given.items() if path}
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
         metrics = metrics or results.log_of(cfg)
         data = data or results.held_out_samples(cfg)
     if metrics is not None:
-        print("\n".join(summary(read_lines(metrics))))
+        print("\n".join(summarize(read_lines(metrics))))
     print(f"student: {models['student after']}\n")
     told = compare(models, data, args.row)
     print(f"a held-out question, answered greedily in at most {NEW_TOKENS} tokens")

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         return
     only_plan = args.dry_run and not args.check
     cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=only_plan)
-    with cfg.source.locating():
+    with cfg.source.add_places():
         if args.check:
             check(cfg, args)
             return

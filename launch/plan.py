@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     from ds_kd.plan.dry_run import plan_of
 
     cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=True)
-    with cfg.source.locating():
+    with cfg.source.add_places():
         print(
             plan_of(
                 cfg,

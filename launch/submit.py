@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ds_kd.command_line import parse_run, run_parser
 from ds_kd.config.load import load
 from ds_kd.errors import MachineError
-from ds_kd.plan.slurm import check_slurm, make_log_directory, sbatch_command, shown
+from ds_kd.plan.slurm import check_slurm, format_command, make_log_directory, sbatch_command
 from ds_kd.process import prepare
 from ds_kd.script import run_script
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     slurm = check_slurm(cfg)
     options = [f"--allow-targets={prefix}" for prefix in args.allow_targets]
     variables, command = sbatch_command(slurm, str(config), [*args.overrides, *options])
-    print(shlex.join(shown(variables, command)), flush=True)
+    print(shlex.join(format_command(variables, command)), flush=True)
     if args.dry_run or args.check:
         return 0
     if shutil.which("sbatch") is None:

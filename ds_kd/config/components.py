@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
-from ds_kd.config.text.secrets import BLANK, is_under_secret, without_known, without_secrets
+from ds_kd.config.text.secrets import BLANK, blank_known_secrets, blank_secrets, is_under_secret
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import UserError, first_line
 
@@ -30,7 +30,7 @@ class ConfigError(UserError):
     exit_code = 2
 
     def __init__(self, problems: list[str]):
-        self.problems = [_cut(without_known(line)) for line in problems]
+        self.problems = [_shorten(blank_known_secrets(line)) for line in problems]
         super().__init__(self.text())
 
     def text(self, excerpts: bool = False) -> str:
@@ -51,7 +51,7 @@ class ConfigError(UserError):
         return type(self), (self.problems,)
 
 
-def _cut(line: str) -> str:
+def _shorten(line: str) -> str:
     """Return a problem without the middle of a name or value that fills the screen."""
     first, *excerpt = line.split("\n")
     if len(first) > _LONGEST:
@@ -61,7 +61,7 @@ def _cut(line: str) -> str:
 
 def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
     """Return one line of a `ConfigError`; long values are cut, secret ones not shown."""
-    shown = BLANK if is_under_secret(key) else repr(without_secrets(given))
+    shown = BLANK if is_under_secret(key) else repr(blank_secrets(given))
     shown = shown if len(shown) <= 300 else f"{shown[:300]}…"
     line = f"{key}: got {shown}, expected {expected}" + (f"; {hint}" if hint else "")
     return " ".join(line.splitlines())
@@ -160,7 +160,7 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
     raise ConfigError([f"{dotted!r}: no such module"])
 
 
-def _arguments(component: Component) -> dict[str, Any]:
+def _resolve_functions(component: Component) -> dict[str, Any]:
     """Return the component's arguments, the functions that `…_fn` keys name in place of names."""
     return {
         name: resolve(value, component.allow)
@@ -183,7 +183,7 @@ def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
     parameters = inspect.signature(function).parameters
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     annotations = {name: p.annotation for name, p in parameters.items()}
-    problems = wrong_arguments(component, annotations, is_open, tuple(extra), also)
+    problems = find_wrong_arguments(component, annotations, is_open, tuple(extra), also)
     if problems:
         raise ConfigError(problems)
     try:
@@ -195,7 +195,7 @@ def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
     return function
 
 
-def wrong_arguments(
+def find_wrong_arguments(
     component: Component,
     annotations: Mapping[str, Any],
     is_open: bool,
@@ -217,7 +217,7 @@ def wrong_arguments(
         if name in given:
             problems.append(f"{key}: ds_kd gives it itself; remove it")
         elif name in annotations:
-            if expected := _mismatch(value, annotations[name]):
+            if expected := _find_mismatch(value, annotations[name]):
                 problems.append(problem(key, value, expected))
         elif name not in also and not is_open:
             near = difflib.get_close_matches(name, takes, n=1)
@@ -227,7 +227,7 @@ def wrong_arguments(
     return problems
 
 
-def _mismatch(value: Any, annotation: Any) -> str:
+def _find_mismatch(value: Any, annotation: Any) -> str:
     """Return what was expected of a plain value, or an empty text; others are not judged."""
     if isinstance(annotation, str):  # from __future__ import annotations
         annotation = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", annotation)
@@ -254,6 +254,6 @@ def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) 
     """
     function = bind(component, also, **extra)
     try:
-        return function(**_arguments(component), **extra)
+        return function(**_resolve_functions(component), **extra)
     except TypeError as error:
         raise ConfigError([f"{component.key}: {error}"]) from error

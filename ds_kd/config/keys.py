@@ -45,38 +45,38 @@ class Kind:
     keeps_text: bool = False
 
 
-def _refuse_quotes(value: Any) -> ValueError:
+def _make_quotes_error(value: Any) -> ValueError:
     """Return the error for what is no number, with a hint where only quotes are wrong."""
     is_quoted = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
     return ValueError("write it without quotes" if is_quoted else "")
 
 
-def _integer(value: Any) -> int:
+def _read_integer(value: Any) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
-    raise _refuse_quotes(value)
+    raise _make_quotes_error(value)
 
 
-def _number(value: Any) -> float:
+def _read_number(value: Any) -> float:
     if is_number(value):
         return float(value)
-    raise _refuse_quotes(value)
+    raise _make_quotes_error(value)
 
 
-def _text(value: Any) -> str:
+def _read_text(value: Any) -> str:
     if isinstance(value, str):
         return value
     raise ValueError("put it in quotes" if isinstance(value, (int, float)) else "")
 
 
-def _names(value: Any) -> list[str]:
+def _read_names(value: Any) -> list[str]:
     names = [value] if isinstance(value, str) else value
     if isinstance(names, list) and all(isinstance(name, str) and name for name in names):
         return names
     raise ValueError
 
 
-def _instance(of: Any) -> Callable[[Any], Any]:
+def _make_instance_reader(of: Any) -> Callable[[Any], Any]:
     """Return a reader that takes the instances of a type as they are."""
 
     def read(value: Any) -> Any:
@@ -87,7 +87,7 @@ def _instance(of: Any) -> Callable[[Any], Any]:
     return read
 
 
-def _max_norm(value: Any) -> float:
+def _read_max_norm(value: Any) -> float:
     if isinstance(value, dict) and set(value) <= {"max_norm"}:
         value = value.get("max_norm")
     if is_number(value) and value > 0:
@@ -95,25 +95,25 @@ def _max_norm(value: Any) -> float:
     raise ValueError
 
 
-def _every(value: Any) -> int | str:
+def _read_every(value: Any) -> int | str:
     if value == "epoch" or (is_number(value) and isinstance(value, int) and value >= 1):
         return value
-    raise _refuse_quotes(value)
+    raise _make_quotes_error(value)
 
 
-def _one(value: Any) -> int:
+def _read_one(value: Any) -> int:
     if value == 1 and not isinstance(value, bool):
         return 1
     raise ValueError
 
 
-def _nemo_name(value: Any) -> str:
+def _read_nemo_name(value: Any) -> str:
     if isinstance(value, str) and value.startswith("nemo_automodel."):
         return value
     raise ValueError
 
 
-def _choice(among: tuple[Any, ...]) -> Kind:
+def _make_choice(among: tuple[Any, ...]) -> Kind:
     """Return the kind that takes one of these words, or true and false where they are words."""
 
     def read(value: Any) -> Any:
@@ -129,19 +129,19 @@ def _choice(among: tuple[Any, ...]) -> Kind:
 
 #: Type of an annotation → its kind.
 _KINDS: dict[Any, Kind] = {
-    int: Kind("an integer", {"type": "integer"}, _integer),
-    float: Kind("a number", {"type": "number"}, _number),
-    bool: Kind("true or false", {"type": "boolean"}, _instance(bool)),
-    str: Kind("text", {"type": "string"}, _text, keeps_text=True),
-    dict: Kind("a mapping", {"type": "object"}, _instance(dict), keeps_text=True),
+    int: Kind("an integer", {"type": "integer"}, _read_integer),
+    float: Kind("a number", {"type": "number"}, _read_number),
+    bool: Kind("true or false", {"type": "boolean"}, _make_instance_reader(bool)),
+    str: Kind("text", {"type": "string"}, _read_text, keeps_text=True),
+    dict: Kind("a mapping", {"type": "object"}, _make_instance_reader(dict), keeps_text=True),
     list: Kind(
         "a list of names",
         {"type": ["array", "string"], "items": {"type": "string"}},
-        _names,
+        _read_names,
         keeps_text=True,
     ),
-    Any: Kind("anything", {}, _instance(object)),
-    type(None): Kind("null", {"type": "null"}, _instance(type(None))),
+    Any: Kind("anything", {}, _make_instance_reader(object)),
+    type(None): Kind("null", {"type": "null"}, _make_instance_reader(type(None))),
 }
 _MAX_NORM = Kind(
     "a number > 0 or {max_norm: number}, or nothing for no clipping",
@@ -151,20 +151,22 @@ _MAX_NORM = Kind(
             {"type": "object", "properties": {"max_norm": {"type": "number"}}},
         ]
     },
-    _max_norm,
+    _read_max_norm,
 )
 _EVERY = Kind(
     "an integer ≥ 1, or epoch",
     {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "epoch"}]},
-    _every,
+    _read_every,
 )
 _ONE = Kind(
-    "1, as ranks share the data alone and ZeRO-3 shards the weights over them", {"const": 1}, _one
+    "1, as ranks share the data alone and ZeRO-3 shards the weights over them",
+    {"const": 1},
+    _read_one,
 )
 _NEMO_NAME = Kind(
     "a name of NeMo-AutoModel, or nothing",
     {"type": "string", "pattern": r"^nemo_automodel\."},
-    _nemo_name,
+    _read_nemo_name,
 )
 #: Annotations of kinds that no plain type tells.
 MaxNorm = Annotated[float, _MAX_NORM]
@@ -173,7 +175,7 @@ Every = Annotated[int | str, _EVERY]
 NemoName = Annotated[str, _NEMO_NAME]
 
 
-def without_none(annotation: Any) -> Any:
+def strip_none(annotation: Any) -> Any:
     """Return the annotation `X` of `X | None`; any other as it is."""
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return annotation
@@ -190,7 +192,7 @@ def kind_of(annotation: Any) -> Kind:
     if typing.get_origin(annotation) is Annotated:
         return next(part for part in annotation.__metadata__ if isinstance(part, Kind))
     if typing.get_origin(annotation) is Literal:
-        return _choice(typing.get_args(annotation))
+        return _make_choice(typing.get_args(annotation))
     return _KINDS[typing.get_origin(annotation) or annotation]
 
 
@@ -297,14 +299,17 @@ def keys_of(cls: Any) -> dict[str, Key]:
     hints = typing.get_type_hints(cls, include_extras=True)
     return {
         f.name: Key(
-            name=f.name, annotation=without_none(hints[f.name]), default=_default(f), **f.metadata
+            name=f.name,
+            annotation=strip_none(hints[f.name]),
+            default=_find_default(f),
+            **f.metadata,
         )
         for f in dataclasses.fields(cls)
         if f.metadata
     }
 
 
-def _default(of: Any) -> Any:
+def _find_default(of: Any) -> Any:
     if of.default is not dataclasses.MISSING:
         return of.default
     return [] if of.default_factory is list else {}

@@ -41,7 +41,7 @@ def load(
         ConfigError: everything that is wrong.
     """
     data, text, source = read(path, overrides or [])
-    with source.locating():
+    with source.add_places():
         return replace(_check(data, allow, config_only), text=text, source=source)
 
 
@@ -70,7 +70,7 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
         if name and (wrong := check_directory(path, name)):
             problems.append(wrong)
     if problems:
-        raise ConfigError(_once(problems, written))
+        raise ConfigError(_drop_repeats(problems, written))
 
     cfg.notes += find_idle_keys(cfg, data)
     for model in filter(None, (cfg.model, cfg.teacher_model)):
@@ -78,7 +78,7 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     return cfg
 
 
-#: Of lr_scheduler: what `transformers_schedule` makes of NeMo-AutoModel's names.
+#: Of lr_scheduler: what `translate_schedule` makes of NeMo-AutoModel's names.
 _NEMO_NAMES = {
     "num_warmup_steps": "lr_warmup_steps",
     "scheduler_specific_kwargs.min_lr": "min_lr",
@@ -86,7 +86,7 @@ _NEMO_NAMES = {
 }
 
 
-def _once(problems: list[str], schedule: Any) -> list[str]:
+def _drop_repeats(problems: list[str], schedule: Any) -> list[str]:
     """Return each key's problem once, under the name that was written."""
     found: dict[str, str] = {}
     for line in problems:

@@ -19,7 +19,7 @@ from ds_kd.config.names import (
     NOT_WITH_ZERO,
     WITHOUT_EFFECT,
 )
-from ds_kd.config.text.origins import decoded
+from ds_kd.config.text.origins import decode
 
 _COLLATER = "ds_kd.data.collate.default_collater"
 _NAME = "pretrained_model_name_or_path"
@@ -48,8 +48,10 @@ class Translation:
         self.notes: list[str] = []
         self.problems: list[str] = []
         steps: tuple[Callable[[], None], ...] = (
-            self._words, self._without_effect, self._switches, self._models, self._tokenizer,
-            self._loaders, self._data_sets, self._loss, self._schedule, self._distributed,
+            self._translate_words, self._drop_keys_without_effect, self._translate_switches,
+            self._translate_models, self._drop_tokenizer, self._translate_loaders,
+            self._translate_data_sets, self._translate_loss, self._translate_schedule,
+            self._note_distributed,
         )  # fmt: skip
         for step in steps:
             step()
@@ -70,7 +72,7 @@ class Translation:
             if value is not None and value is not False:
                 self.notes.append(f"{path}: accepted; {reason}")
 
-    def _words(self) -> None:
+    def _translate_words(self) -> None:
         """Read `none` as null, and drop private keys: anchors, and what somebody put aside."""
         for name in [name for name in self.data if name.startswith("_")]:
             self.drop(name, "a name that begins with _ is not read")
@@ -80,7 +82,7 @@ class Translation:
                 if isinstance(value, str) and value.lower() == "none":
                     part[name] = None
 
-    def _without_effect(self) -> None:
+    def _drop_keys_without_effect(self) -> None:
         for path, reason in WITHOUT_EFFECT.items():
             self.drop(path, reason)
         checkpoint = self.section("checkpoint")
@@ -92,7 +94,7 @@ class Translation:
         if self.section("dataloader").get("batch_size", 0) in (None, steps.get("local_batch_size")):
             self.drop("dataloader.batch_size", "step_scheduler.local_batch_size says the same")
 
-    def _switches(self) -> None:
+    def _translate_switches(self) -> None:
         """Write out the sections that null or one word switches on or off."""
         if isinstance(self.data.get("compile"), bool):
             self.data["compile"] = {"enabled": self.data["compile"]}
@@ -106,13 +108,13 @@ class Translation:
         if checkpoint.get("save_consolidated") in (True, "true"):
             checkpoint["save_consolidated"] = "final"
         wandb = self.section("wandb")
-        is_on = [decoded(wandb.pop(name, True)) for name in ("enable", "enabled")]
+        is_on = [decode(wandb.pop(name, True)) for name in ("enable", "enabled")]
         if False in is_on:
             self.data["wandb"] = None
         if "save_dir" in wandb:
             wandb["dir"] = wandb.pop("save_dir")
 
-    def _models(self) -> None:
+    def _translate_models(self) -> None:
         """Drop arguments of NeMo-AutoModel's `from_pretrained` that change no result."""
         for name in _MODELS:
             model = self.section(name)
@@ -132,9 +134,9 @@ class Translation:
                 self.drop(f"{name}.load_base_model", "the weights are always loaded")
             if model.get("num_nextn_predict_layers") == 0:
                 del model["num_nextn_predict_layers"]
-            self._trust(name, model)
+            self._withhold_trust(name, model)
 
-    def _trust(self, name: str, model: dict[str, Any]) -> None:
+    def _withhold_trust(self, name: str, model: dict[str, Any]) -> None:
         """Take transformers' own code, as NeMo-AutoModel's recipes trust every author."""
         is_nemos = str(model.get("_target_")).startswith("nemo_automodel.")
         if is_nemos and model.get("trust_remote_code") is True and model.get(_NAME):
@@ -146,18 +148,18 @@ class Translation:
                 f"--allow-targets {model[_NAME]} would run that of the model's author"
             )
 
-    def _is_students(self, tokenizer: Any) -> bool:
+    def _is_student_tokenizer(self, tokenizer: Any) -> bool:
         """Return whether a tokenizer's section means the student's own, as it is."""
         if not isinstance(tokenizer, dict) or not set(tokenizer) <= _OF_TOKENIZER:
             return False
         name = self.section("model").get(_NAME)
         return name is not None and tokenizer.get(_NAME) == name
 
-    def _tokenizer(self) -> None:
-        if self._is_students(self.data.get("tokenizer")):
+    def _drop_tokenizer(self) -> None:
+        if self._is_student_tokenizer(self.data.get("tokenizer")):
             self.drop("tokenizer", "it is the student's own")
 
-    def _loaders(self) -> None:
+    def _translate_loaders(self) -> None:
         """Write `collate_fn: {_target_: …}` of a known collater as its name alone."""
         for name in ("dataloader", "validation_dataloader"):
             loader, key = self.section(name), f"{name}.collate_fn"
@@ -178,7 +180,7 @@ class Translation:
                     for part in sorted(set(given) - {"_target_"})
                 ]
 
-    def _data_sets(self) -> None:
+    def _translate_data_sets(self) -> None:
         """Drop what a data set's section says of padding, shuffling and the student's tokenizer."""
         for name in ("dataset", "validation_dataset"):
             section = self.section(name)
@@ -187,10 +189,10 @@ class Translation:
                     self.drop(f"{name}.{key}", reason)
                 if section.get("mask_reasoning_content") is False:
                     del section["mask_reasoning_content"]
-            if self._is_students(section.get("tokenizer")):
+            if self._is_student_tokenizer(section.get("tokenizer")):
                 self.drop(f"{name}.tokenizer", "it is the student's own")
 
-    def _loss(self) -> None:
+    def _translate_loss(self) -> None:
         """Put this project's cross-entropy in the place of a fused or chunked one."""
         section = self.section("loss_fn")
         name = section.get("_target_")
@@ -204,12 +206,12 @@ class Translation:
         short = name.rpartition(".")[2]
         self.notes.append(f"loss_fn: {short} accepted; MaskedCrossEntropy takes its place")
 
-    def _schedule(self) -> None:
+    def _translate_schedule(self) -> None:
         if self.section("lr_scheduler"):
-            given = decoded(self.section("lr_scheduler"))
-            self.data["lr_scheduler"] = transformers_schedule(given, self.problems, self.notes)
+            given = decode(self.section("lr_scheduler"))
+            self.data["lr_scheduler"] = translate_schedule(given, self.problems, self.notes)
 
-    def _distributed(self) -> None:
+    def _note_distributed(self) -> None:
         """Note the layouts of ranks whose place ZeRO-3 takes."""
         section = self.section("distributed")
         if not section:
@@ -244,7 +246,7 @@ _DECAY_STYLES: dict[str, tuple[str, str | None, str]] = {
 _NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
 
 
-def transformers_schedule(
+def translate_schedule(
     section: dict[str, Any], problems: list[str], notes: list[str]
 ) -> dict[str, Any]:
     """Return NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""

@@ -44,11 +44,11 @@ def signature_of(dotted: str) -> Signature | None:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
                 if init:
-                    return _read(init[0], 1, _decorators(node))
+                    return _read_signature(init[0], 1, _find_decorators(node))
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                 return signature_of(f"{module}.{bases[0]}") if bases else None
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return _read(node, 0, _decorators(node))
+                return _read_signature(node, 0, _find_decorators(node))
         hop = _import_of(tree, name, module, path.name == "__init__.py")
         if hop is None:
             return None
@@ -101,13 +101,13 @@ def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tu
     return None
 
 
-def _decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
+def _find_decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     """The names of a definition's decorators, those that are called alone."""
     called = (each.func for each in node.decorator_list if isinstance(each, ast.Call))
     return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
 
 
-def _read(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:
+def _read_signature(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:
     if not isinstance(node, ast.FunctionDef):
         return None
     positional = [*node.args.posonlyargs, *node.args.args]

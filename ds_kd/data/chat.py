@@ -75,24 +75,24 @@ def conversation_of(
     Raises:
         ValueError: not a conversation, or one without an assistant turn.
     """
-    given = _decoded(row[column])  # in CSV it is a text
+    given = _decode_json(row[column])  # in CSV it is a text
     if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
         raise ValueError(f"{column} is {given!r:.80}, expected a list of {{role, content}}")
-    messages = [_message(message, any_role) for message in given]
+    messages = [_read_message(message, any_role) for message in given]
     system = row.get("system")  # a column of its own in ShareGPT's data
     has_turn = any(message["role"] == "system" for message in messages)
     if isinstance(system, str) and system.strip() and not has_turn:
         messages.insert(0, {"role": "system", "content": system})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
-    tools = _decoded(_without_nulls(row.get("tools")))
+    tools = _decode_json(_drop_nulls(row.get("tools")))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"tools is {tools!r:.80}, expected a list of mappings")
     return messages, tools or None
 
 
-def _message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
-    message = _without_nulls(given)
+def _read_message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
+    message = _drop_nulls(given)
     if "from" in message and "value" in message and "role" not in message:  # ShareGPT's words
         role, content = message["from"], message["value"]
         message = {"role": _OTHER_WORDS.get(role, role), "content": content}
@@ -103,15 +103,15 @@ def _message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
         other = _OTHER_WORDS.get(role.lower(), role.lower() if role.lower() in ROLES else None)
         hint = f"write {other}" if other else "give chat_template: one that knows it"
         raise ValueError(f"role is {role!r}, expected {', '.join(ROLES)}; {hint}")
-    message["content"] = _text(message.get("content", ""))
+    message["content"] = _join_text(message.get("content", ""))
     if calls:
         if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
             raise ValueError(f"tool_calls is {calls!r:.80}, expected a list of mappings")
-        message["tool_calls"] = [_call(call) for call in calls]
+        message["tool_calls"] = [_decode_call(call) for call in calls]
     return message
 
 
-def _text(content: Any) -> str:
+def _join_text(content: Any) -> str:
     """Text, or the texts of its parts joined."""
     if isinstance(content, str):
         return content
@@ -126,15 +126,15 @@ def _text(content: Any) -> str:
     return "".join(texts)
 
 
-def _call(call: dict[str, Any]) -> dict[str, Any]:
+def _decode_call(call: dict[str, Any]) -> dict[str, Any]:
     """A call whose arguments are a mapping, which is what templates write as JSON themselves."""
     inner = call.get("function")
     if isinstance(inner, dict):
-        return {**call, "function": _call(inner)}
-    return {**call, "arguments": _decoded(call["arguments"])} if "arguments" in call else call
+        return {**call, "function": _decode_call(inner)}
+    return {**call, "arguments": _decode_json(call["arguments"])} if "arguments" in call else call
 
 
-def _decoded(value: Any) -> Any:
+def _decode_json(value: Any) -> Any:
     """The mapping or list of a JSON text; anything else as it is."""
     if not isinstance(value, str):
         return value
@@ -145,10 +145,10 @@ def _decoded(value: Any) -> Any:
     return found if isinstance(found, (dict, list)) else value
 
 
-def _without_nulls(value: Any) -> Any:
+def _drop_nulls(value: Any) -> Any:
     if isinstance(value, dict):
-        return {name: _without_nulls(v) for name, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+        return {name: _drop_nulls(v) for name, v in value.items() if v is not None}
+    return [_drop_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def tokenize_chat(
@@ -175,13 +175,15 @@ def tokenize_chat(
     ids = list(_render(tokenizer, messages, tools)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant" and _says_something(message):
-            start, end = (_prefix(tokenizer, messages[:k], tools, ids) for k in (turn, turn + 1))
+        if message["role"] == "assistant" and _has_content(message):
+            start, end = (
+                _count_prefix(tokenizer, messages[:k], tools, ids) for k in (turn, turn + 1)
+            )
             mask[start:end] = [True] * (end - start)
     return ids, mask
 
 
-def _says_something(message: dict[str, Any]) -> bool:
+def _has_content(message: dict[str, Any]) -> bool:
     """Whether a turn has anything to learn: a text, a call, or a template's further part."""
     return any(
         value.strip() if isinstance(value, str) else value
@@ -200,7 +202,9 @@ def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kw
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
-def _prefix(tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]) -> int:
+def _count_prefix(
+    tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]
+) -> int:
     """How many tokens of the whole conversation the first messages take."""
     if not messages:
         return 0

@@ -46,13 +46,13 @@ def default_collater(
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
     if packed:
-        extra = _segments(lengths, length)
+        extra = _make_segments(lengths, length)
 
-    def padded(name: str, value: int) -> torch.Tensor:
+    def pad(name: str, value: int) -> torch.Tensor:
         rows = [sample[name] + [value] * (length - len(sample[name])) for sample in samples]
         return torch.tensor(rows, dtype=torch.int64)
 
-    input_ids, labels = padded("input_ids", pad_token_id), padded("labels", IGNORE_INDEX)
+    input_ids, labels = pad("input_ids", pad_token_id), pad("labels", IGNORE_INDEX)
     flat = labels.flatten()
     rows = (flat != IGNORE_INDEX).nonzero().flatten()
     return {
@@ -68,7 +68,7 @@ def default_collater(
     }
 
 
-def _segments(lengths: list[int], total: int) -> dict[str, Any]:
+def _make_segments(lengths: list[int], total: int) -> dict[str, Any]:
     """Return the positions and lengths of a pack's samples in a row of `total` tokens."""
     # What pads is a sample of its own; one without a token is none to attention.
     lengths = [n for n in lengths if n > 0]

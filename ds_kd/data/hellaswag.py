@@ -13,7 +13,7 @@ _COLUMNS = ("ctx", "endings", "label")
 _CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it
 
 
-def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
+def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
     """Return the context and the right ending.
 
     Raises:
@@ -33,7 +33,7 @@ def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
     return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
 
 
-@data_set("path_or_dataset", _COLUMNS, _texts, limit="num_samples_limit")
+@data_set("path_or_dataset", _COLUMNS, _read_texts, limit="num_samples_limit")
 def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     path_or_dataset: str | list,
     tokenizer: Any,
@@ -62,7 +62,7 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
-        context, ending = _texts(row)
+        context, ending = _read_texts(row)
         gap = "" if ending.startswith(_CLOSE_UP) else " "
         return shift(*tokenize_prompt_answer(tokenizer, context + gap, ending))
 

@@ -38,7 +38,7 @@ def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> di
     return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
 
 
-def tell_unsupervised(dataset: Any) -> str:
+def describe_unsupervised(dataset: Any) -> str:
     """Return a sentence on the samples without a supervised token, empty where there is none.
 
     Args:
@@ -48,7 +48,7 @@ def tell_unsupervised(dataset: Any) -> str:
     Raises:
         ValueError: none of the samples has one.
     """
-    looked_at, empty = _unsupervised(dataset)
+    looked_at, empty = _find_unsupervised(dataset)
     if not empty:
         return ""
     if len(empty) == looked_at:
@@ -65,10 +65,10 @@ def tell_unsupervised(dataset: Any) -> str:
     return f"warning: {told}; they cost their time and teach nothing (--show-samples shows them)"
 
 
-def _unsupervised(dataset: Any) -> tuple[int, list[str]]:
+def _find_unsupervised(dataset: Any) -> tuple[int, list[str]]:
     """(samples looked at, ids of those without a supervised token)."""
     if hasattr(dataset, "with_format"):
-        counts = _counts(dataset)
+        counts = _count_supervised(dataset)
         empty = [k for k, count in enumerate(counts) if not count]
         names = dataset.select(empty)["sample_id"] if empty else []
         return len(counts), [str(name) for name in names]
@@ -81,7 +81,7 @@ def _unsupervised(dataset: Any) -> tuple[int, list[str]]:
     return len(chosen), unsupervised
 
 
-def _counts(dataset: Any) -> list[int]:
+def _count_supervised(dataset: Any) -> list[int]:
     """Supervised tokens of every sample of a `datasets.Dataset`, without making lists of them."""
     import numpy as np
     import pyarrow.compute as pc

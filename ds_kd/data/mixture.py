@@ -77,9 +77,9 @@ def make_mixture(
             f"stopping_strategy is {stopping_strategy!r}, expected first_exhausted or all_exhausted"
         )
     check_weights(sources)
-    parts = [_samples_of(tokenizer, number, part) for number, part in enumerate(sources)]
+    parts = [_build_part(tokenizer, number, part) for number, part in enumerate(sources)]
     if any("num_tokens" in part.column_names for part in parts):
-        parts = [_with_num_tokens(part) for part in parts]
+        parts = [_add_num_tokens(part) for part in parts]
     weights = [part.get("weight") for part in sources]
     if None in weights:
         mixed = datasets.concatenate_datasets(parts)
@@ -92,7 +92,7 @@ def make_mixture(
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
 
-def _samples_of(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
+def _build_part(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
     """The samples of one source, its number put before their names."""
     try:
         found = data_set_of(part)
@@ -107,7 +107,7 @@ def _samples_of(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
     return samples.map(lambda name: {"sample_id": f"{number}:{name}"}, input_columns=["sample_id"])
 
 
-def _with_num_tokens(samples: Any) -> Any:
+def _add_num_tokens(samples: Any) -> Any:
     if "num_tokens" in samples.column_names:
         return samples
     return samples.map(lambda ids: {"num_tokens": len(ids)}, input_columns=["input_ids"])

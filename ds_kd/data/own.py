@@ -53,10 +53,10 @@ class OwnSamples(Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        sample = self._checked(index)
+        sample = self._read_sample(index)
         return _shift(sample) if self.labels == UNSHIFTED else sample
 
-    def _checked(self, index: int) -> dict[str, Any]:
+    def _read_sample(self, index: int) -> dict[str, Any]:
         """The sample as it came, with lists in place of tensors, and a `sample_id`."""
         given = self.dataset[index]
         try:
@@ -67,7 +67,7 @@ class OwnSamples(Dataset):
     def _check_direction(self) -> None:
         own = follows = positions = inner = 0
         for index in range(min(len(self), _FIRST_SAMPLES)):
-            for label, here, following in _supervised(self._checked(index)):
+            for label, here, following in _iterate_supervised(self._read_sample(index)):
                 positions += 1
                 own += label == here
                 inner += following is not None
@@ -100,7 +100,7 @@ def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
             raise DataError(f"no {name}; it has {', '.join(map(str, given)) or 'nothing'}")
     sample = dict(given)
     lists = ("input_ids", "labels", "segment_lengths", "attention_mask")
-    sample |= {name: _integers(name, given[name]) for name in lists if name in given}
+    sample |= {name: _read_integers(name, given[name]) for name in lists if name in given}
     ids, labels = sample["input_ids"], sample["labels"]
     if len(ids) != len(labels):
         raise DataError(f"{len(ids)} input_ids and {len(labels)} labels; give equally many")
@@ -122,7 +122,7 @@ def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
     return sample
 
 
-def _integers(name: str, value: Any) -> list[int]:
+def _read_integers(name: str, value: Any) -> list[int]:
     """A list of a list, tuple, array or tensor."""
     plain = value.tolist() if hasattr(value, "tolist") else value
     try:
@@ -133,7 +133,7 @@ def _integers(name: str, value: Any) -> list[int]:
         raise DataError(f"{name} is {what}, expected one list of integers") from None
 
 
-def _supervised(sample: dict[str, Any]) -> Iterator[tuple[int, int, int | None]]:
+def _iterate_supervised(sample: dict[str, Any]) -> Iterator[tuple[int, int, int | None]]:
     """(label, token there, token after it in the same segment) of every supervised position."""
     ids, labels, start = sample["input_ids"], sample["labels"], 0
     for length in sample.get("segment_lengths", [len(ids)]):

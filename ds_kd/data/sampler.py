@@ -92,9 +92,11 @@ class GlobalBatchSampler(Sampler[list[int]]):
             order = torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
         else:
             order = list(range(self.usable))
-        return order if self.lengths is None else self._grouped(order, self.lengths, generator)
+        return (
+            order if self.lengths is None else self._group_by_length(order, self.lengths, generator)
+        )
 
-    def _grouped(
+    def _group_by_length(
         self, order: list[int], lengths: Sequence[int], generator: torch.Generator
     ) -> list[int]:
         """`order` with like lengths together: sorted within each global batch, and where samples
@@ -115,9 +117,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         # A generator's body runs at its first `next`: the position is taken here, so that a later
         # `seek` leaves it alone.
-        return self._from(self._epoch, self._step)
+        return self._iterate_from(self._epoch, self._step)
 
-    def _from(self, epoch: int, first: int) -> Iterator[list[int]]:
+    def _iterate_from(self, epoch: int, first: int) -> Iterator[list[int]]:
         order = self.order(epoch)
         width = self.local_batch_size * self.world_size
         for step in range(first, self.steps_per_epoch):

@@ -12,7 +12,7 @@ from ds_kd.data.rows.source import make_samples, text_of
 _COLUMNS = ("context", "question", "answers")
 
 
-def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
+def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
     """Return context, question and the first answer, stripped, empty where there is none.
 
     Raises:
@@ -28,7 +28,7 @@ def _texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
         raise ValueError(f"answers is {answers!r:.80}, expected {{'text': [text, …]}}") from None
 
 
-@data_set("dataset_name", _COLUMNS, _texts)
+@data_set("dataset_name", _COLUMNS, _read_texts)
 def make_squad_dataset(
     tokenizer: Any,
     seq_length: int | None = None,
@@ -69,7 +69,7 @@ def make_squad_dataset(
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
-        context, question, answer = _texts(row)
+        context, question, answer = _read_texts(row)
         prompt = f"Context: {context} Question: {question} Answer: "
         if tokenizer.chat_template is None:
             made: dict[str, Any] = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
@@ -77,13 +77,13 @@ def make_squad_dataset(
             turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
             made = shift(*tokenize_chat(tokenizer, turns), length)
         if padding == "max_length" and seq_length is not None:
-            made = _padded(made, seq_length, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
+            made = _pad(made, seq_length, tokenizer.pad_token_id or tokenizer.eos_token_id or 0)
         return made
 
     return make_samples(dataset_name, split, _COLUMNS, limit_dataset_samples, sample)
 
 
-def _padded(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:
+def _pad(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:
     """`sample` at `seq_length` positions; `num_tokens` still counts the real ones."""
     short = max(0, seq_length - len(sample["input_ids"]))
     return {

@@ -20,7 +20,7 @@ _ROLES = {"context": "system", "question": "user", "answer": "assistant"}
 _PROMPT_COMPLETION = {"question": "prompt", "answer": "completion"}
 
 
-def _texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
+def _read_texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     """Return a row's texts by their part in the conversation, in the order they are read.
 
     Raises:
@@ -40,7 +40,9 @@ def _texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
     }
 
 
-@data_set("path_or_dataset_id", ("prompt", "completion"), _texts, columns_from="column_mapping")
+@data_set(
+    "path_or_dataset_id", ("prompt", "completion"), _read_texts, columns_from="column_mapping"
+)
 def make_instruction_dataset(
     path_or_dataset_id: str | list,
     tokenizer: Any,
@@ -77,34 +79,34 @@ def make_instruction_dataset(
     """
     arguments = {"column_mapping": column_mapping}
     columns = tuple((column_mapping or _PROMPT_COMPLETION).values())
-    _texts(dict.fromkeys(columns, ""), arguments)
+    _read_texts(dict.fromkeys(columns, ""), arguments)
     use_template(tokenizer, chat_template)
-    length = _length(seq_length, truncation)
+    length = _find_cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
-        texts = _texts(row, arguments)
+        texts = _read_texts(row, arguments)
         if tokenizer.chat_template is not None:
             turns = [{"role": _ROLES[part], "content": text} for part, text in texts.items()]
             ids, mask = tokenize_chat(tokenizer, turns)
         else:
-            ids, mask = _running_text(tokenizer, texts)
+            ids, mask = _tokenize_running_text(tokenizer, texts)
         return shift(ids, mask if answer_only_loss_mask else [True] * len(ids), length)
 
     return make_samples(path_or_dataset_id, split, columns, limit_dataset_samples, sample)
 
 
-def _running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], list[bool]]:
+def _tokenize_running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], list[bool]]:
     """Tokenise parts that end in an answer, with a space between where neither side has one."""
     prompt = " ".join(text for part, text in texts.items() if part != "answer")
     gap = "" if prompt[-1:].isspace() or texts["answer"][:1].isspace() else " "
     return tokenize_prompt_answer(tokenizer, prompt + gap, texts["answer"])
 
 
-def _talk(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
+def _read_talk(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
     return conversation_of(row, arguments.get("chat_template") is not None, "conversations")
 
 
-@data_set("dataset_name", ("conversations",), _talk)
+@data_set("dataset_name", ("conversations",), _read_talk)
 def make_sharegpt_dataset(
     dataset_name: str | list,
     tokenizer: Any,
@@ -119,7 +121,7 @@ def make_sharegpt_dataset(
         dataset_name,
         tokenizer,
         split,
-        _length(seq_length, truncation),
+        _find_cut_length(seq_length, truncation),
         truncation,
         limit_dataset_samples,
         chat_template,
@@ -154,7 +156,7 @@ def make_text_dataset(
     Raises:
         ValueError: the data cannot be had, lacks the column, or has no text there.
     """
-    length = _length(seq_length, truncation)
+    length = _find_cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
         ids, _ = tokenize_prompt_answer(tokenizer, "", text_of(row, column))
@@ -163,7 +165,7 @@ def make_text_dataset(
     return make_samples(dataset_name, split, (column,), limit_dataset_samples, sample)
 
 
-def _length(seq_length: int | None, truncation: bool | str | None) -> int | None:
+def _find_cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:
     if seq_length is None and cut_length(1, truncation):
         raise ValueError("truncation needs seq_length: an integer")
     return cut_length(seq_length, truncation)

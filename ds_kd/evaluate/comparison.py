@@ -45,7 +45,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def summary(records: list[dict[str, Any]]) -> list[str]:
+def summarize(records: list[dict[str, Any]]) -> list[str]:
     """Return lines that tell validation before and after a run, and its speed."""
     validations = [record for record in records if "val_loss" in record]
     if len(validations) < 2:
@@ -87,13 +87,13 @@ def question_of(sample: dict[str, list[int]], tokenizer: Any) -> tuple[list[int]
     while start and labels[start - 1] != IGNORE_INDEX:
         start -= 1
     prompt, answer = sample["input_ids"][: start + 1], labels[start : supervised[-1] + 1]
-    header = _answer_header(tokenizer)
+    header = _find_answer_header(tokenizer)
     if header and answer[: len(header)] == header:
         prompt, answer = prompt + header, answer[len(header) :]
     return prompt, answer
 
 
-def _answer_header(tokenizer: Any) -> list[int]:
+def _find_answer_header(tokenizer: Any) -> list[int]:
     """Tokens with which the chat template opens an assistant's turn; none without a template."""
     if tokenizer.chat_template is None:
         return []
@@ -109,7 +109,7 @@ def _answer_header(tokenizer: Any) -> list[int]:
     return opened[len(closed) :] if opened[: len(closed)] == closed else []
 
 
-def answer(directory: Path, prompt: list[int]) -> str:
+def generate_answer(directory: Path, prompt: list[int]) -> str:
     """Return the greedy answer of a model to the prompt's tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,4 +162,4 @@ def compare(
     if len(question) > _PROMPT_SHOWN:
         question = "… " + question[-_PROMPT_SHOWN:]
     told = [("question", question), ("expected", wanted)]
-    return told + [(label, answer(path, prompt)) for label, path in models.items()]
+    return told + [(label, generate_answer(path, prompt)) for label, path in models.items()]

@@ -19,7 +19,7 @@ def render(sample: dict[str, Any], tokenizer: Any, colour: bool) -> str:
         tokenizer: of the student.
         colour: mark them by colour, for a terminal, instead of by brackets.
     """
-    ids, labels = _unshifted(sample)
+    ids, labels = _unshift(sample)
     taught = [label != IGNORE_INDEX for label in labels]
     before, after = _COLOUR if colour else _BRACKETS
     text, end, shown = "", 0, ""
@@ -33,7 +33,7 @@ def render(sample: dict[str, Any], tokenizer: Any, colour: bool) -> str:
     return f"--- sample {sample['sample_id']}: {len(ids)} tokens, {count} supervised\n{shown}"
 
 
-def _unshifted(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
+def _unshift(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
     """Tokens, and for each its own label: the label a position predicts belongs to the next.
 
     A segment ends with the token that its last label tells, which is no input.

@@ -140,10 +140,10 @@ class DistillationLoss:
         logits = (shared, teacher, largest, teacher_largest)
         if not is_training:
             measured |= _measure(Pair(*logits, 1.0, labels, buffers))
-        values, gradient = self._losses(student, logits, labels, buffers)
+        values, gradient = self._compute_losses(student, logits, labels, buffers)
         return values | measured, gradient
 
-    def _losses(
+    def _compute_losses(
         self,
         student: Tensor,
         logits: tuple[Tensor, Tensor, Tensor, Tensor],
@@ -236,13 +236,13 @@ class _Chunked(torch.autograd.Function):
 
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
-            opened = None if teacher is None else stack.enter_context(teacher.opened())
+            source = None if teacher is None else stack.enter_context(teacher.open())
             for start in range(0, max(1, tokens), chunk):  # of no token one empty chunk
                 rows = slice(start, start + chunk)
                 z_s = grads.states.logits(rows, vocab, "student", buffers)
                 z_t = None
-                if opened is not None:
-                    z_t = opened.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
+                if source is not None:
+                    z_t = source.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
                 values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_training)
                 totals = totals + torch.cat([*values.values()], dim=1).t() @ valid[rows]
                 if any(wanted):

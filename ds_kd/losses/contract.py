@@ -29,8 +29,8 @@ def check_divergence(loss: Any) -> None:
         ValueError: says which part of the contract (docs/losses.md) is broken.
     """
     _check_module(loss)
-    student, teacher, labels = _example()
-    _check(lambda rows, y: loss(student[rows], teacher[rows], y), student, labels)
+    student, teacher, labels = _make_example()
+    _check_clauses(lambda rows, y: loss(student[rows], teacher[rows], y), student, labels)
     same = float(loss(teacher.clone(), teacher, labels))
     if not abs(same) <= _CLOSE:
         raise ValueError(
@@ -48,13 +48,13 @@ def check_cross_entropy(loss: Any) -> None:
         ValueError: as `check_divergence`.
     """
     _check_module(loss)
-    student, _, labels = _example()
-    _check(lambda rows, y: loss(student[rows], y), student, labels)
+    student, _, labels = _make_example()
+    _check_clauses(lambda rows, y: loss(student[rows], y), student, labels)
 
 
 def _check_chunk(divergence: Any) -> None:
     """Refuse a `Divergence` whose `of_chunk` is not what its call says, in value or gradient."""
-    student, teacher, labels = _example()
+    student, teacher, labels = _make_example()
     t = divergence.temperature
     value = divergence(student, teacher, labels)
     (slope,) = torch.autograd.grad(value, student)
@@ -66,7 +66,7 @@ def _check_chunk(divergence: Any) -> None:
         return Pair(z_s, z_t, *largest, t, labels, buffers, divergence.reads_teacher_logits)
 
     values, gradient = divergence.of_chunk(make_pair())
-    if not _close(float(values.sum()) * t**2, value.item()):
+    if not _is_close(float(values.sum()) * t**2, value.item()):
         raise ValueError(
             f"its of_chunk gives {float(values.sum()) * t**2:.4g} in all and its call {value:.4g}; "
             f"override `value` (and `of_chunk`, if it is there) instead of `__call__`"
@@ -85,7 +85,7 @@ def _check_chunk(divergence: Any) -> None:
             )
 
 
-def _example() -> tuple[Tensor, Tensor, Tensor]:
+def _make_example() -> tuple[Tensor, Tensor, Tensor]:
     """Student's logits, with a graph, teacher's logits and labels."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(_TOKENS, _VOCAB, generator=generator) for _ in range(2))
@@ -103,7 +103,9 @@ def _check_module(loss: Any) -> None:
         )
 
 
-def _check(evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: Tensor) -> None:
+def _check_clauses(
+    evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: Tensor
+) -> None:
     """The clauses that both kinds of loss share.
 
     Args:
@@ -112,34 +114,34 @@ def _check(evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: T
         labels: `[tokens]`.
     """
     rows = torch.arange(_TOKENS)
-    value = _value(evaluate, rows, labels, student, "6 tokens")
-    twice = _value(evaluate, rows.repeat(2), labels.repeat(2), student, "12 tokens")
-    if not _close(twice, 2.0 * value):
+    value = _evaluate(evaluate, rows, labels, student, "6 tokens")
+    twice = _evaluate(evaluate, rows.repeat(2), labels.repeat(2), student, "12 tokens")
+    if not _is_close(twice, 2.0 * value):
         raise ValueError(
             f"the same tokens twice give {twice / value if value else twice:.3g} times the value, "
             f"expected 2; return the sum over tokens, not a mean"
         )
-    parts = [_value(evaluate, rows[k], labels[k], student, "a part") for k in _CUT]
-    if not _close(sum(parts), value):
+    parts = [_evaluate(evaluate, rows[k], labels[k], student, "a part") for k in _CUT]
+    if not _is_close(sum(parts), value):
         raise ValueError(
             f"6 tokens give {value:.4g}, and 2 and 4 of them {parts[0]:.4g} and {parts[1]:.4g}; "
             f"each token's share must not depend on the others, as a step is cut into parts"
         )
     masked = labels.clone()
     masked[::2] = IGNORE_INDEX
-    kept = _value(evaluate, rows[1::2], labels[1::2], student, "3 tokens")
-    some = _value(evaluate, rows, masked, student, f"labels of {IGNORE_INDEX}")
-    if not _close(some, kept):
+    kept = _evaluate(evaluate, rows[1::2], labels[1::2], student, "3 tokens")
+    some = _evaluate(evaluate, rows, masked, student, f"labels of {IGNORE_INDEX}")
+    if not _is_close(some, kept):
         raise ValueError(
             f"tokens labelled {IGNORE_INDEX} change the value from {kept:.4g} to {some:.4g}; leave "
             f"them out of the sum"
         )
-    nothing = _value(evaluate, rows[:0], labels[:0], student, "no token")
+    nothing = _evaluate(evaluate, rows[:0], labels[:0], student, "no token")
     if nothing != 0.0:
         raise ValueError(f"no token at all gives {nothing:.4g}, expected 0")
 
 
-def _value(
+def _evaluate(
     evaluate: Callable[[Tensor, Tensor], Any],
     rows: Tensor,
     labels: Tensor,
@@ -170,5 +172,5 @@ def _value(
     return value.item()
 
 
-def _close(a: float, b: float) -> bool:
+def _is_close(a: float, b: float) -> bool:
     return abs(a - b) <= _CLOSE * max(abs(a), abs(b)) + 1e-6

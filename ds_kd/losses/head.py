@@ -56,7 +56,7 @@ class States:
     head: Head
 
     @contextmanager
-    def opened(self) -> Iterator[States]:
+    def open(self) -> Iterator[States]:
         yield self
 
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:

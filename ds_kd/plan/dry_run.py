@@ -110,22 +110,24 @@ def describe(
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     for name, shape in (("student", student), ("teacher", teacher)):
         if shape is not None:
-            trained = f", {_count(shape.trained)} trained" if name == "student" else ""
-            lines.append(f"  {name}: {_count(shape.parameters)} parameters{trained}")
+            trained = f", {_format_count(shape.trained)} trained" if name == "student" else ""
+            lines.append(f"  {name}: {_format_count(shape.parameters)} parameters{trained}")
     lines.append(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
-    lines += _steps(cfg, rows)
-    parts = memory.memory(student, teacher, work, world)
+    lines += _describe_steps(cfg, rows)
+    parts = memory.estimate_bytes(student, teacher, work, world)
     lines.append("  memory of a rank, estimated:")
-    lines += [f"    {name:<38}{_gib(size):>11}" for name, size in parts.items() if size]
-    lines.append(f"    {'on the accelerator, together':<38}{_gib(memory.on_device(parts)):>11}")
+    lines += [f"    {name:<38}{_format_size(size):>11}" for name, size in parts.items() if size]
+    lines.append(
+        f"    {'on the accelerator, together':<38}{_format_size(memory.on_device(parts)):>11}"
+    )
     host = memory.on_host(parts)
     if host:
-        lines.append(f"    {'in the host memory, together':<38}{_gib(host):>11}")
-    lines += _worlds(student, teacher, work, machine)
-    flops = memory.operations(student, teacher, work)
+        lines.append(f"    {'in the host memory, together':<38}{_format_size(host):>11}")
+    lines += _describe_worlds(student, teacher, work, machine)
+    flops = memory.count_operations(student, teacher, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
@@ -133,25 +135,26 @@ def describe(
     return "\n".join(lines)
 
 
-def _worlds(
+def _describe_worlds(
     student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> list[str]:
     """The memory on 1 to 128 ranks, and the smallest number that fits."""
     lines = ["  on other numbers of ranks (the same micro-batch):"]
     for ranks in memory.WORLDS:
-        parts = memory.memory(student, teacher, work, ranks)
+        parts = memory.estimate_bytes(student, teacher, work, ranks)
         here = {name: size for name, size in parts.items() if not name.startswith("host ")}
         states = sum(size for name, size in here.items() if memory.is_state(name))
-        line = f"    {ranks:>4}: {_gib(sum(here.values()))} of which states {_gib(states)}"
+        whole = _format_size(sum(here.values()))
+        line = f"    {ranks:>4}: {whole} of which states {_format_size(states)}"
         if of_node := machine.of_node(parts, ranks):
-            line += f"; host memory of a node {_gib(of_node)}"
-        lines.append(line + _verdict(machine, machine.lacks(parts, ranks), bool(of_node)))
+            line += f"; host memory of a node {_format_size(of_node)}"
+        lines.append(line + _judge(machine, machine.lacks(parts, ranks), bool(of_node)))
     if machine.room is not None:
-        lines.append(f"  {_advice(student, teacher, work, machine)}")
+        lines.append(f"  {_advise(student, teacher, work, machine)}")
     return lines
 
 
-def _verdict(machine: memory.Machine, lacking: list[str], uses_host: bool) -> str:
+def _judge(machine: memory.Machine, lacking: list[str], uses_host: bool) -> str:
     """The end of a line of the table: whether so many ranks have room."""
     if lacking:
         return ", too much" + (" for the host" if lacking == ["host"] else "")
@@ -161,7 +164,7 @@ def _verdict(machine: memory.Machine, lacking: list[str], uses_host: bool) -> st
     return ", fits" if known else ", fits the accelerator (--host-memory checks the host)"
 
 
-def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
+def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
     """How many steps the run has, as far as its data is known."""
     steps = cfg.step_scheduler
     if rows is None:
@@ -181,13 +184,13 @@ def _steps(cfg: RunConfig, rows: int | None) -> list[str]:
     return [f"  steps: {total:,} from {rows:,} samples{note}"]
 
 
-def _advice(
+def _advise(
     student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> str:
     assert machine.room is not None
-    room = _gib(machine.room)
+    room = _format_size(machine.room)
     if machine.host_room is not None:
-        room += f" and a host of {_gib(machine.host_room)}"
+        room += f" and a host of {_format_size(machine.host_room)}"
     found = memory.smallest_fit(student, teacher, work, machine)
     if found is None:
         return (
@@ -205,8 +208,8 @@ def _advice(
         if getattr(offer, name) and not getattr(work, name)
     ]
     moves = [*dict.fromkeys(moves)]
-    needs = machine.of_node(memory.memory(student, teacher, offer, ranks), ranks)
-    host = f", {_gib(needs)} of host memory in a node" if needs else ""
+    needs = machine.of_node(memory.estimate_bytes(student, teacher, offer, ranks), ranks)
+    host = f", {_format_size(needs)} of host memory in a node" if needs else ""
     return f"smallest that fits into {room}: {ranks} rank(s)" + (
         f" with {' and '.join(moves)}{host}" if moves else f" as written{host}"
     )
@@ -238,7 +241,7 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
     local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
     is_measured = component.declaration is not None and not component.declaration.has_parts
     total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
-    cut = _cut_of(component)
+    cut = _find_cut_length(component)
     if length is not None:
         return total, local * length, supervised, "--length"
     if longest is not None:
@@ -255,7 +258,7 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
     return total, local * _GUESS, supervised, told
 
 
-def _cut_of(component: Component) -> int | None:
+def _find_cut_length(component: Component) -> int | None:
     """The `seq_length` that samples are cut or padded to; None where they keep their own."""
     length, kwargs = component.kwargs.get("seq_length"), component.kwargs
     cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
@@ -330,9 +333,9 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     return memory.Work(**values)
 
 
-def _gib(size: int) -> str:
+def _format_size(size: int) -> str:
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def _count(number: int) -> str:
+def _format_count(number: int) -> str:
     return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

@@ -112,7 +112,7 @@ def shape_of(model: Any, width: int) -> Shape:
     )
 
 
-def memory(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
+def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
     """Bytes of one rank by what they are for; those named `host …` are in the host's memory.
 
     Returns:
@@ -209,12 +209,12 @@ def smallest_fit(
     offers.append(replace(offers[-1], offload_weights=True))
     for offer in offers:
         for world in WORLDS:
-            if not machine.lacks(memory(student, teacher, offer, world), world):
+            if not machine.lacks(estimate_bytes(student, teacher, offer, world), world):
                 return world, offer
     return None
 
 
-def operations(student: Shape, teacher: Shape | None, work: Work) -> float:
+def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:
     """Floating-point operations of one rank's step: two for each weight and token forward, twice as
     many backward (half of that where weights are frozen), attention over half of a sample."""
 

@@ -8,7 +8,7 @@ from ds_kd.config.checks.files import check_directory
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig, Slurm
-from ds_kd.config.text.secrets import is_secret, without_secrets
+from ds_kd.config.text.secrets import blank_secrets, is_secret
 
 _OPTIONS = (
     "job_name",
@@ -49,11 +49,11 @@ def sbatch_command(
     return variables, [*command, *wanted.sbatch_options, "launch/slurm.sh", config, *overrides]
 
 
-def shown(variables: dict[str, str], command: list[str]) -> list[str]:
+def format_command(variables: dict[str, str], command: list[str]) -> list[str]:
     """Return the words to print of such a command, secrets blanked."""
     named = {name: "***" if is_secret(name) else value for name, value in variables.items()}
     words = ["env", *(f"{name}={value}" for name, value in named.items()), *command]
-    return [without_secrets(word) for word in words]
+    return [blank_secrets(word) for word in words]
 
 
 def check_slurm(cfg: RunConfig) -> Slurm:

@@ -94,30 +94,30 @@ def write_starter(
     for option, name in named.items():
         if "${" in name:
             raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
-    found = _data_set_of("--data", data)
+    found = _recognise_data("--data", data)
     values: dict[str, Any] = {
-        "student": _yaml(models[0]), "teacher": _yaml(models[1]), "data": _yaml(data),
+        "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name, "argument": found.source,
         "local": 1, "batch": gpus, "offload_teacher": "false", "checkpointing": "false",
         "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
-        "validation": _validation(validation, _HELD_OUT[0]),
+        "validation": _write_validation(validation, _HELD_OUT[0]),
     }  # fmt: skip
-    cfg = _loaded(values)
+    cfg = _load(values)
     rows, tokens, supervised, _ = data_of(cfg)
     if rows is not None and rows < 2:
         raise ConfigError([problem("--data", data, "at least 2 rows", f"it has {rows}")])
     if validation is None and rows is not None:
         share, fewest, most = _HELD_OUT
         held_out = min(max(round(share * rows), fewest), most, rows // 2)
-        values["validation"] = _validation(None, float(f"{held_out / rows:.3g}"))
+        values["validation"] = _write_validation(None, float(f"{held_out / rows:.3g}"))
         values["rows"] = f"                        # {rows:,} rows"
         rows -= held_out
-    values |= _that_fits(cfg, tokens, supervised, gpus, machine, rows)
+    values |= _choose_sizes(cfg, tokens, supervised, gpus, machine, rows)
     warnings = _plan_steps(values, rows)
     return _TEMPLATE.format(**values), warnings
 
 
-def _loaded(values: dict[str, Any]) -> RunConfig:
+def _load(values: dict[str, Any]) -> RunConfig:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.yaml"
         path.write_text(_TEMPLATE.format(**values))
@@ -128,7 +128,7 @@ def _loaded(values: dict[str, Any]) -> RunConfig:
             raise ConfigError([re.sub(r"^\d+:\d+: ", "", line) for line in lines]) from None
 
 
-def _that_fits(
+def _choose_sizes(
     cfg: RunConfig,
     tokens: int,
     supervised: float,
@@ -153,7 +153,7 @@ def _that_fits(
     for work in moves:
         for local in _LOCAL_SIZES:
             width = local * gpus
-            parts = memory.memory(*shapes, replace(work, tokens=tokens * local), gpus)
+            parts = memory.estimate_bytes(*shapes, replace(work, tokens=tokens * local), gpus)
             if (widest is not None and width > widest) or spare.lacks(parts, gpus):
                 continue
             wanted = max(_GLOBAL, width) if widest is None else min(max(_GLOBAL, width), widest)
@@ -164,7 +164,7 @@ def _that_fits(
                 "offload_teacher": str(work.offload_teacher).lower(),
                 "zero": _OFFLOAD if work.offload_optimizer else "null",
             }
-    parts = memory.memory(*shapes, moves[-1], gpus)
+    parts = memory.estimate_bytes(*shapes, moves[-1], gpus)
     if spare.lacks(parts, gpus) == ["host"]:
         needed = f"{machine.of_node(parts, gpus) / 2**30:.1f} GiB of host memory are needed"
         there = f"--host-memory says {(machine.host_room or 0) / 2**30:.1f}"
@@ -195,23 +195,23 @@ def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
     ]
 
 
-def _validation(data: str | None, share: float) -> str:
+def _write_validation(data: str | None, share: float) -> str:
     """The YAML's lines on what is validated with."""
     if data is None:
         return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
-    found = _data_set_of("--validation", data)
-    lines = [f"  _target_: {found.name}", f"  {found.source}: {_yaml(data)}"]
+    found = _recognise_data("--validation", data)
+    lines = [f"  _target_: {found.name}", f"  {found.source}: {_quote(data)}"]
     if not files_of(data):
         lines.append("  split: validation")
     return "\n".join(["validation_dataset:", *lines, ""])
 
 
-def _yaml(name: str) -> str:
+def _quote(name: str) -> str:
     """A name as YAML reads it back."""
     return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
-def _data_set_of(option: str, data: str) -> DataSet:
+def _recognise_data(option: str, data: str) -> DataSet:
     """The data set that reads these rows, by their columns; SQuAD's for a hub id."""
     try:
         files = files_of(data)

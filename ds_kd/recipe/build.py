@@ -16,7 +16,7 @@ from ds_kd.checkpoint.manifest import FINAL, LATEST
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offloaded, offloads_optimizer
+from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
 from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
@@ -36,7 +36,7 @@ from ds_kd.recipe.models import (
     tokenizer_of,
     training_dtype,
 )
-from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed
+from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.train.batches import LoaderBatches
@@ -72,18 +72,18 @@ def build(
     if held_out is not None:
         validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, False)
     batches = LoaderBatches(loader)
-    schedule = _schedule(cfg, batches.steps_per_epoch)
+    schedule = _make_schedule(cfg, batches.steps_per_epoch)
     # What only rank 0 opens, and what is soon refused, comes before the models.
-    metrics = _metrics(cfg, schedule, world)
-    checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
-    loss = _loss(cfg, tokenizer, world)
+    metrics = _open_metrics(cfg, schedule, world)
+    checkpointer = _make_checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
+    loss = _build_loss(cfg, tokenizer, world)
 
-    teacher = _teacher(cfg, world) if cfg.loads_teacher else None
+    teacher = _build_teacher(cfg, world) if cfg.loads_teacher else None
     if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are there
-        checkpointer.fingerprint |= _model_files(cfg, world)
+        checkpointer.fingerprint |= _identify_models(cfg, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
@@ -102,7 +102,7 @@ def build(
     )
 
 
-def _schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
+def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     steps = cfg.step_scheduler
     return Schedule(
         steps_per_epoch,
@@ -114,7 +114,7 @@ def _schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
+def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
     """The student's loss, over the ids that it shares with the teacher."""
     vocab_size = None
     if cfg.loads_teacher:
@@ -127,12 +127,12 @@ def _loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
             expected += ", or step_scheduler.validate_teacher: false"
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             vocab_size = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
-    ce = _part_of_loss(cfg.loss_fn, check_cross_entropy, world)
-    divergence = _part_of_loss(cfg.kd_loss_fn, check_divergence, world)
+    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, world)
+    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, vocab_size)
 
 
-def _part_of_loss(component: Component, check: Callable[[Any], None], world: World) -> Any:
+def _build_part_of_loss(component: Component, check: Callable[[Any], None], world: World) -> Any:
     """The loss of a section, tried against its contract, on this rank's device."""
     try:
         loss = instantiate(component)
@@ -142,7 +142,7 @@ def _part_of_loss(component: Component, check: Callable[[Any], None], world: Wor
     return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
-def _engine_config(
+def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
     steps = cfg.step_scheduler
@@ -151,13 +151,13 @@ def _engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _teacher(cfg: RunConfig, world: World) -> Teacher:
+def _build_teacher(cfg: RunConfig, world: World) -> Teacher:
     component = cfg.teacher_model
     assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
     if cfg.offload_teacher_model:
-        zero = offloaded(zero)
-    config = _engine_config(cfg, component, zero, world, None)
+        zero = offload_parameters(zero)
+    config = _make_engine_config(cfg, component, zero, world, None)
     module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
@@ -165,14 +165,14 @@ def _teacher(cfg: RunConfig, world: World) -> Teacher:
     return ResidentTeacher(engine)
 
 
-def _student(
+def _build_student(
     cfg: RunConfig,
     loss: DistillationLoss,
     schedule: Schedule,
     world: World,
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
-    config = _engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
+    config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
@@ -181,7 +181,7 @@ def _student(
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
-        optimizer = placed(optimizer, offloads_optimizer(zero))
+        optimizer = place_optimizer(optimizer, offloads_optimizer(zero))
     with config_error("optimizer", cfg.optimizer.name, "an element-wise optimizer"):
         engine = engines.build_student(
             module,
@@ -242,7 +242,7 @@ def _compile(cfg: RunConfig, model: Any) -> None:
         )
 
 
-def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
+def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
     """On rank 0; what goes wrong there reaches all ranks."""
     made: list[Metrics] = []
 
@@ -257,7 +257,7 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
             )
         )
 
-    def everywhere() -> None:
+    def make_on_rank0() -> None:
         try:
             on_rank0(make, world)
         except ValueError as error:  # wandb's
@@ -265,12 +265,12 @@ def _metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None
 
     expected = "a directory that can be written"
     with config_error("tensorboard.log_dir", cfg.tensorboard_dir, expected):
-        everywhere()
+        make_on_rank0()
     return made[0] if made else None
 
 
 @contextlib.contextmanager
-def locked(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
+def lock_directory(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
     """Keep the checkpoint directory for this run alone; None where no checkpoints are kept.
 
     Raises:
@@ -295,7 +295,7 @@ def locked(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
         lock.release()
 
 
-def _checkpointer(
+def _make_checkpointer(
     cfg: RunConfig, tokenizer: Any, samples: Any, world: World
 ) -> Checkpointer | None:
     wanted = cfg.checkpoint
@@ -310,14 +310,14 @@ def _checkpointer(
         tokenizer,
         wanted.save_consolidated,
         Retention(keep_last, wanted.keep_best),
-        {**fingerprint(cfg), "training data": _digest(samples)},
+        {**fingerprint(cfg), "training data": _hash_samples(samples)},
         cfg.text,
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
     )
 
 
-def _model_files(cfg: RunConfig, world: World) -> dict[str, str]:
+def _identify_models(cfg: RunConfig, world: World) -> dict[str, str]:
     """Of which files student and teacher are made; rank 0 looks."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
 
@@ -328,7 +328,7 @@ def _model_files(cfg: RunConfig, world: World) -> dict[str, str]:
     return on_rank0(look, world)
 
 
-def _digest(samples: Any) -> str:
+def _hash_samples(samples: Any) -> str:
     """How many samples there are and a hash of some of them, spread over all."""
     count = len(samples)
     tokens = [samples[k]["input_ids"] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]

@@ -11,7 +11,7 @@ from torch.utils.data import Subset
 from ds_kd.config.components import Component, config_error, instantiate, resolve
 from ds_kd.config.names import LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
-from ds_kd.data.labels import tell_unsupervised
+from ds_kd.data.labels import describe_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.rows.declaration import declaration_of
@@ -44,8 +44,8 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, An
         key = cfg.validation_dataset.key
         validation = samples_of(cfg.validation_dataset, tokenizer, world)
     if validation is not None:
-        validation = _packed(cfg, key, validation)
-    return _packed(cfg, cfg.dataset.key, training), validation
+        validation = _pack(cfg, key, validation)
+    return _pack(cfg, cfg.dataset.key, training), validation
 
 
 def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
@@ -69,7 +69,7 @@ def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
     return Subset(samples, others), Subset(samples, chosen)
 
 
-def _packed(cfg: RunConfig, key: str, samples: Any) -> Any:
+def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
     """The samples in packs, where the YAML wants them."""
     if not packs(cfg):
         return samples
@@ -86,16 +86,16 @@ def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
         ConfigError: it cannot be had, its samples break the contract of `ds_kd.data.own`, or none
             of them is supervised.
     """
-    rows = _built(dataset, tokenizer, world)
-    key, given = _source(dataset)
+    rows = _build(dataset, tokenizer, world)
+    key, given = _name_source(dataset)
     with config_error(key, given, "samples that teach"):
-        told = tell_unsupervised(rows)
-    for line in filter(None, (told, _tell_longest(rows, tokenizer)) if world.is_main else ()):
+        told = describe_unsupervised(rows)
+    for line in filter(None, (told, _warn_of_longest(rows, tokenizer)) if world.is_main else ()):
         print(f"{dataset.key}: {line}", flush=True)
     return rows
 
 
-def _tell_longest(samples: Any, tokenizer: Any) -> str:
+def _warn_of_longest(samples: Any, tokenizer: Any) -> str:
     """A warning where a sample is longer than what the tokenizer says of its model."""
     most = tokenizer.model_max_length
     if not hasattr(samples, "column_names") or most > _NO_LIMIT:
@@ -121,11 +121,11 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
     """
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")
     tokenizer = tokenizer_of(cfg.model, alone)
-    rows = _built(cfg.dataset, tokenizer, alone)
+    rows = _build(cfg.dataset, tokenizer, alone)
     return [render(rows[k], tokenizer, colour) for k in range(min(count, len(rows)))]
 
 
-def _source(dataset: Component) -> tuple[str, Any]:
+def _name_source(dataset: Component) -> tuple[str, Any]:
     """The key that names a data set's rows and what it holds, for messages."""
     declared = declaration_of(resolve(dataset.name, dataset.allow))
     if declared is None or declared.source not in dataset.kwargs:
@@ -133,12 +133,12 @@ def _source(dataset: Component) -> tuple[str, Any]:
     return f"{dataset.key}.{declared.source}", dataset.kwargs[declared.source]
 
 
-def _built(dataset: Component, tokenizer: Any, world: World) -> Any:
+def _build(dataset: Component, tokenizer: Any, world: World) -> Any:
     """The data set, what comes out of it checked where it is not ours."""
     kwargs = dict(dataset.kwargs)
     labels = kwargs.pop("labels", SHIFTED)
     wanted = replace(dataset, kwargs=kwargs)
-    key, given = _source(dataset)
+    key, given = _name_source(dataset)
     with config_error(key, given, "a data set"):
         rows = rank0_first(lambda: instantiate(wanted, tokenizer=tokenizer), world)
     if not dataset.name.startswith("ds_kd.data."):

@@ -25,7 +25,7 @@ def name_of(component: Component) -> str:
     return str(component.kwargs["pretrained_model_name_or_path"])
 
 
-def _where(component: Component) -> dict[str, Any]:
+def _select_location(component: Component) -> dict[str, Any]:
     """The arguments that say which files are meant, for config and tokenizer as for the model."""
     names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
@@ -39,7 +39,7 @@ def tokenizer_of(component: Component, world: World) -> Any:
     """
     from transformers import AutoTokenizer
 
-    kwargs = _where(component)
+    kwargs = _select_location(component)
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
@@ -74,17 +74,17 @@ def load_model(
             extra["use_safetensors"] = True
     component = replace(component, kwargs=kwargs)
 
-    def refusing(load: Callable[[], Any]) -> Any:
+    def load_or_refuse(load: Callable[[], Any]) -> Any:
         expected = "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK
         key = f"{component.key}.pretrained_model_name_or_path"
         with config_error(key, name_of(component), expected):
-            return _undamaged(load)
+            return _refuse_damage(load)
 
-    ties = refusing(lambda: _check_files(component)) if extra.get("use_safetensors") else []
+    ties = load_or_refuse(lambda: _check_files(component)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
     with engines.zero3_init(zero):
-        model = refusing(lambda: _whole(instantiate(component, **extra), ties))
+        model = load_or_refuse(lambda: _check_whole(instantiate(component, **extra), ties))
         if adapt is not None:
             adapt(model)
     if packs:
@@ -92,7 +92,7 @@ def load_model(
     return model
 
 
-def _undamaged(load: Callable[[], Any]) -> Any:
+def _refuse_damage(load: Callable[[], Any]) -> Any:
     from safetensors import SafetensorError
 
     try:
@@ -101,7 +101,7 @@ def _undamaged(load: Callable[[], Any]) -> Any:
         raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
 
 
-def _whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
+def _check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
     """The model, if its files had all its weights; transformers would make up the rest.
 
     Args:
@@ -134,7 +134,7 @@ def _check_files(component: Component) -> list[tuple[str, str]]:
         return_unused_kwargs=True,
         **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
-    files = WeightFiles(name_of(component), _where(component))
+    files = WeightFiles(name_of(component), _select_location(component))
     trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
     model = empty_model(config, **trusted)
@@ -150,7 +150,7 @@ def check_rope(config: Any) -> None:
     Raises:
         ValueError: of type `dynamic`; says what to write.
     """
-    for rope in _ropes(config):
+    for rope in _find_ropes(config):
         if "dynamic" in str(rope.get("rope_type", "")):
             raise ValueError(
                 "its rotary positions are of type dynamic, so that gradients depend on how a batch "
@@ -162,7 +162,7 @@ def check_rope(config: Any) -> None:
 def fix_rope(model: Any) -> str:
     """Give a model of type `longrope` one table for the whole run, the one of its original length,
     and return the sentence that says so; empty where there is nothing to fix."""
-    fixed = [rope for rope in _ropes(model.config) if rope.get("rope_type") == "longrope"]
+    fixed = [rope for rope in _find_ropes(model.config) if rope.get("rope_type") == "longrope"]
     if not fixed:
         return ""
     for module in model.modules():
@@ -177,7 +177,7 @@ def fix_rope(model: Any) -> str:
     )
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def _find_ropes(config: Any) -> list[dict[str, Any]]:
     """The settings of rotary positions: one, or one for every kind of layer."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
@@ -210,4 +210,4 @@ def config_of(component: Component) -> Any:
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
-        return AutoConfig.from_pretrained(name_of(component), **_where(component))
+        return AutoConfig.from_pretrained(name_of(component), **_select_location(component))

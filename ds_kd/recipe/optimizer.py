@@ -16,7 +16,7 @@ _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
 _CPU_ADAM, _FUSED_ADAM = (f"deepspeed.ops.adam.{n}" for n in ("DeepSpeedCPUAdam", "FusedAdam"))
 
 
-def placed(component: Component, in_host: bool) -> Component:
+def place_optimizer(component: Component, in_host: bool) -> Component:
     """The optimizer for states on an accelerator or in the host's memory.
 
     There torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's Adam for the host: the

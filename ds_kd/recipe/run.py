@@ -13,7 +13,7 @@ from ds_kd.parallel import world as distributed
 from ds_kd.parallel.signals import StopRequest
 from ds_kd.parallel.world import World
 from ds_kd.process import check_caches
-from ds_kd.recipe.build import build, locked, refuse_changes
+from ds_kd.recipe.build import build, lock_directory, refuse_changes
 from ds_kd.train.trainer import Trainer
 
 
@@ -35,17 +35,17 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with ExitStack() as held:
         held.enter_context(distributed.naming_lost_ranks(world))
-        lock = held.enter_context(locked(cfg, world))
+        lock = held.enter_context(lock_directory(cfg, world))
         # Not where a rank leaves with an error: the others may not come to a barrier.
         held.push(lambda error, *_: None if error else distributed.stop())
-        trainer = _built(cfg, world, listens)
+        trainer = _build_trainer(cfg, world, listens)
         _resume(cfg, trainer, lock)
         trainer.held = held.pop_all()
         return trainer
     raise AssertionError("what is entered above lets no error pass")
 
 
-def _built(cfg: RunConfig, world: World, listens: bool) -> Trainer:
+def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
     for note in cfg.notes:
         _say(world, note)
     if world.backend != cfg.dist_env.backend:

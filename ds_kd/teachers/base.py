@@ -28,7 +28,7 @@ class OpenedOutput(Protocol):
 class TeacherOutput(Protocol):
     """A teacher's answer to one batch. It keeps nothing of `[tokens, vocab]` size."""
 
-    def opened(self) -> AbstractContextManager[OpenedOutput]:
+    def open(self) -> AbstractContextManager[OpenedOutput]:
         """Return what gives logits for the time of the block; entered by every rank alike."""
 
 

@@ -36,6 +36,6 @@ class ResidentOutput:
     model: FrozenModel
 
     @contextmanager
-    def opened(self) -> Iterator[States]:
+    def open(self) -> Iterator[States]:
         with gathered([*self.model.model.get_output_embeddings().parameters()]):
             yield States(self.hidden, self.model.head())

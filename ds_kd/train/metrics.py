@@ -66,7 +66,7 @@ class Metrics:
         self._file: TextIO | None = None
         self._writer: Any = None
         self._wandb: Any = None
-        self._told: set[Any] = set()  # what could not be written
+        self._reported: set[Any] = set()  # what could not be written
         self._started = time.monotonic()
         self._first_step: int | None = None
         if self._path is not None:
@@ -90,7 +90,7 @@ class Metrics:
     def train(self, step: int, values: dict[str, float]) -> None:
         """Record a training step; `values` by tag."""
         self._record(step, values)
-        self.say(self._line(step, values))
+        self.say(self._format_line(step, values))
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         """Record a validation; tags get the prefix `val_`."""
@@ -126,13 +126,13 @@ class Metrics:
             self._writer = SummaryWriter(
                 str(path.parent), purge_step=math.ceil(place) if step else 0
             )
-            threading.excepthook = functools.partial(_hook, threading.excepthook)
+            threading.excepthook = functools.partial(_ignore_writer_thread, threading.excepthook)
             self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
 
     def _record(self, step: int, values: dict[str, float]) -> None:
         path, line = self._path, json.dumps({"step": step, **values}) + "\n"
         if self._file is None and path is not None:
-            self._try(path, lambda: self._open(path, step, _place(step, values)))
+            self._try(path, lambda: self._open(path, step, _place_record(step, values)))
         if self._file is not None:
             self._try(path, functools.partial(self._file.write, line))
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
@@ -150,13 +150,13 @@ class Metrics:
         try:
             write(*arguments)
         except OSError as error:
-            if name not in self._told:
+            if name not in self._reported:
                 self.say(f"{name} cannot be written ({first_line(error)}); training goes on")
-            self._told.add(name)
+            self._reported.add(name)
             return False
         return True
 
-    def _line(self, step: int, v: dict[str, float]) -> str:
+    def _format_line(self, step: int, v: dict[str, float]) -> str:
         width = len(str(self.total_steps))
         losses = "  ".join(
             f"{label} {v[tag]:8.4f}"
@@ -166,10 +166,10 @@ class Metrics:
         return (
             f"step {step:>{width}}/{self.total_steps}  {losses}  lr {v['learning_rate']:.2e}  "
             f"grad {v['grad_norm']:8.3f}  {v['tokens_per_sec']:8.0f} tok/s  "
-            f"left {self._time_left(step)}"
+            f"left {self._estimate_time_left(step)}"
         )
 
-    def _time_left(self, step: int) -> str:
+    def _estimate_time_left(self, step: int) -> str:
         now = time.monotonic()
         if self._first_step is None:
             self._first_step, self._started = step, now
@@ -180,7 +180,7 @@ class Metrics:
         return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _hook(others: Callable[[Any], Any], ended: Any) -> None:
+def _ignore_writer_thread(others: Callable[[Any], Any], ended: Any) -> None:
     """Keep the end of TensorBoard's writing thread to the error that `add_scalar` raises of it."""
     if type(ended.thread).__name__ != "_AsyncWriterThread":
         others(ended)
@@ -190,7 +190,7 @@ def _keep_before(path: Path, place: float) -> None:
     """Cut a log of JSON lines to what comes before `place`, at one stroke; a torn last line goes
     too. A log of which nothing would stay is another run's, and is set aside."""
     text = path.read_text(errors="replace") if path.is_file() else ""
-    kept = [line for line in text.splitlines(keepends=True) if _place_of(line) < place]
+    kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
     if "".join(kept) == text:
         return
     if not kept:
@@ -202,15 +202,15 @@ def _keep_before(path: Path, place: float) -> None:
     aside.replace(path)
 
 
-def _place(step: int, values: dict[str, Any]) -> float:
+def _place_record(step: int, values: dict[str, Any]) -> float:
     """Return where a record stands in a log: a step, then its validation."""
     return step + 0.5 * any(name.startswith("val_") for name in values)
 
 
-def _place_of(line: str) -> float:
+def _read_place(line: str) -> float:
     """Return the place of a log's line; infinity for a line that is none."""
     try:
         record = json.loads(line)
-        return _place(record["step"], record) if line.endswith("\n") else math.inf
+        return _place_record(record["step"], record) if line.endswith("\n") else math.inf
     except (ValueError, KeyError, TypeError):
         return math.inf

@@ -156,12 +156,12 @@ class Trainer:
             # the global token mean.
             self.student.backward(loss * (self.world.data.size / labels), scale_wrt_gas=False)
 
-        means = self._means(sums, labels)
+        means = self._average(sums, labels)
         if self.state.skipped >= self.max_skipped:
             self._check_finite(means["loss"], "loss", micro_batches)
         lr = self.student.get_lr()[0]
         self.student.step()
-        norm = self._gradient_norm()
+        norm = self._read_gradient_norm()
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
         self._advance(labels, tokens)
         if not skipped:
@@ -194,10 +194,10 @@ class Trainer:
         who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
         return TrainingError(
             f"{who} does not answer in step {self.state.step + 1} (killed, out of memory, "
-            f"hung or cut off); {self._where_it_goes_on()}"
+            f"hung or cut off); {self._describe_resumption()}"
         )
 
-    def _where_it_goes_on(self) -> str:
+    def _describe_resumption(self) -> str:
         last = None if self.checkpointer is None else self.checkpointer.newest()
         if last is None:
             return "there is no checkpoint yet"
@@ -230,7 +230,7 @@ class Trainer:
                 "validation_dataset: no sample has a supervised token; look at seq_length, "
                 "truncation and the answers"
             )
-        means = self._means(sums, labels)
+        means = self._average(sums, labels)
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
         means["memory"] = memory_gib(self.world.device)
         self.state.note_validation(means["loss"])
@@ -247,8 +247,8 @@ class Trainer:
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
-                f"{_ids(micro_batches)}); look at seq_length, truncation and the answers of "
-                f"these samples"
+                f"{_list_samples(micro_batches)}); look at seq_length, truncation and the answers "
+                f"of these samples"
             )
         return labels, tokens, slots
 
@@ -268,13 +268,13 @@ class Trainer:
             for name, value in batch.items()
         }
 
-    def _means(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
+    def _average(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
         """Global token means by name; `loss` is the optimised quantity."""
         here = torch.stack([part.float() for part in sums.values()])
         totals = sum_over(here, self.world.data).tolist()
         return {name: total / labels for name, total in zip(sums, totals, strict=True)}
 
-    def _gradient_norm(self) -> float:
+    def _read_gradient_norm(self) -> float:
         """Of the step just taken. DeepSpeed leaves a step out whose gradient is not finite, and
         keeps the norm of the one before."""
         if getattr(self.student.optimizer, "overflow", False):
@@ -285,10 +285,9 @@ class Trainer:
         # The value is a sum over ranks: every rank sees the same one and stops at the same place.
         if not math.isfinite(value):
             raise TrainingError(
-                f"the {what} of step {self.state.step + 1} is {value}; no weight was changed "
-                f"by this step. Samples here: "
-                f"{_ids(micro_batches)}. Lower optimizer.lr, set clip_grad_norm, or look at "
-                f"these samples."
+                f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by "
+                f"this step. Samples here: {_list_samples(micro_batches)}. Lower optimizer.lr, set "
+                f"clip_grad_norm, or look at these samples."
             )
 
     def _is_skipped(self, loss: float, norm: float, micro_batches: list[Batch]) -> bool:
@@ -299,7 +298,7 @@ class Trainer:
             self._say(
                 f"step {self.state.step + 1} left out, number {self.state.skipped} of "
                 f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
-                f"{_ids(micro_batches)}"
+                f"{_list_samples(micro_batches)}"
             )
             return True
         self._check_finite(norm, "gradient norm", micro_batches)
@@ -333,6 +332,6 @@ def _add(sums: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]) -> None:
         sums[name] = sums[name] + part if name in sums else part
 
 
-def _ids(micro_batches: list[Batch]) -> str:
+def _list_samples(micro_batches: list[Batch]) -> str:
     ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
     return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

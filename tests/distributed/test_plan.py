@@ -59,7 +59,7 @@ def measured(world, paths, dtype, checkpointing):
         SAMPLES * LENGTH, LENGTH, chunk=LENGTH, temperature_is_one=False,
         checkpointing=checkpointing,
     )  # fmt: skip
-    parts = memory.memory(*shapes, work, world.size)
+    parts = memory.estimate_bytes(*shapes, work, world.size)
     planned = sum(size for name, size in parts.items() if memory.is_state(name))
     return planned, states, memory.on_device(parts), peak
 

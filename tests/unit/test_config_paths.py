@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import ds_kd
-from ds_kd.config.checks.files import missing_packages
+from ds_kd.config.checks.files import find_missing_package
 from ds_kd.config.components import ConfigError
 from ds_kd.data.own import DataError, OwnSamples
 
@@ -43,10 +43,10 @@ def test_a_hub_id_whose_owner_is_a_directory_here_is_noted(tmp_path, monkeypatch
 
 def test_attention_without_its_package_is_told_by_its_own_key(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    told = missing_packages("model", {"attn_implementation": "flash_attention_2"})
+    told = find_missing_package("model", {"attn_implementation": "flash_attention_2"})
     assert told is not None
     assert told.startswith("model.attn_implementation: ") and "flash_attn" in told
-    assert missing_packages("model", {"attn_implementation": "sdpa"}) is None
+    assert find_missing_package("model", {"attn_implementation": "sdpa"}) is None
 
 
 def test_a_stream_of_rows_is_refused_by_name():

@@ -9,7 +9,7 @@ import pytest
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import fingerprint, load
 from ds_kd.config.reference.keys import every_key
-from ds_kd.config.text.secrets import is_secret, without_secrets
+from ds_kd.config.text.secrets import blank_secrets, is_secret
 from tests.scripts import script
 
 GOOD = """model: {pretrained_model_name_or_path: a/b}
@@ -155,6 +155,6 @@ def test_no_key_of_the_schema_is_taken_for_a_secret():
 )  # fmt: skip
 def test_looking_for_secrets_takes_time_linear_in_the_text(text):
     started = time.monotonic()
-    without_secrets(text)
+    blank_secrets(text)
     is_secret(text)
     assert time.monotonic() - started < 0.5

@@ -12,7 +12,7 @@ from ds_kd.checkpoint.engine_files import settle
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.parallel.engines import build_student, engine_config
-from ds_kd.recipe.optimizer import build_optimizer, placed
+from ds_kd.recipe.optimizer import build_optimizer, place_optimizer
 
 ZERO = sorted((Path(__file__).parents[2] / "ds_configs" / "zero").glob("*.json"))
 
@@ -61,7 +61,7 @@ def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name
     decay = {"weight_decay": 0.1} if name == "Adam" else {}
     of_torch = named(f"torch.optim.{name}", lr=0.1, betas=[0.8, 0.95], **decay)
     results = []
-    for target in (of_torch, placed(of_torch, in_host=True)):
+    for target in (of_torch, place_optimizer(of_torch, in_host=True)):
         parameter = torch.nn.Parameter(torch.linspace(-1, 1, 37))
         made = build_optimizer(of_torch, [parameter], of_torch)
         for step in range(1, 4):
@@ -80,14 +80,14 @@ def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name
 
 def test_an_optimizer_with_arguments_that_deepspeeds_lacks_stays():
     for target in (named("torch.optim.AdamW", amsgrad=True), named("torch.optim.SGD", lr=0.1)):
-        assert placed(target, in_host=True) is target
+        assert place_optimizer(target, in_host=True) is target
 
 
 def test_an_optimizer_that_cannot_work_where_its_states_are_is_refused():
     with pytest.raises(ConfigError, match="expected an optimizer of the accelerator"):
-        placed(named("deepspeed.ops.adam.DeepSpeedCPUAdam"), in_host=False)
+        place_optimizer(named("deepspeed.ops.adam.DeepSpeedCPUAdam"), in_host=False)
     with pytest.raises(ConfigError, match="expected an optimizer of the host"):
-        placed(named("deepspeed.ops.adam.FusedAdam", bias_correction=False), in_host=True)
+        place_optimizer(named("deepspeed.ops.adam.FusedAdam", bias_correction=False), in_host=True)
 
 
 def test_where_deepspeeds_adam_cannot_be_built_torchs_stays(monkeypatch):
@@ -97,7 +97,7 @@ def test_where_deepspeeds_adam_cannot_be_built_torchs_stays(monkeypatch):
     monkeypatch.setattr("deepspeed.ops.adam.DeepSpeedCPUAdam", cannot)
     of_torch = named("torch.optim.AdamW", lr=0.1)
     parameter = torch.nn.Parameter(torch.zeros(3))
-    found = build_optimizer(placed(of_torch, in_host=True), [parameter], of_torch)
+    found = build_optimizer(place_optimizer(of_torch, in_host=True), [parameter], of_torch)
     assert type(found) is torch.optim.AdamW
 
 

@@ -11,7 +11,7 @@ import torch
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
-from ds_kd.data.labels import tell_unsupervised
+from ds_kd.data.labels import describe_unsupervised
 from ds_kd.data.own import DataError, OwnSamples
 from ds_kd.data.packing import PackedDataset
 from ds_kd.data.rows.source import load_rows, tokenize
@@ -151,11 +151,13 @@ def test_a_sample_without_a_token_is_packed_and_padded_beside_others():
 def test_samples_without_a_supervised_token_are_counted_and_named(tmp_path):
     quiet = {"input_ids": [1], "labels": [-100]}
     few = [{**OURS, "sample_id": "a"}] * 199 + [{**quiet, "sample_id": "q"}]
-    assert tell_unsupervised(few[:9]) == ""
-    assert tell_unsupervised(few) == "1 of 200 samples (0.5%) have no supervised token: q"
-    assert tell_unsupervised(few[100:] + few[-1:]).startswith("warning: 2 of 101 samples (2.0%)")
+    assert describe_unsupervised(few[:9]) == ""
+    assert describe_unsupervised(few) == "1 of 200 samples (0.5%) have no supervised token: q"
+    assert describe_unsupervised(few[100:] + few[-1:]).startswith(
+        "warning: 2 of 101 samples (2.0%)"
+    )
     with pytest.raises(ValueError, match=r"none of the 2 samples.*--show-samples"):
-        tell_unsupervised([quiet] * 2)
+        describe_unsupervised([quiet] * 2)
 
 
 def test_a_hugging_face_data_set_is_counted_like_a_list():
@@ -166,10 +168,10 @@ def test_a_hugging_face_data_set_is_counted_like_a_list():
         for k, labels in enumerate([[], [5], [-100, -100], [-100, 3], [1, 2, 3], [-100]])
     ]
     data = datasets.concatenate_datasets([datasets.Dataset.from_list(rows)] * 2)
-    assert tell_unsupervised(data) == tell_unsupervised(rows * 2)
-    assert "6 of 12" in tell_unsupervised(data)
-    assert "2 of 4" in tell_unsupervised(data.select([10, 5, 0, 1]))
-    assert tell_unsupervised(data.select([1, 3, 4])) == ""
+    assert describe_unsupervised(data) == describe_unsupervised(rows * 2)
+    assert "6 of 12" in describe_unsupervised(data)
+    assert "2 of 4" in describe_unsupervised(data.select([10, 5, 0, 1]))
+    assert describe_unsupervised(data.select([1, 3, 4])) == ""
 
 
 def test_a_bad_row_is_told_before_all_rows_are_gone_through(tmp_path):

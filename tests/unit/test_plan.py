@@ -22,17 +22,18 @@ def bytes_in(text):
 
 
 def test_the_memory_of_a_node_counts_each_of_its_ranks_once():
-    parts = plan.memory(LARGE, LARGE, AWAY, 16)
+    parts = plan.estimate_bytes(LARGE, LARGE, AWAY, 16)
     one = sum(size for name, size in parts.items() if name.startswith("host "))
     # fp32 weights, two moments and gradients of 4 bytes each, two models of 2, over 16 ranks.
     assert one == 10**10 * (16 + 2 + 2) // 16
     assert plan.Machine(ranks_per_node=4).of_node(parts, 16) == 4 * one
-    assert plan.Machine(ranks_per_node=8).of_node(plan.memory(LARGE, LARGE, AWAY, 1), 1) == 16 * one
+    alone = plan.estimate_bytes(LARGE, LARGE, AWAY, 1)
+    assert plan.Machine(ranks_per_node=8).of_node(alone, 1) == 16 * one
 
 
 def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
     small = plan.Machine(room=80 * 10**9, host_room=64 * 10**9, ranks_per_node=8)
-    assert small.lacks(plan.memory(LARGE, LARGE, AWAY, 1), 1) == ["host"]
+    assert small.lacks(plan.estimate_bytes(LARGE, LARGE, AWAY, 1), 1) == ["host"]
     assert plan.smallest_fit(LARGE, LARGE, AWAY, small)[0] == 32  # 200 GB over 4 nodes
     large = plan.Machine(room=80 * 10**9, host_room=10**12, ranks_per_node=8)
     assert plan.smallest_fit(LARGE, LARGE, AWAY, large)[0] == 1

@@ -359,7 +359,7 @@ def test_the_comparison_reads_first_and_last_validation_and_the_median_speed():
         {"step": 3, "train_loss": 6.0, "tokens_per_sec": 200.0},
         {"step": 3, "val_loss": 3.0, "val_ce_loss": 4.0, "val_kd_loss": 2.5},
     ]
-    text = "\n".join(comparison.summary(records))
+    text = "\n".join(comparison.summarize(records))
     # CE 8 → 4 is -50 %, KD 10 → 2.5 is -75 %; the median of 100, 300, 200 is 200.
     assert "step 0 → 3" in text and "-50 %" in text and "-75 %" in text and "200 tokens/s" in text
 

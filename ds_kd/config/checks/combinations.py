@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
-from ds_kd.config.components import Component, problem, wrong_arguments
+from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
 from ds_kd.config.schema import RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
@@ -63,15 +63,15 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
-    _peft(cfg, problems)
-    _losses(cfg, problems)
-    _optimizer(cfg, problems)
-    _zero(cfg, problems)
-    _schedule(cfg, problems)
+    _check_peft(cfg, problems)
+    _check_losses(cfg, problems)
+    _check_optimizer(cfg, problems)
+    _check_zero(cfg, problems)
+    _check_schedule(cfg, problems)
     for component in filter(None, (cfg.dataset, cfg.validation_dataset)):
-        _data(component, problems)
+        _check_data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        _loader(component, problems)
+        _check_loader(component, problems)
 
 
 def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
@@ -88,7 +88,7 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
     return problem(key, steps.global_batch_size, expected, f"write {up}")
 
 
-def _peft(cfg: RunConfig, problems: list[str]) -> None:
+def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
     """Check which maps get an adapter, and what dropout is on."""
     peft = cfg.peft
     if peft is None:
@@ -101,7 +101,7 @@ def _peft(cfg: RunConfig, problems: list[str]) -> None:
         problems.append(f"peft: {' and '.join(given)} are both given; keep one")
 
 
-def _zero(cfg: RunConfig, problems: list[str]) -> None:
+def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
     """Check the two ZeRO files against each other's engines."""
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
@@ -122,7 +122,7 @@ def _zero(cfg: RunConfig, problems: list[str]) -> None:
             )
 
 
-def _losses(cfg: RunConfig, problems: list[str]) -> None:
+def _check_losses(cfg: RunConfig, problems: list[str]) -> None:
     """Check bounds that a loss's annotations do not tell."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
@@ -139,7 +139,7 @@ def _losses(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(problem(f"{part.key}.ignore_index", ignored, expected))
 
 
-def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
+def _check_optimizer(cfg: RunConfig, problems: list[str]) -> None:
     """Check bounds that all optimizers share."""
     for name, value in (cfg.optimizer.kwargs if cfg.optimizer is not None else {}).items():
         if name == "betas":
@@ -154,7 +154,7 @@ def _optimizer(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(problem(f"optimizer.{name}", value, expected))
 
 
-def _schedule(cfg: RunConfig, problems: list[str]) -> None:
+def _check_schedule(cfg: RunConfig, problems: list[str]) -> None:
     """Check what the schedule of that name takes."""
     wanted = cfg.lr_scheduler
     if wanted is None:
@@ -169,7 +169,9 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
         if given and not set(taken) - set(_GIVEN_TO_SCHEDULE):
             problems.append(f"{key}: {component.name} takes none; remove them")
         else:
-            problems += wrong_arguments(component, taken, signature.is_open, _GIVEN_TO_SCHEDULE)
+            problems += find_wrong_arguments(
+                component, taken, signature.is_open, _GIVEN_TO_SCHEDULE
+            )
         lacking = [n for n in signature.required if n not in {*_GIVEN_TO_SCHEDULE, *given}]
         problems += [f"{key}.{name}: missing; {component.name} needs it" for name in lacking]
     if wanted.name == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(given)) != 1:
@@ -191,7 +193,7 @@ def _schedule(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(problem(f"{key}.{name}", least, f"less than optimizer.lr {lr}"))
 
 
-def _data(component: Component, problems: list[str]) -> None:
+def _check_data(component: Component, problems: list[str]) -> None:
     """Check bounds of the arguments that the project's data sets share."""
     if component.kwargs.get("streaming"):
         key = f"{component.key}.streaming"
@@ -223,7 +225,7 @@ def _data(component: Component, problems: list[str]) -> None:
         problems.append(problem(f"{component.key}.split", split, expected))
 
 
-def _loader(component: Component, problems: list[str]) -> None:
+def _check_loader(component: Component, problems: list[str]) -> None:
     """Check bounds of a loader's arguments, and those that need worker processes."""
     for name, least in _LOADER_LEAST.items():
         value = component.kwargs.get(name)

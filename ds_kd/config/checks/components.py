@@ -6,20 +6,20 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from ds_kd.config.checks.data import check_data, declared
+from ds_kd.config.checks.data import check_data, find_declaration
 from ds_kd.config.checks.files import check_model
 from ds_kd.config.components import (
     Component,
     ConfigError,
+    find_wrong_arguments,
     is_opened,
     problem,
     refuse,
-    wrong_arguments,
 )
 from ds_kd.config.keys import ComponentRules, Key
 from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.signatures import divergences, signature_of
-from ds_kd.config.text.origins import decoded
+from ds_kd.config.text.origins import decode
 from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import first_line
@@ -59,27 +59,27 @@ def check_component(
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
     name = ALIASES.get(dotted, dotted)
-    declaration = None if refusal else _declared(path, name, allow, problems)
+    declaration = None if refusal else _find_declaration(path, name, allow, problems)
     component = Component(name, _kwargs_of(value), path, allow, declaration)
-    written = _take_synonym(path, declaration, component.kwargs, problems)
+    written = _translate_source(path, declaration, component.kwargs, problems)
     for name, inner in component.kwargs.items():
         if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
-            problems += _argument(component, name, inner, name in rules.flags)
+            problems += _check_argument(component, name, inner, name in rules.flags)
     if refusal:
         return component
     may_call = home_of(component.name).startswith(rules.may_call or rules.calls)
     if not may_call and not is_opened(component.name, allow):
-        problems.append(problem(f"{path}._target_", dotted, _callable(rules)))
+        problems.append(problem(f"{path}._target_", dotted, _describe_callables(rules)))
     elif is_model:
-        _model(component, problems, config_only)
+        _check_model(component, problems, config_only)
     else:
-        problems += _own_words(component, rules)
-        problems += _signature(component, rules)
-        problems += _rows(component, written)
+        problems += _check_words(component, rules)
+        problems += _check_signature(component, rules)
+        problems += _check_rows(component, written)
     return component
 
 
-def _callable(rules: ComponentRules) -> str:
+def _describe_callables(rules: ComponentRules) -> str:
     """Return which names a section may call, for messages."""
     if rules.may_call == (DIVERGENCES,):
         return " or ".join(divergences())
@@ -90,13 +90,13 @@ def _callable(rules: ComponentRules) -> str:
 
 def _kwargs_of(section: dict[str, Any]) -> dict[str, Any]:
     """Return a section's arguments in their own types."""
-    kwargs = {name: decoded(value) for name, value in section.items() if name != "_target_"}
+    kwargs = {name: decode(value) for name, value in section.items() if name != "_target_"}
     if isinstance(kwargs.get("betas"), list):  # torch takes no integer for one of two floats
         kwargs["betas"] = [float(b) if isinstance(b, int) else b for b in kwargs["betas"]]
     return kwargs
 
 
-def _own_words(component: Component, rules: ComponentRules) -> list[str]:
+def _check_words(component: Component, rules: ComponentRules) -> list[str]:
     """Return what is wrong with the keys of a section that ds_kd takes itself."""
     found = [
         problem(f"{component.key}.{name}", component.kwargs[name], " or ".join(among))
@@ -111,31 +111,33 @@ def _own_words(component: Component, rules: ComponentRules) -> list[str]:
     return found
 
 
-def _signature(component: Component, rules: ComponentRules) -> list[str]:
+def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
     """Return what is wrong with a component's arguments by its callable's signature."""
     signature = signature_of(component.name)
     if signature is None:
         is_ours = component.name.startswith("ds_kd.")
         return [f"{component.key}._target_: there is no {component.name}"] if is_ours else []
     also = (*rules.flags, *rules.words)
-    found = wrong_arguments(component, signature.annotations, signature.is_open, rules.given, also)
+    found = find_wrong_arguments(
+        component, signature.annotations, signature.is_open, rules.given, also
+    )
     missing = [name for name in signature.required if name not in (*component.kwargs, *rules.given)]
     return found + [
         f"{component.key}.{name}: missing; {component.name} needs it" for name in missing
     ]
 
 
-def _rows(component: Component, written: str) -> list[str]:
+def _check_rows(component: Component, written: str) -> list[str]:
     """Return what is wrong with the rows of a data set that declares them."""
     data = component.declaration
     if data is None:
         return []
     if data.has_parts:
-        return _parts(component, data.source)
+        return _check_parts(component, data.source)
     return [*filter(None, [check_data(component.key, data, component.kwargs, written)])]
 
 
-def _parts(component: Component, source: str) -> list[str]:
+def _check_parts(component: Component, source: str) -> list[str]:
     """Check the parts of a mixture as sections of their own, and translate their names."""
     key, parts = f"{component.key}.{source}", component.kwargs.get(source)
     if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
@@ -166,18 +168,18 @@ def _parts(component: Component, source: str) -> list[str]:
     return problems
 
 
-def _declared(
+def _find_declaration(
     path: str, dotted: str, allow: tuple[str, ...], problems: list[str]
 ) -> DataSet | None:
     """Return what a data set declares of itself, after noting where that cannot be had."""
     try:
-        return declared(dotted, allow)
+        return find_declaration(dotted, allow)
     except ConfigError as error:
         problems += [f"{path}._target_: {line}" for line in error.problems]
         return None
 
 
-def _take_synonym(
+def _translate_source(
     path: str, data: DataSet | None, kwargs: dict[str, Any], problems: list[str]
 ) -> str:
     """Put `dataset_name` under the name that the data set has for its source, and return which of
@@ -191,11 +193,11 @@ def _take_synonym(
     return "dataset_name"
 
 
-def _argument(component: Component, name: str, value: Any, is_flag: bool) -> list[str]:
+def _check_argument(component: Component, name: str, value: Any, is_flag: bool) -> list[str]:
     """Return what is wrong with an argument whatever is called with it."""
     path, problems = f"{component.key}.{name}", []
     if name.endswith("_fn") and value is not None:
-        return _function(path, value, component.allow)
+        return _check_function(path, value, component.allow)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
@@ -203,7 +205,7 @@ def _argument(component: Component, name: str, value: Any, is_flag: bool) -> lis
     return problems
 
 
-def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
+def _check_function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     """Return what is wrong with the dotted name of a function."""
     if not isinstance(name, str):
         return [problem(path, name, "a dotted name")]
@@ -215,7 +217,7 @@ def _function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
     return []
 
 
-def _model(component: Component, problems: list[str], config_only: bool) -> None:
+def _check_model(component: Component, problems: list[str], config_only: bool) -> None:
     """Add what is wrong with the arguments of `from_pretrained` to `problems`."""
     path, kwargs = component.key, component.kwargs
     name = kwargs.get("pretrained_model_name_or_path")

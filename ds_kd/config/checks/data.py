@@ -12,12 +12,12 @@ from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import DataSet, data_set, declaration_of
-from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sampled_rows
+from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sample_rows
 from ds_kd.errors import first_line
 
 
 @functools.cache
-def declared(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None:
+def find_declaration(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None:
     """Return what the data set of a `_target_` declares; None where it declares nothing.
 
     Only a module whose source holds a declaration for that name is imported.
@@ -58,7 +58,9 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         expected = "a file that exists" if isinstance(source, str) else "files of rows"
         return problem(key, source, expected, first_line(error))
     if files is None:
-        if (source and is_directory(source)) or not (looks_local(source) or _names_a_file(source)):
+        if (source and is_directory(source)) or not (
+            looks_local(source) or _looks_like_file(source)
+        ):
             return None
         return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
     for name in files:
@@ -69,7 +71,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         if not {*columns} <= {*found}:
             hint = f"its first row has {', '.join(found)}"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
-        if wrong := _wrong_row(name, data, kwargs):
+        if wrong := _find_wrong_row(name, data, kwargs):
             return problem(key, name, "rows that can be learnt from", wrong)
     return None
 
@@ -79,20 +81,20 @@ _OTHER_ENDINGS = (".txt", ".md", ".xlsx", ".arrow", ".zip", ".tar", ".xz", ".bz2
 _DIRECTORIES = ("data", "datasets", "dataset", "corpus", "rows", "tmp", "home")
 
 
-def _names_a_file(name: str) -> bool:
+def _looks_like_file(name: str) -> bool:
     """Whether what could be a hub id is more likely a file, whose ending or path is mistyped."""
     ending, (first, slash, _) = Path(name).suffix.lower(), name.partition("/")
     is_near = bool(difflib.get_close_matches(ending, FORMATS, n=1, cutoff=0.75))
     return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
 
 
-def _wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
+def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
     """What is wrong with some rows of a file; nothing is said where others are wanted."""
     limit, split = kwargs.get(data.limit), kwargs.get("split")
     if "[" in str(split):
         return ""
     try:
-        for place, row in sampled_rows(name, limit if isinstance(limit, int) else None):
+        for place, row in sample_rows(name, limit if isinstance(limit, int) else None):
             try:
                 data.read(row, kwargs)
             except KeyError as error:

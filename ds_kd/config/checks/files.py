@@ -23,7 +23,9 @@ def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> 
     if not isinstance(name, str) or not name:
         return problem(key, name, "a directory or a hub id")
     if is_directory(name):
-        lacking = _lacking(Path(name) / str(kwargs.get("subfolder", "")), kwargs, config_only)
+        lacking = _find_missing_file(
+            Path(name) / str(kwargs.get("subfolder", "")), kwargs, config_only
+        )
         hint = "save the model and its tokenizer there with save_pretrained"
         return problem(key, name, f"a directory with {lacking}", hint) if lacking else None
     if looks_local(name):
@@ -45,7 +47,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _lacking(directory: Path, kwargs: dict[str, Any], config_only: bool) -> str | None:
+def _find_missing_file(directory: Path, kwargs: dict[str, Any], config_only: bool) -> str | None:
     """What a model's directory must hold and does not."""
     if kwargs.get("gguf_file") is not None:
         return None if _is_file(directory / str(kwargs["gguf_file"])) else "that gguf_file"
@@ -72,7 +74,7 @@ def looks_local(name: str) -> bool:
         return _is_misspelt(first, Path())
     if first in _DIRECTORIES or _is_misspelt(second, Path(first)):
         return True
-    near = [] if Path(first).is_dir() else _near(first, Path())
+    near = [] if Path(first).is_dir() else _find_near_names(first, Path())
     return any(is_directory(str(Path(found, second))) for found in near)
 
 
@@ -97,7 +99,7 @@ _PACKAGES = {
 }
 
 
-def missing_packages(key: str, kwargs: dict[str, Any]) -> str | None:
+def find_missing_package(key: str, kwargs: dict[str, Any]) -> str | None:
     """Return which package a model's `attn_implementation` needs and this machine lacks."""
     name = kwargs.get("attn_implementation")
     packages = _PACKAGES.get(name, ()) if isinstance(name, str) else ()
@@ -111,11 +113,11 @@ def missing_packages(key: str, kwargs: dict[str, Any]) -> str | None:
 
 def _is_misspelt(name: str, directory: Path) -> bool:
     """Whether `directory` holds almost this name; with other digits it is another model."""
-    near = _near(name, directory)
+    near = _find_near_names(name, directory)
     return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
 
 
-def _near(name: str, directory: Path) -> list[str]:
+def _find_near_names(name: str, directory: Path) -> list[str]:
     """The entries of `directory` that almost have this name."""
     try:
         return difflib.get_close_matches(name, os.listdir(directory), n=3, cutoff=0.8)

@@ -48,9 +48,9 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
                 found.setdefault(key, f"{key}: has no effect, as {reason}")
     notes = [*found.values()]
     for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
-        notes += _lengths(dataset, data)
+        notes += _note_idle_lengths(dataset, data)
     for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        notes += _loader(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
+        notes += _note_idle_loader_keys(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
     return notes
 
 
@@ -62,7 +62,7 @@ def _is_set(data: dict[str, Any], key: str) -> bool:
     return value not in (None, False, {}, [])
 
 
-def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
+def _note_idle_lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
     """Note a `seq_length` that nothing cuts or pads to, and a truncation to no length."""
     kwargs, key = dataset.kwargs, dataset.key
     if not dataset.name.startswith("ds_kd.data."):
@@ -77,7 +77,7 @@ def _lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
     return []
 
 
-def _loader(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
+def _note_idle_loader_keys(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
     """Note arguments of a loader for what it does not do."""
     notes = []
     if packs and loader.kwargs.get("group_by_length"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 
-from ds_kd.config.checks.files import has_gpu, missing_packages
+from ds_kd.config.checks.files import find_missing_package, has_gpu
 from ds_kd.config.components import ConfigError
 from ds_kd.config.schema import RunConfig
 
@@ -15,13 +15,13 @@ def refuse_missing_packages(cfg: RunConfig) -> None:
     Raises:
         ConfigError: names them.
     """
-    if missing := _missing_packages(cfg):
+    if missing := _find_missing_packages(cfg):
         raise ConfigError(missing)
 
 
 def notes_on_machine(cfg: RunConfig) -> list[str]:
     """Return what `--check` says about this machine, a line each."""
-    notes = _missing_packages(cfg)
+    notes = _find_missing_packages(cfg)
     if cfg.dist_env.backend == "nccl" and not has_gpu():
         notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
     if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
@@ -29,6 +29,6 @@ def notes_on_machine(cfg: RunConfig) -> list[str]:
     return notes
 
 
-def _missing_packages(cfg: RunConfig) -> list[str]:
+def _find_missing_packages(cfg: RunConfig) -> list[str]:
     models = filter(None, (cfg.model, cfg.teacher_model))
-    return [*filter(None, (missing_packages(model.key, model.kwargs) for model in models))]
+    return [*filter(None, (find_missing_package(model.key, model.kwargs) for model in models))]

@@ -8,7 +8,7 @@ from typing import Any
 from ds_kd.config.components import problem
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.names import REFUSED_KEYS
-from ds_kd.config.text.origins import decoded
+from ds_kd.config.text.origins import decode
 
 
 def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dic
             if not _is_off(value):
                 problems.append(f"{path}: {REFUSED_KEYS[path]}")
         elif name not in known:
-            problems.append(f"{path}: unknown key; {_near(name, prefix, [*known])}")
+            problems.append(f"{path}: unknown key; {_suggest_key(name, prefix, [*known])}")
         elif known[name].component is None:
             checked = _check_key(path, value, known[name], problems)
             if checked is not None:
@@ -49,7 +49,7 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
             hint = "leave the key out for its default"
             problems.append(problem(path, None, key.expected, hint))
         return None
-    value = value if key.kind.keeps_text else decoded(value)
+    value = value if key.kind.keeps_text else decode(value)
     try:
         return key.read(value)
     except ValueError as error:
@@ -57,7 +57,7 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
         return None
 
 
-def _near(name: str, prefix: str, known: list[str]) -> str:
+def _suggest_key(name: str, prefix: str, known: list[str]) -> str:
     """Return a hint at the key that was meant."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"

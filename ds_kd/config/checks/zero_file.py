@@ -7,7 +7,7 @@ import json
 import os
 from typing import Any
 
-from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, shown, wrong_value
+from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, find_wrong_value, quote
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 #: What a ZeRO file may hold.
@@ -53,7 +53,7 @@ def load_zero_config(
     if source is None:
         return copy.deepcopy(_PLAIN_ZERO3)
     if isinstance(source, str):
-        source = _read(source, where)
+        source = _read_file(source, where)
     if not isinstance(source, dict):
         raise ValueError(f"{where}: expected a mapping with zero_optimization")
     try:
@@ -65,31 +65,31 @@ def load_zero_config(
             del config[name]
         elif name in FROM_YAML:
             raise ValueError(
-                f"{where}: {_named(name, config[name])} belongs to the YAML ({FROM_YAML[name]}); "
-                f"remove it from the ZeRO file"
+                f"{where}: {_describe_key(name, config[name])} belongs to the YAML "
+                f"({FROM_YAML[name]}); remove it from the ZeRO file"
             )
         elif name not in ZERO_FILE_KEYS:
             raise ValueError(
-                f"{where}: {shown(name)} is not a ZeRO, offload or communication key; remove it"
+                f"{where}: {quote(name)} is not a ZeRO, offload or communication key; remove it"
             )
     zero = config.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
-        raise ValueError(f"{where}: zero_optimization must be a mapping, got {shown(zero)}")
+        raise ValueError(f"{where}: zero_optimization must be a mapping, got {quote(zero)}")
     for name in [name for name, value in zero.items() if value == "auto"]:
         del zero[name]
     stage = zero.setdefault("stage", 3)
     if type(stage) is not int or stage not in stages:
         raise ValueError(
-            f"{where}: zero_optimization.stage is {shown(stage)}, expected "
+            f"{where}: zero_optimization.stage is {quote(stage)}, expected "
             f"{' or '.join(map(str, stages))}"
         )
-    if wrong := wrong_value(zero, ZERO, "") or wrong_value(config, OTHERS, ""):
+    if wrong := find_wrong_value(zero, ZERO, "") or find_wrong_value(config, OTHERS, ""):
         raise ValueError(f"{where}: {wrong}")
     _check_offload(zero, where)
     return config
 
 
-def _read(path: str, where: str) -> Any:
+def _read_file(path: str, where: str) -> Any:
     try:
         return json.loads(read_plain_file(path, _MAX_BYTES).decode("utf-8"))
     except OSError as error:
@@ -110,25 +110,25 @@ def _check_offload(zero: dict[str, Any], where: str) -> None:
             continue
         if not isinstance(offload, dict) or offload.get("device") not in _DEVICES:
             raise ValueError(
-                f"{where}: {part} is {shown(offload)}, expected a mapping whose device is "
+                f"{where}: {part} is {quote(offload)}, expected a mapping whose device is "
                 f"{' or '.join(_DEVICES)}"
             )
-        if wrong := wrong_value(offload, OFFLOAD[part], f"{part}."):
+        if wrong := find_wrong_value(offload, OFFLOAD[part], f"{part}."):
             raise ValueError(f"{where}: {wrong}")
         path = offload.get("nvme_path")
         is_there = isinstance(path, str) and os.path.isdir(path)  # of any length
         if offload["device"] == "nvme" and not is_there:
             raise ValueError(
-                f"{where}: {part}.nvme_path is {shown(path)}, expected a directory on an NVMe disk"
+                f"{where}: {part}.nvme_path is {quote(path)}, expected a directory on an NVMe disk"
             )
 
 
-def _named(name: str, value: Any) -> str:
+def _describe_key(name: str, value: Any) -> str:
     """Return a key with its plain value; a section may hold secrets."""
-    return name if isinstance(value, (dict, list)) else f"{name}={shown(value)}"
+    return name if isinstance(value, (dict, list)) else f"{name}={quote(value)}"
 
 
-def offloaded(config: dict[str, Any]) -> dict[str, Any]:
+def offload_parameters(config: dict[str, Any]) -> dict[str, Any]:
     """Return the same ZeRO configuration with parameters in the host's memory, unless it says where
     itself."""
     zero = config["zero_optimization"]

@@ -78,7 +78,7 @@ _WORDS = {
 }
 
 
-def wrong_value(section: Mapping[Any, Any], known: Mapping[str, Any], prefix: str) -> str:
+def find_wrong_value(section: Mapping[Any, Any], known: Mapping[str, Any], prefix: str) -> str:
     """Return what is wrong with the first wrong key of a section, or an empty text.
 
     Args:
@@ -94,14 +94,14 @@ def wrong_value(section: Mapping[Any, Any], known: Mapping[str, Any], prefix: st
         if value is None and kind not in ("size", "switch", "share"):
             continue
         if isinstance(kind, dict) and isinstance(value, dict):
-            if wrong := wrong_value(value, kind, f"{prefix}{name}."):
+            if wrong := find_wrong_value(value, kind, f"{prefix}{name}."):
                 return wrong
-        elif not _is_of(value, kind) and not (value is None and name == "overlap_comm"):
-            return f"{prefix}{name} is {shown(value)}, expected {_expected(kind)}"
+        elif not _is_of_kind(value, kind) and not (value is None and name == "overlap_comm"):
+            return f"{prefix}{name} is {quote(value)}, expected {_describe_kind(kind)}"
     return ""
 
 
-def _is_of(value: Any, kind: Any) -> bool:
+def _is_of_kind(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return isinstance(value, str) and value.lower() in kind
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -119,13 +119,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     return kind == "any" or isinstance(value, {"switch": bool, "text": str, "mapping": dict}[kind])
 
 
-def _expected(kind: Any) -> str:
+def _describe_kind(kind: Any) -> str:
     if isinstance(kind, tuple):
         return " or ".join(kind)
     return _WORDS["mapping" if isinstance(kind, dict) else kind]
 
 
-def shown(value: Any) -> str:
+def quote(value: Any) -> str:
     """Return a value as a message quotes it: its beginning, on one line."""
     if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write some of them
         return "a number of more than 30 digits"

@@ -23,7 +23,7 @@ _SPELLINGS: dict[str, dict[str, Any]] = {
 
 def json_schema() -> dict[str, Any]:
     """Return the schema of a whole YAML; null and `${…}` pass everywhere, `load` judges them."""
-    made = _section(RunConfig, "")
+    made = _describe_section(RunConfig, "")
     made["patternProperties"] = {"^_": {"description": "Not read."}}
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "ds_kd"
@@ -33,9 +33,9 @@ def json_schema() -> dict[str, Any]:
     return made
 
 
-def _section(cls: Any, name: str) -> dict[str, Any]:
+def _describe_section(cls: Any, name: str) -> dict[str, Any]:
     """Return the schema of a section and of its other spellings; the root has an empty name."""
-    properties = {key: _key(value) for key, value in keys_of(cls).items()}
+    properties = {key: _describe_key(value) for key, value in keys_of(cls).items()}
     for path, schema in _SPELLINGS.items():
         section, _, key = path.rpartition(".")
         if section == name:
@@ -43,12 +43,12 @@ def _section(cls: Any, name: str) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def _key(key: Key) -> dict[str, Any]:
+def _describe_key(key: Key) -> dict[str, Any]:
     if key.section is not None:
-        wanted = [_section(key.section, key.name)]
+        wanted = [_describe_section(key.section, key.name)]
         wanted += [{"type": "boolean"}] if key.name == "compile" else []
     elif key.component is not None:
-        wanted = [_component(key.component)]
+        wanted = [_describe_component(key.component)]
     elif not key.kind.json:
         return {"description": key.sentence}
     else:
@@ -58,14 +58,16 @@ def _key(key: Key) -> dict[str, Any]:
     return {"description": key.sentence, "anyOf": [*wanted, *loose]}
 
 
-def _component(rules: ComponentRules) -> dict[str, Any]:
+def _describe_component(rules: ComponentRules) -> dict[str, Any]:
     """Return the schema of a `_target_` section: the arguments of each callable that it may be."""
     properties: dict[str, Any] = {"_target_": {"type": "string"}}
     made: dict[str, Any] = {"type": "object", "properties": properties}
     cases = []
     for name in callables_of(rules):
         taken, is_open = arguments_of(name, rules)
-        arguments = {argument: _typed(annotation) for argument, annotation in taken.items()}
+        arguments = {
+            argument: _describe_annotation(annotation) for argument, annotation in taken.items()
+        }
         if "tokenizer" in rules.given:
             arguments["tokenizer"] = {"description": "Accepted where it is the student's own."}
         spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
@@ -85,7 +87,7 @@ def _component(rules: ComponentRules) -> dict[str, Any]:
 _PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string"}
 
 
-def _typed(annotation: str) -> dict[str, Any]:
+def _describe_annotation(annotation: str) -> dict[str, Any]:
     """Return the schema of a plain annotation; anything goes for another."""
     names = [name.strip() for name in annotation.split("|")]
     if not annotation or not set(names) <= {*_PLAIN, "None"}:

@@ -55,21 +55,21 @@ def key_table() -> str:
 
 def list_keys(prefix: str = "") -> list[str]:
     """Return a line for each key that begins so, for a terminal."""
-    rows = [(name, key.sentence, _unit_and_default(key)) for name, key in every_key()]
-    rows = [row for row in rows if row[0].startswith(prefix)] + _arguments(prefix)
+    rows = [(name, key.sentence, _describe_value(key)) for name, key in every_key()]
+    rows = [row for row in rows if row[0].startswith(prefix)] + _list_arguments(prefix)
     if not rows:
         return [f"no key begins with {prefix}; there are: {', '.join(keys_of(RunConfig))}"]
     width = max(len(name) for name, _, _ in rows)
     return [f"{name:<{width}}  {sentence}{more}" for name, sentence, more in rows]
 
 
-def _unit_and_default(key: Key) -> str:
+def _describe_value(key: Key) -> str:
     told = [key.unit, f"default {default_of(key)}" if default_of(key) else ""]
     told = ["required"] if default_of(key) == "required" else [part for part in told if part]
     return f" [{', '.join(told)}]" if told else ""
 
 
-def _arguments(prefix: str) -> list[tuple[str, str, str]]:
+def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
     """Return (key, whose argument it is, nothing) for the `_target_` section in a prefix."""
     section = prefix.partition(".")[0]
     key = keys_of(RunConfig).get(section)

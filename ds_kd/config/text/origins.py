@@ -7,43 +7,43 @@ import re
 from typing import Any
 
 from ds_kd.config.text.interpolation import comes_from_secret, find
-from ds_kd.config.text.secrets import BLANK, is_secret, remember, without_secrets
+from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, remember
 
 
 class FromEnvironment(str):
     """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
 
 
-def marked(tree: Any, plain: Any, root: Any) -> Any:
+def mark_variables(tree: Any, plain: Any, root: Any) -> Any:
     """Return the same tree with what came from variables marked, through references too."""
-    plain = _referred(plain, root)
+    plain = _follow_reference(plain, root)
     if isinstance(tree, dict):
-        return {n: marked(value, _part(plain, n), root) for n, value in tree.items()}
+        return {n: mark_variables(value, _step_into(plain, n), root) for n, value in tree.items()}
     if isinstance(tree, list):
-        return [marked(value, _part(plain, k), root) for k, value in enumerate(tree)]
+        return [mark_variables(value, _step_into(plain, k), root) for k, value in enumerate(tree)]
     is_variable = isinstance(plain, str) and plain.startswith("${oc.env:")
     return FromEnvironment(tree) if is_variable and isinstance(tree, str) else tree
 
 
-def _referred(plain: Any, root: Any) -> Any:
+def _follow_reference(plain: Any, root: Any) -> Any:
     """Return what a text that is only a `${section.key}` refers to; anything else as it is."""
     while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
         plain = find(root, name[1])
     return plain
 
 
-def _part(plain: Any, name: Any) -> Any:
+def _step_into(plain: Any, name: Any) -> Any:
     if isinstance(plain, dict):
         return plain.get(name)
     return plain[name] if isinstance(plain, list) and isinstance(name, int) else None
 
 
-def decoded(value: Any) -> Any:
+def decode(value: Any) -> Any:
     """Return the number or truth value that a variable's text stands for; else what is given."""
     if isinstance(value, dict):
-        return {name: decoded(inner) for name, inner in value.items()}
+        return {name: decode(inner) for name, inner in value.items()}
     if isinstance(value, list):
-        return [decoded(inner) for inner in value]
+        return [decode(inner) for inner in value]
     if not isinstance(value, FromEnvironment):
         return value
     from omegaconf import OmegaConf
@@ -68,18 +68,20 @@ def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) 
     is_hidden = is_hidden or comes_from_secret(plain, root)
     for variable in filter(is_secret, variables_in(plain)):
         remember(os.environ.get(variable))
-    plain = _referred(plain, root)
+    plain = _follow_reference(plain, root)
     if isinstance(tree, dict):
         for name, value in tree.items():
-            remember_secrets(value, _part(plain, name), root, is_hidden or is_secret(str(name)))
+            remember_secrets(
+                value, _step_into(plain, name), root, is_hidden or is_secret(str(name))
+            )
     elif isinstance(tree, list):
         for k, value in enumerate(tree):
-            remember_secrets(value, _part(plain, k), root, is_hidden)
+            remember_secrets(value, _step_into(plain, k), root, is_hidden)
     elif is_hidden:
         remember(tree)
 
 
-def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
+def blank_tree(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
     """Return the same tree without tokens, keys and passwords: it goes into logs and checkpoints.
 
     Args:
@@ -88,13 +90,13 @@ def blanked(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
     is_hidden = is_hidden or comes_from_secret(plain, root)
     if is_hidden and tree and not isinstance(tree, bool):
         return BLANK  # with its keys, where it is a mapping
-    plain = _referred(plain, root)
+    plain = _follow_reference(plain, root)
     if isinstance(tree, dict):
         return {
-            n: blanked(v, _part(plain, n), root, is_hidden or is_secret(str(n)))
+            n: blank_tree(v, _step_into(plain, n), root, is_hidden or is_secret(str(n)))
             for n, v in tree.items()
         }
     if isinstance(tree, list):
-        shown = [blanked(v, _part(plain, k), root, is_hidden) for k, v in enumerate(tree)]
-        return list(without_secrets(shown))
-    return without_secrets(tree)
+        shown = [blank_tree(v, _step_into(plain, k), root, is_hidden) for k, v in enumerate(tree)]
+        return list(blank_secrets(shown))
+    return blank_secrets(tree)

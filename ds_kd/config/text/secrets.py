@@ -105,24 +105,24 @@ def remember(value: Any) -> None:
             _known[form] = None
 
 
-def without_known(text: str) -> str:
+def blank_known_secrets(text: str) -> str:
     """Return the text with remembered secrets, and what looks like one, blanked."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, BLANK)
     return _LOOKS_SECRET.sub(BLANK, text)
 
 
-def without_secrets(value: Any) -> Any:
+def blank_secrets(value: Any) -> Any:
     """Return the same value with tokens, keys and passwords in it blanked."""
     if isinstance(value, dict):
-        return {n: BLANK if is_secret(str(n)) else without_secrets(v) for n, v in value.items()}
+        return {n: BLANK if is_secret(str(n)) else blank_secrets(v) for n, v in value.items()}
     if isinstance(value, list):
         flags = ["", *value][: len(value)]  # `[--token, x]`, as words of a command
         return [
-            BLANK if is_secret_flag(flag) else without_secrets(inner)
+            BLANK if is_secret_flag(flag) else blank_secrets(inner)
             for flag, inner in zip(flags, value, strict=True)
         ]
-    return _without_named(without_known(value)) if isinstance(value, str) else value
+    return _blank_named(blank_known_secrets(value)) if isinstance(value, str) else value
 
 
 def is_secret_flag(word: Any) -> bool:
@@ -130,7 +130,7 @@ def is_secret_flag(word: Any) -> bool:
     return isinstance(word, str) and word.startswith("-") and is_secret(word.strip("-"))
 
 
-def _without_named(text: str) -> str:
+def _blank_named(text: str) -> str:
     """Blank what follows `token:` or `"api_key" = ` in a text: a quoted value, or the line."""
     parts, done = [], 0
     for match in _NAME.finditer(text):

@@ -21,8 +21,8 @@ from ds_kd.config.text.interpolation import (
     check_interpolations,
     references,
 )
-from ds_kd.config.text.origins import blanked, marked, remember_secrets, variables_in
-from ds_kd.config.text.secrets import BLANK, is_secret, is_secret_flag, remember, without_secrets
+from ds_kd.config.text.origins import blank_tree, mark_variables, remember_secrets, variables_in
+from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, is_secret_flag, remember
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
@@ -59,8 +59,8 @@ class Source:
             if key in self.places:
                 row, column, width = self.places[key]
                 first, last = max(0, column - _AROUND), column + width + _AROUND  # of a long line
-                before = self._shown(row, first, column - 1)
-                after = self._shown(row, column - 1, last)
+                before = self._show_columns(row, first, column - 1)
+                after = self._show_columns(row, column - 1, last)
                 text, caret = before + after, " " * len(before) + "^" * width
                 return f"{self.path}:{row}:{column}: {line}\n{text}\n{caret}"
             if any(name.startswith(f"{key}.") for name in self.overridden):
@@ -77,7 +77,7 @@ class Source:
             end = last.column if row == last.line else _MAX_BYTES
             self.hidden.setdefault(row + 1, []).append((start, end))
 
-    def _shown(self, row: int, start: int, end: int) -> str:
+    def _show_columns(self, row: int, start: int, end: int) -> str:
         """Return the columns of a row, from 0, secrets blanked."""
         line, parts = self.lines[row - 1], []
         end = min(end, len(line))
@@ -85,10 +85,10 @@ class Source:
             if first < end and last > start:
                 parts += [line[start:first], BLANK]
                 start = min(last, end)
-        return str(without_secrets("".join([*parts, line[start:end]])))
+        return str(blank_secrets("".join([*parts, line[start:end]])))
 
     @contextmanager
-    def locating(self) -> Iterator[None]:
+    def add_places(self) -> Iterator[None]:
         """Give the `ConfigError` of this block its places."""
         try:
             yield
@@ -118,7 +118,7 @@ def read(
             text = safe_dump(path, sort_keys=False)
             _outline(text, Source("the mapping"))
         else:
-            text = _text(Path(path))
+            text = _read_text(Path(path))
             source.lines = text.splitlines()
             _outline(text, source)
         raw = OmegaConf.create(text)
@@ -130,14 +130,14 @@ def read(
         check_interpolations(plain)
         data: Any = OmegaConf.to_container(raw, resolve=True)
         remember_secrets(data, plain, plain)
-        shown = OmegaConf.to_yaml(OmegaConf.create(blanked(data, plain, plain)))
-        data = marked(data, plain, plain)
+        shown = OmegaConf.to_yaml(OmegaConf.create(blank_tree(data, plain, plain)))
+        data = mark_variables(data, plain, plain)
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
         ) from None
     except YAMLError as error:
-        raise ConfigError([_told(source.path or "the mapping", error)]) from None
+        raise ConfigError([_describe_yaml_error(source.path or "the mapping", error)]) from None
     except RecursionError:
         raise ConfigError(
             [f"{source.path or 'the mapping'}: nested too deeply; {_MAX_DEPTH} levels are allowed"]
@@ -152,7 +152,7 @@ def read(
     return data, shown, source
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         content = read_plain_file(path, _MAX_BYTES)
     except NotPlainFileError as error:
@@ -168,16 +168,20 @@ def _text(path: Path) -> str:
         ) from None
 
 
-def _told(path: str | Path, error: Any) -> str:
+def _describe_yaml_error(path: str | Path, error: Any) -> str:
     """Return a YAML error in one line, with its place."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     where = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else str(path)
     what = getattr(error, "problem", None) or " ".join(str(error).split())
-    hint = "; indent with spaces" if "\\t" in what else _hint(str(mark and mark.get_snippet()))
+    hint = (
+        "; indent with spaces"
+        if "\\t" in what
+        else _hint_at_braces(str(mark and mark.get_snippet()))
+    )
     return f"{where}: not valid YAML: {what}{hint}"
 
 
-def _hint(text: str) -> str:
+def _hint_at_braces(text: str) -> str:
     return "; inside {…} or […] put ${…} in quotes" if "${" in text else ""
 
 
@@ -204,14 +208,14 @@ def _outline(text: str, source: Source) -> None:
     if not isinstance(root, yaml.MappingNode):
         given = "an empty file" if root is None else f"a {root.id}"
         raise ConfigError([f"{source.path}: got {given}, expected a mapping of sections"])
-    if _size(root) > _MAX_NODES:
+    if _count_nodes(root) > _MAX_NODES:
         raise ConfigError(
             [f"{source.path}: more than {_MAX_NODES} values, anchors counted where they are used"]
         )
     _note_places(root, source)
 
 
-def _size(root: Any) -> int:
+def _count_nodes(root: Any) -> int:
     """Count the nodes of a tree, aliases counted as often as they stand there.
 
     Raises:
@@ -303,16 +307,18 @@ def _override(raw: Any, override: str) -> str:
         made: Any = OmegaConf.to_container(OmegaConf.create(text), resolve=False)
         if set(made) != {"value"}:
             raise ConfigError([f"override {name}: expected one value, without a line break"])
-        _set(raw, name, made["value"])
+        _set_value(raw, name, made["value"])
     except ConfigError as error:  # its key is no other than the override's
         raise ConfigError([re.sub(r"^value\b", name, line) for line in error.problems]) from None
     except YAMLError as error:
         what = getattr(error, "problem", None) or "not one value of YAML"
-        raise ConfigError([f"override {name}: not valid YAML: {what}{_hint(value)}"]) from None
+        raise ConfigError(
+            [f"override {name}: not valid YAML: {what}{_hint_at_braces(value)}"]
+        ) from None
     return name
 
 
-def _set(raw: Any, name: str, value: Any) -> None:
+def _set_value(raw: Any, name: str, value: Any) -> None:
     """Put a value at a dotted key, through mappings only.
 
     Raises:

@@ -49,9 +49,9 @@ def files_of(source: Any) -> list[str] | None:
     if isinstance(source, str):
         if not ending_of(source) and not _is_pattern(source):
             return None
-        names = _found(source)
+        names = _find_files(source)
     elif isinstance(source, list) and source and all(isinstance(name, str) for name in source):
-        names = [path for name in source for path in _found(name)]
+        names = [path for name in source for path in _find_files(name)]
     else:
         raise ValueError(f"it is {source!r:.80}, expected a file, a pattern or a list of files")
     for name in names:
@@ -70,7 +70,7 @@ def _is_pattern(name: str) -> bool:
     return any(sign in name for sign in "*?[") and not Path(name).exists()
 
 
-def _found(name: str) -> list[str]:
+def _find_files(name: str) -> list[str]:
     """The files of one entry, a pattern's sorted, so that every rank has the same order."""
     if not _is_pattern(name):
         if not Path(name).is_file():
@@ -90,29 +90,29 @@ def columns_of(path: str | Path) -> list[str]:
         OSError: it cannot be read.
     """
     if ending_of(str(path)) == ".parquet":
-        return list(_parquet(path).schema_arrow.names)
+        return list(_open_parquet(path).schema_arrow.names)
     if FORMATS[ending_of(str(path))] == "csv":
-        names = list(_csv_reader(path, _beginning(path)[0]).fieldnames or [])
+        names = list(_make_csv_reader(path, _read_beginning(path)[0]).fieldnames or [])
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the column {twice[0]} stands twice in it")
         return names
-    text, is_whole = _beginning(path)
+    text, is_whole = _read_beginning(path)
     try:
         try:
             row, _ = _DECODER.raw_decode(text)
         except ValueError:  # a first row that goes on, perhaps
             if is_whole:
                 raise
-            text, is_whole = _beginning(path, _LONGEST)
+            text, is_whole = _read_beginning(path, _LONGEST)
             row, _ = _DECODER.raw_decode(text)
     except ValueError as error:
-        raise ValueError(f"its first row: {_what_is_wrong(error)}") from None
+        raise ValueError(f"its first row: {_describe_error(error)}") from None
     if not isinstance(row, dict):
         raise ValueError(f"its first row is {type(row).__name__}, not a mapping of columns")
     return list(row)
 
 
-def sampled_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[object, dict]]:
+def sample_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[object, dict]]:
     """Yield (where it stands, row) of the first rows, and of some from anywhere in the file.
 
     The same rows each time. Of a large file little is read: rows from anywhere are looked up where
@@ -126,20 +126,20 @@ def sampled_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[ob
     """
     ending, few = ending_of(str(path)), min(most or _FEW, _FEW)
     if ending == ".parquet":
-        yield from _parquet_rows(path, few, most is None)
+        yield from _read_parquet_rows(path, few, most is None)
         return
-    text, is_whole = _beginning(path)
+    text, is_whole = _read_beginning(path)
     if FORMATS[ending] == "csv":
-        for index, row in zip(range(few), _csv_reader(path, text), strict=False):
+        for index, row in zip(range(few), _make_csv_reader(path, text), strict=False):
             yield f"row {index}", row
         return
-    yield from _json_rows(text, is_whole, few)
+    yield from _read_json_rows(text, is_whole, few)
     is_plain = Path(path).suffix.lower() not in COMPRESSIONS
     if most is None and is_plain and not is_whole and _has_lines(text):
-        yield from _lines_anywhere(Path(path))
+        yield from _sample_lines(Path(path))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):
         names = [name for name, _ in pairs]
@@ -148,10 +148,10 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
 
 
-def _beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
+def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
     """The text at a file's beginning, behind a byte-order mark, and whether it is all of it.
 
     Raises:
@@ -168,7 +168,7 @@ def _beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
     try:
         text = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore").lstrip()
     except UnicodeDecodeError as error:
-        raise ValueError(_what_is_wrong(error)) from None
+        raise ValueError(_describe_error(error)) from None
     if not text:
         raise ValueError("the file is empty")
     return (text[1:].lstrip() if text[0] == "[" else text), is_whole
@@ -189,12 +189,12 @@ def _open(path: str | Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _csv_reader(path: str | Path, text: str) -> csv.DictReader:
+def _make_csv_reader(path: str | Path, text: str) -> csv.DictReader:
     delimiter = "\t" if ending_of(str(path)) == ".tsv" else ","
     return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
 
 
-def _json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, dict]]:
+def _read_json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, dict]]:
     """The first rows of JSON text, one after the other."""
     at = 0
     for index in range(most):
@@ -203,7 +203,7 @@ def _json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, d
         except ValueError as error:
             if not is_whole:  # perhaps cut in this row
                 return
-            raise ValueError(f"row {index}: {_what_is_wrong(error, at)}") from None
+            raise ValueError(f"row {index}: {_describe_error(error, at)}") from None
         if not isinstance(row, dict):
             raise ValueError(f"row {index} is {type(row).__name__}, not a mapping of columns")
         yield f"row {index}", row
@@ -221,7 +221,7 @@ def _has_lines(text: str) -> bool:
         return False
 
 
-def _lines_anywhere(path: Path) -> Iterator[tuple[object, dict]]:
+def _sample_lines(path: Path) -> Iterator[tuple[object, dict]]:
     """Rows behind random places of a file of lines."""
     size, chosen = path.stat().st_size, random.Random(0)
     with path.open("rb") as file:
@@ -236,7 +236,7 @@ def _lines_anywhere(path: Path) -> Iterator[tuple[object, dict]]:
                 if not isinstance(row, dict):
                     raise ValueError(f"it is {type(row).__name__}, not a mapping of columns")
             except ValueError as error:
-                raise ValueError(f"{_Line(path, start)}: {_what_is_wrong(error)}") from None
+                raise ValueError(f"{_Line(path, start)}: {_describe_error(error)}") from None
             yield _Line(path, start), row
 
 
@@ -256,7 +256,7 @@ class _Line:
         return f"line {number}"
 
 
-def _what_is_wrong(error: ValueError, start: int = 0) -> str:
+def _describe_error(error: ValueError, start: int = 0) -> str:
     """A decoder's error by the place in its row, which starts there, and not in the text."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.object[error.start]:#04x} is not of UTF-8; save the file as UTF-8"
@@ -265,7 +265,7 @@ def _what_is_wrong(error: ValueError, start: int = 0) -> str:
     return f"not JSON: {error.msg} (character {error.pos - start + 1} of it)"
 
 
-def wrong_line(path: str | Path) -> str:
+def find_wrong_line(path: str | Path) -> str:
     """Return what is wrong with the first line of a JSON-lines file that cannot be read; nothing
     where all can. Reads the file up to there."""
     try:
@@ -279,7 +279,7 @@ def wrong_line(path: str | Path) -> str:
                 except RecursionError:
                     return f"line {number}: nested too deeply"
                 except ValueError as error:
-                    return f"line {number}: {_what_is_wrong(error)}"
+                    return f"line {number}: {_describe_error(error)}"
                 if not isinstance(row, dict):
                     return f"line {number} is {type(row).__name__}, not a mapping of columns"
     except (OSError, EOFError, zlib.error) as error:
@@ -287,7 +287,7 @@ def wrong_line(path: str | Path) -> str:
     return ""
 
 
-def _parquet(path: str | Path) -> Any:
+def _open_parquet(path: str | Path) -> Any:
     from pyarrow import ArrowInvalid, parquet
 
     try:
@@ -296,9 +296,9 @@ def _parquet(path: str | Path) -> Any:
         raise ValueError(first_line(error)) from None
 
 
-def _parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[tuple[object, dict]]:
+def _read_parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[tuple[object, dict]]:
     """The first rows, and where the file has several groups of rows, the first of a random one."""
-    file = _parquet(path)
+    file = _open_parquet(path)
     groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     chosen = [0, *({random.Random(0).randrange(len(groups))} if anywhere else ())]
     for group in dict.fromkeys(chosen) if groups else ():

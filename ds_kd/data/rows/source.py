@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, ending_of, files_of, wrong_line
+from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, ending_of, files_of, find_wrong_line
 from ds_kd.errors import first_line
 
 _FIRST = 16  # rows tried before all of them, and as many random ones
@@ -39,7 +39,7 @@ def load_rows(
         rows = _load(str(source), split) if files is None else _load_files(files, split)
     # datasets raises its own kinds for bad content, unknown splits and a missing network
     except Exception as error:
-        raise ValueError(f"{source!r}, split {split!r}: {_reason(error)}") from error
+        raise ValueError(f"{source!r}, split {split!r}: {_describe_error(error)}") from error
     missing = [column for column in columns if column not in rows.column_names]
     if missing:
         raise ValueError(
@@ -72,7 +72,7 @@ def _load_files(files: list[str], split: str) -> Any:
     except datasets.exceptions.DatasetGenerationError as error:
         # Its own message counts rows in a block of the file, and names no file.
         for name in files if kind == "json" else ():
-            if wrong := wrong_line(name):
+            if wrong := find_wrong_line(name):
                 raise ValueError(f"{name}, {wrong}" if len(files) > 1 else wrong) from error
         raise
 
@@ -111,7 +111,7 @@ def _slice(splits: Any, split: str) -> Any:
     )
 
 
-def _reason(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     """One line. `datasets` wraps what was wrong in an error that only says that there was one."""
     while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
@@ -152,19 +152,19 @@ def make_samples(
         except UnicodeDecodeError:  # told below
             raise
         except ValueError as error:
-            place = _place(source, split or "train", index)
+            place = _locate_row(source, split or "train", index)
             raise ValueError(f"{place}: {error}") from None
 
     try:
         return tokenize(rows, sample)
     except UnicodeDecodeError as error:  # only a row's text is decoded, long after it was read
         for name in files_of(source) or ():
-            if FORMATS[ending_of(name)] == "json" and (wrong := wrong_line(name)):
+            if FORMATS[ending_of(name)] == "json" and (wrong := find_wrong_line(name)):
                 raise ValueError(f"{name!r}, {wrong}") from error
         raise ValueError(f"{source!r}: it is not UTF-8; save it as UTF-8") from error
 
 
-def _place(source: str | list[str], split: str, index: int) -> str:
+def _locate_row(source: str | list[str], split: str, index: int) -> str:
     """Where a row stands: its file, where several were read, and its number there."""
     whole = f"{source!r}, row {index}" + (f" of {split}" if "[" in split else "")
     files = files_of(source)
