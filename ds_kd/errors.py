@@ -25,8 +25,8 @@ class UserError(Exception):
 
 
 class MachineError(UserError):
-    """What surrounds the process keeps the run from starting: a variable of the environment, a
-    limit of the shell, the working directory, the network between ranks."""
+    """The environment of the process keeps the run from starting: an environment variable, a limit
+    of the shell, the working directory, or the network between ranks."""
 
     exit_code = 2
 

@@ -1,4 +1,4 @@
-"""How every script ends: with a sentence for its user instead of a traceback, said once a job."""
+"""End every script with a sentence for its user instead of a traceback, printed once a job."""
 
 from __future__ import annotations
 

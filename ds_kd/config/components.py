@@ -1,7 +1,7 @@
-"""Dotted names → objects: which a config may use, and calling them with a config's arguments.
+"""Dotted names and the objects behind them: those a config may use, and how they are called.
 
-A `_target_` names code that will run. Only exact names are let through, checked twice: the text
-before anything is imported, and the object it leads to.
+A `_target_` names code that will run, so only exact names are permitted. Each is checked twice: its
+text before anything is imported, and the object that it leads to.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ConfigError(UserError):
         """Return all problems as one text.
 
         Args:
-            excerpts: with the lines of the YAML that a problem brings.
+            excerpts: add the lines of the YAML where each problem stands.
         """
         count = f"{len(self.problems)} problem{'s' * (len(self.problems) > 1)} in the config"
         lines = [count]
@@ -47,12 +47,13 @@ class ConfigError(UserError):
             lines += [f"      {line}" for line in excerpt] if excerpts else []
         return "\n".join(lines)
 
-    def __reduce__(self) -> tuple:  # from rank 0 to the others; by default it would pass the text
+    # Rank 0 pickles the error for the other ranks; by default pickle would pass the text alone.
+    def __reduce__(self) -> tuple:
         return type(self), (self.problems,)
 
 
 def _shorten(line: str) -> str:
-    """Return a problem without the middle of a name or value that fills the screen."""
+    """Return a problem with the middle left out where its first line would fill the screen."""
     first, *excerpt = line.split("\n")
     if len(first) > _LONGEST:
         first = f"{first[: _LONGEST // 2]} … {first[-_LONGEST // 2 :]}"
@@ -69,7 +70,7 @@ def problem(key: str, given: Any, expected: str, hint: str = "") -> str:
 
 @contextmanager
 def config_error(key: str, given: Any, expected: str) -> Iterator[None]:
-    """Turn what this block refuses, or cannot import, into a ConfigError of `key`."""
+    """Turn a ValueError, OSError or ImportError of this block into a ConfigError about `key`."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
@@ -78,14 +79,14 @@ def config_error(key: str, given: Any, expected: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Component:
-    """A `_target_` section: what to call, with what. One that `load` has made is permitted.
+    """A `_target_` section: the callable and its arguments. `load` makes permitted ones only.
 
     Args:
-        name: dotted name of what is called, NeMo-AutoModel's already translated.
+        name: dotted name of the callable, after the translation of NeMo-AutoModel's names.
         kwargs: its keyword arguments.
-        key: where it stands in the YAML.
-        allow: prefixes of names that were opened for it on the command line.
-        declaration: of a data set that has one, see `ds_kd.data.rows.declaration`.
+        key: the section's name in the YAML.
+        allow: prefixes of names that the command line permits (`--allow-targets`).
+        declaration: a data set's own, if it has one; see `ds_kd.data.rows.declaration`.
     """
 
     name: str
@@ -109,13 +110,16 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
         return f"{dotted!r} is not a dotted public name{hint}"
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
-    # Of ds_kd only what a run is made of: the config's own functions would call anything.
+
+    # Of ds_kd itself only losses and data: a function of `ds_kd.config` could call anything.
     if (
         name in ALLOWED
         or name.startswith(("ds_kd.losses.", "ds_kd.data."))
         or is_opened(name, allow)
     ):
         return ""
+
+    # A refusal says what to type next: a name that was meant, or the option that permits this one.
     if name.startswith("nemo_automodel."):
         return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
     near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
@@ -138,6 +142,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
         raise ConfigError([refusal])
     name = home_of(ALIASES.get(dotted, dotted))
     parts = name.split(".")
+
+    # The longest prefix that can be imported is the module; the rest are attributes.
     for split in range(len(parts) - 1, 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:split]))
@@ -151,6 +157,8 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
             found = getattr(found, part)
             if inspect.ismodule(found):  # reached through a module's own imports, not by its name
                 raise ConfigError([f"{dotted!r} leads through the module {found.__name__}"])
+
+        # A name that a module of ds_kd merely imports would lead out of the permitted ones.
         if name.startswith("ds_kd.") and (
             not callable(found)
             or f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}" != name
@@ -161,7 +169,7 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
 
 
 def _resolve_functions(component: Component) -> dict[str, Any]:
-    """Return the component's arguments, the functions that `…_fn` keys name in place of names."""
+    """Return the component's arguments, with each `…_fn` name replaced by its function."""
     return {
         name: resolve(value, component.allow)
         if name.endswith("_fn") and isinstance(value, str)
@@ -174,10 +182,10 @@ def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
     """Return the callable, after checking that it takes these arguments.
 
     Args:
-        also: keys of the section that something else takes, for the message.
+        also: keys of the section that ds_kd takes, for the message.
 
     Raises:
-        ConfigError: an argument it does not know, one of another type, or one that is missing.
+        ConfigError: an argument is unknown, of a wrong type, or missing.
     """
     function = resolve(component.name, component.allow)
     parameters = inspect.signature(function).parameters
@@ -206,9 +214,9 @@ def find_wrong_arguments(
 
     Args:
         annotations: argument → its annotation, an object or text.
-        is_open: whether it takes others too.
-        given: arguments that ds_kd gives itself.
-        also: keys of the section that something else takes.
+        is_open: whether it takes other arguments too.
+        given: arguments that ds_kd passes itself.
+        also: keys of the section that ds_kd takes.
     """
     takes = [*dict.fromkeys([*(name for name in annotations if name not in given), *also])]
     problems = []
@@ -228,7 +236,7 @@ def find_wrong_arguments(
 
 
 def _find_mismatch(value: Any, annotation: Any) -> str:
-    """Return what was expected of a plain value, or an empty text; others are not judged."""
+    """Return the expected type of a plain value that has another one, else an empty text."""
     if isinstance(annotation, str):  # from __future__ import annotations
         annotation = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", annotation)
         names = {part.strip() for part in annotation.split("|")}
@@ -250,7 +258,7 @@ def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) 
 
     Raises:
         ConfigError: as `bind`, or a value of a wrong type.
-        ValueError: what the callable itself refuses.
+        ValueError: the callable refuses an argument.
     """
     function = bind(component, also, **extra)
     try:

@@ -1,8 +1,8 @@
 """The keys of the YAML and the kinds of value that they hold.
 
-A field of a dataclass in `ds_kd.config.schema` is a key. Its annotation tells the kind, and a kind
-reads a value into its own type and says in words and as JSON Schema what it takes: a new kind is
-one entry here.
+A key is a field of a dataclass in `ds_kd.config.schema` or `sections`. Its annotation names its
+kind. A kind converts a value to its own type, and describes what it takes in words and as JSON
+Schema. A new kind is one entry in this file.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Kind:
     """One kind of value.
 
     Args:
-        words: what it takes, for messages.
+        words: a description of its values, for messages.
         json: the same as JSON Schema.
         read: returns a value in the kind's own type; raises a ValueError, whose text is a hint,
-            for what is not of this kind.
-        keeps_text: whether a text that a variable gave stays a text, even where it is a number.
+            for a value of another kind.
+        keeps_text: keep the text of an environment variable as text, even if it is a number.
     """
 
     words: str
@@ -46,7 +46,7 @@ class Kind:
 
 
 def _make_quotes_error(value: Any) -> ValueError:
-    """Return the error for what is no number, with a hint where only quotes are wrong."""
+    """Return the error for a value that is no number, with a hint if it is one in quotes."""
     is_quoted = isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", value)
     return ValueError("write it without quotes" if is_quoted else "")
 
@@ -77,7 +77,7 @@ def _read_names(value: Any) -> list[str]:
 
 
 def _make_instance_reader(of: Any) -> Callable[[Any], Any]:
-    """Return a reader that takes the instances of a type as they are."""
+    """Return a reader that accepts instances of a type and leaves them unchanged."""
 
     def read(value: Any) -> Any:
         if isinstance(value, of):
@@ -114,7 +114,7 @@ def _read_nemo_name(value: Any) -> str:
 
 
 def _make_choice(among: tuple[Any, ...]) -> Kind:
-    """Return the kind that takes one of these words, or true and false where they are words."""
+    """Return the kind of a choice between words; `true` and `false` may also be YAML booleans."""
 
     def read(value: Any) -> Any:
         word = value if value in among or not isinstance(value, bool) else str(value).lower()
@@ -168,7 +168,7 @@ _NEMO_NAME = Kind(
     {"type": "string", "pattern": r"^nemo_automodel\."},
     _read_nemo_name,
 )
-#: Annotations of kinds that no plain type tells.
+#: Annotations of the kinds that a plain type cannot express.
 MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
 Every = Annotated[int | str, _EVERY]
@@ -176,7 +176,7 @@ NemoName = Annotated[str, _NEMO_NAME]
 
 
 def strip_none(annotation: Any) -> Any:
-    """Return the annotation `X` of `X | None`; any other as it is."""
+    """Return `X` of an annotation `X | None`, and any other annotation unchanged."""
     if typing.get_origin(annotation) not in (typing.Union, types.UnionType):
         return annotation
     (only,) = [part for part in typing.get_args(annotation) if part is not type(None)]
@@ -184,10 +184,10 @@ def strip_none(annotation: Any) -> Any:
 
 
 def kind_of(annotation: Any) -> Kind:
-    """Return the kind that an annotation tells.
+    """Return the kind of an annotation.
 
     Raises:
-        KeyError: there is none.
+        KeyError: no kind has this annotation.
     """
     if typing.get_origin(annotation) is Annotated:
         return next(part for part in annotation.__metadata__ if isinstance(part, Kind))
@@ -201,14 +201,14 @@ class ComponentRules:
     """The rules of a `_target_` section.
 
     Args:
-        calls: dotted name of what is called where the section names nothing.
-        may_call: beginnings of the names that it may call.
-        given: arguments that ds_kd gives itself.
-        flags: keys of the section that are true or false and that ds_kd takes.
-        words: keys of the section that ds_kd takes, and the words each may be.
-        kwargs: the arguments where the section is absent; None leaves the section out.
-        required: whether it must be there.
-        example: of the section, for messages.
+        calls: dotted name of the callable if the section has no `_target_`.
+        may_call: prefixes of the names that the section may call.
+        given: arguments that ds_kd passes itself.
+        flags: keys of the section that ds_kd takes, true or false.
+        words: keys of the section that ds_kd takes, with the words that each may be.
+        kwargs: the arguments if the section is absent; None leaves the component out.
+        required: whether the section must be there.
+        example: an example of the section, for messages.
     """
 
     calls: str = ""
@@ -227,11 +227,11 @@ class Key:
 
     Args:
         name: the last part of the key.
-        sentence: what it does.
-        unit: of its number.
+        sentence: its documentation.
+        unit: the unit of its number.
         annotation: its type, without None.
-        default: its value where nothing is written; {} for a section that is always there.
-        bounds: `low` and `high`, which it may be, and `above`, which it may not.
+        default: its value if the YAML does not set it; {} for a section that is always there.
+        bounds: inclusive `low` and `high`, and exclusive `above`.
         component: the rules of a `_target_` section.
     """
 
@@ -255,7 +255,7 @@ class Key:
 
     @property
     def expected(self) -> str:
-        """Return in words what the key takes, for messages."""
+        """Return a description of the values that the key takes, for messages."""
         low, high = self.bounds.get("low"), self.bounds.get("high")
         if low is not None and high is not None:
             return f"{self.kind.words} from {low} to {high}"
@@ -267,7 +267,7 @@ class Key:
         """Return the value in the key's own type.
 
         Raises:
-            ValueError: it is of another kind or out of bounds; the text is a hint.
+            ValueError: the value is of another kind or out of bounds; the text is a hint.
         """
         made = self.kind.read(value)
         if not self.bounds:
@@ -286,7 +286,7 @@ def key(
     component: ComponentRules | None = None,
     **bounds: float,
 ) -> Any:
-    """Return a documented field; a type as the default makes a new one for each config."""
+    """Return a documented dataclass field; a type as the default is called for each config."""
     meta = {"sentence": sentence, "unit": unit, "component": component, "bounds": bounds}
     if isinstance(default, type):
         return field(default_factory=default, metadata=meta)

@@ -1,7 +1,7 @@
-"""YAML + overrides → a checked, typed `RunConfig`.
+"""Load a YAML and its overrides into a checked, typed `RunConfig`.
 
-Everything that is wrong is reported at once, before a model is loaded: the key, what was given,
-what was expected, what to type next.
+All problems are reported together, before a model is loaded. Each names the key, the value given,
+the value expected and what to type next.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ def load(
     Args:
         path: the YAML, or its content as a mapping.
         overrides: `a.b.c=value`, the value read as YAML; `null` drops a section.
-        allow: prefixes of `_target_` names opened on the command line.
-        config_only: models need nothing but a config.json, as for a plan.
+        allow: prefixes of `_target_` names that the command line permits.
+        config_only: a plan is made, for which a model needs only its config.json.
 
     Raises:
-        ConfigError: everything that is wrong.
+        ConfigError: lists all problems.
     """
     data, text, source = read(path, overrides or [])
     with source.add_places():
@@ -49,7 +49,7 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     """Return the typed config of a YAML's values.
 
     Raises:
-        ConfigError: everything that is wrong with them.
+        ConfigError: lists all problems.
     """
     translated = Translation(data, allow)
     written, data, problems = data.get("lr_scheduler"), translated.data, translated.problems
@@ -61,6 +61,7 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
     cfg = RunConfig(**values, notes=translated.notes)
 
+    # Values that are right one by one may still contradict each other or this machine's disk.
     find_contradictions(cfg, data, problems)
     directories: dict[str, Any] = {
         "checkpoint.checkpoint_dir": cfg.checkpoint.enabled and cfg.checkpoint.checkpoint_dir,
@@ -72,13 +73,14 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     if problems:
         raise ConfigError(_drop_repeats(problems, written))
 
+    # Only a config without problems gets notes on keys that have no effect.
     cfg.notes += find_idle_keys(cfg, data)
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
     return cfg
 
 
-#: Of lr_scheduler: what `translate_schedule` makes of NeMo-AutoModel's names.
+#: Keys of lr_scheduler → the NeMo-AutoModel names that `translate_schedule` makes them from.
 _NEMO_NAMES = {
     "num_warmup_steps": "lr_warmup_steps",
     "scheduler_specific_kwargs.min_lr": "min_lr",
@@ -87,7 +89,7 @@ _NEMO_NAMES = {
 
 
 def _drop_repeats(problems: list[str], schedule: Any) -> list[str]:
-    """Return each key's problem once, under the name that was written."""
+    """Return one problem for each key, under the name that the YAML uses."""
     found: dict[str, str] = {}
     for line in problems:
         for ours, theirs in _NEMO_NAMES.items():
@@ -97,9 +99,9 @@ def _drop_repeats(problems: list[str], schedule: Any) -> list[str]:
     return [*found.values()]
 
 
-#: On these the course of a run does not depend: where it is kept and shown. When it stops belongs
-#: to them too, unless a schedule of the learning rate is stretched over it.
-_NOT_OF_THE_COURSE = (
+#: Keys that do not change the weights of any step: they say where a run is saved and logged. The
+#: number of steps is one of them too, unless the learning rate's schedule depends on it.
+_WITHOUT_INFLUENCE = (
     "checkpoint.",
     "tensorboard.",
     "wandb.",
@@ -113,22 +115,22 @@ _NOT_OF_THE_COURSE = (
 
 
 def fingerprint(cfg: RunConfig) -> dict[str, Any]:
-    """Return what decides the course of a run, by name: the YAML's own words, secrets blanked, and
-    the versions of what computes."""
+    """Return the settings that decide the weights of each step, by name: the YAML's values with
+    secrets blanked, and the versions of the libraries."""
     from importlib.metadata import version
 
     from omegaconf import OmegaConf
 
     flat: dict[str, Any] = {}
-    elsewhere: tuple[str, ...] = _NOT_OF_THE_COURSE
+    ignored: tuple[str, ...] = _WITHOUT_INFLUENCE
     if cfg.lr_scheduler is None or cfg.lr_scheduler.name.startswith("constant"):
-        elsewhere = (*elsewhere, "step_scheduler.max_steps", "step_scheduler.num_epochs")
+        ignored = (*ignored, "step_scheduler.max_steps", "step_scheduler.num_epochs")
 
     def walk(tree: Any, prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, dict) and value:
                 walk(value, f"{prefix}{name}.")
-            elif not f"{prefix}{name}".startswith(elsewhere):
+            elif not f"{prefix}{name}".startswith(ignored):
                 flat[f"{prefix}{name}"] = value
 
     walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
@@ -140,7 +142,7 @@ def check_world(cfg: RunConfig, world_size: int) -> None:
     """Refuse batch sizes that do not fit the number of ranks.
 
     Raises:
-        ConfigError: with a batch size that would.
+        ConfigError: proposes a batch size that fits.
     """
     if misfit := misfit_of_batch(cfg.step_scheduler, world_size):
         raise ConfigError([misfit])

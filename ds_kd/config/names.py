@@ -1,5 +1,5 @@
-"""Which names a config may use: NeMo-AutoModel's, translated; a short list of others; and what is
-refused, with its remedy."""
+"""Tables of names: those of NeMo-AutoModel with their translation, those that a config may call,
+and those that are refused, with what to write instead."""
 
 from ds_kd.config.keys import ComponentRules
 
@@ -12,7 +12,7 @@ DIVERGENCES = f"{LOSSES}divergences."
 
 
 def home_of(dotted: str) -> str:
-    """Return where a public name of ds_kd is defined; any other name as it is.
+    """Return the full name of a public name of ds_kd, and any other name unchanged.
 
     `ds_kd.losses.Name` is the cross-entropy or one of the divergences.
     """
@@ -50,7 +50,7 @@ ALLOWED = {
     "deepspeed.ops.adam.DeepSpeedCPUAdam",
 }
 
-#: Names somebody will try, and what to write instead.
+#: Names that a user may try, and what to write instead.
 UNSUPPORTED = {
     "torch.optim.Adafactor": "it looks at whole matrices and ZeRO-3 gives it flat shards; "
     "write torch.optim.AdamW",
@@ -87,7 +87,7 @@ UNSUPPORTED = {
 _PLACES = "ZeRO-3 places the weights; remove it"
 _QUANTIZES = "quantised weights are not supported; remove it and write torch_dtype: bf16"
 _AHEAD = "heads that predict several tokens ahead are not trained here; remove it"
-#: Arguments of from_pretrained that contradict ZeRO-3, or would train something else.
+#: Arguments of from_pretrained that contradict ZeRO-3, or would train another model.
 NOT_WITH_ZERO = {
     **dict.fromkeys(("device_map", "max_memory", "tp_plan", "offload_folder"), _PLACES),
     **dict.fromkeys(
@@ -145,11 +145,11 @@ WITHOUT_EFFECT = {
     "step_scheduler.loss_average_window_steps": "the loss of every step is logged",
 }
 
-#: Its sections for other programs; not even their `${…}` are looked at.
+#: Its sections for other programs; their values are not read, not even their `${…}`.
 UNREAD = {"ci", "skypilot"}
 
-#: Keys of NeMo-AutoModel that have no meaning here: refused unless they are off, and what to do
-#: instead.
+#: Keys of NeMo-AutoModel that have no meaning here, and what to do instead. They are refused unless
+#: they are off.
 REFUSED_KEYS = {
     "separate_meshes": "student and teacher share all ranks here; remove it and "
     "teacher_distributed",
@@ -203,5 +203,10 @@ OF_OPTIMIZER = ComponentRules(
 
 
 def of_loss(name: str, home: str) -> ComponentRules:
-    """Return the rules of a loss's section: what it calls by default, and the file of its like."""
+    """Return the rules of a loss's section.
+
+    Args:
+        name: the loss that it calls by default.
+        home: prefix of the losses that it may call.
+    """
     return ComponentRules(calls=name, may_call=(home,), kwargs={})

@@ -1,8 +1,8 @@
-"""A YAML as people write it → the same in the schema's own words, before anything is checked.
+"""Translate a YAML into the schema's own keys, before anything is checked.
 
-NeMo-AutoModel's names and other spellings are translated, each with a note where that changes
-something a reader would look for. What changes no result is taken out. What would train something
-else (tensor parallelism, fp8, quantised weights) stays in, and the checks refuse it.
+NeMo-AutoModel's names and other spellings are translated, with a note if a reader may look for the
+effect of one. Keys that change no result are removed. Keys that would train another model (tensor
+parallelism, fp8, quantised weights) stay, and the checks refuse them.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _OF_TOKENIZER = {"_target_", _NAME, "trust_remote_code"}
 
 
 class Translation:
-    """A config on its way into the schema's words.
+    """The values of a YAML, translated when this object is made.
 
     Args:
-        data: the YAML's values; a copy is changed.
-        allow: prefixes of `_target_` names opened on the command line.
+        data: the YAML's values; they are copied.
+        allow: prefixes of `_target_` names that the command line permits.
     """
 
     def __init__(self, data: dict[str, Any], allow: tuple[str, ...] = ()):
@@ -57,7 +57,7 @@ class Translation:
             step()
 
     def section(self, name: str) -> dict[str, Any]:
-        """Return a section to read or change; an empty one where there is none."""
+        """Return a section to read or change, or an empty mapping if there is none."""
         found = self.data.get(name)
         return found if isinstance(found, dict) else {}
 
@@ -73,7 +73,7 @@ class Translation:
                 self.notes.append(f"{path}: accepted; {reason}")
 
     def _translate_words(self) -> None:
-        """Read `none` as null, and drop private keys: anchors, and what somebody put aside."""
+        """Read `none` as null, and drop keys that begin with `_`, which often hold anchors."""
         for name in [name for name in self.data if name.startswith("_")]:
             self.drop(name, "a name that begins with _ is not read")
         distributed = self.section("distributed")
@@ -95,7 +95,7 @@ class Translation:
             self.drop("dataloader.batch_size", "step_scheduler.local_batch_size says the same")
 
     def _translate_switches(self) -> None:
-        """Write out the sections that null or one word switches on or off."""
+        """Expand the sections that null or one word switches on or off."""
         if isinstance(self.data.get("compile"), bool):
             self.data["compile"] = {"enabled": self.data["compile"]}
         compiled = self.section("compile")
@@ -137,7 +137,7 @@ class Translation:
             self._withhold_trust(name, model)
 
     def _withhold_trust(self, name: str, model: dict[str, Any]) -> None:
-        """Take transformers' own code, as NeMo-AutoModel's recipes trust every author."""
+        """Use transformers' own code: NeMo-AutoModel's recipes set trust_remote_code everywhere."""
         is_nemos = str(model.get("_target_")).startswith("nemo_automodel.")
         if is_nemos and model.get("trust_remote_code") is True and model.get(_NAME):
             if model[_NAME] in self.allow:
@@ -149,7 +149,7 @@ class Translation:
             )
 
     def _is_student_tokenizer(self, tokenizer: Any) -> bool:
-        """Return whether a tokenizer's section means the student's own, as it is."""
+        """Return whether a tokenizer's section names the student's own tokenizer, unchanged."""
         if not isinstance(tokenizer, dict) or not set(tokenizer) <= _OF_TOKENIZER:
             return False
         name = self.section("model").get(_NAME)
@@ -160,7 +160,7 @@ class Translation:
             self.drop("tokenizer", "it is the student's own")
 
     def _translate_loaders(self) -> None:
-        """Write `collate_fn: {_target_: …}` of a known collater as its name alone."""
+        """Replace `collate_fn: {_target_: …}` of a known collater by its name."""
         for name in ("dataloader", "validation_dataloader"):
             loader, key = self.section(name), f"{name}.collate_fn"
             given = loader.get("collate_fn")
@@ -170,8 +170,7 @@ class Translation:
             if dotted in NEMO_COLLATERS:
                 loader["collate_fn"] = _COLLATER
                 self.notes.append(
-                    f"{key}: accepted; default_collater takes its place, which lays packs end to "
-                    f"end"
+                    f"{key}: accepted; default_collater takes its place and lays packs end to end"
                 )
             elif isinstance(given, dict) and ALIASES.get(dotted, dotted) == _COLLATER:
                 loader["collate_fn"] = _COLLATER
@@ -181,7 +180,7 @@ class Translation:
                 ]
 
     def _translate_data_sets(self) -> None:
-        """Drop what a data set's section says of padding, shuffling and the student's tokenizer."""
+        """Drop a data set's keys about padding, shuffling and the student's tokenizer."""
         for name in ("dataset", "validation_dataset"):
             section = self.section(name)
             if str(section.get("_target_", "")).endswith(".ChatDataset"):
@@ -193,7 +192,7 @@ class Translation:
                 self.drop(f"{name}.tokenizer", "it is the student's own")
 
     def _translate_loss(self) -> None:
-        """Put this project's cross-entropy in the place of a fused or chunked one."""
+        """Replace a fused or chunked cross-entropy by the one of this project."""
         section = self.section("loss_fn")
         name = section.get("_target_")
         if not isinstance(name, str) or name not in NEMO_LOSSES:
@@ -212,7 +211,7 @@ class Translation:
             self.data["lr_scheduler"] = translate_schedule(given, self.problems, self.notes)
 
     def _note_distributed(self) -> None:
-        """Note the layouts of ranks whose place ZeRO-3 takes."""
+        """Note that ZeRO-3 takes the place of the layout of ranks that the YAML describes."""
         section = self.section("distributed")
         if not section:
             return
@@ -229,7 +228,7 @@ class Translation:
 
 
 def _copy(tree: Any) -> Any:
-    """Return the same tree in mappings and lists of its own."""
+    """Return a deep copy of nested mappings and lists."""
     if isinstance(tree, dict):
         return {name: _copy(value) for name, value in tree.items()}
     return [_copy(value) for value in tree] if isinstance(tree, list) else tree
@@ -249,7 +248,7 @@ _NEMO_SCHEDULE = {"lr_decay_style", "lr_warmup_steps", "min_lr", "_target_"}
 def translate_schedule(
     section: dict[str, Any], problems: list[str], notes: list[str]
 ) -> dict[str, Any]:
-    """Return NeMo-AutoModel's `lr_scheduler` section in transformers' words; any other as it is."""
+    """Return an `lr_scheduler` section with NeMo-AutoModel's keys replaced by transformers'."""
     dotted = section.get("_target_")
     if dotted is not None and not str(dotted).startswith("nemo_automodel."):
         hint = "write lr_scheduler.name with a schedule of transformers, such as cosine"
@@ -265,6 +264,7 @@ def translate_schedule(
         )
         return rest
 
+    # transformers has another schedule, with another argument, for a rate that decays to `min_lr`.
     plain, with_least, keyword = _DECAY_STYLES[style]
     made: dict[str, Any] = {"name": plain, "num_warmup_steps": section.get("lr_warmup_steps", 0)}
     if least is not None and not (type(least) in (int, float) and least >= 0):

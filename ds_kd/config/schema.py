@@ -1,4 +1,4 @@
-"""The config's schema and documentation: every key with its type, bounds, unit and a sentence."""
+"""The top level of the config: each key with its type, bounds, unit and a sentence."""
 
 from __future__ import annotations
 
@@ -126,16 +126,16 @@ class RunConfig:
 
     @property
     def validates(self) -> bool:
-        """Return whether there is something to validate with."""
+        """Return whether the run has validation data."""
         return self.validation_dataset is not None or self.validation_share is not None
 
     @property
     def loads_teacher(self) -> bool:
-        """Return whether a named teacher is loaded: to train with, or to be measured against."""
+        """Return whether a teacher is loaded, for training or for validation alone."""
         measures = self.step_scheduler.validate_teacher and self.validates
         return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
 
     @property
     def tensorboard_dir(self) -> str:
-        """Return the directory of TensorBoard's events and of metrics.jsonl."""
+        """Return the directory of the TensorBoard events and of metrics.jsonl."""
         return self.tensorboard.log_dir or str(Path(self.checkpoint.checkpoint_dir) / "tensorboard")

@@ -1,4 +1,4 @@
-"""The sections of the config that have keys of their own: each with its type, bounds, unit and a
+"""The sections of the config that have keys of their own, each key with type, bounds, unit and a
 sentence."""
 
 from __future__ import annotations

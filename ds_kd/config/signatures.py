@@ -1,4 +1,4 @@
-"""The arguments of a function or class, read from its source file: nothing is imported."""
+"""Read the arguments of a function or class from its source file, without importing it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 
 from ds_kd.config.names import DIVERGENCES, LOSSES, home_of
 
-_HOPS = 4  # of `from .other import name`
+_HOPS = 4  # longest chain of `from .other import name` that is followed
 
 
 @dataclass(frozen=True)
 class Signature:
-    """Args:
-    annotations: argument → its annotation as text, empty where there is none.
-    required: arguments without a default.
-    is_open: whether any others are taken too.
-    decorators: names of the functions that decorate it.
+    """The arguments of a callable.
+
+    Args:
+        annotations: argument → its annotation as text, empty where there is none.
+        required: arguments without a default.
+        is_open: whether it takes other arguments too.
+        decorators: names of the functions that decorate it.
     """
 
     annotations: dict[str, str]
@@ -30,7 +32,7 @@ class Signature:
 
 @functools.cache
 def signature_of(dotted: str) -> Signature | None:
-    """Return the signature of a dotted name; None where the source does not tell."""
+    """Return the signature of a dotted name, or None if its source cannot be read."""
     module, _, name = home_of(dotted).rpartition(".")
     for _ in range(_HOPS):
         path = _file_of(module)
@@ -40,6 +42,8 @@ def signature_of(dotted: str) -> Signature | None:
             tree = ast.parse(path.read_text())
         except (OSError, ValueError, SyntaxError):
             return None
+
+        # The name is defined in this file, or imported from the file that is looked at next.
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
@@ -58,8 +62,8 @@ def signature_of(dotted: str) -> Signature | None:
 
 @functools.cache
 def divergences() -> tuple[str, ...]:
-    """Return the public names of the project's divergences: the classes of their file that derive
-    from another one of it."""
+    """Return the public names of the project's divergences: the classes of `losses/divergences.py`
+    that derive from another class of that file."""
     path = _file_of(DIVERGENCES.rstrip("."))
     assert path is not None
     classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
@@ -72,7 +76,7 @@ def divergences() -> tuple[str, ...]:
 
 
 def _file_of(module: str) -> Path | None:
-    """Return the file of a module, found as importlib would but without importing its parents."""
+    """Return the file of a module as importlib would find it, without importing its parents."""
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -89,7 +93,7 @@ def _file_of(module: str) -> Path | None:
 
 
 def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tuple | None:
-    """Return (module, name) that a module's own `from … import …` takes a name from."""
+    """Return the (module, name) from which a module imports a name, or None."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom):
             for alias in node.names:
@@ -102,7 +106,7 @@ def _import_of(tree: ast.Module, name: str, module: str, is_package: bool) -> tu
 
 
 def _find_decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
-    """The names of a definition's decorators, those that are called alone."""
+    """Return the names of the decorators that a definition calls with arguments."""
     called = (each.func for each in node.decorator_list if isinstance(each, ast.Call))
     return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
 

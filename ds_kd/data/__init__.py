@@ -1,4 +1,4 @@
-"""Rows of text → token ids with shifted labels → micro-batches.
+"""Data sets: rows of text become token ids with shifted labels, and these become micro-batches.
 
-The one label shift is `chat.shift`.
+Labels are shifted in one place, `labels.shift`.
 """

@@ -1,9 +1,9 @@
-"""Text → token ids and the mask of supervised tokens.
+"""Tokenise text, and mark the supervised tokens.
 
-In plain form the answer's tokens are supervised, and EOS after them; in chat form everything an
-assistant turn adds to the rendered conversation (header and closing tokens included), or what the
-template marks with `{% generation %}`. An empty answer or turn supervises
-nothing. Imports no torch: configs are checked with it.
+In plain form the tokens of the answer and EOS after them are supervised. In chat form all tokens
+that an assistant turn adds to the rendered conversation are (header and closing tokens included),
+or those that the template marks with `{% generation %}`. Of an empty answer or turn no token is.
+This module imports no torch, as the check of a config imports it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ds_kd.data.labels import shift
 from ds_kd.data.rows.declaration import data_set
 from ds_kd.data.rows.source import make_samples
 
-#: Roles that templates know; any other needs a template given with the data.
+#: Roles that templates know; any other one needs `chat_template`.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 _OTHER_WORDS = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"}
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -26,16 +26,16 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 def tokenize_prompt_answer(
     tokenizer: Any, prompt: str, answer: str
 ) -> tuple[list[int], list[bool]]:
-    """Tokenise running text; supervised are all tokens that hold some of the answer, and EOS.
+    """Tokenise running text; all tokens that hold some of the answer are supervised, and EOS.
 
-    The text is tokenised once, as the model will read it. Where a BPE merges the prompt's last
-    space into the answer's first token, that token is the answer's: it has its characters. EOS ends
-    the answer, so that the student learns to stop; an empty answer supervises nothing.
+    The text is tokenised once, as the model will read it. If a BPE merges the prompt's last space
+    into the answer's first token, that token belongs to the answer. EOS ends the answer, so that
+    the student learns to stop. Of an empty answer no token is supervised.
 
     Args:
-        tokenizer: one with offsets tells which characters each token holds; of one without, what
-            follows the tokens that the text shares with its prompt alone is the answer's.
-        prompt, answer: texts, joined as they are.
+        tokenizer: the offsets of a fast one tell which characters each token holds. With a slow
+            one, the answer begins after the tokens that the text and its prompt alone share.
+        prompt, answer: texts, joined unchanged.
     """
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
@@ -48,6 +48,8 @@ def tokenize_prompt_answer(
         same = [one == other for one, other in zip(ids, alone, strict=False)]
         start = [*same, False].index(False)
         mask = [i >= start for i in range(len(ids))]
+
+    # EOS may be there already, or the tokenizer may have none.
     if not answer.strip():
         return ids, [False] * len(ids)
     eos = tokenizer.eos_token_id
@@ -61,19 +63,19 @@ def tokenize_prompt_answer(
 def conversation_of(
     row: dict[str, Any], any_role: bool = False, column: str = "messages"
 ) -> tuple[list[dict], list | None]:
-    """Return a row's messages and its tools, which are None where there are none.
+    """Return a row's messages and its tools, or None in place of tools.
 
-    Content parts of text are joined, null values dropped (a table fills absent keys with them),
-    JSON texts of messages, of tools and of a call's arguments decoded. The text of a `system`
-    column begins a conversation without a system turn.
+    Content parts of text are joined. Null values are dropped, as a table fills absent keys with
+    them. JSON texts of messages, tools and a call's arguments are decoded. The text of a `system`
+    column becomes the first turn of a conversation that has no system turn.
 
     Args:
-        row: with `messages`, perhaps with `tools` and `system`.
-        column: in place of `messages`.
-        any_role: leave it to the template which roles there are.
+        row: has `messages`, perhaps `tools` and `system`.
+        column: the column of the messages.
+        any_role: accept roles that `ROLES` does not list.
 
     Raises:
-        ValueError: not a conversation, or one without an assistant turn.
+        ValueError: it is no conversation, or has no assistant turn.
     """
     given = _decode_json(row[column])  # in CSV it is a text
     if not isinstance(given, list) or not all(isinstance(m, dict) for m in given):
@@ -112,7 +114,7 @@ def _read_message(given: dict[str, Any], any_role: bool) -> dict[str, Any]:
 
 
 def _join_text(content: Any) -> str:
-    """Text, or the texts of its parts joined."""
+    """Return the content of a message as text, the texts of its parts joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -127,7 +129,7 @@ def _join_text(content: Any) -> str:
 
 
 def _decode_call(call: dict[str, Any]) -> dict[str, Any]:
-    """A call whose arguments are a mapping, which is what templates write as JSON themselves."""
+    """Return a tool call with its arguments as a mapping, which templates then write as JSON."""
     inner = call.get("function")
     if isinstance(inner, dict):
         return {**call, "function": _decode_call(inner)}
@@ -135,7 +137,7 @@ def _decode_call(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_json(value: Any) -> Any:
-    """The mapping or list of a JSON text; anything else as it is."""
+    """Return the mapping or list of a JSON text, and any other value unchanged."""
     if not isinstance(value, str):
         return value
     try:
@@ -154,13 +156,13 @@ def _drop_nulls(value: Any) -> Any:
 def tokenize_chat(
     tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
 ) -> tuple[list[int], list[bool]]:
-    """Chat form: the tokenizer's template; supervised are the assistant's turns.
+    """Tokenise a conversation by the chat template; the assistant's turns are supervised.
 
     Args:
-        messages, tools: as `conversation_of` gives them.
+        messages, tools: the result of `conversation_of`.
 
     Raises:
-        ValueError: the template refuses the conversation, leaves calls of tools out, or rewrites
+        ValueError: the template refuses the conversation, leaves tool calls out, or rewrites
             earlier turns so that their tokens cannot be found.
     """
     template = tokenizer.get_chat_template(tools=tools)
@@ -184,7 +186,7 @@ def tokenize_chat(
 
 
 def _has_content(message: dict[str, Any]) -> bool:
-    """Whether a turn has anything to learn: a text, a call, or a template's further part."""
+    """Return whether a turn has anything to learn: a text, a call, or another field."""
     return any(
         value.strip() if isinstance(value, str) else value
         for name, value in message.items()
@@ -197,7 +199,7 @@ def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kw
 
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
-    # A system turn, two user turns in a row: some refuse these; others fail on what is not there.
+    # Some templates refuse a system turn or two user turns in a row; others fail on absent values.
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
@@ -205,7 +207,7 @@ def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kw
 def _count_prefix(
     tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]
 ) -> int:
-    """How many tokens of the whole conversation the first messages take."""
+    """Return the number of tokens that the first messages take in the whole conversation."""
     if not messages:
         return 0
     part = list(_render(tokenizer, messages, tools)["input_ids"])
@@ -222,7 +224,7 @@ def _count_prefix(
 
 
 def use_template(tokenizer: Any, chat_template: str | None) -> None:
-    """Give the tokenizer another template: Jinja text, or the path of a file holding it.
+    """Set the tokenizer's chat template: Jinja text, or the path of a file that holds it.
 
     Raises:
         ValueError: it is neither.
@@ -233,17 +235,17 @@ def use_template(tokenizer: Any, chat_template: str | None) -> None:
         tokenizer.chat_template = chat_template
     elif Path(chat_template).is_file():
         tokenizer.chat_template = Path(chat_template).read_text()
-    else:  # as a template it would render every conversation to its own name
+    else:  # a mistyped path is valid Jinja, and would render every conversation to itself
         raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
 
 
 def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:
-    """`seq_length` where truncation is on (True or a Hugging Face strategy name), else None."""
+    """Return `seq_length` if truncation is on (True or a Hugging Face strategy name), else None."""
     return None if truncation in (False, None, "do_not_truncate") else seq_length
 
 
 def read_conversation(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
-    """Return `conversation_of` a row, as `ChatDataset` with these arguments reads it."""
+    """Return the messages and tools of a row, as `ChatDataset` with these arguments reads it."""
     any_role = arguments.get("chat_template") is not None
     return conversation_of(row, any_role, arguments.get("column", "messages"))
 
@@ -259,9 +261,10 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     chat_template: str | None = None,
     column: str = "messages",
 ) -> Any:
-    """Conversations: rows with a `messages` column, a list of `{role, content}` or of ShareGPT's
-    `{from, value}`; every assistant turn is supervised, its `tool_calls` too. A `tools` column goes
-    to the template. `column` names another than `messages`.
+    """Return samples of conversations, whose assistant turns are supervised, `tool_calls` included.
+
+    Rows have a column `messages` (or `column`), a list of `{role, content}` or of ShareGPT's
+    `{from, value}`. A column `tools` is passed to the template.
 
     Raises:
         ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
@@ -270,8 +273,8 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
     use_template(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"{tokenizer.name_or_path} has no chat template; "
-            "give chat_template: a Jinja file or text"
+            f"{tokenizer.name_or_path} has no chat template; give chat_template: a Jinja file or "
+            f"text"
         )
     length = cut_length(seq_length, truncation)
 

@@ -1,4 +1,4 @@
-"""Samples → one micro-batch of tensors."""
+"""Collate samples into one micro-batch of tensors."""
 
 from __future__ import annotations
 
@@ -14,24 +14,22 @@ def default_collater(
 ) -> dict[str, Any]:
     """Pad on the right, or lay packs end to end, and find the supervised positions.
 
-    No attention mask is made: under a causal mask a real token never looks to its right, so right
-    padding cannot reach it, and attention without a mask takes the fast causal kernels. Which token
-    pads is therefore of no consequence either.
+    No attention mask is made: under a causal mask right padding cannot reach a token, and attention
+    without a mask takes the fast causal kernels. The padding token therefore changes no result.
 
     Args:
-        samples: each with `input_ids` and `labels` (lists of the same length, already shifted);
-            `sample_id`, or `sample_ids` and `segment_lengths` of a pack; `num_tokens` where some of
-            the tokens are padding already; `is_filler` where it stands for no sample.
+        samples: `input_ids`, shifted `labels`; `sample_id`, or `sample_ids` and `segment_lengths`
+            of a pack; `num_tokens` if some are padding; `is_filler` if it is no sample.
         pad_seq_len_divisible: round the padded length up to a multiple of this.
-        pad_token_id: put where there is no token.
+        pad_token_id: the padding token.
 
     Returns:
         `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
-        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N,
-        `num_tokens` (not counting padding) and `num_slots` (counting it), ints; `sample_ids`,
-        strings. Packs give one row, `position_ids` `[1, length]` int64 that start again with every
-        sample, and `segment_lengths`, a list of ints.
+        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N, `num_tokens`
+        (without padding), `num_slots` (with padding); `sample_ids`. Packs give one row, with
+        `position_ids` `[1, length]` that restart with every sample, and `segment_lengths`.
     """
+    # A filler keeps this rank's collectives going and counts as nothing.
     real = [sample for sample in samples if not sample.get("is_filler")]
     ids = [i for s in real for i in s.get("sample_ids") or [s.get("sample_id", "")]]
     num_tokens = sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real)
@@ -48,11 +46,9 @@ def default_collater(
     if packed:
         extra = _make_segments(lengths, length)
 
-    def pad(name: str, value: int) -> torch.Tensor:
-        rows = [sample[name] + [value] * (length - len(sample[name])) for sample in samples]
-        return torch.tensor(rows, dtype=torch.int64)
-
-    input_ids, labels = pad("input_ids", pad_token_id), pad("labels", IGNORE_INDEX)
+    # The models' heads are applied at the supervised positions alone.
+    input_ids = _pad([sample["input_ids"] for sample in samples], length, pad_token_id)
+    labels = _pad([sample["labels"] for sample in samples], length, IGNORE_INDEX)
     flat = labels.flatten()
     rows = (flat != IGNORE_INDEX).nonzero().flatten()
     return {
@@ -68,9 +64,15 @@ def default_collater(
     }
 
 
+def _pad(lists: list[list[int]], length: int, value: int) -> torch.Tensor:
+    """Return lists as one int64 tensor `[lists, length]`, padded on the right."""
+    padded = [numbers + [value] * (length - len(numbers)) for numbers in lists]
+    return torch.tensor(padded, dtype=torch.int64)
+
+
 def _make_segments(lengths: list[int], total: int) -> dict[str, Any]:
     """Return the positions and lengths of a pack's samples in a row of `total` tokens."""
-    # What pads is a sample of its own; one without a token is none to attention.
+    # Padding becomes a sample of its own; attention takes no sample without a token.
     lengths = [n for n in lengths if n > 0]
     lengths += [total - sum(lengths)] * (total > sum(lengths))
     positions = torch.cat([torch.arange(n) for n in lengths])[None]

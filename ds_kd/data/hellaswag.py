@@ -1,4 +1,4 @@
-"""HellaSwag as text to learn from: the context and its right ending."""
+"""HellaSwag as text to learn from: a context and its right ending."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_kd.data.rows.declaration import data_set
 from ds_kd.data.rows.source import make_samples, text_of
 
 _COLUMNS = ("ctx", "endings", "label")
-_CLOSE_UP = tuple(" ,.;:!?'")  # what an ending begins with that takes no space before it
+_CLOSE_UP = tuple(" ,.;:!?'")  # an ending that begins so takes no space before it
 
 
 def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
@@ -42,21 +42,20 @@ def HellaSwag(  # a class in NeMo-AutoModel, hence the name
     pad_to_max_length: bool = False,
     trust_remote_code: bool = False,
 ) -> Any:
-    """Rows with `ctx`, `endings` and `label` → samples whose gold ending is supervised.
+    """Return samples of rows with `ctx`, `endings` and `label`, whose right ending is supervised.
 
-    Context and ending are one running text with a space between them, but before a comma and the
-    like.
+    Context and ending are one running text with a space between them, except before punctuation.
 
     Args:
         path_or_dataset, split: see `load_rows`.
-        tokenizer: of the student.
-        num_samples_limit: keep the first so many rows.
-        pad_to_max_length: accepted; padding is the collater's work and changes no result.
+        tokenizer: the student's.
+        num_samples_limit: keep only the first rows, this many.
+        pad_to_max_length: accepted without effect; the collater pads, which changes no result.
         trust_remote_code: only False; `datasets` no longer runs a data set's own code.
 
     Raises:
-        ValueError: the data cannot be had, has other columns, or a label names no ending;
-            `trust_remote_code`.
+        ValueError: the data cannot be read, has other columns, or a label names no ending;
+            `trust_remote_code` is set.
     """
     if trust_remote_code:
         raise ValueError("trust_remote_code: true is not offered for data sets; remove it")

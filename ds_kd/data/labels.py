@@ -1,20 +1,20 @@
-"""Labels: the one value that is not learnt, the one shift, and how many samples teach anything."""
+"""Labels: the value that marks unsupervised positions, the shift, and a count of empty samples."""
 
 from __future__ import annotations
 
 from typing import Any
 
-IGNORE_INDEX = -100  # of positions that are not supervised, as Hugging Face and torch have it
-_MOST = 1000  # samples that are made one by one to be looked at
-_NAMED = 5
-_TOLERATED = 0.01
+IGNORE_INDEX = -100  # label of positions that are not supervised, as in Hugging Face and torch
+_MOST = 1000  # samples that are inspected if each has to be made
+_NAMED = 5  # samples named in the message
+_TOLERATED = 0.01  # share of samples without a supervised token; above it the message is a warning
 
 
 def check_ignore_index(value: int) -> None:
-    """Refuse another `ignore_index` than the one that data sets write.
+    """Refuse an `ignore_index` other than the one that data sets write.
 
     Raises:
-        ValueError: with what to write.
+        ValueError: names the right one.
     """
     if value != IGNORE_INDEX:
         raise ValueError(
@@ -24,29 +24,28 @@ def check_ignore_index(value: int) -> None:
 
 
 def shift(ids: list[int], mask: list[bool], seq_length: int | None = None) -> dict[str, list[int]]:
-    """The label shift: position `i` reads `ids[i]` and predicts `ids[i+1]` where `mask[i+1]`.
+    """Return a sample with shifted labels: position `i` predicts `ids[i+1]` if `mask[i+1]`.
 
-    Masked by position, never by token id, so that EOS stays trainable where it is also the padding
-    token.
+    The mask is by position, never by token id, so that EOS is learnt even if it also pads.
 
     Args:
         ids: tokens of one sample.
-        mask: which of them are supervised.
-        seq_length: cut to so many positions; None keeps all.
+        mask: whether each of them is supervised.
+        seq_length: cut to this many positions; None keeps all.
     """
     labels = [i if m else IGNORE_INDEX for i, m in zip(ids, mask, strict=True)]
     return {"input_ids": ids[:-1][:seq_length], "labels": labels[1:][:seq_length]}
 
 
 def describe_unsupervised(dataset: Any) -> str:
-    """Return a sentence on the samples without a supervised token, empty where there is none.
+    """Return a sentence on the samples without a supervised token, or an empty text.
 
     Args:
-        dataset: samples with `labels`; all are counted where they are at hand, else a thousand
-            spread over the data set.
+        dataset: samples with `labels`. Those of a `datasets.Dataset` are all counted, of another
+            one a thousand, spread over it.
 
     Raises:
-        ValueError: none of the samples has one.
+        ValueError: no sample has a supervised token.
     """
     looked_at, empty = _find_unsupervised(dataset)
     if not empty:
@@ -66,7 +65,7 @@ def describe_unsupervised(dataset: Any) -> str:
 
 
 def _find_unsupervised(dataset: Any) -> tuple[int, list[str]]:
-    """(samples looked at, ids of those without a supervised token)."""
+    """Return the number of samples inspected, and the ids of those without a supervised token."""
     if hasattr(dataset, "with_format"):
         counts = _count_supervised(dataset)
         empty = [k for k, count in enumerate(counts) if not count]
@@ -82,7 +81,7 @@ def _find_unsupervised(dataset: Any) -> tuple[int, list[str]]:
 
 
 def _count_supervised(dataset: Any) -> list[int]:
-    """Supervised tokens of every sample of a `datasets.Dataset`, without making lists of them."""
+    """Count the supervised tokens of each sample of a `datasets.Dataset`, without making lists."""
     import numpy as np
     import pyarrow.compute as pc
 

@@ -1,4 +1,4 @@
-"""Several data sets as one: all of their rows, or drawn by weight."""
+"""A mixture of data sets: all of their samples, or samples drawn by weight."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ds_kd.data.rows.files import columns_of, files_of
 
 
 def data_set_of(part: dict[str, Any]) -> DataSet:
-    """Return the data set that a part of a mixture names, or whose columns its first file has.
+    """Return the data set that a part of a mixture names, or the one with its file's columns.
 
     Raises:
         ValueError: there is none.
@@ -37,7 +37,7 @@ def check_weights(parts: list[dict[str, Any]]) -> None:
     """Refuse weights that are not positive numbers, or that only some parts have.
 
     Raises:
-        ValueError: with what is wrong.
+        ValueError: names the weight, or says that all parts need one.
     """
     weights = [part.get("weight") for part in parts]
     for weight in weights:
@@ -56,19 +56,19 @@ def make_mixture(
     stopping_strategy: str = "first_exhausted",
     limit_dataset_samples: int | None = None,
 ) -> Any:
-    """The samples of several data sets: each once, or drawn by weight.
+    """Return the samples of several data sets, each once, or drawn by weight.
 
     Args:
-        tokenizer: of the student.
-        sources: for each data set its arguments as in a section of its own, and perhaps `weight`;
-            `_target_` may be left out where the columns of local files tell it.
-        seed: decides which of them is drawn next.
-        stopping_strategy: with weights, `first_exhausted` ends where one of them has no sample
-            left, so that none repeats; `all_exhausted` goes on and repeats the shorter ones.
-        limit_dataset_samples: keep the first so many samples of the mixture.
+        tokenizer: the student's.
+        sources: each data set's arguments, as in a section of its own, and perhaps `weight`;
+            `_target_` may be left out if local files have the columns of a known data set.
+        seed: seed of the draws.
+        stopping_strategy: with weights, `first_exhausted` ends when one source is used up, so that
+            none repeats; `all_exhausted` goes on and repeats the shorter ones.
+        limit_dataset_samples: keep only the first samples of the mixture, this many.
 
     Raises:
-        ValueError: a source that cannot be had; told with its number.
+        ValueError: a source cannot be read; names its number.
     """
     import datasets
 
@@ -80,6 +80,8 @@ def make_mixture(
     parts = [_build_part(tokenizer, number, part) for number, part in enumerate(sources)]
     if any("num_tokens" in part.column_names for part in parts):
         parts = [_add_num_tokens(part) for part in parts]
+
+    # `datasets` draws by shares of one.
     weights = [part.get("weight") for part in sources]
     if None in weights:
         mixed = datasets.concatenate_datasets(parts)
@@ -93,7 +95,7 @@ def make_mixture(
 
 
 def _build_part(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
-    """The samples of one source, its number put before their names."""
+    """Return the samples of one source, with its number before each sample id."""
     try:
         found = data_set_of(part)
         arguments = {name: part[name] for name in part if name not in ("_target_", "weight")}

@@ -1,9 +1,8 @@
-"""Data sets of the user's own: what a sample must hold, and which way its labels look.
+"""A user's own data set: check its samples, and shift their labels if they are unshifted.
 
-The contract: a list, or anything with a length and an index, of mappings with `input_ids` and
-`labels`, equally long. Labels are shifted (position `i` holds the token that follows it, -100 where
-none is learnt), or unshifted as Hugging Face's models take them (position `i` holds its own token)
-where the config says so.
+The contract: a list, or another object with a length and an index, of mappings with `input_ids` and
+`labels` of equal length. Labels are shifted (position `i` holds the token that follows it, or -100)
+or, if the config says so, unshifted as in Hugging Face's models (position `i` holds its own token).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from torch.utils.data import Dataset
 from ds_kd.data.labels import IGNORE_INDEX
 
 SHIFTED, UNSHIFTED = "shifted", "unshifted"
-_FIRST_SAMPLES = 16  # enough to tell which way labels look
+_FIRST_SAMPLES = 16  # enough to tell shifted from unshifted labels
 
 
 class DataError(ValueError):
@@ -25,16 +24,16 @@ class DataError(ValueError):
 
 
 class OwnSamples(Dataset):
-    """A user's data set, each sample checked as it is read, its labels shifted.
+    """A user's data set, whose samples are checked as they are read and have shifted labels.
 
     Args:
-        dataset: with a length and an index.
-        vocab_size: ids lie below it.
-        labels: `shifted` or `unshifted`, as the samples have them.
+        dataset: has a length and an index.
+        vocab_size: number of token ids.
+        labels: `shifted` or `unshifted`, the form of the data set's labels.
 
     Raises:
-        DataError: no length or index, a sample out of the contract, or labels that look the other
-            way in the first samples.
+        DataError: no length or index, a sample that breaks the contract, or first samples whose
+            labels have the other form.
     """
 
     def __init__(self, dataset: Any, vocab_size: int, labels: str = SHIFTED):
@@ -57,7 +56,7 @@ class OwnSamples(Dataset):
         return _shift(sample) if self.labels == UNSHIFTED else sample
 
     def _read_sample(self, index: int) -> dict[str, Any]:
-        """The sample as it came, with lists in place of tensors, and a `sample_id`."""
+        """Return a checked sample with lists in place of tensors, and a `sample_id`."""
         given = self.dataset[index]
         try:
             return {"sample_id": str(index), **check_sample(given, self.vocab_size)}
@@ -72,6 +71,8 @@ class OwnSamples(Dataset):
                 own += label == here
                 inner += following is not None
                 follows += label == following
+
+        # Only labels that all agree with the other form are refused: some tokens repeat.
         are_own = 0 < positions == own and follows < inner
         are_shifted = 0 < inner == follows and own < positions
         if self.labels == SHIFTED and are_own:
@@ -101,6 +102,8 @@ def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
     sample = dict(given)
     lists = ("input_ids", "labels", "segment_lengths", "attention_mask")
     sample |= {name: _read_integers(name, given[name]) for name in lists if name in given}
+
+    # A wrong id would index outside the embedding on some rank, long after the start.
     ids, labels = sample["input_ids"], sample["labels"]
     if len(ids) != len(labels):
         raise DataError(f"{len(ids)} input_ids and {len(labels)} labels; give equally many")
@@ -113,6 +116,7 @@ def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
             raise DataError(
                 f"{name} holds {wrong[0]}; the tokenizer's ids go from 0 to {vocab_size - 1}{also}"
             )
+
     lengths = sample.get("segment_lengths", [len(ids)])
     if sum(lengths) != len(ids):
         raise DataError(f"segment_lengths add up to {sum(lengths)} of {len(ids)} tokens")
@@ -123,7 +127,7 @@ def check_sample(given: Any, vocab_size: int) -> dict[str, Any]:
 
 
 def _read_integers(name: str, value: Any) -> list[int]:
-    """A list of a list, tuple, array or tensor."""
+    """Return the integers of a list, tuple, array or tensor as a list."""
     plain = value.tolist() if hasattr(value, "tolist") else value
     try:
         return [operator.index(i) for i in plain]
@@ -134,7 +138,7 @@ def _read_integers(name: str, value: Any) -> list[int]:
 
 
 def _iterate_supervised(sample: dict[str, Any]) -> Iterator[tuple[int, int, int | None]]:
-    """(label, token there, token after it in the same segment) of every supervised position."""
+    """Yield (label, its token, the next token of the segment) for every supervised position."""
     ids, labels, start = sample["input_ids"], sample["labels"], 0
     for length in sample.get("segment_lengths", [len(ids)]):
         end = start + length
@@ -145,7 +149,7 @@ def _iterate_supervised(sample: dict[str, Any]) -> Iterator[tuple[int, int, int 
 
 
 def _shift(sample: dict[str, Any]) -> dict[str, Any]:
-    """Hugging Face's labels in place of shifted ones: each segment is one position shorter."""
+    """Return a sample with its unshifted labels shifted; each segment is one position shorter."""
     ids, labels, lengths, start = [], [], [], 0
     for length in sample.get("segment_lengths", [len(sample["input_ids"])]):
         kept = max(0, length - 1)

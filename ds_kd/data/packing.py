@@ -1,8 +1,8 @@
-"""Whole samples packed into sequences of one length, so that nothing is computed for padding.
+"""Pack whole samples into sequences of one length, so that little is computed for padding.
 
-Positions start again at 0 with every sample and no attention crosses: `ds_kd.models.attention` with
-SDPA, variable-length kernels with flash attention, transformers' block mask with anything else.
-Labels were shifted inside each sample, so that none looks across a border either.
+Positions restart at 0 with every sample, and attention stays inside it: by `ds_kd.models.attention`
+with SDPA, variable-length kernels with flash attention, and transformers' block mask otherwise.
+Labels are shifted inside each sample, so that none belongs to the next one.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 
 
 def lengths_of(dataset: Any) -> list[int]:
-    """Tokens of every sample, padding not counted."""
+    """Return the number of tokens of each sample, without padding."""
     names = getattr(dataset, "column_names", None)
     if names is None:
         return [int(s.get("num_tokens", len(s["input_ids"]))) for s in dataset]
@@ -29,12 +29,12 @@ def lengths_of(dataset: Any) -> list[int]:
 
 
 def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
-    """Best-fit decreasing: each sample, longest first, goes where it leaves the least room.
+    """Pack by best fit decreasing: each sample, longest first, goes where it leaves least room.
 
     Args:
         lengths: tokens of each sample.
         size: tokens a pack holds.
-        seed: decides among samples of one length.
+        seed: seed of the order among samples of equal length.
 
     Returns:
         Packs, each a rising list of sample numbers, in the order of their first samples.
@@ -48,9 +48,11 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
             f"sample {longest} has {lengths[longest]} tokens; give packed_sequence_size: "
             f"{lengths[longest]} or more, or cut samples with seq_length and truncation: true"
         )
+
+    # `rooms` is sorted, so that the smallest room that is large enough is found by bisection.
     shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
-    open_packs: dict[int, list[list[int]]] = {}  # by room left
-    rooms: list[int] = []  # its keys, rising
+    open_packs: dict[int, list[list[int]]] = {}  # room left → packs
+    rooms: list[int] = []  # the keys of open_packs, rising
     packs: list[list[int]] = []
     for index in sorted(shuffled, key=lambda i: -lengths[i]):
         length = lengths[index]
@@ -63,6 +65,7 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
             chosen = open_packs[room].pop()
             if not open_packs[room]:
                 del open_packs[room], rooms[at]
+
         chosen.append(index)
         left = room - length
         if left not in open_packs:
@@ -78,7 +81,7 @@ class PackedDataset(Dataset):
     Args:
         dataset: samples with `input_ids` and `labels`.
         size: tokens a pack holds; shorter packs are not filled up.
-        seed: of `pack`.
+        seed: passed to `pack`.
 
     Raises:
         ValueError: a sample is longer than `size`.
@@ -91,7 +94,7 @@ class PackedDataset(Dataset):
 
     @property
     def fill(self) -> float:
-        """Share of the packs' room that tokens take."""
+        """Return the share of the packs' room that tokens take."""
         return sum(self.lengths) / (self.size * len(self.packs))
 
     def __len__(self) -> int:

@@ -1,8 +1,7 @@
-"""Which samples each rank sees, and when.
+"""The order of samples, and their distribution over ranks and micro-batches.
 
-The order of global batches is a pure function of (seed, epoch): not of the number of ranks, nor of
-how a global batch is cut into micro-batches. The position in the data is therefore one number, and
-resuming is arithmetic.
+The order of global batches depends on (seed, epoch) alone, not on the number of ranks nor on the
+size of a micro-batch. The position in the data is therefore one number, from which a run resumes.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 FILLER = -1
-# Global batches among which samples of like length are sought: enough for little padding, few
-# enough for every epoch to mix them differently.
+# Global batches among which samples of similar length are grouped: enough for little padding, few
+# enough for each epoch to mix them differently.
 _GROUPED_BATCHES = 16
 
 
@@ -23,19 +22,19 @@ class GlobalBatchSampler(Sampler[list[int]]):
     """Micro-batches (lists of indices) of one rank.
 
     Global batch `k` is `order[k·G : (k+1)·G]`; its micro-batch `m` on rank `r` is the `r`-th run of
-    `L` samples in its `m`-th run of `L·W`. The last, partial global batch is kept: every rank gets
-    the same number of micro-batches, and a rank with no sample left gets `[FILLER]`, because
+    `L` samples in its `m`-th run of `L·W`. The last, partial global batch is kept. Every rank gets
+    the same number of micro-batches, and a rank without a sample left gets `[FILLER]`, because
     ZeRO-3's collectives need every rank in every forward.
 
     Args:
-        num_samples: in the data set.
+        num_samples: samples in the data set.
         global_batch_size: G, samples per optimizer step over all ranks.
         local_batch_size: L, samples per micro-batch and rank.
         rank, world_size: r and W.
-        shuffle: a new permutation each epoch, else the data set's order.
-        seed: of the permutations.
+        shuffle: permute the samples anew in each epoch; otherwise keep the data set's order.
+        seed: seed of the permutations.
         drop_last: leave out the last, partial global batch.
-        lengths: tokens of each sample; where given, samples of like length share a micro-batch.
+        lengths: tokens of each sample; if given, samples of similar length share a micro-batch.
 
     Raises:
         ValueError: no samples, or G is not a multiple of L·W.
@@ -77,16 +76,16 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return -(-self.usable // self.global_batch_size)
 
     def seek(self, epoch: int, step_in_epoch: int) -> None:
-        """Where the next `iter()` starts."""
+        """Set the position at which the next `iter()` starts."""
         self._epoch, self._step = epoch, step_in_epoch
 
     def micro_batches(self, step_in_epoch: int) -> int:
-        """How many micro-batches that step has, the same on every rank."""
+        """Return the number of micro-batches of a step, the same on every rank."""
         left = min(self.usable - step_in_epoch * self.global_batch_size, self.global_batch_size)
         return -(-left // (self.local_batch_size * self.world_size))
 
     def order(self, epoch: int) -> list[int]:
-        """Indices in the order of this epoch, all ranks."""
+        """Return the indices of an epoch in order, of all ranks."""
         generator = torch.Generator().manual_seed(self.seed + epoch)
         if self.shuffle:
             order = torch.randperm(self.num_samples, generator=generator).tolist()[: self.usable]
@@ -99,8 +98,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
     def _group_by_length(
         self, order: list[int], lengths: Sequence[int], generator: torch.Generator
     ) -> list[int]:
-        """`order` with like lengths together: sorted within each global batch, and where samples
-        are shuffled anyway, within so many of them, which are then shuffled."""
+        """Return `order` with similar lengths together: sorted within each global batch or, if
+        samples are shuffled, within a window of several batches, which are then shuffled."""
         size = self.global_batch_size
         window = size * (_GROUPED_BATCHES if self.shuffle else 1)
         batches: list[list[int]] = []
@@ -115,8 +114,8 @@ class GlobalBatchSampler(Sampler[list[int]]):
         return [index for batch in batches for index in batch]
 
     def __iter__(self) -> Iterator[list[int]]:
-        # A generator's body runs at its first `next`: the position is taken here, so that a later
-        # `seek` leaves it alone.
+        # The position is read here, as a generator's body runs only at its first `next`, which may
+        # come after a later `seek`.
         return self._iterate_from(self._epoch, self._step)
 
     def _iterate_from(self, epoch: int, first: int) -> Iterator[list[int]]:
@@ -133,9 +132,9 @@ class GlobalBatchSampler(Sampler[list[int]]):
 
 
 class WithFiller(Dataset):
-    """A data set that also serves `FILLER`: one token, no label, no sample id.
+    """A data set that also has a sample for `FILLER`: one token without a label or sample id.
 
-    It adds an exact zero to the loss.
+    It adds exactly zero to the loss.
     """
 
     def __init__(self, dataset: Sequence[dict[str, Any]] | Any):

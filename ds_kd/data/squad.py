@@ -21,7 +21,7 @@ def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
     context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
     try:
         texts = answers["text"]
-        if isinstance(texts, str):  # whose first item would be a letter
+        if isinstance(texts, str):  # its first item would be a letter
             raise TypeError
         return context, question, str(texts[0].strip()) if texts else ""
     except (TypeError, KeyError, AttributeError):
@@ -40,27 +40,25 @@ def make_squad_dataset(
     truncation: bool | str = False,
     chat_template: str | None = None,
 ) -> Any:
-    """Rows with `context`, `question` and `answers.text` → samples whose answer is supervised.
+    """Return samples of rows with `context`, `question`, `answers.text`; the answer is supervised.
 
-    A tokenizer with a chat template gets a user turn (the prompt) and an assistant turn (the
-    answer); one without gets prompt and answer as running text. The answer is the first of
-    `answers.text`, stripped, or empty where there is none.
+    With a chat template the prompt is a user turn and the answer an assistant turn, else they are
+    running text. The answer is the first of `answers.text`, stripped, or empty without one.
 
     Args:
-        tokenizer: of the student.
+        tokenizer: the student's.
         seq_length: for `truncation` and `padding: max_length`, in positions.
-        limit_dataset_samples: keep the first so many rows.
+        limit_dataset_samples: keep only the first rows, this many.
         fp8: only False.
         split, dataset_name: see `load_rows`.
-        padding: `max_length` pads every sample to `seq_length`; anything else leaves it to the
-            collater.
+        padding: `max_length` pads samples to `seq_length`; otherwise the collater pads.
         truncation: true cuts samples to `seq_length`.
         chat_template: Jinja text or file in place of the tokenizer's own.
 
     Raises:
-        ValueError: the data cannot be had or has other columns; `fp8`, or `padding`/`truncation`
-            without `seq_length`.
+        ValueError: the data cannot be read or lack columns; `fp8`; no `seq_length` to cut or pad.
     """
+    # Arguments are refused before any row is read.
     if fp8:
         raise ValueError("fp8: true is not offered; remove it and choose torch_dtype: bf16")
     if seq_length is None and (padding == "max_length" or cut_length(1, truncation)):
@@ -84,7 +82,7 @@ def make_squad_dataset(
 
 
 def _pad(sample: dict[str, Any], seq_length: int, pad_token_id: int) -> dict[str, Any]:
-    """`sample` at `seq_length` positions; `num_tokens` still counts the real ones."""
+    """Return a sample padded to `seq_length` positions; `num_tokens` still counts tokens alone."""
     short = max(0, seq_length - len(sample["input_ids"]))
     return {
         "num_tokens": len(sample["input_ids"]),

@@ -1,4 +1,4 @@
-"""Data sets for rows as people have them: prompts and completions, plain text, ShareGPT."""
+"""Data sets for common forms of rows: prompts and completions, plain text, ShareGPT."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _PROMPT_COMPLETION = {"question": "prompt", "answer": "completion"}
 
 
 def _read_texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str]:
-    """Return a row's texts by their part in the conversation, in the order they are read.
+    """Return a row's texts by their part in the conversation, in the order of reading.
 
     Raises:
-        ValueError: one is not text, or the mapping lacks an answer, or anything before it.
+        ValueError: one is not text, or the mapping lacks an answer or anything before it.
     """
     mapping = arguments.get("column_mapping") or _PROMPT_COMPLETION
     is_mapping = isinstance(mapping, dict) and all(isinstance(n, str) for n in mapping.values())
@@ -56,26 +56,26 @@ def make_instruction_dataset(
     limit_dataset_samples: int | None = None,
     chat_template: str | None = None,
 ) -> Any:
-    """Rows with a question, perhaps a context, and an answer → samples whose answer is supervised.
+    """Return samples of rows with a question, perhaps a context, and an answer to learn.
 
-    With a chat template the context is the system turn, the question the user's. Without, they are
-    running text, a space between them where neither side has one.
+    With a chat template the context is the system turn and the question the user's. Without one
+    they are running text, with a space between two of them if neither has one there.
 
     Args:
         path_or_dataset_id, split: see `load_rows`.
-        tokenizer: of the student.
-        column_mapping: `context`, `question`, `answer` → the columns that hold them; `prompt` and
-            `completion` by default.
+        tokenizer: the student's.
+        column_mapping: `context`, `question`, `answer` → their columns; by default `prompt` is the
+            question and `completion` the answer.
         answer_only_loss_mask: False supervises every token.
-        seq_length: with `truncation`, cuts samples to so many positions.
-        padding: accepted; padding is the collater's work and changes no result.
-        start_of_turn_token: accepted; the turns are found without it.
-        limit_dataset_samples: keep the first so many rows.
+        seq_length: with `truncation`, cuts samples to this many positions.
+        padding: accepted without effect; the collater pads, which changes no result.
+        start_of_turn_token: accepted without effect; turns are found by the template.
+        limit_dataset_samples: keep only the first rows, this many.
         chat_template: Jinja text or file in place of the tokenizer's own.
 
     Raises:
-        ValueError: the data cannot be had, lacks a column, or has no text there; a mapping without
-            an answer, or without anything before it.
+        ValueError: the data cannot be read, or lack a column or its text; the mapping lacks an
+            answer or anything before it.
     """
     arguments = {"column_mapping": column_mapping}
     columns = tuple((column_mapping or _PROMPT_COMPLETION).values())
@@ -96,7 +96,7 @@ def make_instruction_dataset(
 
 
 def _tokenize_running_text(tokenizer: Any, texts: dict[str, str]) -> tuple[list[int], list[bool]]:
-    """Tokenise parts that end in an answer, with a space between where neither side has one."""
+    """Tokenise parts that end in an answer, with a space before it if neither side has one."""
     prompt = " ".join(text for part, text in texts.items() if part != "answer")
     gap = "" if prompt[-1:].isspace() or texts["answer"][:1].isspace() else " "
     return tokenize_prompt_answer(tokenizer, prompt + gap, texts["answer"])
@@ -116,7 +116,8 @@ def make_sharegpt_dataset(
     limit_dataset_samples: int | None = None,
     chat_template: str | None = None,
 ) -> Any:
-    """Rows with a `conversations` column, a list of `{from, value}`; as `ChatDataset` otherwise."""
+    """Return samples of rows with a column `conversations`, a list of `{from, value}`; see
+    `ChatDataset`."""
     return ChatDataset(
         dataset_name,
         tokenizer,
@@ -144,17 +145,17 @@ def make_text_dataset(
     truncation: bool | str | None = None,
     limit_dataset_samples: int | None = None,
 ) -> Any:
-    """Rows of plain text → samples whose every token is supervised, and EOS after it.
+    """Return samples of rows of plain text; every token is supervised, and EOS after the last.
 
     Args:
         dataset_name, split: see `load_rows`.
-        tokenizer: of the student.
-        column: that holds the text.
-        seq_length: with `truncation`, cuts samples to so many positions.
-        limit_dataset_samples: keep the first so many rows.
+        tokenizer: the student's.
+        column: the column of the text.
+        seq_length: with `truncation`, cuts samples to this many positions.
+        limit_dataset_samples: keep only the first rows, this many.
 
     Raises:
-        ValueError: the data cannot be had, lacks the column, or has no text there.
+        ValueError: the data cannot be read, or lack the column or its text.
     """
     length = _find_cut_length(seq_length, truncation)
 

@@ -1,1 +1,1 @@
-"""What a run achieved: models compared on held-out rows."""
+"""Compare the models of a run on held-out rows."""

@@ -1,4 +1,4 @@
-"""What a distillation run achieved: its log's numbers, and a held-out row put to all models."""
+"""Compare a run's models: the numbers of its log, and their answers to a held-out row."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = (
 
 
 class CompareError(UserError):
-    """Something to compare is missing; the message is for the user."""
+    """A model, log or row to compare is missing."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def summarize(records: list[dict[str, Any]]) -> list[str]:
-    """Return lines that tell validation before and after a run, and its speed."""
+    """Return lines about the validation before and after a run, and its speed."""
     validations = [record for record in records if "val_loss" in record]
     if len(validations) < 2:
         return [
@@ -69,11 +69,11 @@ def summarize(records: list[dict[str, Any]]) -> list[str]:
 
 
 def question_of(sample: dict[str, list[int]], tokenizer: Any) -> tuple[list[int], list[int]]:
-    """Return the tokens that ask for the last supervised run of a sample, and those of that run.
+    """Return the tokens before the last supervised span of a sample, and the tokens of that span.
 
     Args:
         sample: `input_ids` and shifted `labels`.
-        tokenizer: where a chat template opens the answer with a header, the header is part of the
+        tokenizer: its chat template may open the answer with a header, which is then part of the
             question.
 
     Raises:
@@ -94,7 +94,7 @@ def question_of(sample: dict[str, list[int]], tokenizer: Any) -> tuple[list[int]
 
 
 def _find_answer_header(tokenizer: Any) -> list[int]:
-    """Tokens with which the chat template opens an assistant's turn; none without a template."""
+    """Return the tokens with which the chat template opens an assistant's turn."""
     if tokenizer.chat_template is None:
         return []
     turn = [{"role": "user", "content": "x"}]
@@ -134,7 +134,7 @@ def compare(
     Args:
         models: directories by label; they share one tokenizer.
         data: a file of rows that a data set of ds_kd reads, or samples.
-        row: which of them, from 0.
+        row: the number of the row, from 0.
 
     Raises:
         CompareError: a model or that row is missing.
@@ -144,6 +144,8 @@ def compare(
     for directory in models.values():
         if not (directory / "config.json").is_file():
             raise CompareError(f"{directory}: no Hugging Face model there")
+
+    # Rows of a file are tokenised as a data set of ds_kd would; samples come as they are.
     tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
     samples: Any = data
     name = "the held-out data"
@@ -155,6 +157,7 @@ def compare(
             raise CompareError(f"--data: {first_line(error)}") from error
     if row >= len(samples):
         raise CompareError(f"--row {row}: {name} has {len(samples)} rows")
+
     prompt, expected = question_of(samples[row], tokenizer)
     question, wanted = (
         str(tokenizer.decode(ids, skip_special_tokens=True)).strip() for ids in (prompt, expected)

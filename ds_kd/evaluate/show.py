@@ -1,4 +1,4 @@
-"""What a student reads and what of it it learns, for eyes."""
+"""Render a sample as text, with its supervised tokens marked."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def render(sample: dict[str, Any], tokenizer: Any, colour: bool) -> str:
 
 
 def _unshift(sample: dict[str, Any]) -> tuple[list[int], list[int]]:
-    """Tokens, and for each its own label: the label a position predicts belongs to the next.
+    """Return the tokens of a sample and a label for each, as a shifted label is the next token's.
 
-    A segment ends with the token that its last label tells, which is no input.
+    A segment also gets the token of its last label, which is no input of any position.
     """
     ids: list[int] = []
     labels: list[int] = []

@@ -1,1 +1,1 @@
-"""The losses, pure torch: no engine, no config."""
+"""Losses in pure torch, without engine or config."""

@@ -1,4 +1,4 @@
-"""Room for the logits of one chunk."""
+"""Buffers for the logits of one chunk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 class Buffers:
-    """Tensors of one chunk's rows by name, made when first asked for and used again.
+    """Tensors for one chunk by name, allocated on first use and reused for later chunks.
 
     Args:
         chunk: rows of every buffer.
-        dtype: of every buffer that is not asked for in another.
-        device: where they lie.
+        dtype: default dtype of a buffer.
+        device: device of every buffer.
     """
 
     def __init__(self, chunk: int, dtype: torch.dtype, device: torch.device):
@@ -20,13 +20,13 @@ class Buffers:
         self._made: dict[tuple[str, int, torch.dtype], Tensor] = {}
 
     def get(self, name: str, rows: int, vocab: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return `[rows, vocab]`, uninitialised."""
+        """Return the buffer `name` as `[rows, vocab]`, uninitialised."""
         key = (name, vocab, dtype or self.dtype)
         if key not in self._made:
             self._made[key] = torch.empty((self.chunk, vocab), dtype=key[2], device=self.device)
         return self._made[key][:rows]
 
     def like(self, name: str, logits: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Return `get` of the shape of `logits`."""
+        """Return the buffer `name` in the shape of `logits`, uninitialised."""
         rows, vocab = logits.shape
         return self.get(name, rows, vocab, dtype)

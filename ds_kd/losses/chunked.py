@@ -1,4 +1,4 @@
-"""(1 - α)·CE + α·T²·D from hidden states, a chunk of tokens at a time: pure torch.
+"""Compute (1 - α)·CE + α·T²·D from hidden states, a chunk of tokens at a time, in pure torch.
 
 `[tokens, vocab]` logits are the largest tensors of a distillation step: at 4,096 tokens and 128k
 words one fp32 copy takes 2 GB, and the plain computation keeps about six. Here both heads are
@@ -33,26 +33,26 @@ from ds_kd.losses.head import Gradients, States
 from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
 from ds_kd.losses.pair import Pair, find_largest
 
-# Tokens in a chunk where `chunk_size` does not say. Fewer make the matrix products narrow and add
-# to the head's gradient more often; more only take room (docs/performance.md). A GPU needs more to
-# be busy.
+# Tokens in a chunk if `chunk_size` is not set. Smaller chunks make the matrix products narrow and
+# add to the head's gradient more often; larger ones only take memory (docs/performance.md). A GPU
+# needs larger products than a CPU to be busy.
 _CHUNK, _CHUNK_ON_GPU = 512, 2048
 
 
 def default_chunk(device: str) -> int:
-    """Return the tokens of a chunk where the config does not say, on a kind of device."""
+    """Return the tokens of a chunk on a type of device if the config sets none."""
     return _CHUNK if device == "cpu" else _CHUNK_ON_GPU
 
 
 class DistillationLoss:
-    """(1 - α)·CE + α·T²·D from hidden states, so that only supervised rows ever meet a head.
+    """The weighted loss (1 - α)·CE + α·T²·D. Only supervised positions are multiplied by a head.
 
     Args:
         ce: `MaskedCrossEntropy`, or a user's own loss of whole logits.
         divergence: a `Divergence`, or a user's own loss of whole logits; its `temperature` is T and
             its `chunk_size` says how many tokens' logits exist at one time.
-        kd_ratio: α in [0, 1]. At 0 a teacher is measured against only, at 1 the labels' values are
-            not used (their mask is).
+        kd_ratio: α in [0, 1]. At 0 a teacher is only measured against; at 1 only the mask of the
+            labels is used, not their values.
         vocab_size: number of ids both models share, where their padded heads differ: D is over
             these, CE over the student's whole head. None takes the heads as they are.
 
@@ -70,7 +70,7 @@ class DistillationLoss:
     def __call__(
         self, student: States, labels: Tensor, teacher: Any | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weighted loss and what it is made of.
+        """Return the weighted loss and the sums of its parts.
 
         Args:
             student: hidden states with a graph, `[tokens, hidden]`, and the student's head.
@@ -80,12 +80,12 @@ class DistillationLoss:
 
         Returns:
             The differentiable scalar (nats, summed over valid tokens), whose backward can be run
-            once, and detached sums over valid tokens by name. Which there are depends on whether
-            there is a teacher and on whether gradients are enabled, so it is the same on all ranks.
+            once, and detached sums over valid tokens by name. The names depend only on whether
+            there is a teacher and whether gradients are enabled, so all ranks have the same ones.
         """
         sums: dict[str, Tensor] = {}
         head = student.head
-        # Inside a Function grad mode is off, and needs_input_grad does not know of no_grad.
+        # Read here: inside a Function grad mode is off, and needs_input_grad ignores no_grad.
         is_training = torch.is_grad_enabled()
         total = _Chunked.apply(  # type: ignore[no-untyped-call]
             student.hidden,
@@ -115,22 +115,24 @@ class DistillationLoss:
         buffers: Buffers,
         is_training: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Compute both losses of one chunk and what is measured beside them.
+        """Compute both losses of one chunk, and the metrics that are logged beside them.
 
         Args:
-            student: logits `[rows, student vocab]`, which come back as they were.
-            teacher: logits `[rows, shared vocab]`, used up; None without a teacher.
-            labels: `[rows]`.
-            is_training: if not, what needs another softmax is measured as well.
+            student: logits `[tokens, student vocab]`, unchanged on return.
+            teacher: logits `[tokens, shared vocab]`, overwritten; None without a teacher.
+            labels: `[tokens]`.
+            is_training: if not, metrics that need another softmax are computed too.
 
         Returns:
-            Values per token by name, each `[rows, 1]`, and d loss / d student logits
-            `[rows, student vocab]`.
+            Values per token by name, each `[tokens, 1]`, and d loss / d student logits
+            `[tokens, student vocab]`.
         """
         if teacher is None:
             largest = student.amax(-1, keepdim=True)
             ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
             return {"ce_loss": ce}, self._take_off_one_hot(gradient, labels, 1.0)
+
+        # The divergence compares the ids that both models share; CE keeps the student's whole head.
         shared = student
         if student.shape[1] != teacher.shape[1]:
             shared = buffers.like("shared", teacher).copy_(student[:, : teacher.shape[1]])
@@ -153,7 +155,7 @@ class DistillationLoss:
         """Compute CE and the divergence of one chunk.
 
         Args:
-            student: the student's whole logits `[rows, student vocab]`.
+            student: the student's whole logits `[tokens, student vocab]`.
             logits: over the shared ids, the first four arguments of `Pair`, not yet divided by T;
                 the first may be `student` itself.
         """
@@ -162,6 +164,9 @@ class DistillationLoss:
         shares_softmax = t == 1.0 and not is_padded and self.ce.leaves_one_hot_out
         shares_softmax = shares_softmax and hasattr(divergence, "of_chunk_with_softmax")
         label_logit = student.gather(1, labels.clamp(min=0)[:, None])
+
+        # CE reads the student's logits before they are divided by T in place. At T = 1 it needs the
+        # softmax that the divergence computes, and is taken from that below.
         if not shares_softmax:
             largest = student.amax(-1, keepdim=True) if is_padded else logits[2]
             ce, ce_gradient = self.ce.of_chunk(student, largest, labels, buffers)
@@ -183,7 +188,7 @@ class DistillationLoss:
         return values, self._take_off_one_hot(gradient, labels, 1.0 - alpha)
 
     def _take_off_one_hot(self, gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
-        """Complete CE's share of a gradient `[rows, student vocab]` where it is not whole yet."""
+        """Subtract the labels' one-hot from a gradient `[tokens, student vocab]`, unless CE did."""
         if self.ce.leaves_one_hot_out:
             at = labels.clamp(min=0)[:, None]
             gradient.scatter_add_(1, at, gradient.new_full(at.shape, -weight))
@@ -196,10 +201,10 @@ class DistillationLoss:
         return max(1, min(wanted or tokens, tokens))
 
     def buffers(self, chunk: int, dtype: torch.dtype, device: torch.device) -> Buffers:
-        """Return room for a chunk.
+        """Return the buffers for a chunk.
 
-        A GPU's allocator keeps freed memory; on a CPU every page of new memory is cleared by the
-        system first, which costs more than a softmax: there it is kept here.
+        On a CPU they are kept for the next call: the system clears every page of new memory, which
+        costs more than a softmax. A GPU's allocator keeps freed memory itself.
         """
         if device.type != "cpu":
             return Buffers(chunk, dtype, device)
@@ -210,7 +215,7 @@ class DistillationLoss:
 
 
 class _Chunked(torch.autograd.Function):
-    """The loss and, at once, its gradients; backward only scales them."""
+    """Compute the loss and its gradients in forward; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -230,14 +235,14 @@ class _Chunked(torch.autograd.Function):
         chunk = loss.chunk_size(hidden.device, tokens)
         buffers = loss.buffers(chunk, dtype, hidden.device)
         wanted = [is_training and needed for needed in ctx.needs_input_grad[:3]]
-        # Inside, the tensors are seen without their graph.
+        # Inside a Function these tensors have no graph, so that the products are not recorded.
         grads = Gradients(States(hidden, student.head), dtype, wanted)
         valid = (labels != IGNORE_INDEX).to(dtype)
 
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
             source = None if teacher is None else stack.enter_context(teacher.open())
-            for start in range(0, max(1, tokens), chunk):  # of no token one empty chunk
+            for start in range(0, max(1, tokens), chunk):  # no token makes one empty chunk
                 rows = slice(start, start + chunk)
                 z_s = grads.states.logits(rows, vocab, "student", buffers)
                 z_t = None
@@ -262,7 +267,7 @@ class _Chunked(torch.autograd.Function):
 
 
 def _measure(pair: Pair) -> dict[str, Tensor]:
-    """Return KL and both entropies at T = 1, `[rows, 1]` each, whatever the run's T is."""
+    """Return KL and both entropies at T = 1, `[tokens, 1]` each, for any T of the run."""
     kl, entropy, student_lse = pair.forward_kl, pair.teacher_entropy, pair.student_lse
     student_mean = pair.q.mul_(pair.student).sum(-1, keepdim=True)
     return {
@@ -273,8 +278,8 @@ def _measure(pair: Pair) -> dict[str, Tensor]:
 
 
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:
-    """Return the weighted sum of two gradients `[rows, student vocab]` and `[rows, shared vocab]`,
-    in the room of one of them."""
+    """Return the weighted sum of two gradients, `[tokens, student vocab]` and
+    `[tokens, shared vocab]`, written over one of them."""
     if ce.shape == kd.shape:
         return kd.mul_(kd_weight).add_(ce, alpha=ce_weight)
     ce.mul_(ce_weight)[:, : kd.shape[1]].add_(kd, alpha=kd_weight)

@@ -1,7 +1,7 @@
-"""What a loss from outside has to be, tried on a few tokens before any model is loaded.
+"""Try a loss on a few tokens before any model is loaded, and refuse one that breaks the contract.
 
-The step divides one sum by one count, over all micro-batches and ranks; a loss that returns a mean,
-counts masked tokens or has no graph would train another model, or hang a rank, without a word.
+The step divides one sum by one count, over all micro-batches and ranks. A loss that returns a mean,
+counts masked tokens or has no graph would silently train another model, or hang a rank.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from ds_kd.losses.pair import Pair
 
 _TOKENS, _VOCAB = 6, 11
 _CUT = slice(0, 2), slice(2, None)
-_CLOSE = 1e-3  # relative: fp32 sums of a few tokens are a thousand times nearer
+_CLOSE = 1e-3  # relative; rounding of fp32 sums over a few tokens is a thousand times smaller
 
 
 def check_divergence(loss: Any) -> None:
-    """Refuse what is not a distillation loss `loss(student_logits, teacher_logits, labels)`.
+    """Refuse a loss `loss(student_logits, teacher_logits, labels)` that breaks the contract.
 
     Raises:
         ValueError: says which part of the contract (docs/losses.md) is broken.
@@ -42,7 +42,7 @@ def check_divergence(loss: Any) -> None:
 
 
 def check_cross_entropy(loss: Any) -> None:
-    """Refuse what is not a loss `loss(student_logits, labels)`.
+    """Refuse a loss `loss(student_logits, labels)` that breaks the contract.
 
     Raises:
         ValueError: as `check_divergence`.
@@ -53,7 +53,7 @@ def check_cross_entropy(loss: Any) -> None:
 
 
 def _check_chunk(divergence: Any) -> None:
-    """Refuse a `Divergence` whose `of_chunk` is not what its call says, in value or gradient."""
+    """Refuse a `Divergence` whose `of_chunk` differs from its call, in value or gradient."""
     student, teacher, labels = _make_example()
     t = divergence.temperature
     value = divergence(student, teacher, labels)
@@ -71,6 +71,8 @@ def _check_chunk(divergence: Any) -> None:
             f"its of_chunk gives {float(values.sum()) * t**2:.4g} in all and its call {value:.4g}; "
             f"override `value` (and `of_chunk`, if it is there) instead of `__call__`"
         )
+
+    # `of_chunk` returns d value / d(z_s/T); autograd's slope includes T² / T.
     found = {"of_chunk": (gradient * t, slope)}
     if hasattr(divergence, "of_chunk_with_softmax"):
         pair = make_pair()
@@ -86,7 +88,7 @@ def _check_chunk(divergence: Any) -> None:
 
 
 def _make_example() -> tuple[Tensor, Tensor, Tensor]:
-    """Student's logits, with a graph, teacher's logits and labels."""
+    """Return the student's logits with a graph, the teacher's logits, and labels."""
     generator = torch.Generator().manual_seed(0)
     student, teacher = (torch.randn(_TOKENS, _VOCAB, generator=generator) for _ in range(2))
     return student.requires_grad_(), teacher, torch.arange(_TOKENS)
@@ -106,13 +108,14 @@ def _check_module(loss: Any) -> None:
 def _check_clauses(
     evaluate: Callable[[Tensor, Tensor], Any], student: Tensor, labels: Tensor
 ) -> None:
-    """The clauses that both kinds of loss share.
+    """Check the clauses of the contract that both kinds of loss share.
 
     Args:
-        evaluate: the loss of some rows of the example, given their labels.
+        evaluate: the loss of some tokens of the example, given their indices and labels.
         student: the student's logits `[tokens, vocab]`, with a graph.
         labels: `[tokens]`.
     """
+    # A sum over tokens: twice the tokens give twice the value, and parts add up to the whole.
     rows = torch.arange(_TOKENS)
     value = _evaluate(evaluate, rows, labels, student, "6 tokens")
     twice = _evaluate(evaluate, rows.repeat(2), labels.repeat(2), student, "12 tokens")
@@ -127,6 +130,8 @@ def _check_clauses(
             f"6 tokens give {value:.4g}, and 2 and 4 of them {parts[0]:.4g} and {parts[1]:.4g}; "
             f"each token's share must not depend on the others, as a step is cut into parts"
         )
+
+    # Masked tokens do not count, and a rank without any supervised token gets 0.
     masked = labels.clone()
     masked[::2] = IGNORE_INDEX
     kept = _evaluate(evaluate, rows[1::2], labels[1::2], student, "3 tokens")
@@ -148,10 +153,14 @@ def _evaluate(
     student: Tensor,
     what: str,
 ) -> float:
-    """The loss of an example, after checking that it is a finite scalar with a finite gradient."""
+    """Return the loss of an example, if it is a finite scalar with a finite gradient.
+
+    Raises:
+        ValueError: it is not.
+    """
     try:
         value = evaluate(rows, labels)
-    except Exception as error:  # another author's code: anything
+    except Exception as error:  # a user's loss may raise anything
         told = f"{type(error).__name__}: {first_line(error)}"
         raise ValueError(f"fails on a small example ({what}): {told}") from error
     if not isinstance(value, Tensor) or value.ndim:
@@ -159,6 +168,8 @@ def _evaluate(
         raise ValueError(f"returns {given!s}, expected a scalar tensor: the sum over tokens")
     if not torch.isfinite(value):
         raise ValueError(f"is {value.item()} for {what}, expected a finite number")
+
+    # No graph would leave ZeRO-3's backward collectives out on this rank.
     slope = None
     if value.requires_grad:
         (slope,) = torch.autograd.grad(value, student, allow_unused=True)

@@ -1,20 +1,20 @@
-"""Divergences: how far the student's next-token distribution is from the teacher's.
+"""Divergences between the next-token distributions of student and teacher.
 
     L = (1 - α)·CE(student, labels) + α·T²·D( softmax(z_t/T), softmax(z_s/T) )
 
-A divergence is one class here or in a user's own file. It says what it is (`__call__`, whole
-logits) and how one chunk of tokens is computed (`of_chunk`): a value per token and its gradient
-with respect to z_s/T. `ds_kd.losses.chunked` goes through the chunks, multiplies by α and T², and
+A divergence is one class here or in a user's own file. It defines the loss of whole logits
+(`__call__`) and that of one chunk of tokens (`of_chunk`): a value per token and its gradient with
+respect to z_s/T. `ds_kd.losses.chunked` goes through the chunks and multiplies by α and T²; it
 knows no divergence by name.
 
 * **T².** d D/d z_s carries a factor 1/T, and the difference of the two distributions itself shrinks
   like 1/T: together 1/T². Multiplying by T² keeps the gradient's scale, hence the learning rate,
   independent of T (Hinton et al. 2015, section 2).
 * **Sums, not means.** A loss is the sum over the valid tokens it was given. A step is cut into
-  micro-batches and ranks with unequal numbers of valid tokens; only sum / global count is
-  independent of how it was cut. The one division is the trainer's.
-* **A zero with a graph.** No valid token gives a sum over nothing: exactly 0, still connected to
-  the student, so that ZeRO-3's backward collectives run on every rank.
+  micro-batches and ranks with unequal numbers of valid tokens, and only the sum over the global
+  count does not depend on the cut. The trainer divides once.
+* **A zero with a graph.** Without any valid token the sum is exactly 0 and still connected to the
+  student, so that ZeRO-3's backward collectives run on every rank.
 
 Labels arrive already shifted: `labels[i]` is the token that position `i` must predict.
 """
@@ -31,8 +31,8 @@ from torch import Tensor
 from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
 from ds_kd.losses.pair import Pair
 
-# Above this temperature the KL is about 1/T² small, and the difference of two log-sum-exps about
-# ten: what fp32 keeps of the difference is no longer enough.
+# Above this temperature the KL is of the order of 1/T², while the log-sum-exps that it is computed
+# from are about ten: their difference in fp32 is too inexact.
 _HIGH_TEMPERATURE = 8.0
 _NEAR = 0.5  # |log-ratio| up to which `near_kl`'s series is exact to 1e-5
 
@@ -43,16 +43,16 @@ class Divergence(ABC):
     Args:
         ignore_index: as for `MaskedCrossEntropy`.
         temperature: T > 0, divides both models' logits.
-        fp32_upcast: accepted; logits are compared in fp32 at least.
-        chunk_size: tokens whose logits exist at one time, CE's included; None chooses, 0 takes all
-            at once.
+        fp32_upcast: accepted without effect; logits are always compared in fp32 or wider.
+        chunk_size: tokens whose logits exist at one time, for CE too; None takes the default of the
+            device, 0 all tokens.
 
     Raises:
         ValueError: another ignore_index, a temperature that is not a positive number, or a
             chunk_size that is not an integer ≥ 0.
     """
 
-    #: Whether `of_chunk` reads `pair.teacher`; if not, its room is used for other things.
+    #: Set to False if `of_chunk` does not read `pair.teacher`; its memory is then reused.
     reads_teacher_logits = True
 
     def __init__(
@@ -72,7 +72,7 @@ class Divergence(ABC):
 
     @abstractmethod
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """Return the divergence of every token, by its definition.
+        """Return the divergence of every token, computed by its definition.
 
         Args:
             log_p, log_q: log-probabilities of teacher and student at temperature T,
@@ -99,14 +99,15 @@ class Divergence(ABC):
     def of_chunk(self, pair: Pair) -> tuple[Tensor, Tensor]:
         """Return the divergence of every token of a chunk, and its gradient.
 
-        This one differentiates `value` by autograd; a class that knows its gradient overrides it.
+        This implementation differentiates `value` by autograd. A class with a formula for its
+        gradient overrides it.
 
         Args:
-            pair: both models' logits over T.
+            pair: both models' logits, divided by T.
 
         Returns:
-            Values `[rows, 1]`, nats, without T², and d value / d(z_s/T) `[rows, vocab]`; the latter
-            may lie in the room of `pair.p`, `pair.q` or `pair.teacher`.
+            Values `[tokens, 1]`, nats, without T², and d value / d(z_s/T) `[tokens, vocab]`, which
+            may be written over `pair.p`, `pair.q` or `pair.teacher`.
         """
         with torch.enable_grad():
             scaled = pair.student.detach().requires_grad_()
@@ -116,15 +117,15 @@ class Divergence(ABC):
 
 
 def _widen(logits: Tensor) -> Tensor:
-    """Return logits in fp32, or in fp64 where they are."""
+    """Return logits in fp32, or unchanged if they are wider."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class KDLoss(Divergence):
     """T²·KL(teacher ‖ student), the *forward* KL (Hinton et al. 2015, arXiv:1503.02531).
 
-    The student must put probability wherever the teacher does. The reverse direction looks alike on
-    paper and trains another model. With p = softmax(z_t/T) and q = softmax(z_s/T),
+    The student must give probability to every token that the teacher gives some. The reverse KL
+    looks similar and trains another model. With p = softmax(z_t/T) and q = softmax(z_s/T),
 
         KL = Σ p·(log p - log q),        d KL / d(z_s/T) = q - p.
     """
@@ -146,10 +147,10 @@ class KDLoss(Divergence):
         return self._kl(pair), pair.q.sub_(pair.p)
 
     def of_chunk_with_softmax(self, pair: Pair, alpha: float) -> tuple[Tensor, Tensor]:
-        """Return the values, and (1 - α)·q + α·(q - p): CE's share at T = 1 is in it but for the
-        one-hot of the labels.
+        """Return the values and the joint gradient (1 - α)·q + α·(q - p) of CE and KL at T = 1,
+        without the one-hot of the labels.
 
-        A divergence may leave this shortcut out; one that has it reads `pair.student_lse` before it
+        This shortcut is optional. A divergence that has it must read `pair.student_lse` before it
         overwrites q.
         """
         return self._kl(pair), pair.q.sub_(pair.p, alpha=alpha)
@@ -167,16 +168,16 @@ def near_kl(difference: Tensor, p: Tensor, otherwise: Tensor) -> Tensor:
     sum is negative, and an error of the mean enters squared only. e^d - 1 - d is its power series.
 
     Args:
-        difference: (z_s - z_t)/T `[rows, vocab]`, up to a number for each row.
-        p: the teacher's probabilities `[rows, vocab]`.
-        otherwise: the KL by its definition `[rows, 1]`, for rows whose log-ratios are large.
+        difference: (z_s - z_t)/T `[tokens, vocab]`, up to a constant for each token.
+        p: the teacher's probabilities `[tokens, vocab]`.
+        otherwise: the KL by its definition `[tokens, 1]`, for tokens with large log-ratios.
 
     Returns:
-        `[rows, 1]`, nats.
+        `[tokens, 1]`, nats.
     """
     d = difference - (p * difference).sum(-1, keepdim=True)
     is_near = d.detach().abs().amax(-1, keepdim=True) <= _NEAR
-    d = d.clamp(-_NEAR, _NEAR)  # of rows not chosen: nothing infinite reaches a gradient
+    d = d.clamp(-_NEAR, _NEAR)  # so that tokens not chosen have finite gradients
     series = 1 / 24 + d * (1 / 120 + d / 720)
     series = d * d * (0.5 + d * (1 / 6 + d * series))
     return torch.where(is_near, torch.log1p((p * series).sum(-1, keepdim=True)), otherwise)

@@ -1,4 +1,4 @@
-"""A language-model head as plain numbers: its logits, a chunk at a time, and their gradients."""
+"""A language-model head as plain tensors: its logits, a chunk at a time, and their gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ds_kd.losses.buffers import Buffers
 
 @dataclass(frozen=True)
 class Head:
-    """`softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
+    """A head that computes `softcap·tanh(scale·(h Wᵀ + b)/softcap)`.
 
     Args:
         weight: `[vocab, hidden]`.
@@ -31,7 +31,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`hidden` `[tokens, hidden]` → `[tokens, vocab]`."""
+        """Return the logits `[tokens, vocab]` of hidden states `[tokens, hidden]`."""
         out = F.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             out = out * self.scale
@@ -42,14 +42,13 @@ class Head:
 
 @dataclass(frozen=True)
 class States:
-    """A model's hidden states of some tokens, and the head that makes logits of them.
+    """A model's hidden states of some tokens, and the head that computes their logits.
 
-    A teacher's output is anything that can be opened and then answers like this class
-    (`ds_kd.teachers.base`).
+    It has the protocol of a teacher's output (`ds_kd.teachers.base`).
 
     Args:
         hidden: `[tokens, hidden]`.
-        head: whole.
+        head: the whole head, not a shard.
     """
 
     hidden: Tensor
@@ -60,9 +59,9 @@ class States:
         yield self
 
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
-        """Return the first `vocab` logits of some tokens, `[rows, vocab]`, in the buffer `name`.
+        """Return the first `vocab` logits of some tokens, `[tokens, vocab]`, in the buffer `name`.
 
-        The product is rounded to the model's dtype, as the model itself would round it.
+        The product is rounded to the model's dtype, as it is in the model itself.
         """
         head, hidden = self.head, self.hidden[rows]
         is_same = hidden.dtype == buffers.dtype
@@ -81,12 +80,12 @@ class States:
 
 
 class Gradients:
-    """d loss / d (hidden, weight, bias), grown chunk by chunk.
+    """Accumulates d loss / d (hidden, weight, bias) chunk by chunk.
 
     Args:
-        states: of the student.
-        dtype: in which the head's gradient is summed.
-        wanted: which of the three are; the others stay None.
+        states: the student's.
+        dtype: dtype in which the head's gradient is summed.
+        wanted: whether each of the three is needed; the others stay None.
     """
 
     def __init__(self, states: States, dtype: torch.dtype, wanted: list[bool]):
@@ -101,18 +100,18 @@ class Gradients:
     def add(
         self, rows: slice, gradient: Tensor, logits: Tensor, valid: Tensor, buffers: Buffers
     ) -> None:
-        """Add the share of one chunk.
+        """Add the part of one chunk.
 
         Args:
-            rows: of the chunk; the first begins at 0.
-            gradient: with respect to `logits`, `[rows, vocab]`; both are used up.
-            valid: 1 where a row counts, else 0, `[rows]`.
+            rows: the chunk's tokens; the first chunk begins at 0.
+            gradient: with respect to `logits`, `[tokens, vocab]`; both are overwritten.
+            valid: 1 for a token that counts, else 0, `[tokens]`.
         """
         head, hidden = self.states.head, self.states.hidden[rows]
         to_hidden, to_weight, to_bias = self.found
         if head.softcap is not None:  # tanh' = 1 - tanh²
             gradient.mul_(logits.div_(head.softcap).square_().neg_().add_(1.0))
-        # Validity and the head's scale are worth a pass over [rows, hidden], not [rows, vocab].
+        # Applied to [tokens, hidden], as a pass over [tokens, vocab] would take far longer.
         factor = valid * head.scale
         if hidden.dtype != gradient.dtype:
             gradient = buffers.like("product", gradient, hidden.dtype).copy_(gradient)

@@ -1,6 +1,5 @@
-"""A user's own loss, a function of whole logits that returns the sum over tokens, in the form in
-which `ds_kd.losses.chunked` calls losses. As it is a sum, a chunk at a time is exact; autograd
-gives the gradient."""
+"""Adapters for a user's own loss, a function of whole logits that returns the sum over tokens. As
+it is a sum, computing it a chunk at a time is exact; autograd gives the gradient."""
 
 from __future__ import annotations
 
@@ -16,9 +15,9 @@ from ds_kd.losses.pair import Pair
 
 
 class OwnDivergence:
-    """`loss(student_logits, teacher_logits, labels)`, checked by `contract.check_divergence`.
+    """Adapter for `loss(student_logits, teacher_logits, labels)`; see `contract.check_divergence`.
 
-    Its temperature and the square of it are its own; here T is 1.
+    A temperature and its square are the business of the loss itself; here T is 1.
     """
 
     temperature = 1.0
@@ -38,7 +37,7 @@ class OwnDivergence:
 
 
 class OwnCrossEntropy:
-    """`loss(student_logits, labels)`, checked by `contract.check_cross_entropy`."""
+    """Adapter for `loss(student_logits, labels)`; see `contract.check_cross_entropy`."""
 
     leaves_one_hot_out = False
 
@@ -53,14 +52,14 @@ class OwnCrossEntropy:
 
 
 def adapt(loss: Any, adapter: Callable[[Any], Any]) -> Any:
-    """Return the loss itself where it has a chunk's form, else the adapter around it."""
+    """Return the loss itself if it has `of_chunk`, else the adapter around it."""
     return loss if hasattr(loss, "of_chunk") else adapter(loss)
 
 
 def _differentiate(
     evaluate: Callable[[Tensor, Tensor], Tensor], logits: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return the mean over valid rows for every row, `[rows, 1]`, and the gradient of the sum."""
+    """Return the mean over valid tokens for every token, `[tokens, 1]`, and the sum's gradient."""
     rows = (labels != IGNORE_INDEX).nonzero().flatten()
     gradient = torch.zeros_like(logits)
     if not len(rows):

@@ -1,8 +1,7 @@
-"""The logits of both models for one chunk of tokens, and what follows from them.
+"""The logits of both models for one chunk of tokens, and quantities computed from them.
 
-A divergence is handed a `Pair` and takes from it what its formula needs. Probabilities are computed
-when they are first asked for and kept, so that a divergence and what is measured beside it share
-them.
+A divergence gets a `Pair` and reads what its formula needs. Probabilities are computed on first use
+and kept, so that a divergence and the metrics share them.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ class Pair:
     """Both models' logits of one chunk over the ids that they share, divided by T.
 
     Args:
-        student, teacher: z/T, `[rows, vocab]`, in fp32 or wider.
-        student_largest, teacher_largest: the largest of each row, `[rows, 1]`.
-        temperature: T, by which the logits are divided already.
-        labels: `[rows]` int64; -100 where a row does not count.
-        buffers: room for what is computed.
-        keeps_teacher: whether `teacher` must stay; if not, its room is used for what is computed.
+        student, teacher: z/T, `[tokens, vocab]`, in fp32 or wider.
+        student_largest, teacher_largest: the largest logit of each token, `[tokens, 1]`.
+        temperature: T, by which the logits are already divided.
+        labels: `[tokens]` int64; -100 for a token that does not count.
+        buffers: memory for the results.
+        keeps_teacher: whether `teacher` must stay; if not, results are written over it.
     """
 
     def __init__(
@@ -47,49 +46,49 @@ class Pair:
 
     @functools.cached_property
     def p(self) -> Tensor:
-        """The teacher's probabilities `[rows, vocab]`."""
+        """The teacher's probabilities `[tokens, vocab]`."""
         return torch.softmax(self.teacher, -1, out=self.buffers.like("p", self.teacher))
 
     @functools.cached_property
     def q(self) -> Tensor:
-        """The student's probabilities `[rows, vocab]`."""
+        """The student's probabilities `[tokens, vocab]`."""
         room, self._room = self._room, None
         assert room is not None
         return torch.softmax(self.student, -1, out=room)
 
     @functools.cached_property
     def teacher_lse(self) -> Tensor:
-        """log Σ e^(z_t/T) `[rows, 1]`."""
+        """log Σ e^(z_t/T) `[tokens, 1]`."""
         return log_sum_exp(self._teacher_largest, self.p)
 
     @functools.cached_property
     def student_lse(self) -> Tensor:
-        """log Σ e^(z_s/T) `[rows, 1]`."""
+        """log Σ e^(z_s/T) `[tokens, 1]`."""
         return log_sum_exp(self._student_largest, self.q)
 
     @property
     def log_p(self) -> Tensor:
-        """The teacher's log-probabilities `[rows, vocab]`, a new tensor."""
+        """The teacher's log-probabilities `[tokens, vocab]`, a new tensor."""
         return self.teacher - self.teacher_lse
 
     @property
     def log_q(self) -> Tensor:
-        """The student's log-probabilities `[rows, vocab]`, a new tensor."""
+        """The student's log-probabilities `[tokens, vocab]`, a new tensor."""
         return self.student - self.student_lse
 
     @functools.cached_property
     def teacher_mean(self) -> Tensor:
-        """Σ p·z_t/T `[rows, 1]`; without `keeps_teacher` the last use of the teacher's logits."""
+        """Σ p·z_t/T `[tokens, 1]`; without `keeps_teacher` the last use of the teacher's logits."""
         return self.sum_of_products(self.p, self.teacher)
 
     @functools.cached_property
     def teacher_entropy(self) -> Tensor:
-        """-Σ p·log p `[rows, 1]`, nats."""
+        """-Σ p·log p `[tokens, 1]`, nats."""
         return self.teacher_lse - self.teacher_mean
 
     @functools.cached_property
     def forward_kl(self) -> Tensor:
-        """KL(teacher ‖ student) `[rows, 1]`, nats.
+        """KL(teacher ‖ student) `[tokens, 1]`, nats.
 
         Σ p·z_t - Σ p·z_s - lse_t + lse_s: two sums of products instead of passes over log p and
         log q.
@@ -99,27 +98,27 @@ class Pair:
         return teacher_mean - student_mean - self.teacher_lse + self.student_lse
 
     def sum_of_products(self, a: Tensor, b: Tensor) -> Tensor:
-        """Return Σ a·b of each row, `[rows, 1]`."""
+        """Return Σ a·b of each token, `[tokens, 1]`."""
         room = self._room if self._room is not None else self.buffers.like("products", a)
         return torch.mul(a, b, out=room).sum(-1, keepdim=True)
 
 
 def log_sum_exp(largest: Tensor, probabilities: Tensor) -> Tensor:
-    """Return log Σ e^z `[rows, 1]` of logits z whose softmax is known.
+    """Return log Σ e^z `[tokens, 1]` of logits z whose softmax is known.
 
     Args:
-        largest: max z of each row, `[rows, 1]`. Its probability e^(max - lse) is at least 1/vocab,
-            so that the logarithm is safe.
-        probabilities: softmax of z, `[rows, vocab]`.
+        largest: max z of each token, `[tokens, 1]`. Its probability e^(max - lse) is at least
+            1/vocab, so that the logarithm is safe.
+        probabilities: softmax of z, `[tokens, vocab]`.
     """
     return largest - probabilities.amax(-1, keepdim=True).log()
 
 
 def find_largest(logits: Tensor) -> Tensor:
-    """Return the index of each row's largest, `[rows, 1]`.
+    """Return the index of each token's largest logit, `[tokens, 1]`.
 
-    torch's own argmax takes five times as long on a CPU as its `amax`: the block that holds the
-    largest is found first.
+    On a CPU torch's argmax takes five times as long as its `amax`, so the block that holds the
+    largest is found by `amax` first.
     """
     rows, vocab = logits.shape
     if logits.device.type != "cpu" or vocab % _BLOCK:

@@ -1,1 +1,1 @@
-"""What a run will need, told before it starts."""
+"""Plan a run before it starts: its memory, steps and time, and a YAML to start from."""

@@ -1,5 +1,5 @@
-"""The plan of a run in words, from its config, the models' config.json and the lengths
-of a few samples; no weights."""
+"""Describe the plan of a run, from its config, the models' config.json and the lengths of a few
+samples. No weights are loaded."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _GUESS = 1024  # tokens of a sample where the data cannot be had
 
 
 def bytes_of(text: str, option: str = "--gpu-memory") -> int:
-    """`80GB`, `24GiB` → bytes.
+    """Return the bytes of a size such as `80GB` or `24GiB`.
 
     Args:
-        option: of the command line, for the message.
+        option: the option of the command line, for the message.
 
     Raises:
-        ConfigError: not a size.
+        ConfigError: it is not a size.
     """
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]I?B)", text.strip().upper())
     if match is None or match[2] not in _GB or float(match[1]) <= 0:
@@ -59,18 +59,19 @@ def plan_of(
     mfu: float = 0.4,
     tflops: float = 989.0,
 ) -> str:
-    """The plan of a run as text, of sizes as a user writes them.
+    """Return the plan of a run as text, given sizes in the user's notation.
 
     Args:
-        ranks: that the run would have; None asks the config.
-        gpu_memory, host_memory: of a rank's accelerator and of a node (`80GB`); None judges none.
-        ranks_per_node: that share a node's memory; None asks the config.
-        length: tokens of a sample; None measures the data's.
+        ranks: number of ranks; None reads the config.
+        gpu_memory, host_memory: memory of an accelerator and of a node (`80GB`); None does not
+            compare with it.
+        ranks_per_node: ranks that share a node's memory; None reads the config.
+        length: tokens of a sample; None measures the data.
         mfu: share of an accelerator's peak that a step reaches.
         tflops: that peak, in 10¹² operations per second (an H100's in bf16).
 
     Raises:
-        ConfigError: a size that is none, batch sizes that do not fit, a model that is not there.
+        ConfigError: a size cannot be read, batch sizes do not fit, or a model does not exist.
     """
     rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
     sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
@@ -89,17 +90,17 @@ def describe(
     tflops: float,
     length: int | None = None,
 ) -> str:
-    """The plan as text.
+    """Return the plan of a run as text.
 
     Args:
-        world: ranks that the run would have.
-        machine: the memory that a rank and its node have.
-        length: tokens of a sample; None measures the data's.
+        world: number of ranks.
+        machine: the memory of a rank and its node.
+        length: tokens of a sample; None measures the data.
         mfu: share of an accelerator's peak that a step reaches.
         tflops: that peak, in 10¹² operations per second.
 
     Raises:
-        ConfigError: a model's config.json cannot be had.
+        ConfigError: a model's config.json cannot be read.
     """
     student = model_shape(cfg.model, cfg)
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
@@ -107,6 +108,7 @@ def describe(
     steps = cfg.step_scheduler
     packed = cfg.packed_sequence.packed_sequence_size
     work = work_of(cfg, world, packed or tokens, supervised)
+
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     for name, shape in (("student", student), ("teacher", teacher)):
         if shape is not None:
@@ -117,15 +119,9 @@ def describe(
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
     lines += _describe_steps(cfg, rows)
-    parts = memory.estimate_bytes(student, teacher, work, world)
-    lines.append("  memory of a rank, estimated:")
-    lines += [f"    {name:<38}{_format_size(size):>11}" for name, size in parts.items() if size]
-    lines.append(
-        f"    {'on the accelerator, together':<38}{_format_size(memory.on_device(parts)):>11}"
-    )
-    host = memory.on_host(parts)
-    if host:
-        lines.append(f"    {'in the host memory, together':<38}{_format_size(host):>11}")
+
+    # Memory on this number of ranks by part, then in one line each for other numbers.
+    lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
     lines += _describe_worlds(student, teacher, work, machine)
     flops = memory.count_operations(student, teacher, work)
     lines.append(
@@ -135,10 +131,21 @@ def describe(
     return "\n".join(lines)
 
 
+def _describe_memory(parts: dict[str, int]) -> list[str]:
+    """Return lines on the memory of one rank, by part and in sum."""
+    sums = {
+        "on the accelerator, together": memory.on_device(parts),
+        "in the host memory, together": memory.on_host(parts),
+    }
+    sizes = [(name, size) for name, size in {**parts, **sums}.items() if size]
+    lines = [f"    {name:<38}{_format_size(size):>11}" for name, size in sizes]
+    return ["  memory of a rank, estimated:", *lines]
+
+
 def _describe_worlds(
     student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> list[str]:
-    """The memory on 1 to 128 ranks, and the smallest number that fits."""
+    """Return lines on the memory with 1 to 128 ranks, and on the smallest number that fits."""
     lines = ["  on other numbers of ranks (the same micro-batch):"]
     for ranks in memory.WORLDS:
         parts = memory.estimate_bytes(student, teacher, work, ranks)
@@ -155,7 +162,7 @@ def _describe_worlds(
 
 
 def _judge(machine: memory.Machine, lacking: list[str], uses_host: bool) -> str:
-    """The end of a line of the table: whether so many ranks have room."""
+    """Return the end of a line of the table, which says whether the run fits on these ranks."""
     if lacking:
         return ", too much" + (" for the host" if lacking == ["host"] else "")
     if machine.room is None:
@@ -165,7 +172,7 @@ def _judge(machine: memory.Machine, lacking: list[str], uses_host: bool) -> str:
 
 
 def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
-    """How many steps the run has, as far as its data is known."""
+    """Return a line on the number of steps, if the data or `max_steps` tell it."""
     steps = cfg.step_scheduler
     if rows is None:
         return [f"  steps: at most {steps.max_steps:,}"] if steps.max_steps else []
@@ -187,6 +194,7 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
 def _advise(
     student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
 ) -> str:
+    """Return a sentence on the smallest number of ranks that fits, and the keys that it needs."""
     assert machine.room is not None
     room = _format_size(machine.room)
     if machine.host_room is not None:
@@ -197,6 +205,8 @@ def _advise(
             f"nothing fits into {room}: write distributed.activation_checkpointing: true, or "
             f"a smaller step_scheduler.local_batch_size"
         )
+
+    # Only the keys that the config does not set yet are proposed.
     ranks, offer = found
     moves = [
         text
@@ -216,7 +226,7 @@ def _advise(
 
 
 def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Shape:
-    """Of a model by its config.json; with the adapters that `cfg` asks for."""
+    """Return the sizes of a model by its config.json, with the adapters of `cfg` if it is given."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -233,10 +243,10 @@ def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Sh
 
 
 def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
-    """(samples, tokens of a micro-batch, share supervised, how that is known).
+    """Return (samples, tokens of a micro-batch, share supervised, the source of the lengths).
 
     Args:
-        length: tokens of a sample, where it is not to be measured.
+        length: tokens of a sample; None measures the data.
     """
     local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
     is_measured = component.declaration is not None and not component.declaration.has_parts
@@ -252,25 +262,26 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
     if cut is not None:
         return total, local * cut, supervised, f"{component.key}.seq_length"
     told = (
-        f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; "
-        f"launch/plan.py --length sets it"
+        f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; launch/plan.py --length "
+        f"sets it"
     )
     return total, local * _GUESS, supervised, told
 
 
 def _find_cut_length(component: Component) -> int | None:
-    """The `seq_length` that samples are cut or padded to; None where they keep their own."""
+    """Return the `seq_length` that samples are cut or padded to, or None."""
     length, kwargs = component.kwargs.get("seq_length"), component.kwargs
     cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
     return length if length and (cuts or kwargs.get("padding") == "max_length") else None
 
 
 def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
-    """(samples, share supervised, the 90th percentile of lengths) of the first samples; None for
-    what cannot be known without the data or the tokenizer.
+    """Return (samples, share supervised, 90th percentile of lengths) of the first samples.
+
+    A value is None if the data or the tokenizer are not at hand.
 
     Raises:
-        ConfigError: a local file that is not what it should be.
+        ConfigError: a local file is wrong.
     """
     import torch
 
@@ -280,11 +291,13 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     argument, limit = data.source, data.limit
     columns = data.columns_wanted(kwargs)
     source, split = data.source_of(kwargs), kwargs.get("split") or "train"
+
+    # Without a network a plan is still possible, but a local file that is wrong is a problem.
     total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
         few = {**kwargs, limit: min(total, _SAMPLES)}
-        few.pop("labels", None)  # which way they look changes no length
+        few.pop("labels", None)  # shifted or not, lengths are the same
         alone = World(0, 1, 0, torch.device("cpu"), "gloo")
         rows = data.build(tokenizer=tokenizer_of(cfg.model, alone), **few)
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
@@ -292,12 +305,20 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
             return total, 1.0, None
         raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
+
     lengths = sorted(length for length, _ in some)
     labels = sum(label != -100 for _, row in some for label in row)
     return total, labels / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 
 
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
+    """Return the work of a step.
+
+    Args:
+        world: number of ranks.
+        tokens: tokens of a micro-batch on one rank.
+        supervised: share of these that are supervised.
+    """
     import torch
 
     steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs
@@ -307,7 +328,11 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         ]
         for name in ("student", "teacher")
     }
-    away = lambda name, part: bool((zero[name].get(part) or {}).get("device") in ("cpu", "nvme"))  # noqa: E731
+
+    def is_offloaded(name: str, part: str) -> bool:
+        return (zero[name].get(part) or {}).get("device") in ("cpu", "nvme")
+
+    # In a pack, attention sees the whole micro-batch as one sequence.
     local = steps.local_batch_size
     packed = cfg.packed_sequence.packed_sequence_size
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
@@ -322,9 +347,9 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
         "checkpointing": cfg.distributed.activation_checkpointing,
-        "offload_weights": away("student", "offload_param"),
-        "offload_optimizer": away("student", "offload_optimizer"),
-        "offload_teacher": cfg.offload_teacher_model or away("teacher", "offload_param"),
+        "offload_weights": is_offloaded("student", "offload_param"),
+        "offload_optimizer": is_offloaded("student", "offload_optimizer"),
+        "offload_teacher": cfg.offload_teacher_model or is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
     }
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):

@@ -1,7 +1,8 @@
-"""What a run will need, from the shapes of its models alone: bytes per rank, operations per step.
+"""Estimate a run from the shapes of its models alone: bytes per rank, operations per step.
 
-Of ZeRO-3 a rank keeps 1/world of weights, fp32 master weights, optimizer state and gradients, and
-small parameters whole; a step adds gathered layers, activations, one chunk of logits.
+With ZeRO-3 a rank keeps 1/world of the weights, fp32 master weights, optimizer states and
+gradients, and all of the small parameters. A step adds gathered layers, activations and one chunk
+of logits.
 """
 
 from __future__ import annotations
@@ -17,16 +18,16 @@ WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Shape:
-    """A causal language model's sizes, in parameters.
+    """The sizes of a causal language model, in parameters.
 
     Args:
-        parameters: all of them.
-        trained: those with a gradient.
-        small: those in tensors that ZeRO-3 keeps whole on every rank.
-        layers: their number.
-        layer: parameters of the largest.
-        vocabulary, hidden: of the head, `[vocabulary, hidden]`.
-        saved: numbers that a layer keeps per token for its backward, without checkpointing.
+        parameters: number of parameters.
+        trained: number of parameters with a gradient.
+        small: number of those in tensors that ZeRO-3 keeps whole on every rank.
+        layers: number of layers.
+        layer: parameters of the largest layer.
+        vocabulary, hidden: shape of the head, `[vocabulary, hidden]`.
+        saved: numbers that a layer saves per token for backward, without checkpointing.
         head_trained: whether the head's weight has a gradient.
         width: bytes of a weight.
     """
@@ -45,19 +46,19 @@ class Shape:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step does besides its models.
+    """The work of a step, apart from the sizes of its models.
 
     Args:
-        tokens: of one micro-batch on one rank.
-        length: of its longest sample, for attention.
-        supervised: share of its tokens that meet the heads.
-        micro_batches: of one rank in a step.
+        tokens: tokens of one micro-batch on one rank.
+        length: tokens of its longest sample, for attention.
+        supervised: share of its tokens that are supervised.
+        micro_batches: micro-batches of one rank in a step.
         chunk: tokens whose logits exist at one time.
-        temperature_is_one: a chunk needs one buffer less then.
+        temperature_is_one: T is 1, for which a chunk needs one buffer less.
         optimizer_numbers: fp32 numbers that the optimizer keeps for every weight.
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
-        teacher_is_whole: on every rank (stage 0).
+        teacher_is_whole: every rank has the whole teacher (stage 0).
         bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
     """
 
@@ -78,7 +79,7 @@ class Work:
 
 
 def shape_of(model: Any, width: int) -> Shape:
-    """Of an HF model, which may live on the meta device.
+    """Return the sizes of a Hugging Face model, which may be on the meta device.
 
     Args:
         width: bytes of a weight.
@@ -93,10 +94,12 @@ def shape_of(model: Any, width: int) -> Shape:
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
     inner = getattr(config, "intermediate_size", None) or 4 * hidden
-    # Inputs and outputs of two norms, q, attention's result twice, k and v; four in the MLP. bf16
-    # norms keep fp32 copies.
+
+    # Saved per token: inputs and outputs of two norms, q, attention's result twice, k and v, and
+    # four times the MLP's width. Norms in bf16 keep fp32 copies too.
     saved = 7 * hidden + 2 * heads * head_dim + 2 * kv + 4 * inner
     saved += 4 * hidden if width == 2 else 0
+
     parameters = [*model.parameters()]
     return Shape(
         sum(p.numel() for p in parameters),
@@ -113,25 +116,28 @@ def shape_of(model: Any, width: int) -> Shape:
 
 
 def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
-    """Bytes of one rank by what they are for; those named `host …` are in the host's memory.
+    """Estimate the bytes of one rank by purpose; those named `host …` are in the host's memory.
 
     Returns:
-        States first (they stay), then what a step adds at its peak.
+        First the states, which stay, then the additions of a step at its peak.
     """
     trained = 4 * student.trained // world
 
     def shard(shape: Shape) -> int:
         return shape.width * (shape.parameters // world + shape.small)
 
+    # The student's states; DeepSpeed keeps gathered weights that it will need again soon.
     where = "host " if work.offload_weights else ""
     out = {f"{where}student weights": shard(student)}
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
     out[f"{where}gradients"] = trained
-    if world > 1:  # DeepSpeed lets go of nothing that it will gather again soon
+    if world > 1:
         kept = min(student.parameters, work.reuse)
         out["student weights, gathered"] = kept * student.width
+
+    # A layer and the next one, which is prefetched, and both heads are gathered at the peak.
     live = 2 * student.layer * student.width
     heads = student.vocabulary * student.hidden * student.width
     buffers = 2
@@ -142,8 +148,9 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
         live = max(live, 2 * teacher.layer * teacher.width)
         heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
         buffers = 3 if work.temperature_is_one else 4
+
     rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
-    out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and on their way
+    out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and in transit
     gradient = 4 * student.vocabulary * student.hidden if student.head_trained else 0
     out["gradients before they are shared out"] = gradient + 4 * min(work.bucket, student.trained)
     out["logits workspace"] = buffers * 4 * rows * student.vocabulary
@@ -154,7 +161,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
 
 
 def is_state(name: str) -> bool:
-    """Whether these bytes stay between steps."""
+    """Return whether a part of `estimate_bytes` stays between steps."""
     return name.removeprefix("host ") in {
         "student weights", "student weights, gathered", "fp32 weights", "optimizer", "gradients",
         "teacher weights",
@@ -172,12 +179,12 @@ def on_host(parts: dict[str, int]) -> int:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a rank and its node have.
+    """The memory of a rank and its node.
 
     Args:
-        room: bytes of an accelerator, or None where it is not said.
-        host_room: bytes of a node's memory, likewise.
-        ranks_per_node: that share it.
+        room: bytes of an accelerator, or None if unknown.
+        host_room: bytes of a node's memory, or None if unknown.
+        ranks_per_node: ranks that share a node's memory.
     """
 
     room: int | None = None
@@ -185,11 +192,11 @@ class Machine:
     ranks_per_node: int = 8
 
     def of_node(self, parts: dict[str, int], world: int) -> int:
-        """Return the bytes of a node's memory that its ranks take together."""
+        """Return the bytes of a node's memory that its ranks need together."""
         return on_host(parts) * min(world, self.ranks_per_node)
 
     def lacks(self, parts: dict[str, int], world: int) -> list[str]:
-        """Return the names of what is too small for these parts."""
+        """Return `accelerator` and `host` if their memory is too small for these parts."""
         too_small = []
         if self.room is not None and on_device(parts) > self.room:
             too_small.append("accelerator")
@@ -201,8 +208,10 @@ class Machine:
 def smallest_fit(
     student: Shape, teacher: Shape | None, work: Work, machine: Machine
 ) -> tuple[int, Work] | None:
-    """(ranks, work) of the smallest world whose ranks have enough room: as written first, then with
-    teacher, optimizer and weights in the host's memory, one after the other; None where none has.
+    """Return (ranks, work) of the smallest number of ranks that fits, or None.
+
+    The work is tried as it is, then with the teacher, the optimizer and the weights moved to the
+    host's memory, one after the other.
     """
     offers = [work, replace(work, offload_teacher=True)] if teacher is not None else [work]
     offers.append(replace(offers[-1], offload_optimizer=True))
@@ -215,8 +224,11 @@ def smallest_fit(
 
 
 def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:
-    """Floating-point operations of one rank's step: two for each weight and token forward, twice as
-    many backward (half of that where weights are frozen), attention over half of a sample."""
+    """Count the floating-point operations of one rank's step.
+
+    Forward takes two for each weight and token, and attention over half of a sample. Backward takes
+    twice as many, or as many as forward if the weights are frozen.
+    """
 
     def forward(shape: Shape) -> float:
         body = shape.layer * shape.layers

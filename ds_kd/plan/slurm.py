@@ -1,4 +1,4 @@
-"""The `slurm` section: the sbatch command that runs a config on a cluster."""
+"""Make the sbatch command that runs a config on a cluster, from the `slurm` section."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _OPTIONS = (
 def sbatch_command(
     wanted: Slurm, config: str, overrides: list[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """What to type in the repository's root.
+    """Return the command to run in the repository's root.
 
     Args:
-        wanted: the section.
+        wanted: the `slurm` section.
         config: path of the YAML.
         overrides: `key.sub=value` of the run.
 
     Returns:
-        Variables to set, which sbatch hands on to the job, and the words of one
+        Variables to set, which sbatch passes to the job, and the words of one
         `sbatch … launch/slurm.sh …` command.
     """
     variables = {name: str(value) for name, value in wanted.env_vars.items()}
@@ -50,7 +50,7 @@ def sbatch_command(
 
 
 def format_command(variables: dict[str, str], command: list[str]) -> list[str]:
-    """Return the words to print of such a command, secrets blanked."""
+    """Return the words of a command with its variables, with secrets blanked, to print them."""
     named = {name: "***" if is_secret(name) else value for name, value in variables.items()}
     words = ["env", *(f"{name}={value}" for name, value in named.items()), *command]
     return [blank_secrets(word) for word in words]
@@ -60,7 +60,7 @@ def check_slurm(cfg: RunConfig) -> Slurm:
     """Return the `slurm` section of a config whose batch sizes fit its ranks.
 
     Raises:
-        ConfigError: there is no such section, or they do not.
+        ConfigError: there is no such section, or batch sizes do not fit.
     """
     if cfg.slurm is None:
         raise ConfigError(
@@ -74,10 +74,10 @@ def check_slurm(cfg: RunConfig) -> Slurm:
 
 
 def make_log_directory(wanted: Slurm) -> None:
-    """Make the directory that the jobs' logs go to.
+    """Create the directory of the jobs' logs.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
     if wrong := check_directory("slurm.log_dir", wanted.log_dir):
         raise ConfigError([wrong])

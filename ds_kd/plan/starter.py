@@ -1,5 +1,5 @@
-"""A YAML to start from: batch size, dtype and offload as the memory plan allows, steps and
-validation as the data's size allows."""
+"""Write a YAML to start from, with batch size and offload that fit the memory, and epochs and
+validation that suit the number of rows."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from ds_kd.plan.dry_run import data_of, model_shape, work_of
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
 _GLOBAL = 32
-_STEPS_OF_EPOCH = 20  # at least, as far as the number of ranks allows
-_FEW_STEPS = 100  # below it, the rows are gone through three times
-_HELD_OUT = (0.05, 8, 512)  # share of the rows, and the fewest and most of them
+_STEPS_OF_EPOCH = 20  # steps of an epoch, at least, if the number of ranks allows it
+_FEW_STEPS = 100  # an epoch of fewer steps is repeated three times
+_HELD_OUT = (0.05, 8, 512)  # share of the rows held out, and the least and greatest number
 _VALIDATIONS = 10
 _TEMPLATE = """\
 # {student} under {teacher}, for {gpus} rank(s) of {room:.0f} GiB each.
@@ -81,12 +81,12 @@ def write_starter(
     Args:
         models: student and teacher, directories or hub ids.
         data: a hub id or local file; its first row tells which data set reads it.
-        validation: likewise; None keeps a share of the data's rows out of training.
-        gpus: ranks.
-        machine: the memory of each and of its node.
+        validation: likewise; None holds out a share of the data's rows.
+        gpus: number of ranks.
+        machine: the memory of a rank and its node.
 
     Raises:
-        ConfigError: something named does not exist, or nothing fits.
+        ConfigError: a model or file does not exist, or no batch size fits.
     """
     assert machine.room is not None
     named = {"--student": models[0], "--teacher": models[1], "--data": data}
@@ -94,6 +94,8 @@ def write_starter(
     for option, name in named.items():
         if "${" in name:
             raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
+
+    # The template is filled with the smallest batch first, so that its config can be planned.
     found = _recognise_data("--data", data)
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(data),
@@ -103,6 +105,7 @@ def write_starter(
         "validation": _write_validation(validation, _HELD_OUT[0]),
     }  # fmt: skip
     cfg = _load(values)
+
     rows, tokens, supervised, _ = data_of(cfg)
     if rows is not None and rows < 2:
         raise ConfigError([problem("--data", data, "at least 2 rows", f"it has {rows}")])
@@ -123,7 +126,7 @@ def _load(values: dict[str, Any]) -> RunConfig:
         path.write_text(_TEMPLATE.format(**values))
         try:
             return load(path)
-        except ConfigError as error:  # the file is nobody's
+        except ConfigError as error:  # the user does not know this file, so places in it are cut
             lines = [line.split("\n")[0].rpartition(f"{path}:")[2] for line in error.problems]
             raise ConfigError([re.sub(r"^\d+:\d+: ", "", line) for line in lines]) from None
 
@@ -136,10 +139,10 @@ def _choose_sizes(
     machine: memory.Machine,
     rows: int | None,
 ) -> dict[str, Any]:
-    """The largest micro-batch that has room, with as little moved and computed again as possible.
+    """Return the largest micro-batch that fits, with the least offload and recomputation.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: none fits.
     """
     assert cfg.teacher_model is not None and machine.room is not None
     shapes = model_shape(cfg.model), model_shape(cfg.teacher_model)
@@ -148,7 +151,8 @@ def _choose_sizes(
     moves = [plain, replace(plain, checkpointing=True)]
     moves.append(replace(moves[-1], offload_teacher=True))
     moves.append(replace(moves[-1], offload_optimizer=True))
-    # Of few rows, a wide batch would leave hardly a step.
+
+    # With few rows, a large batch would leave hardly any step.
     widest = max(gpus, rows // _STEPS_OF_EPOCH) if rows is not None else None
     for work in moves:
         for local in _LOCAL_SIZES:
@@ -164,6 +168,7 @@ def _choose_sizes(
                 "offload_teacher": str(work.offload_teacher).lower(),
                 "zero": _OFFLOAD if work.offload_optimizer else "null",
             }
+
     parts = memory.estimate_bytes(*shapes, moves[-1], gpus)
     if spare.lacks(parts, gpus) == ["host"]:
         needed = f"{machine.of_node(parts, gpus) / 2**30:.1f} GiB of host memory are needed"
@@ -177,7 +182,7 @@ def _choose_sizes(
 
 
 def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
-    """Put epochs and validations into `values`, and return a warning where steps are few."""
+    """Set the epochs and validations in `values`, and return a warning if there are few steps."""
     if rows is None:
         values["val_every"] = _FEW_STEPS
         return []
@@ -196,7 +201,7 @@ def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
 
 
 def _write_validation(data: str | None, share: float) -> str:
-    """The YAML's lines on what is validated with."""
+    """Return the YAML's lines about validation data."""
     if data is None:
         return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
     found = _recognise_data("--validation", data)
@@ -207,12 +212,12 @@ def _write_validation(data: str | None, share: float) -> str:
 
 
 def _quote(name: str) -> str:
-    """A name as YAML reads it back."""
+    """Return a name in quotes, unless YAML reads it back without them."""
     return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
 def _recognise_data(option: str, data: str) -> DataSet:
-    """The data set that reads these rows, by their columns; SQuAD's for a hub id."""
+    """Return the data set that reads rows with these columns; that of SQuAD for a hub id."""
     try:
         files = files_of(data)
         if files is not None:

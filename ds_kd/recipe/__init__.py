@@ -1,1 +1,1 @@
-"""RunConfig to Trainer: the config stops here."""
+"""Build a Trainer from a RunConfig; the parts below do not read the config."""

@@ -1,5 +1,4 @@
-"""From a config to a `Trainer`. With `launch/kd.py` the only reader of the config: below this,
-components take plain values."""
+"""Build a `Trainer` from a config. The components below take plain values and read no config."""
 
 from __future__ import annotations
 
@@ -53,15 +52,15 @@ def build(
     world: World,
     asked_to_stop: Callable[[], bool] = lambda: False,
 ) -> Trainer:
-    """Build everything a run needs.
+    """Build the trainer of a run.
 
     Args:
         cfg: a checked config.
         world: this process's place in the job.
-        asked_to_stop: whether this rank was asked to stop after its step.
+        asked_to_stop: returns whether this rank was asked to stop after its step.
 
     Raises:
-        ConfigError: something the config names does not exist or does not fit; names the key.
+        ConfigError: something that the config names does not exist or fit; names the key.
     """
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
@@ -73,16 +72,14 @@ def build(
         validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, False)
     batches = LoaderBatches(loader)
     schedule = _make_schedule(cfg, batches.steps_per_epoch)
-    # What only rank 0 opens, and what is soon refused, comes before the models.
+
+    # Parts that may be refused come before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
     loss = _build_loss(cfg, tokenizer, world)
 
-    teacher = _build_teacher(cfg, world) if cfg.loads_teacher else None
-    if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
-        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _build_student(cfg, loss, schedule, world)
-    if checkpointer is not None:  # by now all files are there
+    teacher, student = _build_models(cfg, loss, schedule, world)
+    if checkpointer is not None:  # by now all files are downloaded
         checkpointer.fingerprint |= _identify_models(cfg, world)
     return Trainer(
         student=student,
@@ -102,6 +99,17 @@ def build(
     )
 
 
+def _build_models(
+    cfg: RunConfig, loss: DistillationLoss, schedule: Schedule, world: World
+) -> tuple[Teacher | None, Any]:
+    """Return the teacher, if the run loads one, and the student's engine."""
+    teacher = _build_teacher(cfg, world) if cfg.loads_teacher else None
+    if cfg.kd_ratio == 0:
+        # A teacher that only validation uses must not change the random numbers of training.
+        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+    return teacher, _build_student(cfg, loss, schedule, world)
+
+
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     steps = cfg.step_scheduler
     return Schedule(
@@ -115,7 +123,7 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 
 
 def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
-    """The student's loss, over the ids that it shares with the teacher."""
+    """Return the student's loss, over the ids that it shares with the teacher."""
     vocab_size = None
     if cfg.loads_teacher:
         assert cfg.teacher_model is not None
@@ -133,7 +141,7 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
 
 
 def _build_part_of_loss(component: Component, check: Callable[[Any], None], world: World) -> Any:
-    """The loss of a section, tried against its contract, on this rank's device."""
+    """Return the loss of a section on this rank's device, after a check of its contract."""
     try:
         loss = instantiate(component)
         check(loss)
@@ -178,6 +186,8 @@ def _build_student(
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
             model.gradient_checkpointing_enable({"use_reentrant": False})
+
+    # On a CPU torch's own optimizer already works where offload would put its states.
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
@@ -189,6 +199,8 @@ def _build_student(
             lambda parameters: build_optimizer(optimizer, parameters, cfg.optimizer),
             build_schedule(cfg.lr_scheduler, max(1, schedule.total_steps)),
         )
+
+    # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
     _compile(cfg, model)
     engine.train()
@@ -196,7 +208,7 @@ def _build_student(
 
 
 def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
-    """What puts the adapter of the `peft` section into a model."""
+    """Return a function that adds the adapter of the `peft` section to a model, or None."""
     wanted = cfg.peft
     if wanted is None:
         return None
@@ -206,6 +218,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
             names = lora.linear_maps(model, *chosen, wanted.match_all_linear)
+        # Where the base model came from is written into the adapter's own config.
         lora.add_adapter(
             model,
             names,
@@ -223,7 +236,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
 
 
 def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
-    """Check what only the loaded model can tell, and say what it makes the run do."""
+    """Check the head, and packing, on the loaded model, and print what `fix_rope` changed."""
     if (said := fix_rope(engine.module.model)) and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     checks = [(probes.check_head, "a linear head")]
@@ -243,7 +256,7 @@ def _compile(cfg: RunConfig, model: Any) -> None:
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
-    """On rank 0; what goes wrong there reaches all ranks."""
+    """Return the metrics on rank 0, else None; an error on rank 0 is raised on all ranks."""
     made: list[Metrics] = []
 
     def make() -> None:
@@ -257,10 +270,11 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
             )
         )
 
+    # A ValueError of Weights & Biases is already about its own section.
     def make_on_rank0() -> None:
         try:
             on_rank0(make, world)
-        except ValueError as error:  # wandb's
+        except ValueError as error:
             raise ConfigError([str(error)]) from error
 
     expected = "a directory that can be written"
@@ -271,10 +285,10 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
 
 @contextlib.contextmanager
 def lock_directory(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
-    """Keep the checkpoint directory for this run alone; None where no checkpoints are kept.
+    """Lock the checkpoint directory for this run; yields None if checkpoints are off.
 
     Raises:
-        ConfigError: another run has it, or it cannot be written.
+        ConfigError: another run uses it, or it cannot be written.
     """
     if not cfg.checkpoint.enabled:
         yield None
@@ -303,7 +317,7 @@ def _make_checkpointer(
         return None
     keep_last = wanted.keep_last
     if keep_last is None and cfg.step_scheduler.ckpt_every_steps is None:
-        keep_last = 2  # those of the clock are for going on, not for keeping
+        keep_last = 2  # checkpoints by time are for resuming only
     return Checkpointer(
         Path(wanted.checkpoint_dir),
         world,
@@ -318,7 +332,7 @@ def _make_checkpointer(
 
 
 def _identify_models(cfg: RunConfig, world: World) -> dict[str, str]:
-    """Of which files student and teacher are made; rank 0 looks."""
+    """Return the identity of the files of student and teacher by name, as rank 0 finds them."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
 
     def look() -> dict[str, str]:
@@ -329,20 +343,20 @@ def _identify_models(cfg: RunConfig, world: World) -> dict[str, str]:
 
 
 def _hash_samples(samples: Any) -> str:
-    """How many samples there are and a hash of some of them, spread over all."""
+    """Return the number of samples and a hash of some of them, spread over all."""
     count = len(samples)
     tokens = [samples[k]["input_ids"] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]
     return f"{count} samples, {hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]}"
 
 
 def refuse_changes(cfg: RunConfig, changes: dict[str, str]) -> None:
-    """Refuse to offer the student of a finished run as that of another one.
+    """Refuse a config that differs from the one of the finished run in its checkpoint directory.
 
     Args:
-        changes: `Checkpointer.changes`; newer libraries and fewer steps do not count.
+        changes: `Checkpointer.changes`; versions of libraries and the number of steps are ignored.
 
     Raises:
-        ConfigError: with what has changed.
+        ConfigError: names the changes.
     """
     harmless = ("ds_kd", "torch", "transformers", "deepspeed", *_LENGTH)
     lines = [line for name, line in changes.items() if name not in harmless]
@@ -356,7 +370,7 @@ def refuse_changes(cfg: RunConfig, changes: dict[str, str]) -> None:
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
-    """Where the result is and what to type next."""
+    """Return the last message of a run: the place of the result and what to type next."""
     directory = Path(cfg.checkpoint.checkpoint_dir)
     if cfg.step_scheduler.max_steps == 0:
         return f"validated after step {step}; nothing was trained or saved"

@@ -1,4 +1,4 @@
-"""From a config's data sections to samples and the loaders that serve them."""
+"""Build samples and their loaders from the data sections of a config."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ds_kd.parallel.signals import ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 
-_NO_LIMIT = 10**9  # tokens; tokenizers say so, or more, where they know of no limit
+_NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
 
 def packs(cfg: RunConfig) -> bool:
@@ -29,10 +29,11 @@ def packs(cfg: RunConfig) -> bool:
 
 
 def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, Any | None]:
-    """Return the samples to train on, and those to validate with, None where there are none.
+    """Return the samples to train on, and those to validate with or None.
 
     Raises:
-        ConfigError: see `samples_of`; or samples too few to be split, or too long to be packed.
+        ConfigError: see `samples_of`; there are too few samples to split, or one is too long for a
+            pack.
     """
     training, validation = samples_of(cfg.dataset, tokenizer, world), None
     key = cfg.dataset.key
@@ -49,11 +50,11 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, An
 
 
 def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
-    """Return the samples without a share of them, and that share, each in the order they were in.
+    """Split samples into those to train on and a share to validate with, in their order.
 
     Args:
-        share: at least one sample, and never all.
-        seed: decides which, alone.
+        share: the share held out; at least one sample, and never all.
+        seed: seed of the choice.
 
     Raises:
         ValueError: there are fewer than two samples.
@@ -70,7 +71,7 @@ def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
 
 
 def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
-    """The samples in packs, where the YAML wants them."""
+    """Return the samples in packs, if `packed_sequence` is on, else the samples."""
     if not packs(cfg):
         return samples
     size = cfg.packed_sequence.packed_sequence_size
@@ -80,11 +81,11 @@ def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
 
 
 def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
-    """Build a data set and check what it gives.
+    """Build a data set and check its samples.
 
     Raises:
-        ConfigError: it cannot be had, its samples break the contract of `ds_kd.data.own`, or none
-            of them is supervised.
+        ConfigError: it cannot be built, its samples break the contract of `ds_kd.data.own`, or none
+            of them has a supervised token.
     """
     rows = _build(dataset, tokenizer, world)
     key, given = _name_source(dataset)
@@ -96,7 +97,8 @@ def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
 
 
 def _warn_of_longest(samples: Any, tokenizer: Any) -> str:
-    """A warning where a sample is longer than what the tokenizer says of its model."""
+    """Return a warning if a sample is longer than the tokenizer's `model_max_length`, or an empty
+    text."""
     most = tokenizer.model_max_length
     if not hasattr(samples, "column_names") or most > _NO_LIMIT:
         return ""
@@ -110,14 +112,14 @@ def _warn_of_longest(samples: Any, tokenizer: Any) -> str:
 
 
 def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
-    """Render the first training samples; loads the tokenizer and the data, no model.
+    """Render the first training samples. The tokenizer and the data are loaded, but no model.
 
     Args:
-        count: how many.
-        colour: mark supervised tokens by colour, else by brackets.
+        count: number of samples.
+        colour: mark supervised tokens by colour instead of by brackets.
 
     Raises:
-        ConfigError: the tokenizer or the data set cannot be had.
+        ConfigError: the tokenizer or the data set cannot be loaded.
     """
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")
     tokenizer = tokenizer_of(cfg.model, alone)
@@ -126,7 +128,7 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
 
 
 def _name_source(dataset: Component) -> tuple[str, Any]:
-    """The key that names a data set's rows and what it holds, for messages."""
+    """Return the key that names a data set's rows, and its value, for messages."""
     declared = declaration_of(resolve(dataset.name, dataset.allow))
     if declared is None or declared.source not in dataset.kwargs:
         return dataset.key, dataset.name
@@ -134,7 +136,7 @@ def _name_source(dataset: Component) -> tuple[str, Any]:
 
 
 def _build(dataset: Component, tokenizer: Any, world: World) -> Any:
-    """The data set, what comes out of it checked where it is not ours."""
+    """Return the samples of a data set; those of a user's own are checked as they are read."""
     kwargs = dict(dataset.kwargs)
     labels = kwargs.pop("labels", SHIFTED)
     wanted = replace(dataset, kwargs=kwargs)
@@ -154,11 +156,11 @@ def build_loader(
     world: World,
     training: bool,
 ) -> tuple[Any, GlobalBatchSampler]:
-    """Build the loader of samples, which gives this rank's micro-batches, and their sampler.
+    """Return the loader of this rank's micro-batches, and its sampler.
 
     Args:
-        samples: as `build_samples` gives them.
-        training: whether a batch is cut as a step of training, else as the loader's section says.
+        samples: from `build_samples`.
+        training: use the batch sizes of `step_scheduler`; otherwise those of the loader's section.
 
     Raises:
         ConfigError: the loader cannot be built; names the key.
@@ -191,7 +193,7 @@ def build_loader(
             LOADER_FLAGS,
             dataset=WithFiller(samples),
             batch_sampler=sampler,
-            # Of its own: an iterator draws from it when made, and dropout must not notice.
+            # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
             **init,
         )

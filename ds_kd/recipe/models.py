@@ -1,4 +1,4 @@
-"""A model section of the YAML → its tokenizer, configuration and sharded model."""
+"""Load the tokenizer, the configuration and the sharded model of a model section."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ _NETWORK = "a network (HF_HUB_OFFLINE=1 takes what was downloaded before)"
 
 
 def name_of(component: Component) -> str:
-    """The directory or hub id."""
+    """Return the directory or hub id of a model."""
     return str(component.kwargs["pretrained_model_name_or_path"])
 
 
 def _select_location(component: Component) -> dict[str, Any]:
-    """The arguments that say which files are meant, for config and tokenizer as for the model."""
+    """Return the arguments that choose the files, for the config and tokenizer of a model too."""
     names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
 
 
 def tokenizer_of(component: Component, world: World) -> Any:
-    """The model's tokenizer, padding on the right; rank 0 loads it first.
+    """Return the model's tokenizer, which pads on the right; rank 0 loads it first.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -56,15 +56,15 @@ def load_model(
     packs: bool,
     adapt: Callable[[Any], None] | None = None,
 ) -> Any:
-    """The Hugging Face model, sharded while it loads.
+    """Return the Hugging Face model, sharded while it loads.
 
     Args:
         zero: the engine's DeepSpeed configuration.
-        packs: whether attention must keep samples of a pack apart.
+        packs: keep the samples of a pack apart in attention.
         adapt: called with the model before it is returned.
 
     Raises:
-        ConfigError: it cannot be had, or its files lack weights.
+        ConfigError: it cannot be loaded, or its files lack weights.
     """
     kwargs = {n: v for n, v in component.kwargs.items() if n not in ("torch_dtype", "dtype")}
     extra: dict[str, Any] = {"dtype": training_dtype(component)}
@@ -80,6 +80,7 @@ def load_model(
         with config_error(key, name_of(component), expected):
             return _refuse_damage(load)
 
+    # transformers would tie weights that the files hold with different values.
     ties = load_or_refuse(lambda: _check_files(component)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
@@ -93,6 +94,11 @@ def load_model(
 
 
 def _refuse_damage(load: Callable[[], Any]) -> Any:
+    """Return `load()`.
+
+    Raises:
+        ValueError: a file of weights is damaged.
+    """
     from safetensors import SafetensorError
 
     try:
@@ -102,11 +108,14 @@ def _refuse_damage(load: Callable[[], Any]) -> Any:
 
 
 def _check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
-    """The model, if its files had all its weights; transformers would make up the rest.
+    """Return the model, if its files had all weights; transformers would initialise the rest.
 
     Args:
-        loaded: what `from_pretrained` returned, with or without its report.
-        ties: pairs of parameters that must not be one.
+        loaded: the result of `from_pretrained`, with or without its report.
+        ties: pairs of parameters that must not be tied.
+
+    Raises:
+        ValueError: weights are missing, have other shapes, or are tied.
     """
     if not isinstance(loaded, tuple):
         return loaded
@@ -125,8 +134,8 @@ def _check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
 
 
 def _check_files(component: Component) -> list[tuple[str, str]]:
-    """Compare the files with the configuration, the same way on every rank, and return the pairs of
-    weights that only the configuration believes to be one."""
+    """Compare the files with the configuration, alike on every rank, and return the pairs of
+    weights that the configuration ties although the files hold different values."""
     from transformers import AutoConfig
 
     config, _ = AutoConfig.from_pretrained(
@@ -144,11 +153,12 @@ def _check_files(component: Component) -> list[tuple[str, str]]:
 
 
 def check_rope(config: Any) -> None:
-    """Refuse rotary positions whose frequencies follow the longest position of each batch: the
-    gradient would depend on how a batch is cut, and a resumed run would differ.
+    """Refuse rotary positions whose frequencies depend on the longest sample of a batch.
+
+    The gradient would depend on how a batch is cut, and a resumed run would differ.
 
     Raises:
-        ValueError: of type `dynamic`; says what to write.
+        ValueError: the type is `dynamic`; says what to write.
     """
     for rope in _find_ropes(config):
         if "dynamic" in str(rope.get("rope_type", "")):
@@ -160,8 +170,8 @@ def check_rope(config: Any) -> None:
 
 
 def fix_rope(model: Any) -> str:
-    """Give a model of type `longrope` one table for the whole run, the one of its original length,
-    and return the sentence that says so; empty where there is nothing to fix."""
+    """Fix the frequencies of a model of type `longrope` to those of its original length, and return
+    a sentence about it, or an empty text for other models."""
     fixed = [rope for rope in _find_ropes(model.config) if rope.get("rope_type") == "longrope"]
     if not fixed:
         return ""
@@ -178,14 +188,14 @@ def fix_rope(model: Any) -> str:
 
 
 def _find_ropes(config: Any) -> list[dict[str, Any]]:
-    """The settings of rotary positions: one, or one for every kind of layer."""
+    """Return the settings of rotary positions: one, or one for every kind of layer."""
     ropes = getattr(config.get_text_config(), "rope_parameters", None) or {}
     return [ropes, *(part for part in ropes.values() if isinstance(part, dict))]
 
 
 def training_dtype(component: Component) -> torch.dtype:
-    """Return the dtype a model is loaded, trained and saved in: the one the YAML names, or that of
-    its config.json; float32 for a model kept in float16, in which nothing is trained here."""
+    """Return the dtype in which a model is loaded, trained and saved: that of the YAML, or of its
+    config.json. A float16 model is trained in float32."""
     if (named := dtype_of(component)) is not None:
         return named
     config = config_of(component)
@@ -194,16 +204,16 @@ def training_dtype(component: Component) -> torch.dtype:
 
 
 def dtype_of(component: Component) -> torch.dtype | None:
-    """The dtype the YAML names; None for `auto`, which only the loaded model can tell."""
+    """Return the dtype that the YAML names, or None for `auto`."""
     name = str(component.kwargs.get("torch_dtype", component.kwargs.get("dtype", "auto")))
     return causal_lm.DTYPES.get(name.removeprefix("torch."))
 
 
 def config_of(component: Component) -> Any:
-    """The model's Hugging Face configuration.
+    """Return the model's Hugging Face configuration.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: it cannot be loaded.
     """
     from transformers import AutoConfig
 

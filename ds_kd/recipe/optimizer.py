@@ -1,4 +1,4 @@
-"""The student's optimizer, where its states live, and the schedule of its learning rate."""
+"""Build the student's optimizer, on the accelerator or the host, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ds_kd.config.components import Component, ConfigError, instantiate, problem
 from ds_kd.config.sections import LRScheduler
 from ds_kd.errors import first_line
 
-#: torch's optimizers with kernels that update everything in one pass, both on CPU and on CUDA.
+#: torch's optimizers with fused kernels on both CPU and CUDA.
 _FUSED = {f"torch.optim.{name}" for name in ("Adam", "AdamW", "SGD")}
 _CPU_ADAM, _FUSED_ADAM = (f"deepspeed.ops.adam.{n}" for n in ("DeepSpeedCPUAdam", "FusedAdam"))
 
 
 def place_optimizer(component: Component, in_host: bool) -> Component:
-    """The optimizer for states on an accelerator or in the host's memory.
+    """Return the optimizer for states on an accelerator or in the host's memory.
 
-    There torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's Adam for the host: the
-    same arithmetic on vector instructions and all cores.
+    For the host, torch's Adam and AdamW and DeepSpeed's FusedAdam become DeepSpeed's CPU Adam: the
+    same arithmetic with vector instructions on all cores.
 
     Args:
-        component: what the YAML names.
-        in_host: whether `offload_optimizer` puts the states there.
+        component: the optimizer of the YAML.
+        in_host: whether `offload_optimizer` puts the states in the host's memory.
 
     Raises:
-        ConfigError: an optimizer that cannot work there.
+        ConfigError: the optimizer cannot work there.
     """
     key = f"{component.key}._target_"
     if not in_host:
@@ -35,7 +35,7 @@ def place_optimizer(component: Component, in_host: bool) -> Component:
             hint = "write torch.optim.AdamW, or offload_optimizer in deepspeed.student"
             raise ConfigError([problem(key, _CPU_ADAM, "an optimizer of the accelerator", hint)])
         return component
-    known = {  # → whether its weight decay is decoupled, and the default of that
+    known = {  # name → (whether its weight decay is decoupled, its default weight decay)
         "torch.optim.Adam": (False, 0.0),
         "torch.optim.AdamW": (True, 1e-2),
         _FUSED_ADAM: (True, 0.0),
@@ -51,30 +51,31 @@ def place_optimizer(component: Component, in_host: bool) -> Component:
 
 
 def build_optimizer(component: Component, parameters: list, named: Component) -> Any:
-    """As the YAML says; torch's one-pass kernels where it names neither kind and there are some.
+    """Return the optimizer, with torch's fused kernels unless the YAML chooses others.
 
     Args:
-        component: from `placed`.
-        parameters: the trained ones.
-        named: what is taken where DeepSpeed cannot build its own in the place of torch's.
+        component: the optimizer from `place_optimizer`.
+        parameters: the trained parameters.
+        named: the optimizer of the YAML, used if DeepSpeed cannot build its own in its place.
 
     Raises:
-        ConfigError: arguments that it does not take.
-        ValueError: what it refuses, or an operator that cannot be built.
+        ConfigError: it does not take these arguments.
+        ValueError: it refuses an argument, or its operator cannot be built.
     """
     chosen = {"fused", "foreach", "differentiable"} & set(component.kwargs)
     extra: dict[str, Any] = {"fused": True} if component.name in _FUSED and not chosen else {}
     extra["model_params" if component.name == _CPU_ADAM else "params"] = parameters
     try:
         return instantiate(component, **extra)
-    except RuntimeError as error:  # DeepSpeed's, of an operator that it cannot build
+    except RuntimeError as error:  # DeepSpeed cannot build its operator
         if component is named or not named.name.startswith("torch."):
             raise ValueError(first_line(error)) from error
     return build_optimizer(named, parameters, named)
 
 
 def build_schedule(wanted: LRScheduler | None, total_steps: int) -> Callable[[Any], Any] | None:
-    """What makes the learning-rate schedule of an optimizer; None keeps the rate as it is."""
+    """Return a function that makes the learning-rate schedule of an optimizer; None for a constant
+    rate."""
     if wanted is None:
         return None
     from transformers import get_scheduler

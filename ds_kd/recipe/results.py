@@ -1,4 +1,4 @@
-"""Where a config's run has its models, its log and its held-out samples."""
+"""Find the models, the log and the held-out samples of a config's run."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def held_out_samples(cfg: RunConfig) -> Any:
     """Return the samples that a run validates with.
 
     Raises:
-        ConfigError: there are none, or they cannot be had.
+        ConfigError: there are none, or they cannot be loaded.
     """
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")
-    cfg.packed_sequence.packed_sequence_size = 0  # each sample for itself
+    cfg.packed_sequence.packed_sequence_size = 0  # show single samples, not packs
     _, held_out = build_samples(cfg, tokenizer_of(cfg.model, alone), alone)
     if held_out is None:
         raise ConfigError(["validation_dataset: missing, so there is no held-out row; give --data"])

@@ -1,4 +1,4 @@
-"""A run from its config to a trainer that goes on where the last one stopped."""
+"""Open a run: build its trainer from a config and resume from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ds_kd.train.trainer import Trainer
 def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     """Join the job, take the checkpoint directory, build and resume (a collective).
 
-    What is held until the trainer is closed is given back here where anything goes wrong.
+    Resources that the trainer holds until it is closed are released here if anything fails.
 
     Args:
         cfg: a checked config.
-        listens: signals end the run after its step.
+        listens: let signals end the run after its step.
 
     Raises:
-        UserError: something the config names does not exist or does not fit, a run that is finished
-            had other settings, or a rank is gone.
+        UserError: something that the config names does not exist or fit, a finished run had other
+            settings, or a rank is gone.
     """
     refuse_missing_packages(cfg)
     check_caches()
@@ -36,13 +36,13 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     with ExitStack() as held:
         held.enter_context(distributed.naming_lost_ranks(world))
         lock = held.enter_context(lock_directory(cfg, world))
-        # Not where a rank leaves with an error: the others may not come to a barrier.
+        # After an error no barrier is waited for, as other ranks may not reach it.
         held.push(lambda error, *_: None if error else distributed.stop())
         trainer = _build_trainer(cfg, world, listens)
         _resume(cfg, trainer, lock)
         trainer.held = held.pop_all()
         return trainer
-    raise AssertionError("what is entered above lets no error pass")
+    raise AssertionError("none of the contexts above suppresses an error")
 
 
 def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
@@ -67,8 +67,8 @@ def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
 
 
 def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
-    """Go on from the last checkpoint, if there is one; of a finished run, see that `final` is what
-    this config asks for."""
+    """Resume from the newest checkpoint, if there is one. If the run is finished, check that this
+    config asks for the same student."""
     checkpointer, state = trainer.checkpointer, trainer.state
     if checkpointer is None:
         return

@@ -1,1 +1,1 @@
-"""Teachers: whatever answers `teacher(batch)` with an output that a loss can ask for logits."""
+"""Teachers: callables that return, for a batch, an output from which a loss reads logits."""

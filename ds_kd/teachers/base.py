@@ -1,5 +1,5 @@
-"""What a step asks of a teacher. The trainer and the loss know these two protocols and no kind of
-either."""
+"""The protocols of a teacher and its output. The trainer and the loss depend on these alone, not on
+any implementation."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ class OpenedOutput(Protocol):
     """A teacher's output while a loss reads it."""
 
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
-        """Return the first `vocab` logits of some supervised tokens, `[rows, vocab]`.
+        """Return the first `vocab` logits of some supervised tokens, `[tokens, vocab]`.
 
         Args:
-            rows: of the batch's supervised tokens.
-            vocab: ids both models share.
-            name: of the buffer to use.
-            buffers: room, which the caller overwrites.
+            rows: the tokens, numbered among the batch's supervised ones.
+            vocab: number of ids that both models share.
+            name: the buffer to use.
+            buffers: memory for the result, which the caller overwrites.
         """
 
 
 class TeacherOutput(Protocol):
-    """A teacher's answer to one batch. It keeps nothing of `[tokens, vocab]` size."""
+    """A teacher's output for one batch. It holds no tensor of size `[tokens, vocab]`."""
 
     def open(self) -> AbstractContextManager[OpenedOutput]:
-        """Return what gives logits for the time of the block; entered by every rank alike."""
+        """Return a context in which logits can be read; a collective, entered by every rank."""
 
 
 class Teacher(Protocol):
-    """A frozen model, or what stands for one."""
+    """A frozen model, or a source of its logits."""
 
     def __call__(self, batch: dict[str, Any]) -> TeacherOutput:
-        """Return the answer to a batch on the device; called by every rank alike, without a
-        gradient."""
+        """Return the output for a batch on the device, without a gradient; a collective, called
+        by every rank."""

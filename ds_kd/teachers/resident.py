@@ -1,4 +1,4 @@
-"""A teacher that lives on the student's ranks: ZeRO-Inference, run again for every batch."""
+"""A teacher on the student's own ranks, in a ZeRO-Inference engine that runs for every batch."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ds_kd.parallel.engines import gathered
 
 
 class ResidentTeacher:
-    """`teacher(batch)` → hidden states at the supervised positions, and the head to come.
+    """Runs the teacher on a batch and returns its hidden states at the supervised positions.
 
     Args:
-        engine: DeepSpeed's, around a `FrozenModel`.
+        engine: DeepSpeed engine of a `FrozenModel`.
     """
 
     def __init__(self, engine: Any):
@@ -30,7 +30,7 @@ class ResidentTeacher:
 
 @dataclass(frozen=True)
 class ResidentOutput:
-    """Hidden states `[supervised tokens, hidden]`; the sharded head is gathered when opened."""
+    """Hidden states `[supervised tokens, hidden]`; `open` gathers the sharded head."""
 
     hidden: Tensor
     model: FrozenModel

@@ -1,1 +1,1 @@
-"""The step, the loop around it, and its numbers."""
+"""The optimizer step, the training loop and the metrics."""

@@ -1,4 +1,4 @@
-"""The micro-batches of each optimizer step, wherever they come from."""
+"""The source of the micro-batches of each optimizer step."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Batch = dict[str, Any]
 
 class Batches(Protocol):
     """The source of a run's micro-batches. Its position is the number of steps done, which
-    `TrainState` keeps, so that going on from a checkpoint is asking for what comes after it."""
+    `TrainState` keeps; a resumed run asks for the batches after that step."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -40,7 +40,7 @@ class LoaderBatches:
     def after(self, step: int) -> Iterator[list[Batch]]:
         epoch, done = divmod(step, self.steps_per_epoch)
         while True:
-            # Before the iterator exists: it reads its position once, when made.
+            # The iterator reads the sampler's position once, when it is created.
             self._sampler.seek(epoch, done)
             batches = iter(self.loader)
             for step_in_epoch in range(done, self.steps_per_epoch):

@@ -1,5 +1,5 @@
-"""One dict per step → console, `metrics.jsonl`, TensorBoard and, where asked for, Weights & Biases.
-Rank 0 only."""
+"""Write the metrics of each step to the console, `metrics.jsonl`, TensorBoard and, if asked for,
+Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _EVENTS = "TensorBoard's events"
 
 
 def memory_gib(device: torch.device) -> float:
-    """Peak memory of this rank so far, GiB: the allocator's on a GPU, the process's resident set on
-    a CPU."""
+    """Return the peak memory of this rank so far in GiB: the allocator's on a GPU, the resident set
+    of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _GIB
     import resource
@@ -34,21 +34,20 @@ def memory_gib(device: torch.device) -> float:
 
 
 class Metrics:
-    """Where a run's numbers go.
+    """The destinations of a run's metrics.
 
     Args:
-        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. What a
-            run that was killed had logged there after the step from which this one goes on is
-            taken out when the first record is written: each step stands there once, and so does
-            its validation.
+        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. When a
+            resumed run writes its first record, the records of later steps that a killed run left
+            there are removed, so that each step and each validation is logged once.
         tensorboard: write events.
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
-        total_steps: of the run, for the console.
-        out: console.
+        total_steps: number of steps of the run, for the console.
+        out: the console; standard output by default.
 
     Raises:
-        ValueError: `wandb` is asked for and not installed, or does not start.
+        ValueError: `wandb` is wanted and is not installed or does not start.
     """
 
     def __init__(
@@ -66,12 +65,14 @@ class Metrics:
         self._file: TextIO | None = None
         self._writer: Any = None
         self._wandb: Any = None
-        self._reported: set[Any] = set()  # what could not be written
+        self._reported: set[Any] = set()  # destinations that could not be written
         self._started = time.monotonic()
         self._first_step: int | None = None
+
+        # Both destinations are tried now, so that a mistake ends the run before models are loaded.
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.open("a").close()  # tells now whether it can be written
+            self._path.open("a").close()
         if wandb is not None:
             try:
                 import wandb as client
@@ -88,12 +89,12 @@ class Metrics:
         print(text, file=self.out, flush=True)
 
     def train(self, step: int, values: dict[str, float]) -> None:
-        """Record a training step; `values` by tag."""
+        """Record a training step, with its values by tag."""
         self._record(step, values)
         self.say(self._format_line(step, values))
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        """Record a validation; tags get the prefix `val_`."""
+        """Record a validation, with its values by tag without the prefix `val_`."""
         self._record(step, {f"val_{tag}": value for tag, value in values.items()})
         shown = "  ".join(
             f"{label} {values[tag]:.4f}"
@@ -117,12 +118,12 @@ class Metrics:
     def _open(self, path: Path, step: int, place: float) -> None:
         """Open the files for a run whose first record is of `step` and stands at `place`."""
         _keep_before(path, place)
-        # One line per record, written through at once: a killed run keeps all it logged.
+        # Line-buffered, so that a killed run keeps every record that it logged.
         self._file = path.open("a", buffering=1)
         if self._events:
             from torch.utils.tensorboard import SummaryWriter
 
-            # A file of its own, which has TensorBoard drop the later steps of those before it.
+            # TensorBoard drops the later steps of earlier event files from `purge_step` on.
             self._writer = SummaryWriter(
                 str(path.parent), purge_step=math.ceil(place) if step else 0
             )
@@ -136,7 +137,7 @@ class Metrics:
         if self._file is not None:
             self._try(path, functools.partial(self._file.write, line))
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
-            self._writer = None  # its thread has ended
+            self._writer = None  # its writing thread has ended
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 
@@ -145,8 +146,8 @@ class Metrics:
             self._writer.add_scalar(tag, value, step)
 
     def _try(self, name: Any, write: Callable[..., Any], *arguments: Any) -> bool:
-        """Return whether it could be written. A full disk is no reason to end a run: it is said
-        once, and what does not fit is not logged."""
+        """Call `write` and return whether it succeeded. A full disk does not end a run: the first
+        failure of each destination is reported, and later records are dropped."""
         try:
             write(*arguments)
         except OSError as error:
@@ -181,14 +182,16 @@ class Metrics:
 
 
 def _ignore_writer_thread(others: Callable[[Any], Any], ended: Any) -> None:
-    """Keep the end of TensorBoard's writing thread to the error that `add_scalar` raises of it."""
+    """Print no traceback of TensorBoard's writing thread, whose error `add_scalar` raises again."""
     if type(ended.thread).__name__ != "_AsyncWriterThread":
         others(ended)
 
 
 def _keep_before(path: Path, place: float) -> None:
-    """Cut a log of JSON lines to what comes before `place`, at one stroke; a torn last line goes
-    too. A log of which nothing would stay is another run's, and is set aside."""
+    """Remove the records from `place` on and a torn last line from a log, atomically.
+
+    A log of which no record would stay belongs to another run and is renamed.
+    """
     text = path.read_text(errors="replace") if path.is_file() else ""
     kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
     if "".join(kept) == text:
@@ -203,12 +206,12 @@ def _keep_before(path: Path, place: float) -> None:
 
 
 def _place_record(step: int, values: dict[str, Any]) -> float:
-    """Return where a record stands in a log: a step, then its validation."""
+    """Return the position of a record in a log: a step comes before its validation."""
     return step + 0.5 * any(name.startswith("val_") for name in values)
 
 
 def _read_place(line: str) -> float:
-    """Return the place of a log's line; infinity for a line that is none."""
+    """Return the position of a line of a log, or infinity for a line that is no record."""
     try:
         record = json.loads(line)
         return _place_record(record["step"], record) if line.endswith("\n") else math.inf

@@ -1,5 +1,4 @@
-"""When things happen, counted in optimizer steps: validate, checkpoint, stop. Nothing here knows a
-model."""
+"""The schedule of validations, checkpoints and the end of a run, in optimizer steps."""
 
 from __future__ import annotations
 
@@ -8,17 +7,19 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Schedule:
-    """A run's calendar; steps are numbered from 1, as they are logged.
+    """The schedule of a run. Steps are numbered from 1, as they are logged.
 
     Args:
         steps_per_epoch: optimizer steps in one pass over the data, the last (perhaps partial)
             global batch included.
         num_epochs: passes over the data.
         max_steps: stop after this many steps even within an epoch; None leaves it to `num_epochs`.
-        val_every_steps: validate after every that many steps, or `epoch`; None only at the end.
-        ckpt_every_steps: save after every that many steps, or `epoch`; None only at the end.
+        val_every_steps: validate each time after this many steps, or after each `epoch`; None
+            validates at the end only.
+        ckpt_every_steps: save each time after this many steps, or after each `epoch`; None saves at
+            the end only.
         patience: end after this many validations in a row that have not lowered the loss; None
-            never does.
+            never ends early.
     """
 
     steps_per_epoch: int
@@ -37,7 +38,7 @@ class Schedule:
         return step >= self.total_steps
 
     def has_no_patience(self, validations: int) -> bool:
-        """Return whether so many validations in a row without a lower loss end the run."""
+        """Return whether this many validations in a row without a lower loss end the run."""
         return self.patience is not None and validations >= self.patience
 
     def validates(self, step: int) -> bool:

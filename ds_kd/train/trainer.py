@@ -1,12 +1,12 @@
-"""The algorithm: one optimizer step, and the loop around it.
+"""The training algorithm: one optimizer step, and the loop around it.
 
 Per step, over all micro-batches and data ranks,
 
     n    = number of supervised tokens
     loss = ( (1 - α)·Σ CE  +  α·T²·Σ D(teacher, student) ) / n
 
-where α, T and the divergence D live in the student's loss (`DistillationLoss`): it takes its
-gradients on the weighted sum.
+The student's loss (`DistillationLoss`) holds α, T and the divergence D and returns the weighted sum
+over a micro-batch; the trainer divides by n.
 """
 
 from __future__ import annotations
@@ -31,29 +31,29 @@ from ds_kd.train.schedule import Schedule
 
 
 class TrainingError(UserError):
-    """The run cannot go on; the message says why and which samples were involved."""
+    """The run cannot go on; the message says why and names the samples."""
 
 
 @dataclass
 class Trainer:
-    """Everything a run needs, built.
+    """The training loop of a run, with all parts that it needs.
 
     Args:
         student: DeepSpeed engine of a `models.causal_lm.Student`.
-        teacher: of training; None where it has none.
+        teacher: the teacher to train with, or None.
         batches: the micro-batches of each step, of this rank.
         validation_loader: micro-batches of the validation data, or None.
-        schedule: when to validate, save, stop.
-        metrics: where numbers go (None on ranks that do not log).
-        checkpointer: saves and restores; None keeps nothing.
+        schedule: the steps at which to validate, save and stop.
+        metrics: destinations of the metrics; None on ranks that do not log.
+        checkpointer: saves and restores; None saves nothing.
         state: counters, restored on resume.
-        world: ranks.
+        world: the ranks of the job.
         validate_first: validate before the first step of a fresh run.
-        asked_to_stop: whether this rank was; one that was stops all.
-        max_skipped: steps that a run may leave out as their loss or gradient is not finite.
-        validation_teacher: of validation alone, where training has no teacher.
-        save_every_seconds: save when so long has passed since the last time; None never does.
-        held: what `close` gives back.
+        asked_to_stop: returns whether this rank was asked to stop; one such rank stops all.
+        max_skipped: number of steps that may be skipped because loss or gradient is not finite.
+        validation_teacher: the teacher of validation, if training has none.
+        save_every_seconds: save when the last save is this old; None does not save by time.
+        held: resources that `close` releases.
     """
 
     student: Any
@@ -81,8 +81,7 @@ class Trainer:
         self.held.__exit__(*error)
 
     def close(self) -> None:
-        """End the log and give back what the run holds (a collective): its checkpoint directory,
-        its place in the job."""
+        """Close the log; release the checkpoint directory and the process group (a collective)."""
         self.__exit__(None, None, None)
 
     def __post_init__(self) -> None:
@@ -90,10 +89,10 @@ class Trainer:
 
     def train(self) -> bool:
         """Run the schedule from the present state to its end, or to the end of the step in which a
-        rank is asked to stop.
+        rank is asked to stop. The last step is saved in both cases.
 
         Returns:
-            Whether it came to its end. Either way the last step is saved.
+            True if the schedule has ended.
 
         Raises:
             TrainingError: a step without any supervised token, a loss or gradient that is not
@@ -104,8 +103,7 @@ class Trainer:
                 self.validate()
             batches = self.batches.after(self.state.step)
             while not self.is_done:
-                # From the end of a step to the end of the next one's logging: with the loading of
-                # data, without validation and checkpoints.
+                # The time of a step includes loading its data, but not validation and checkpoints.
                 started = time.perf_counter()
                 self._step(next(batches), started)
                 if self._validate_and_save():
@@ -121,7 +119,7 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether no step is left: the last is done, or `patience` has ended the run."""
+        """Return whether no step is left: the last is done, or `patience` has ended the run."""
         return self.schedule.is_last(self.state.step) or self._ends_early
 
     @property
@@ -129,8 +127,8 @@ class Trainer:
         return self.schedule.has_no_patience(self.state.not_lower)
 
     def _owes_validation(self) -> bool:
-        """Return whether a validation is to be made before the first step: the one at the start of
-        a fresh run, the only thing of a run without steps, or one that a signal broke off."""
+        """Return whether to validate before the first step: at the start of a fresh run, in a run
+        without steps, or because a signal interrupted the last validation."""
         step = self.state.step
         if step == 0:
             return self.validate_first or self.schedule.max_steps == 0
@@ -143,17 +141,17 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
             batch = self._to_device(batch)
-            # The teacher goes first, so that its outputs and the student's graph, which lives until
-            # backward, are never there together.
+            # The teacher goes first, so that its activations and the student's graph, which lives
+            # until backward, are never in memory together.
             teacher_output = self.teacher(batch) if self.teacher is not None else None
             loss, parts = self.student(batch, teacher_output)
             del teacher_output
             _add(sums, {"loss": loss.detach(), **parts})
-            # A loss that is not finite makes the gradient NaN, so that DeepSpeed leaves the step
-            # out on every rank.
+            # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step on
+            # every rank.
             loss = loss * (1.0 + 0.0 * loss.detach())
-            # ZeRO averages gradients over data ranks: times their number undoes it, over n makes
-            # the global token mean.
+            # ZeRO averages gradients over data ranks. Multiplying by their number undoes this, and
+            # dividing by n gives the mean over all tokens of the step.
             self.student.backward(loss * (self.world.data.size / labels), scale_wrt_gas=False)
 
         means = self._average(sums, labels)
@@ -169,7 +167,7 @@ class Trainer:
             self._log(means, lr, norm, speed, 1.0 - tokens / slots)
 
     def _validate_and_save(self) -> bool:
-        """Do what is due after a step, and return whether the run stops here."""
+        """Validate and save if either is due, and return whether the run stops here."""
         is_last = self.schedule.is_last(self.state.step)
         stops, saves = (False, False) if is_last else self._asked_to_stop_or_save()
         validated = None
@@ -177,6 +175,8 @@ class Trainer:
             validated = self.validate()
             if validated is None and not is_last:  # a signal may have broken it off
                 stops, _ = self._asked_to_stop_or_save()
+
+        # The last step, or the last one before a signal ends the run, is always saved.
         if self._ends_early and not is_last:
             is_last = True
             self._say(
@@ -205,8 +205,14 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
-        """Means over every supervised token of the validation data, all ranks; logged, and
-        returned. None where there is no such data, or a rank was asked to stop meanwhile."""
+        """Log and return the means over all supervised tokens of the validation data, of all ranks.
+
+        Returns:
+            Means by name; None without such data, or if a rank was asked to stop meanwhile.
+
+        Raises:
+            TrainingError: no token is supervised.
+        """
         if self.validation_loader is None:
             return None
         started = time.perf_counter()
@@ -224,12 +230,15 @@ class Trainer:
             loss, parts = self.student(batch, teacher_output)
             _add(sums, {"loss": loss, **parts})
         self.student.train()
+
+        # One division by the global count, as in a training step.
         labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
         if labels == 0:
             raise TrainingError(
                 "validation_dataset: no sample has a supervised token; look at seq_length, "
                 "truncation and the answers"
             )
+
         means = self._average(sums, labels)
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
         means["memory"] = memory_gib(self.world.device)
@@ -239,8 +248,11 @@ class Trainer:
         return means
 
     def _count(self, micro_batches: list[Batch]) -> tuple[int, int, int]:
-        """(supervised tokens, real tokens, tokens with padding) of this step over all ranks, before
-        its first forward."""
+        """Return (supervised tokens, tokens, tokens and padding) of a step over all ranks.
+
+        Raises:
+            TrainingError: no token is supervised.
+        """
         names = ("num_labels", "num_tokens", "num_slots")
         here = [sum(b[name] for b in micro_batches) for name in names]
         labels, tokens, slots = (int(x) for x in sum_over(here, self.world.data))
@@ -253,8 +265,8 @@ class Trainer:
         return labels, tokens, slots
 
     def _asked_to_stop_or_save(self) -> tuple[bool, bool]:
-        """Whether a rank was asked to stop, and whether rank 0's clock says that it is time to
-        save; the same on all ranks."""
+        """Return whether a rank was asked to stop, and whether a save is due by rank 0's clock;
+        the same on all ranks."""
         waited = time.monotonic() - self._saved_at
         is_time = self.save_every_seconds is not None and waited >= self.save_every_seconds
         here = [float(self.asked_to_stop()), float(is_time and self.world.is_main)]
@@ -269,20 +281,20 @@ class Trainer:
         }
 
     def _average(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
-        """Global token means by name; `loss` is the optimised quantity."""
+        """Return means over the supervised tokens of all ranks by name; `loss` is optimised."""
         here = torch.stack([part.float() for part in sums.values()])
         totals = sum_over(here, self.world.data).tolist()
         return {name: total / labels for name, total in zip(sums, totals, strict=True)}
 
     def _read_gradient_norm(self) -> float:
-        """Of the step just taken. DeepSpeed leaves a step out whose gradient is not finite, and
-        keeps the norm of the one before."""
+        """Return the norm of the last step's gradient, NaN for one that is not finite: DeepSpeed
+        skips such a step and keeps the norm of the step before."""
         if getattr(self.student.optimizer, "overflow", False):
             return math.nan
         return float(self.student.get_global_grad_norm() or 0.0)
 
     def _check_finite(self, value: float, what: str, micro_batches: list[Batch]) -> None:
-        # The value is a sum over ranks: every rank sees the same one and stops at the same place.
+        # The value is a sum over ranks, so every rank sees the same one and raises together.
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by "
@@ -291,8 +303,12 @@ class Trainer:
             )
 
     def _is_skipped(self, loss: float, norm: float, micro_batches: list[Batch]) -> bool:
-        """Whether this step changed nothing, as DeepSpeed leaves out one whose gradient is not
-        finite, and the run allows for it."""
+        """Return whether DeepSpeed skipped this step because its gradient is not finite, and
+        the run allows it.
+
+        Raises:
+            TrainingError: loss or gradient is not finite, and no more steps may be skipped.
+        """
         if math.isnan(norm) and self.state.skipped < self.max_skipped:
             self.state.skipped += 1
             self._say(
@@ -327,7 +343,7 @@ class Trainer:
 
 
 def _add(sums: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]) -> None:
-    """Add named parts to the sums of these names."""
+    """Add named values to the sums of the same names."""
     for name, part in parts.items():
         sums[name] = sums[name] + part if name in sums else part
 

@@ -1,5 +1,5 @@
-"""What is wrong with a config though each of its keys is right: keys that contradict each other,
-and bounds of what a `_target_` is given."""
+"""Checks that need more than one key: keys that contradict each other, and bounds of the arguments
+of `_target_` sections."""
 
 from __future__ import annotations
 
@@ -43,11 +43,13 @@ _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?"
 
 
 def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None:
-    """Add what no key alone can tell to `problems`."""
+    """Add a line to `problems` for each contradiction between keys."""
     steps = cfg.step_scheduler
     if cfg.dataloader is not None and "batch_size" in cfg.dataloader.kwargs:
         problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
     problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
+
+    # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
     if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
@@ -63,6 +65,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
+
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
     _check_optimizer(cfg, problems)
@@ -75,8 +78,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
 
 
 def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
-    """Return what is wrong with batch sizes on this number of ranks, and a size that would fit; an
-    empty text where they fit."""
+    """Return the problem of batch sizes on this number of ranks, with a size that fits, or an empty
+    text if they fit."""
     width = steps.local_batch_size * ranks
     if steps.global_batch_size % width == 0:
         return ""
@@ -89,7 +92,7 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
 
 
 def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
-    """Check which maps get an adapter, and what dropout is on."""
+    """Check the choice of adapted maps and the place of dropout."""
     peft = cfg.peft
     if peft is None:
         return
@@ -123,7 +126,7 @@ def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _check_losses(cfg: RunConfig, problems: list[str]) -> None:
-    """Check bounds that a loss's annotations do not tell."""
+    """Check the bounds of a loss's arguments."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
     kwargs = cfg.kd_loss_fn.kwargs
@@ -155,12 +158,14 @@ def _check_optimizer(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _check_schedule(cfg: RunConfig, problems: list[str]) -> None:
-    """Check what the schedule of that name takes."""
+    """Check the arguments of the learning-rate schedule."""
     wanted = cfg.lr_scheduler
     if wanted is None:
         return
     if wanted.num_warmup_steps and wanted.warmup_ratio is not None:
         problems.append("lr_scheduler: num_warmup_steps and warmup_ratio are both given; keep one")
+
+    # Each schedule of transformers takes other arguments, which its signature tells.
     key, given = "lr_scheduler.scheduler_specific_kwargs", wanted.scheduler_specific_kwargs
     signature = signature_of(f"transformers.optimization.{_SCHEDULES[wanted.name]}")
     if signature is not None:
@@ -174,6 +179,8 @@ def _check_schedule(cfg: RunConfig, problems: list[str]) -> None:
             )
         lacking = [n for n in signature.required if n not in {*_GIVEN_TO_SCHEDULE, *given}]
         problems += [f"{key}.{name}: missing; {component.name} needs it" for name in lacking]
+
+    # The bounds of those arguments stand in no signature.
     if wanted.name == "cosine_with_min_lr" and len({"min_lr", "min_lr_rate"} & set(given)) != 1:
         problems.append(f"{key}: give min_lr, or min_lr_rate as a share of optimizer.lr")
     if wanted.name == "constant" and (wanted.num_warmup_steps or wanted.warmup_ratio):
@@ -201,6 +208,8 @@ def _check_data(component: Component, problems: list[str]) -> None:
         problems.append(f"{key}: rows are drawn by their number, which a stream has not; remove it")
     if component.declaration is None:
         return
+
+    # These arguments have one meaning in all data sets that declare themselves.
     for name in ("seq_length", component.declaration.limit):
         value = component.kwargs.get(name)
         if isinstance(value, (int, float)) and not value >= 1:
@@ -210,6 +219,8 @@ def _check_data(component: Component, problems: list[str]) -> None:
         if isinstance(value, str) and value not in words:
             expected = f"true, false or {' or '.join(words)}"
             problems.append(problem(f"{component.key}.{name}", value, expected))
+
+    # make_squad_dataset alone refuses a length that is missing; the others have nothing to cut.
     cuts = component.kwargs.get("truncation") not in (None, False, "do_not_truncate")
     needs = cuts or component.kwargs.get("padding") == "max_length"
     if (
@@ -218,6 +229,7 @@ def _check_data(component: Component, problems: list[str]) -> None:
         and component.kwargs.get("seq_length") is None
     ):
         problems.append(f"{component.key}.seq_length: missing; truncation and padding need it")
+
     split = component.kwargs.get("split")
     parts = [part.strip() for part in split.split("+")] if isinstance(split, str) else []
     if len(parts) > _MOST_SPLITS or not all(_SPLIT.fullmatch(part) for part in parts):

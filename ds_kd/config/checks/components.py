@@ -1,5 +1,5 @@
-"""The `_target_` sections of a config: names, arguments, models and data, judged without importing
-anything they call."""
+"""Check the `_target_` sections of a config: names, arguments, models and data. Nothing that they
+call is imported."""
 
 from __future__ import annotations
 
@@ -28,33 +28,28 @@ from ds_kd.errors import first_line
 def check_component(
     value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
 ) -> Component | None:
-    """Return the component of a `_target_` section, after noting all that is wrong with it.
+    """Return the component of a `_target_` section, after adding its problems to `problems`.
 
     Args:
-        value: what the YAML holds there.
-        key: the section's, with its rules.
-        allow: prefixes of `_target_` names opened on the command line.
-        config_only: models need nothing but a config.json.
-        problems: takes a line for each thing that is wrong.
+        value: the YAML's value of the section.
+        key: the section's key, with its rules.
+        allow: prefixes of `_target_` names that the command line permits.
+        config_only: a model needs only its config.json.
+        problems: takes a line for each problem.
     """
     rules, path = key.component, key.name
     assert rules is not None
-    example = rules.example.format(name=path)
     if value is None:
         if rules.required:
+            example = rules.example.format(name=path)
             problems.append(f"{path}: missing; write for example {example}")
         return None if rules.kwargs is None else Component(rules.calls, dict(rules.kwargs), path)
-    is_model = rules.calls == MODEL
-    if not isinstance(value, dict):
-        first = "pretrained_model_name_or_path" if is_model else "_target_"
-        problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
-        return None
-    dotted = value.get("_target_", rules.calls or None)
-    if not isinstance(dotted, str):
-        hint = f"for example {example}" if example else ""
-        problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
+    dotted = _read_target(value, rules, path, problems)
+    if dotted is None:
         return None
 
+    # A refused name still gets its arguments checked, so that all problems are reported together.
+    is_model = rules.calls == MODEL
     refusal = refuse(dotted, allow)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
@@ -63,10 +58,12 @@ def check_component(
     component = Component(name, _kwargs_of(value), path, allow, declaration)
     written = _translate_source(path, declaration, component.kwargs, problems)
     for name, inner in component.kwargs.items():
-        if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # told below
+        if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # reported below
             problems += _check_argument(component, name, inner, name in rules.flags)
     if refusal:
         return component
+
+    # Models judge their arguments themselves; all other callables have a signature to compare with.
     may_call = home_of(component.name).startswith(rules.may_call or rules.calls)
     if not may_call and not is_opened(component.name, allow):
         problems.append(problem(f"{path}._target_", dotted, _describe_callables(rules)))
@@ -79,8 +76,22 @@ def check_component(
     return component
 
 
+def _read_target(value: Any, rules: ComponentRules, path: str, problems: list[str]) -> str | None:
+    """Return the dotted name that a section calls, or None after adding a problem."""
+    if not isinstance(value, dict):
+        first = "pretrained_model_name_or_path" if rules.calls == MODEL else "_target_"
+        problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
+        return None
+    dotted = value.get("_target_", rules.calls or None)
+    if isinstance(dotted, str):
+        return dotted
+    hint = f"for example {rules.example.format(name=path)}" if rules.example else ""
+    problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
+    return None
+
+
 def _describe_callables(rules: ComponentRules) -> str:
-    """Return which names a section may call, for messages."""
+    """Return a description of the names that a section may call, for messages."""
     if rules.may_call == (DIVERGENCES,):
         return " or ".join(divergences())
     if not rules.may_call or rules.may_call[0].startswith(LOSSES):
@@ -97,7 +108,7 @@ def _kwargs_of(section: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_words(component: Component, rules: ComponentRules) -> list[str]:
-    """Return what is wrong with the keys of a section that ds_kd takes itself."""
+    """Return the problems of the keys of a section that ds_kd takes itself."""
     found = [
         problem(f"{component.key}.{name}", component.kwargs[name], " or ".join(among))
         for name, among in rules.words.items()
@@ -112,7 +123,7 @@ def _check_words(component: Component, rules: ComponentRules) -> list[str]:
 
 
 def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
-    """Return what is wrong with a component's arguments by its callable's signature."""
+    """Return the problems of a component's arguments, compared with its callable's signature."""
     signature = signature_of(component.name)
     if signature is None:
         is_ours = component.name.startswith("ds_kd.")
@@ -128,7 +139,7 @@ def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
 
 
 def _check_rows(component: Component, written: str) -> list[str]:
-    """Return what is wrong with the rows of a data set that declares them."""
+    """Return the problems of the rows of a data set that declares them."""
     data = component.declaration
     if data is None:
         return []
@@ -142,6 +153,8 @@ def _check_parts(component: Component, source: str) -> list[str]:
     key, parts = f"{component.key}.{source}", component.kwargs.get(source)
     if not isinstance(parts, list) or not parts or not all(isinstance(p, dict) for p in parts):
         return [problem(key, parts, "a list of mappings such as {dataset_name: …}")]
+
+    # Each part is checked as a section of its own, without its weight, which the mixture takes.
     problems: list[str] = []
     made = []
     for number, given in enumerate(parts):
@@ -160,6 +173,7 @@ def _check_parts(component: Component, source: str) -> list[str]:
         if found is not None:
             made.append({"_target_": found.name, **found.kwargs})
             made[-1] |= {"weight": weight} if weight is not None else {}
+
     try:
         check_weights(made)
     except ValueError as error:
@@ -171,7 +185,7 @@ def _check_parts(component: Component, source: str) -> list[str]:
 def _find_declaration(
     path: str, dotted: str, allow: tuple[str, ...], problems: list[str]
 ) -> DataSet | None:
-    """Return what a data set declares of itself, after noting where that cannot be had."""
+    """Return a data set's declaration, or None; a module that fails to import adds a problem."""
     try:
         return find_declaration(dotted, allow)
     except ConfigError as error:
@@ -182,8 +196,8 @@ def _find_declaration(
 def _translate_source(
     path: str, data: DataSet | None, kwargs: dict[str, Any], problems: list[str]
 ) -> str:
-    """Put `dataset_name` under the name that the data set has for its source, and return which of
-    the two is written."""
+    """Rename `dataset_name` to the data set's own argument for its source, and return the name that
+    the YAML uses."""
     own = data.source if data is not None else "dataset_name"
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
@@ -194,7 +208,7 @@ def _translate_source(
 
 
 def _check_argument(component: Component, name: str, value: Any, is_flag: bool) -> list[str]:
-    """Return what is wrong with an argument whatever is called with it."""
+    """Return the problems of an argument that do not depend on the callable."""
     path, problems = f"{component.key}.{name}", []
     if name.endswith("_fn") and value is not None:
         return _check_function(path, value, component.allow)
@@ -206,7 +220,7 @@ def _check_argument(component: Component, name: str, value: Any, is_flag: bool) 
 
 
 def _check_function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
-    """Return what is wrong with the dotted name of a function."""
+    """Return the problems of the dotted name of a function."""
     if not isinstance(name, str):
         return [problem(path, name, "a dotted name")]
     if refused := refuse(name, allow):
@@ -218,11 +232,13 @@ def _check_function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
 
 
 def _check_model(component: Component, problems: list[str], config_only: bool) -> None:
-    """Add what is wrong with the arguments of `from_pretrained` to `problems`."""
+    """Add the problems of the arguments of `from_pretrained` to `problems`."""
     path, kwargs = component.key, component.kwargs
     name = kwargs.get("pretrained_model_name_or_path")
     if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
+
+    # from_pretrained takes any argument, so that only near misses of known ones are refused.
     for given in set(kwargs) - _MODEL_KEYS:
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
         if near:
@@ -231,14 +247,10 @@ def _check_model(component: Component, problems: list[str], config_only: bool) -
     for spelling in ("torch_dtype", "dtype"):
         dtype = str(kwargs.get(spelling, "auto")).removeprefix("torch.")
         if dtype not in ("bf16", "bfloat16", "fp32", "float32", "auto"):
-            problems.append(
-                problem(
-                    f"{path}.{spelling}",
-                    kwargs[spelling],
-                    "bf16, fp32 or auto",
-                    f"write {spelling}: bf16",
-                )
-            )
+            hint = f"write {spelling}: bf16"
+            given = kwargs[spelling]
+            problems.append(problem(f"{path}.{spelling}", given, "bf16, fp32 or auto", hint))
+
     attention = kwargs.get("attn_implementation")
     is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
     if attention is not None and not is_kernel and attention not in _ATTENTION:
@@ -254,7 +266,7 @@ _ATTENTION = (
     "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4",
     "flex_attention",
 )  # fmt: skip
-#: Of from_pretrained, to find misspellings; it takes others, which models then judge.
+#: Arguments of from_pretrained, to find misspellings; others are left to the model to judge.
 _MODEL_KEYS = {
     "pretrained_model_name_or_path",
     "torch_dtype",

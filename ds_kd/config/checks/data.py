@@ -1,5 +1,5 @@
-"""What a data set declares of itself, and the local files that its section names, looked at before
-anything starts."""
+"""Check a data set before a run starts: find its declaration, and look at the local files that its
+section names."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ds_kd.errors import first_line
 
 @functools.cache
 def find_declaration(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None:
-    """Return what the data set of a `_target_` declares; None where it declares nothing.
+    """Return the declaration of a data set, or None if it has none.
 
     Only a module whose source holds a declaration for that name is imported.
 
     Args:
-        dotted: NeMo-AutoModel's names already translated.
-        allow: prefixes of `_target_` names opened on the command line.
+        dotted: its name, after the translation of NeMo-AutoModel's names.
+        allow: prefixes of `_target_` names that the command line permits.
 
     Raises:
         ConfigError: the name is refused, or its module cannot be imported.
@@ -42,16 +42,18 @@ def find_declaration(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None
 
 
 def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "") -> str | None:
-    """Return what is wrong with the local files that a data set names, by a few of their rows.
+    """Return the problem of the local files that a data set names, or None; reads a few rows.
 
     Args:
-        key: of its section.
-        written: what the config calls the argument that names them, where that is a synonym.
+        key: the name of its section.
+        written: the YAML's name of the argument that names the files, if that is a synonym.
     """
     columns, source = data.columns_wanted(kwargs), kwargs.get(data.source)
     if source is None:
         return None
     key = f"{key}.{written or data.source}"
+
+    # A source that is no local file may be a hub id, which only the run itself can look for.
     try:
         files = files_of(source)
     except (OSError, ValueError) as error:  # a name longer than one may be
@@ -63,6 +65,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         ):
             return None
         return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
+
     for name in files:
         try:
             found = columns_of(name)
@@ -82,14 +85,15 @@ _DIRECTORIES = ("data", "datasets", "dataset", "corpus", "rows", "tmp", "home")
 
 
 def _looks_like_file(name: str) -> bool:
-    """Whether what could be a hub id is more likely a file, whose ending or path is mistyped."""
+    """Return whether a possible hub id is more likely the mistyped name of a file."""
     ending, (first, slash, _) = Path(name).suffix.lower(), name.partition("/")
     is_near = bool(difflib.get_close_matches(ending, FORMATS, n=1, cutoff=0.75))
     return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
 
 
 def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
-    """What is wrong with some rows of a file; nothing is said where others are wanted."""
+    """Return the problem of some sampled rows of a file, or an empty text. A slice of a split is
+    not checked, as it may leave these rows out."""
     limit, split = kwargs.get(data.limit), kwargs.get("split")
     if "[" in str(split):
         return ""

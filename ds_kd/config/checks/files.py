@@ -1,4 +1,4 @@
-"""The files a config names, looked at before anything starts and without a heavy import."""
+"""Check the files that a config names before a run starts, without heavy imports."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ds_kd.config.components import problem
 
 
 def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> str | None:
-    """What is wrong with the model that `from_pretrained` arguments name; a hub id is believed.
+    """Return the problem of the model that `from_pretrained` arguments name, or None. A hub id is
+    not looked up.
 
     Args:
-        key: of the section.
-        config_only: a config.json is enough; neither tokenizer nor weights are looked for.
+        key: the name of the section.
+        config_only: a config.json is enough; tokenizer and weights are not looked for.
     """
     key, name = f"{key}.pretrained_model_name_or_path", kwargs.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or not name:
@@ -48,7 +49,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _find_missing_file(directory: Path, kwargs: dict[str, Any], config_only: bool) -> str | None:
-    """What a model's directory must hold and does not."""
+    """Return the file that a model's directory lacks, or None."""
     if kwargs.get("gguf_file") is not None:
         return None if _is_file(directory / str(kwargs["gguf_file"])) else "that gguf_file"
     if not _is_file(directory / "config.json"):
@@ -59,14 +60,14 @@ def _find_missing_file(directory: Path, kwargs: dict[str, Any], config_only: boo
     return None if any(_is_file(directory / name) for name in tokenizers) else "a tokenizer"
 
 
-#: Of a hub id; a path may hold more.
+#: The form of a hub id; a path may hold other characters.
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
-#: First parts that name a directory of somebody's, and nobody's on the hub.
+#: First parts of paths that are no user or organisation of the hub.
 _DIRECTORIES = ("checkpoint", "checkpoints", "ckpt", "models", "output", "outputs")
 
 
 def looks_local(name: str) -> bool:
-    """Whether no hub id is meant: no such id can be, or a directory of this machine is near."""
+    """Return whether a name means a local path: it is no hub id, or a directory here is near."""
     if not _HUB_ID.fullmatch(name):
         return True
     first, slash, second = name.partition("/")
@@ -79,7 +80,7 @@ def looks_local(name: str) -> bool:
 
 
 def note_on_model(key: str, kwargs: dict[str, Any]) -> str | None:
-    """Return what to say of a name that will be asked of the hub though a path may be meant."""
+    """Return a note on a name that is looked up on the hub though a path may be meant, or None."""
     name = kwargs.get("pretrained_model_name_or_path")
     if not isinstance(name, str) or "/" not in name or is_directory(name):
         return None
@@ -92,7 +93,7 @@ def note_on_model(key: str, kwargs: dict[str, Any]) -> str | None:
     )
 
 
-#: Attention by the package that it needs, and one that can stand in for it.
+#: Attention → the package that it needs, and one that can replace it.
 _PACKAGES = {
     "flash_attention_2": ("flash_attn", "kernels"),
     "flash_attention_3": ("flash_attn_interface", "kernels"),
@@ -100,7 +101,7 @@ _PACKAGES = {
 
 
 def find_missing_package(key: str, kwargs: dict[str, Any]) -> str | None:
-    """Return which package a model's `attn_implementation` needs and this machine lacks."""
+    """Return the problem of an `attn_implementation` whose package is not installed, or None."""
     name = kwargs.get("attn_implementation")
     packages = _PACKAGES.get(name, ()) if isinstance(name, str) else ()
     if not packages or any(importlib.util.find_spec(package) for package in packages):
@@ -112,13 +113,13 @@ def find_missing_package(key: str, kwargs: dict[str, Any]) -> str | None:
 
 
 def _is_misspelt(name: str, directory: Path) -> bool:
-    """Whether `directory` holds almost this name; with other digits it is another model."""
+    """Return whether `directory` holds almost this name. Other digits mean another model."""
     near = _find_near_names(name, directory)
     return any(re.sub(r"\D", "", found) == re.sub(r"\D", "", name) for found in near)
 
 
 def _find_near_names(name: str, directory: Path) -> list[str]:
-    """The entries of `directory` that almost have this name."""
+    """Return the entries of `directory` that almost have this name."""
     try:
         return difflib.get_close_matches(name, os.listdir(directory), n=3, cutoff=0.8)
     except (OSError, ValueError):
@@ -126,7 +127,7 @@ def _find_near_names(name: str, directory: Path) -> list[str]:
 
 
 def check_directory(key: str, name: str) -> str | None:
-    """What is in the way of a directory that a run will write; makes nothing."""
+    """Return why a run could not write into a directory, or None. Creates nothing."""
     path = Path(name).absolute()
     try:
         there = next(p for p in (path, *path.parents) if p.exists())
@@ -134,7 +135,7 @@ def check_directory(key: str, name: str) -> str | None:
         return problem(key, name, "the path of a directory")
     if not there.is_dir():
         return problem(key, name, "a directory", f"{there} is a file")
-    if there == Path(there.anchor):  # of another machine, perhaps; there the run will tell
+    if there == Path(there.anchor):  # it may exist on the machine of the run
         return None
     if not os.access(there, os.W_OK | os.X_OK):
         return problem(key, name, "a directory that can be written", f"{there} cannot")
@@ -142,5 +143,5 @@ def check_directory(key: str, name: str) -> str | None:
 
 
 def has_gpu() -> bool:
-    """Whether this machine shows an accelerator of NVIDIA's or AMD's to its processes."""
+    """Return whether this machine has a device file of an NVIDIA or AMD accelerator."""
     return any(Path(name).exists() for name in ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))

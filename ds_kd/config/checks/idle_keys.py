@@ -1,4 +1,4 @@
-"""Keys that are right and change nothing, as another key switches them off: a note each."""
+"""Find keys that have no effect because another key switches them off, and note each."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
 
     Args:
         cfg: the checked config.
-        data: the YAML's own keys, defaults not filled in.
+        data: the keys that the YAML sets, without defaults.
     """
     checkpoints_off = not cfg.checkpoint.enabled
     validates = cfg.validates
     compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
+
+    # (whether these keys are switched off, the keys, the reason); the first reason of a key counts.
     rules = [
         (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),
          "there is no validation_dataset"),
@@ -46,6 +48,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         for key in keys if is_off else ():
             if _is_set(data, key):
                 found.setdefault(key, f"{key}: has no effect, as {reason}")
+
     notes = [*found.values()]
     for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
         notes += _note_idle_lengths(dataset, data)
@@ -63,7 +66,7 @@ def _is_set(data: dict[str, Any], key: str) -> bool:
 
 
 def _note_idle_lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
-    """Note a `seq_length` that nothing cuts or pads to, and a truncation to no length."""
+    """Return a note on a `seq_length` without truncation or padding, or the reverse."""
     kwargs, key = dataset.kwargs, dataset.key
     if not dataset.name.startswith("ds_kd.data."):
         return []
@@ -78,7 +81,7 @@ def _note_idle_lengths(dataset: Component, data: dict[str, Any]) -> list[str]:
 
 
 def _note_idle_loader_keys(loader: Component, data: dict[str, Any], packs: bool) -> list[str]:
-    """Note arguments of a loader for what it does not do."""
+    """Return notes on arguments of a loader that need packing off or worker processes."""
     notes = []
     if packs and loader.kwargs.get("group_by_length"):
         notes.append(f"{loader.key}.group_by_length: has no effect, as samples are packed")

@@ -1,4 +1,4 @@
-"""What this machine lacks for a run that is otherwise all right; another may have it."""
+"""Check that this machine has the packages and devices that a config needs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def refuse_missing_packages(cfg: RunConfig) -> None:
 
 
 def notes_on_machine(cfg: RunConfig) -> list[str]:
-    """Return what `--check` says about this machine, a line each."""
+    """Return the notes of `--check` about this machine."""
     notes = _find_missing_packages(cfg)
     if cfg.dist_env.backend == "nccl" and not has_gpu():
         notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")

@@ -1,4 +1,4 @@
-"""The plain keys of a config: known, of their kind and within their bounds."""
+"""Check the plain keys of a config: each is known, of its kind and within its bounds."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ds_kd.config.text.origins import decode
 
 
 def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
-    """Return the values of a section in their own types; what is absent is left to its default.
+    """Return the values of a section in their own types; absent keys are left to their defaults.
 
     Args:
         cls: the section's dataclass in the schema.
-        data: what the YAML holds there; `_target_` sections are left to `check_component`.
-        prefix: of its keys.
-        problems: takes a line for each value that is wrong.
+        data: the YAML's section; `_target_` sections in it are left to `check_component`.
+        prefix: the beginning of its keys' full names.
+        problems: takes a line for each wrong value.
     """
     known, values = keys_of(cls), {}
     for name, value in data.items():
@@ -36,7 +36,7 @@ def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dic
 
 
 def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
-    """Return a key's value in its own type, or None after noting what is wrong with it."""
+    """Return a key's value in its own type, or None; a wrong value adds a problem."""
     if key.section is not None:
         if isinstance(value, dict):
             return key.section(**check_section(key.section, value, f"{path}.", problems))
@@ -58,7 +58,7 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
 
 
 def _suggest_key(name: str, prefix: str, known: list[str]) -> str:
-    """Return a hint at the key that was meant."""
+    """Return a hint at the key that was probably meant."""
     near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
 

@@ -1,4 +1,4 @@
-"""ZeRO files: what they may hold, and what the YAML decides instead of them."""
+"""Read and check ZeRO files: the keys that they may hold, and those that the YAML decides."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, find_wrong_value, quote
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
-#: What a ZeRO file may hold.
+#: Keys that a ZeRO file may hold.
 ZERO_FILE_KEYS = {
     "zero_optimization",
     "aio",
@@ -20,7 +20,7 @@ ZERO_FILE_KEYS = {
     "zero_allow_untested_optimizer",
     "zero_force_ds_cpu_optimizer",
 }
-#: What the YAML decides, and where.
+#: Keys of DeepSpeed that the YAML decides → the YAML's key.
 FROM_YAML = {
     "train_batch_size": "step_scheduler.global_batch_size",
     "train_micro_batch_size_per_gpu": "step_scheduler.local_batch_size",
@@ -46,8 +46,8 @@ def load_zero_config(
     """Return the checked content of a ZeRO file: a path, a mapping, or None for plain ZeRO-3.
 
     Raises:
-        ValueError: unreadable file, a stage that is not offered, a key that the YAML decides, or
-            one that is not about ZeRO.
+        ValueError: the file cannot be read, its stage is not offered, or a key belongs to the YAML
+            or is not about ZeRO.
     """
     where = f"{key}: {source:.300}" if isinstance(source, str) else key
     if source is None:
@@ -60,6 +60,8 @@ def load_zero_config(
         config = copy.deepcopy(source)
     except RecursionError:
         raise ValueError(f"{where}: it is nested too deeply; give a DeepSpeed JSON file") from None
+
+    # `auto` stands for DeepSpeed's own default, as in files written for other trainers.
     for name in list(config):
         if config[name] == "auto":
             del config[name]
@@ -72,6 +74,7 @@ def load_zero_config(
             raise ValueError(
                 f"{where}: {quote(name)} is not a ZeRO, offload or communication key; remove it"
             )
+
     zero = config.setdefault("zero_optimization", {})
     if not isinstance(zero, dict):
         raise ValueError(f"{where}: zero_optimization must be a mapping, got {quote(zero)}")
@@ -124,13 +127,13 @@ def _check_offload(zero: dict[str, Any], where: str) -> None:
 
 
 def _describe_key(name: str, value: Any) -> str:
-    """Return a key with its plain value; a section may hold secrets."""
+    """Return a key with its plain value, or a section's name alone, as it may hold secrets."""
     return name if isinstance(value, (dict, list)) else f"{name}={quote(value)}"
 
 
 def offload_parameters(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the same ZeRO configuration with parameters in the host's memory, unless it says where
-    itself."""
+    """Return a ZeRO configuration with parameters in the host's memory, unless it already has an
+    `offload_param`."""
     zero = config["zero_optimization"]
     there = (zero.get("offload_param") or {}).get("device", "none") != "none"
     host = {"device": "cpu", "pin_memory": True}
@@ -138,6 +141,6 @@ def offload_parameters(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Return whether optimizer states live outside the accelerator."""
+    """Return whether the optimizer's states are offloaded from the accelerator."""
     part = config["zero_optimization"].get("offload_optimizer") or {}
     return part.get("device") in ("cpu", "nvme")

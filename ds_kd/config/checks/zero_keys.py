@@ -1,4 +1,4 @@
-"""Every key that a ZeRO file may hold, and what its value may be, as DeepSpeed's own models say."""
+"""The keys of a ZeRO file and the kinds of their values, as in DeepSpeed's own models."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 _LARGEST = 2**63
 _DTYPES = ("fp32", "fp16", "bf16")
-#: Of zero_optimization, by kind. Those of stage 3 have a second name with `stage3_` in front.
+#: Keys of zero_optimization → kind. Those of stage 3 have a second name that begins with `stage3_`.
 _STAGE3 = {
     "prefetch_bucket_size": "size", "param_persistence_threshold": "size",
     "model_persistence_threshold": "size", "max_live_parameters": "size",
@@ -50,7 +50,7 @@ OFFLOAD: dict[str, dict[str, Any]] = {
         "fast_init": "switch", "super_offload": "switch", "cpuadam_cores_perc": "share",
     },
 }  # fmt: skip
-#: What may stand beside zero_optimization.
+#: Keys that may stand beside zero_optimization.
 OTHERS: dict[str, Any] = {
     "zero_optimization": "mapping",
     "communication_data_type": _DTYPES,
@@ -79,11 +79,11 @@ _WORDS = {
 
 
 def find_wrong_value(section: Mapping[Any, Any], known: Mapping[str, Any], prefix: str) -> str:
-    """Return what is wrong with the first wrong key of a section, or an empty text.
+    """Return the problem of the first wrong key of a section, or an empty text.
 
     Args:
-        known: key → kind: a word, the texts it may be, or the keys of a mapping.
-        prefix: of the keys in the message.
+        known: key → kind: the name of a kind, a tuple of words, or the keys of a mapping.
+        prefix: the beginning of the keys' names in the message.
     """
     for name, value in section.items():
         if name not in known:
@@ -127,7 +127,7 @@ def _describe_kind(kind: Any) -> str:
 
 def quote(value: Any) -> str:
     """Return a value as a message quotes it: its beginning, on one line."""
-    if isinstance(value, int) and abs(value) >= 10**30:  # Python refuses to write some of them
+    if isinstance(value, int) and abs(value) >= 10**30:  # Python may refuse to print it
         return "a number of more than 30 digits"
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:120]}…"

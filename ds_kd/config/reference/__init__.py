@@ -1,1 +1,1 @@
-"""Every key and argument in words: for terminals, docs and editors."""
+"""Reference of every key and argument, for terminals, docs and editors."""

@@ -1,4 +1,4 @@
-"""The callables that a `_target_` section may name, and their arguments, from their sources."""
+"""Find the callables that a `_target_` section may name, and their arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def callables_of(rules: ComponentRules) -> list[str]:
 def arguments_of(name: str, rules: ComponentRules) -> tuple[dict[str, str], bool]:
     """Return a callable's arguments with their annotations, and whether it takes others.
 
-    What ds_kd gives itself is left out; the section's own flags are there.
+    Arguments that ds_kd passes itself are left out, and the section's own flags are added.
     """
     signature = signature_of(name)
     assert signature is not None

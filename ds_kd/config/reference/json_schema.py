@@ -22,7 +22,7 @@ _SPELLINGS: dict[str, dict[str, Any]] = {
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the schema of a whole YAML; null and `${…}` pass everywhere, `load` judges them."""
+    """Return the schema of a whole YAML. Null and `${…}` are accepted everywhere."""
     made = _describe_section(RunConfig, "")
     made["patternProperties"] = {"^_": {"description": "Not read."}}
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
@@ -34,7 +34,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _describe_section(cls: Any, name: str) -> dict[str, Any]:
-    """Return the schema of a section and of its other spellings; the root has an empty name."""
+    """Return the schema of a section with its other spellings; the root has an empty name."""
     properties = {key: _describe_key(value) for key, value in keys_of(cls).items()}
     for path, schema in _SPELLINGS.items():
         section, _, key = path.rpartition(".")
@@ -59,9 +59,11 @@ def _describe_key(key: Key) -> dict[str, Any]:
 
 
 def _describe_component(rules: ComponentRules) -> dict[str, Any]:
-    """Return the schema of a `_target_` section: the arguments of each callable that it may be."""
+    """Return the schema of a `_target_` section, with a case for each callable that it may name."""
     properties: dict[str, Any] = {"_target_": {"type": "string"}}
     made: dict[str, Any] = {"type": "object", "properties": properties}
+
+    # Each callable is one `if`/`then`: with this name, these arguments.
     cases = []
     for name in callables_of(rules):
         taken, is_open = arguments_of(name, rules)
@@ -88,7 +90,7 @@ _PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string
 
 
 def _describe_annotation(annotation: str) -> dict[str, Any]:
-    """Return the schema of a plain annotation; anything goes for another."""
+    """Return the schema of a plain annotation; any value is accepted for another."""
     names = [name.strip() for name in annotation.split("|")]
     if not annotation or not set(names) <= {*_PLAIN, "None"}:
         return {}

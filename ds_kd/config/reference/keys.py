@@ -1,4 +1,4 @@
-"""The schema's keys in words: `python -m ds_kd.config.reference.keys` prints the README's table."""
+"""List the keys: `python -m ds_kd.config.reference.keys` prints the table of docs/config.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def default_of(key: Key) -> str:
     return _show(None if key.component.kwargs is None else dict(key.component.kwargs))
 
 
-#: What NeMo-AutoModel calls it, where the name is another; and what it has no name for.
+#: Keys that NeMo-AutoModel names differently, and those that it does not have (`_OWN`).
 _NEMO_NAMES = {
     "lr_scheduler.name": "lr_decay_style", "lr_scheduler.num_warmup_steps": "lr_warmup_steps",
     "lr_scheduler.scheduler_specific_kwargs": "min_lr",
@@ -54,7 +54,7 @@ def key_table() -> str:
 
 
 def list_keys(prefix: str = "") -> list[str]:
-    """Return a line for each key that begins so, for a terminal."""
+    """Return a line for each key that begins with `prefix`, for a terminal."""
     rows = [(name, key.sentence, _describe_value(key)) for name, key in every_key()]
     rows = [row for row in rows if row[0].startswith(prefix)] + _list_arguments(prefix)
     if not rows:
@@ -70,7 +70,7 @@ def _describe_value(key: Key) -> str:
 
 
 def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
-    """Return (key, whose argument it is, nothing) for the `_target_` section in a prefix."""
+    """Return (key, its callable and annotation, nothing) for each argument of a section."""
     section = prefix.partition(".")[0]
     key = keys_of(RunConfig).get(section)
     rules = key.component if key else None

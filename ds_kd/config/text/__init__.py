@@ -1,1 +1,1 @@
-"""The text of a YAML: where values stand in it, where they came from, and which are secret."""
+"""The text of a YAML: the places of its values, their origins, and the secrets among them."""

@@ -1,6 +1,6 @@
-"""`${oc.env:VAR}`, `${oc.env:VAR,default}` and `${section.key}`: no others, and not too many.
+"""Check interpolations: `${oc.env:VAR}`, `${oc.env:VAR,default}` and `${section.key}` are allowed.
 
-All is looked at before OmegaConf, whose parser takes half a minute over thousands of them.
+They are checked before OmegaConf reads them, whose parser takes half a minute for thousands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.text.secrets import is_secret, is_under_secret
 
-MOST = 1000  # replacements; OmegaConf takes a millisecond for some
+MOST = 1000  # replacements; OmegaConf needs up to a millisecond for each
 TOO_MANY = f"more than {MOST} ${{…}}, or they grow beyond all bounds; write the values out"
 _MAX_LENGTH, _DEEPEST = 1_000_000, 5
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
@@ -22,7 +22,7 @@ _ALLOWED = "${section.key}, ${oc.env:VAR} or ${oc.env:VAR,default}"
 
 
 def check_interpolations(tree: Any) -> None:
-    """Refuse what is not documented, and references that refer to themselves or multiply.
+    """Refuse interpolations of other forms, and references that refer to themselves or multiply.
 
     Raises:
         ConfigError: names the key.
@@ -54,13 +54,14 @@ def check_interpolations(tree: Any) -> None:
         own = len(value) if isinstance(value, str) else 1
         return own + sum(length for length, _ in inner), sum(count for _, count in inner)
 
+    # Sizes are added up without replacing anything: the text itself could be gigabytes.
     length, count = size(tree, "")
     if length > _MAX_LENGTH or count > MOST:
         raise ConfigError([TOO_MANY])
 
 
 def find(tree: Any, path: str) -> Any:
-    """Return what stands at a dotted key; None where there is none."""
+    """Return the value at a dotted key, or None."""
     for part in path.split("."):
         if isinstance(tree, list) and part.isdigit() and len(part) < 10:
             tree = tree[int(part)] if int(part) < len(tree) else None
@@ -73,7 +74,7 @@ def references(value: str, key: str) -> tuple[list[str], list[str]]:
     """Return the keys and the variables that the `${…}` of a text refer to.
 
     Raises:
-        ConfigError: one that is not documented; names `key`.
+        ConfigError: one has another form; the message names `key`.
     """
     names: list[str] = []
     variables: list[str] = []
@@ -94,7 +95,8 @@ def references(value: str, key: str) -> tuple[list[str], list[str]]:
             )
         return "\0"
 
-    for _ in range(_DEEPEST):  # a default may be another
+    # The innermost come first: the default of a variable may be another interpolation.
+    for _ in range(_DEEPEST):
         value, count = _INNERMOST.subn(replace, value)
         if not count:
             break
@@ -104,11 +106,11 @@ def references(value: str, key: str) -> tuple[list[str], list[str]]:
 
 
 def comes_from_secret(value: Any, tree: Any) -> bool:
-    """Return whether a text takes anything from a secret key or variable, by whatever detours.
+    """Return whether a text takes anything from a secret key or variable, directly or not.
 
     Args:
         value: the text before its `${…}` are replaced.
-        tree: the whole config, likewise, and already checked.
+        tree: the whole config before replacement, already checked.
     """
     if not isinstance(value, str) or "${" not in value:
         return False

@@ -1,4 +1,4 @@
-"""Mark the values that a variable gave, and blank those that a secret key or variable gave."""
+"""Mark the values that come from environment variables, and blank those that are secret."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, remember
 
 
 class FromEnvironment(str):
-    """A text that a variable gave; where a number is wanted it is one, see `decoded`."""
+    """A text that came from an environment variable; `decode` makes a number of it if it is one."""
 
 
 def mark_variables(tree: Any, plain: Any, root: Any) -> Any:
-    """Return the same tree with what came from variables marked, through references too."""
+    """Return the tree with each text that came from a variable as `FromEnvironment`.
+
+    Args:
+        plain: the tree before interpolation.
+        root: the whole config before interpolation, which references refer to.
+    """
     plain = _follow_reference(plain, root)
     if isinstance(tree, dict):
         return {n: mark_variables(value, _step_into(plain, n), root) for n, value in tree.items()}
@@ -26,7 +31,7 @@ def mark_variables(tree: Any, plain: Any, root: Any) -> Any:
 
 
 def _follow_reference(plain: Any, root: Any) -> Any:
-    """Return what a text that is only a `${section.key}` refers to; anything else as it is."""
+    """Return the value that a text of the form `${section.key}` refers to, or the value itself."""
     while isinstance(plain, str) and (name := re.fullmatch(r"\$\{([\w.]+)\}", plain)):
         plain = find(root, name[1])
     return plain
@@ -39,7 +44,7 @@ def _step_into(plain: Any, name: Any) -> Any:
 
 
 def decode(value: Any) -> Any:
-    """Return the number or truth value that a variable's text stands for; else what is given."""
+    """Return the number or boolean that a variable's text stands for, else the value itself."""
     if isinstance(value, dict):
         return {name: decode(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -55,12 +60,12 @@ def decode(value: Any) -> Any:
 
 
 def variables_in(plain: Any) -> list[str]:
-    """Return the environment's variables that a text names."""
+    """Return the names of the environment variables that a text refers to."""
     return re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
 
 
 def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> None:
-    """Remember what secret keys and variables gave, so that it is blanked wherever it turns up.
+    """Remember the values of secret keys and variables, so that they are blanked everywhere.
 
     Args:
         plain: the tree before interpolation, which tells what came from a secret.
@@ -82,7 +87,7 @@ def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) 
 
 
 def blank_tree(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
-    """Return the same tree without tokens, keys and passwords: it goes into logs and checkpoints.
+    """Return the tree with tokens, keys and passwords blanked, for logs and checkpoints.
 
     Args:
         plain: the tree before interpolation, which tells what came from a secret.

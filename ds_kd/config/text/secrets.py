@@ -1,9 +1,9 @@
-"""Tokens, keys and passwords: told by the name of a key or variable, or by their own look, and
-blanked in all that is shown, logged or kept.
+"""Recognise tokens, keys and passwords by the name of a key or variable or by their form, and blank
+them in everything that is shown, logged or saved.
 
-Every text that a secret key or variable gave is remembered for the life of the process, so that it
-is blanked wherever it turns up again: quoted in another library's error, by reference, in a list.
-All expressions take time linear in the text: a config may be hostile.
+The value of every secret key and variable is remembered for the life of the process, so that it is
+blanked again in another library's error message or in a list. All regular expressions take time
+linear in the text, as a config may be hostile.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ _ALWAYS = {
     "credential", "credentials", "cred", "creds", "auth", "oauth", "authorization", "bearer",
     "apikey", "apikeys", "jwt", "cookie", "cookies", "otp",
 }  # fmt: skip
-#: A word that does so as the last one.
+#: A word that makes a name secret as its last word.
 _LAST = {"pass", "pat"}
-#: Two words that do so together, wherever they stand.
+#: A word that makes a name secret together with a `key` or `token` behind it.
 _OWNERS = {
     "access", "api", "auth", "encryption", "hf", "hub", "private", "refresh", "secret", "session",
     "signing", "ssh",
@@ -33,15 +33,15 @@ _ENDS = (
     "token", "apikey", "secret", "password", "passwd", "accesskey", "secretkey", "privatekey",
     "sshkey",
 )  # fmt: skip
-#: Words after the one that tells.
+#: Words that may follow the one that makes a name secret.
 _AFTER = {"value", "str", "string"}
-#: In front of `token`, a token of a vocabulary is meant.
+#: Words before `token` that mean a token of a vocabulary.
 _OF_A_VOCABULARY = {
     "pad", "eos", "bos", "unk", "mask", "sep", "cls", "image", "video", "audio", "stop", "end",
     "start", "special", "new", "next", "first", "last", "per", "begin", "eot", "eom", "think",
     "text", "prompt", "newline",
 }  # fmt: skip
-#: In front of `key`, the name of a column or of an order is meant.
+#: Words before `key` that mean the name of a column or of an order.
 _OF_DATA = {
     "sort", "group", "primary", "foreign", "cache", "column", "dataset", "data", "row", "field",
     "answer", "answers", "question", "context", "prompt", "response", "completion", "instruction",
@@ -74,6 +74,9 @@ def is_secret(name: str) -> bool:
         words.pop()
     if not words:
         return False
+
+    # Words that are clear by themselves come first, then pairs such as api_key, then a last word
+    # whose meaning depends on the one before it.
     if _ALWAYS & set(words) or words[-1] in _LAST or words == ["tokens"]:
         return True
     if ("pass", "word") in itertools.pairwise(words):
@@ -96,7 +99,8 @@ def is_under_secret(key: str) -> bool:
 
 
 def remember(value: Any) -> None:
-    """Blank this text wherever it turns up from now on; one too short would blank innocent ones."""
+    """Blank this text in all later output; a very short one is not remembered, as it would blank
+    harmless text too."""
     text = "" if isinstance(value, (bool, type(None))) else str(value)
     if len(_known) > _MOST:
         return
@@ -106,7 +110,7 @@ def remember(value: Any) -> None:
 
 
 def blank_known_secrets(text: str) -> str:
-    """Return the text with remembered secrets, and what looks like one, blanked."""
+    """Return the text with remembered secrets, and anything of their form, blanked."""
     for secret in sorted(_known, key=len, reverse=True):
         text = text.replace(secret, BLANK)
     return _LOOKS_SECRET.sub(BLANK, text)
@@ -131,7 +135,8 @@ def is_secret_flag(word: Any) -> bool:
 
 
 def _blank_named(text: str) -> str:
-    """Blank what follows `token:` or `"api_key" = ` in a text: a quoted value, or the line."""
+    """Return a text with the value behind `token:` or `"api_key" = ` blanked: a quoted one, or the
+    rest of the line."""
     parts, done = [], 0
     for match in _NAME.finditer(text):
         if match.start() < done or not is_secret(match[2]):

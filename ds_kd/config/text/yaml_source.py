@@ -1,7 +1,7 @@
-"""A YAML file and overrides → plain values, and where in the file each key stands.
+"""Read a YAML file and overrides into plain values, and note the place of each key in the file.
 
-What would hurt (a file too large, anchors or interpolations that multiply, deep nesting) is refused
-before it is expanded.
+A file that is too large, deep nesting, and anchors or interpolations that multiply are refused
+before they are expanded.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, is_secret
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
-_AROUND = 100  # columns of a line that are shown on both sides of a key
+_AROUND = 100  # columns shown on both sides of a key in a long line
 _STRING = "tag:yaml.org,2002:str"
 _PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
@@ -69,7 +69,7 @@ class Source:
         return f"{self.path}: {line}" if self.path else line
 
     def hide(self, node: Any) -> None:
-        """Never show this scalar of the YAML, nor what it says in another library's error."""
+        """Keep a scalar of the YAML out of excerpts and of other libraries' error messages."""
         remember(node.value)
         first, last = node.start_mark, node.end_mark
         for row in range(first.line, last.line + 1):
@@ -78,7 +78,7 @@ class Source:
             self.hidden.setdefault(row + 1, []).append((start, end))
 
     def _show_columns(self, row: int, start: int, end: int) -> str:
-        """Return the columns of a row, from 0, secrets blanked."""
+        """Return columns `start` to `end` of a row, from 0, with secrets blanked."""
         line, parts = self.lines[row - 1], []
         end = min(end, len(line))
         for first, last in sorted(self.hidden.get(row, ())):
@@ -89,7 +89,7 @@ class Source:
 
     @contextmanager
     def add_places(self) -> Iterator[None]:
-        """Give the `ConfigError` of this block its places."""
+        """Add to each problem of this block's `ConfigError` its place in the file."""
         try:
             yield
         except ConfigError as error:
@@ -102,36 +102,18 @@ def read(
     """Read a YAML file, or take a mapping, and put overrides over it.
 
     Returns:
-        The resolved values, the same as YAML with secrets blanked, and where they stand.
+        The resolved values, the same as YAML with secrets blanked, and their places.
 
     Raises:
         ConfigError: not readable, not UTF-8, not YAML, keys given twice, or something too large.
     """
-    from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError, safe_dump
+    from yaml import YAMLError
 
+    # Errors of the libraries become one sentence each, with the place in the file if they have one.
     source = Source("" if isinstance(path, dict) else str(path))
     try:
-        if isinstance(path, dict):
-            # As a file would: `1e-8`, a text to yaml.safe_load, is a number again.
-            text = safe_dump(path, sort_keys=False)
-            _outline(text, Source("the mapping"))
-        else:
-            text = _read_text(Path(path))
-            source.lines = text.splitlines()
-            _outline(text, source)
-        raw = OmegaConf.create(text)
-        for override in overrides:
-            source.overridden.add(_override(raw, override))
-        for name in UNREAD & set(raw):  # their references may lead nowhere
-            raw[name] = None if raw._get_node(name)._is_none() else {}
-        plain = OmegaConf.to_container(raw, resolve=False)
-        check_interpolations(plain)
-        data: Any = OmegaConf.to_container(raw, resolve=True)
-        remember_secrets(data, plain, plain)
-        shown = OmegaConf.to_yaml(OmegaConf.create(blank_tree(data, plain, plain)))
-        data = mark_variables(data, plain, plain)
+        data, shown = _resolve(path, overrides, source)
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
@@ -150,6 +132,36 @@ def read(
             line = f"the variable {name} is not set; set it, or write ${{oc.env:{name},default}}"
         raise ConfigError([source.locate(f"{key}: {line}" if key else line)]) from None
     return data, shown, source
+
+
+def _resolve(
+    path: str | Path | dict[str, Any], overrides: list[str], source: Source
+) -> tuple[dict[str, Any], str]:
+    """Return the values of a YAML, and the same as YAML with secrets blanked; fill `source`."""
+    from omegaconf import OmegaConf
+    from yaml import safe_dump
+
+    if isinstance(path, dict):
+        # Through YAML text, so that `1e-8`, which yaml.safe_load reads as text, is a number again.
+        text = safe_dump(path, sort_keys=False)
+        _outline(text, Source("the mapping"))
+    else:
+        text = _read_text(Path(path))
+        source.lines = text.splitlines()
+        _outline(text, source)
+    raw = OmegaConf.create(text)
+    for override in overrides:
+        source.overridden.add(_override(raw, override))
+    for name in UNREAD & set(raw):  # their references may lead nowhere
+        raw[name] = None if raw._get_node(name)._is_none() else {}
+
+    # Interpolations are checked before OmegaConf follows them, and tell which values are secret.
+    plain = OmegaConf.to_container(raw, resolve=False)
+    check_interpolations(plain)
+    data: Any = OmegaConf.to_container(raw, resolve=True)
+    remember_secrets(data, plain, plain)
+    shown = OmegaConf.to_yaml(OmegaConf.create(blank_tree(data, plain, plain)))
+    return mark_variables(data, plain, plain), shown
 
 
 def _read_text(path: Path) -> str:
@@ -186,11 +198,12 @@ def _hint_at_braces(text: str) -> str:
 
 
 def _outline(text: str, source: Source) -> None:
-    """Note where keys stand; refuse what is too large, too deep, a key twice, or no mapping."""
+    """Note the places of keys; refuse a text that is too large or too deep, repeats a key, or is no
+    mapping."""
     import yaml
 
     class Shallow(yaml.SafeLoader):
-        """Stops at the first level too deep: PyYAML takes seconds over thousands of them."""
+        """A loader that stops at the first level too deep; PyYAML needs seconds for thousands."""
 
         depth = 0
 
@@ -202,6 +215,7 @@ def _outline(text: str, source: Source) -> None:
             self.depth -= 1
             return node
 
+    # Counted before the text is parsed, as parsing is what would take long.
     if text.count("${") > MOST:
         raise ConfigError([f"{source.path}: {TOO_MANY}"])
     root = yaml.compose(text, Loader=Shallow)
@@ -216,13 +230,14 @@ def _outline(text: str, source: Source) -> None:
 
 
 def _count_nodes(root: Any) -> int:
-    """Count the nodes of a tree, aliases counted as often as they stand there.
+    """Count the nodes of a tree, each alias as often as it is used.
 
     Raises:
         RecursionError: too deep.
     """
     import yaml
 
+    # By node, as counting every use of every alias one by one could take for ever.
     sizes: dict[int, int] = {}
 
     def size(node: Any, depth: int) -> int:
@@ -245,7 +260,7 @@ def _count_nodes(root: Any) -> int:
 
 
 def _note_places(root: Any, source: Source) -> None:
-    """Note where each key stands; refuse keys that are no words or stand there twice."""
+    """Note the place of each key; refuse keys that are no words or are given twice."""
     import yaml
 
     twice: list[str] = []
@@ -262,6 +277,8 @@ def _note_places(root: Any, source: Source) -> None:
                 walk(child, f"{prefix[:-1]}[{k}].", is_hidden or is_secret_flag(flags[k]))
         if not isinstance(node, yaml.MappingNode):
             return
+
+        # PyYAML would keep the last of two equal keys without a word.
         seen: dict[str, int] = {}
         for name, value in node.value:
             row, column = name.start_mark.line + 1, name.start_mark.column + 1
@@ -292,7 +309,7 @@ def _note_places(root: Any, source: Source) -> None:
 
 
 def _override(raw: Any, override: str) -> str:
-    """Set what `a.b.c=value` says, and return its key."""
+    """Apply one override `a.b.c=value`, and return its key."""
     from omegaconf import OmegaConf
     from yaml import YAMLError
 
@@ -301,6 +318,8 @@ def _override(raw: Any, override: str) -> str:
         raise ConfigError([problem("override", name, "key.sub=value")])
     if name.count(".") >= _MAX_DEPTH:
         raise ConfigError([problem("override", name, f"a key of at most {_MAX_DEPTH} parts")])
+
+    # The value passes the same checks as a file, under a key of its own.
     try:
         text = f"value: {value}"
         _outline(text, Source(f"override {name}"))
@@ -319,7 +338,7 @@ def _override(raw: Any, override: str) -> str:
 
 
 def _set_value(raw: Any, name: str, value: Any) -> None:
-    """Put a value at a dotted key, through mappings only.
+    """Set the value at a dotted key, through mappings only.
 
     Raises:
         ConfigError: a list or a plain value stands on the way there.

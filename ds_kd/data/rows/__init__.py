@@ -1,1 +1,1 @@
-"""Rows: the files that hold them, how they are loaded, and which data set reads them."""
+"""Rows: find, check and load the files that hold them, and choose the data set that reads them."""

@@ -1,8 +1,8 @@
-"""What a data set tells about itself, once, beside its definition.
+"""The declaration of a data set: its columns and arguments, written once beside its definition.
 
-The check of a config, the plan, the starter YAML and the comparison ask this declaration and know
-no data set by name. Modules that declare one are imported to check a config, so they import torch
-and the like inside their functions.
+The check of a config, the plan, the starter YAML and the comparison read this declaration and know
+no data set by name. A module that declares one is imported to check a config, so it imports torch
+and other heavy libraries inside its functions.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ Build = TypeVar("Build", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class DataSet:
-    """A data set's rows and arguments.
+    """The declaration of a data set.
 
     Args:
-        name: dotted, as `_target_` has it.
-        build: what makes its samples from a tokenizer and its arguments.
+        name: its dotted name, for `_target_`.
+        build: returns its samples, given a tokenizer and its arguments.
         source: the argument that names its rows.
-        columns: that its rows need; none where it is made of other data sets.
-        read: `read(row, arguments)` reads a row as the data set does, and raises ValueError where
+        columns: the columns that its rows need; none for a mixture of other data sets.
+        read: `read(row, arguments)` reads a row as the data set does, and raises ValueError if
             nothing can be learnt from it.
-        limit: the argument that keeps the first so many rows.
-        columns_from: the argument that gives other columns, as one name or a mapping to names.
+        limit: the argument that limits the number of rows.
+        columns_from: the argument that names other columns, as one name or a mapping to names.
     """
 
     name: str
@@ -40,16 +40,16 @@ class DataSet:
 
     @property
     def has_parts(self) -> bool:
-        """Whether its source is a list of other data sets' sections."""
+        """Return whether its source is a list of other data sets' sections."""
         return not self.columns
 
     def source_of(self, arguments: dict[str, Any]) -> Any:
-        """Return what names the rows: the argument, or the function's own default."""
+        """Return the value of the argument that names the rows, or its default."""
         default = inspect.signature(self.build).parameters[self.source].default
         return arguments.get(self.source, default)
 
     def columns_wanted(self, arguments: dict[str, Any]) -> tuple[str, ...]:
-        """Return the columns that it reads with these arguments."""
+        """Return the columns that the data set reads with these arguments."""
         given = arguments.get(self.columns_from)
         if isinstance(given, dict):
             return tuple(str(name) for name in given.values())
@@ -66,7 +66,7 @@ def data_set(
     limit: str = "limit_dataset_samples",
     columns_from: str = "",
 ) -> Callable[[Build], Build]:
-    """Declare the function below as a data set; the arguments are those of `DataSet`."""
+    """Declare the decorated function as a data set; the arguments are those of `DataSet`."""
 
     def declare(build: Build) -> Build:
         name = f"{build.__module__}.{build.__qualname__}"
@@ -77,8 +77,8 @@ def data_set(
 
 
 def declaration_of(build: Any) -> DataSet | None:
-    """Return what a function's module declares of it; None where it is no declared data set."""
+    """Return the declaration of a data set's function, or None for any other object."""
     try:
         return _DECLARED.get(build)
-    except TypeError:  # not hashable, so none of them
+    except TypeError:  # an object that is not hashable was not declared
         return None

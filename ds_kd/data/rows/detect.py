@@ -1,4 +1,4 @@
-"""The data sets of this package, and which of them reads rows with given columns."""
+"""Find the data sets of this package, and the one that reads rows with given columns."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from ds_kd.data.rows.source import load_rows
 
 @functools.cache
 def known_data_sets() -> tuple[DataSet, ...]:
-    """Return what the files of `ds_kd.data` declare, those that need most columns first.
+    """Return the data sets that `ds_kd.data` declares, those that need most columns first.
 
-    Files without a declaration are not imported: some of them need torch.
+    Files without a declaration are not imported, as some of them need torch.
     """
     found: list[DataSet] = []
     for path in sorted(Path(ds_kd.data.__path__[0]).glob("*.py")):
@@ -29,7 +29,7 @@ def known_data_sets() -> tuple[DataSet, ...]:
 
 
 def recognise(columns: Iterable[str]) -> DataSet | None:
-    """Return the data set that reads rows with these columns; None where none does."""
+    """Return the data set that reads rows with these columns, or None."""
     there = {*columns}
     fits = (each for each in known_data_sets() if each.columns and there >= {*each.columns})
     return next(fits, None)
@@ -45,8 +45,8 @@ def samples_of(source: str, tokenizer: Any, limit: int, split: str = "train") ->
 
     Args:
         source, split: see `load_rows`.
-        tokenizer: of the model that reads them.
-        limit: how many rows.
+        tokenizer: the tokenizer of the model that reads them.
+        limit: number of rows.
 
     Raises:
         ValueError: the rows cannot be read, or no data set has their columns.

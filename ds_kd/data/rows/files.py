@@ -1,4 +1,4 @@
-"""Local files of rows: their names, their columns, and a few of their rows without reading all."""
+"""Local files of rows: find them, and read their columns and some rows without reading all."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = "a .json, .jsonl, .csv, .tsv or .parquet file (text also as .gz or .zst)"
-_BEGINNING = 1 << 22  # bytes of a file, among which its first row is
-_LONGEST = 1 << 27  # bytes of a first row that is longer
-_FEW = 16  # rows looked at from the beginning, and as many from anywhere
+_BEGINNING = 1 << 22  # bytes read of a file to find its first rows
+_LONGEST = 1 << 27  # bytes read if its first row is longer than that
+_FEW = 16  # rows inspected at the beginning, and as many at random places
 
 
 def ending_of(name: str) -> str:
-    """Return the ending that tells a file's format, without that of its compression."""
+    """Return the ending of a file's name that tells its format, or an empty text."""
     path = Path(name.lower())
     inner = Path(path.stem) if path.suffix in COMPRESSIONS else path
     is_text = path.suffix not in COMPRESSIONS or inner.suffix != ".parquet"
@@ -37,14 +37,14 @@ def ending_of(name: str) -> str:
 
 
 def files_of(source: Any) -> list[str] | None:
-    """Return the local files that a data set's source names; None for a directory or a hub id.
+    """Return the local files that a data set's source names, or None for a directory or a hub id.
 
     Args:
         source: a file, a pattern such as `rows/*.jsonl`, or a list of these.
 
     Raises:
-        ValueError: no such file, a pattern that finds none, a file of another format than the
-            others, or a list of anything else.
+        ValueError: a file does not exist, a pattern matches none, formats differ, or the source is
+            of another type.
     """
     if isinstance(source, str):
         if not ending_of(source) and not _is_pattern(source):
@@ -71,7 +71,7 @@ def _is_pattern(name: str) -> bool:
 
 
 def _find_files(name: str) -> list[str]:
-    """The files of one entry, a pattern's sorted, so that every rank has the same order."""
+    """Return the files of one entry; a pattern's are sorted, so that all ranks have one order."""
     if not _is_pattern(name):
         if not Path(name).is_file():
             raise ValueError(f"no such file: {name}")
@@ -86,7 +86,7 @@ def columns_of(path: str | Path) -> list[str]:
     """Return the columns of a file's first row.
 
     Raises:
-        ValueError: no rows, or not what the file's name says.
+        ValueError: there are no rows, or its content has another format than its name.
         OSError: it cannot be read.
     """
     if ending_of(str(path)) == ".parquet":
@@ -96,11 +96,13 @@ def columns_of(path: str | Path) -> list[str]:
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the column {twice[0]} stands twice in it")
         return names
+
+    # The first row of JSON may be longer than the part that is read of a large file.
     text, is_whole = _read_beginning(path)
     try:
         try:
             row, _ = _DECODER.raw_decode(text)
-        except ValueError:  # a first row that goes on, perhaps
+        except ValueError:
             if is_whole:
                 raise
             text, is_whole = _read_beginning(path, _LONGEST)
@@ -113,16 +115,16 @@ def columns_of(path: str | Path) -> list[str]:
 
 
 def sample_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[object, dict]]:
-    """Yield (where it stands, row) of the first rows, and of some from anywhere in the file.
+    """Yield (place, row) of the first rows of a file, and of some at random places.
 
-    The same rows each time. Of a large file little is read: rows from anywhere are looked up where
-    each has its own line, or in parquet's groups.
+    They are the same rows each time. Little of a large file is read: random rows are looked up in
+    files with a row on each line, and in the row groups of parquet.
 
     Args:
-        most: the first so many alone.
+        most: yield only the first rows, at most this many.
 
     Raises:
-        ValueError: a row that is not what the file's name says.
+        ValueError: a row has another format than the file's name.
     """
     ending, few = ending_of(str(path)), min(most or _FEW, _FEW)
     if ending == ".parquet":
@@ -152,7 +154,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
 
 
 def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
-    """The text at a file's beginning, behind a byte-order mark, and whether it is all of it.
+    """Return the text at a file's beginning, and whether it is the whole file.
 
     Raises:
         ValueError: the file is empty, in another encoding, or not compressed as its name says.
@@ -195,13 +197,13 @@ def _make_csv_reader(path: str | Path, text: str) -> csv.DictReader:
 
 
 def _read_json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, dict]]:
-    """The first rows of JSON text, one after the other."""
+    """Yield (place, row) of the first rows of JSON text."""
     at = 0
     for index in range(most):
         try:
             row, at = _DECODER.raw_decode(text, at)
         except ValueError as error:
-            if not is_whole:  # perhaps cut in this row
+            if not is_whole:  # the text may have been cut inside this row
                 return
             raise ValueError(f"row {index}: {_describe_error(error, at)}") from None
         if not isinstance(row, dict):
@@ -214,7 +216,7 @@ def _read_json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[obje
 
 
 def _has_lines(text: str) -> bool:
-    """Whether each row has its own line, as its first two lines tell."""
+    """Return whether each row has its own line, judged by the first two lines."""
     try:
         return all(isinstance(json.loads(line), dict) for line in text.split("\n", 2)[:2])
     except ValueError:
@@ -222,7 +224,7 @@ def _has_lines(text: str) -> bool:
 
 
 def _sample_lines(path: Path) -> Iterator[tuple[object, dict]]:
-    """Rows behind random places of a file of lines."""
+    """Yield (place, row) of the rows behind random places of a file with a row on each line."""
     size, chosen = path.stat().st_size, random.Random(0)
     with path.open("rb") as file:
         for offset in sorted(chosen.randrange(size) for _ in range(_FEW)):
@@ -242,7 +244,7 @@ def _sample_lines(path: Path) -> Iterator[tuple[object, dict]]:
 
 @dataclass(frozen=True)
 class _Line:
-    """The line that begins at an offset; only where it must be told are those before it counted."""
+    """The line that begins at an offset. The lines before it are counted only for a message."""
 
     path: Path
     offset: int
@@ -257,7 +259,7 @@ class _Line:
 
 
 def _describe_error(error: ValueError, start: int = 0) -> str:
-    """A decoder's error by the place in its row, which starts there, and not in the text."""
+    """Return a decoder's error, with the character's place counted from the row's start."""
     if isinstance(error, UnicodeDecodeError):
         return f"byte {error.object[error.start]:#04x} is not of UTF-8; save the file as UTF-8"
     if not isinstance(error, json.JSONDecodeError):
@@ -266,8 +268,8 @@ def _describe_error(error: ValueError, start: int = 0) -> str:
 
 
 def find_wrong_line(path: str | Path) -> str:
-    """Return what is wrong with the first line of a JSON-lines file that cannot be read; nothing
-    where all can. Reads the file up to there."""
+    """Return the problem of the first bad line of a JSON-lines file, or an empty text. Reads the
+    file up to that line."""
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
@@ -297,7 +299,7 @@ def _open_parquet(path: str | Path) -> Any:
 
 
 def _read_parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[tuple[object, dict]]:
-    """The first rows, and where the file has several groups of rows, the first of a random one."""
+    """Yield (place, row) of the first rows and, if the file has row groups, of a random group."""
     file = _open_parquet(path)
     groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
     chosen = [0, *({random.Random(0).randrange(len(groups))} if anywhere else ())]

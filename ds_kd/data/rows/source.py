@@ -1,4 +1,4 @@
-"""Where rows come from: the hub, local files, or a directory."""
+"""Load rows from the hub, local files or a directory, and tokenise them."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from typing import Any
 from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, ending_of, files_of, find_wrong_line
 from ds_kd.errors import first_line
 
-_FIRST = 16  # rows tried before all of them, and as many random ones
+_FIRST = 16  # rows tokenised before all others, and as many random ones
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
 def load_rows(
     source: str | list[str], split: str, columns: tuple[str, ...], limit: int | None = None
 ) -> Any:
-    """Rows of one split as a `datasets.Dataset`.
+    """Return the rows of one split as a `datasets.Dataset`.
 
     Args:
-        source: a local file, a pattern or a list of files (they serve whatever split is named, one
-            behind the other), a directory of splits or one written by `save_to_disk`, or a hub id.
+        source: a local file, a pattern or a list of files (they are concatenated and serve any
+            split), a directory of splits or one written by `save_to_disk`, or a hub id.
         split: `train`, or a slice such as `train[:100]`.
-        columns: that the rows must have.
-        limit: keep the first so many rows.
+        columns: the columns that the rows must have.
+        limit: keep only the first rows, this many.
 
     Raises:
-        ValueError: nothing there, not readable, no such split, columns missing, no rows; names the
-            source.
+        ValueError: the source does not exist or cannot be read, or lacks the split, columns or
+            rows; names the source.
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise ValueError(f"the sample limit must be an integer ≥ 1, got {limit!r}")
     try:
         files = files_of(source)
         rows = _load(str(source), split) if files is None else _load_files(files, split)
-    # datasets raises its own kinds for bad content, unknown splits and a missing network
+    # `datasets` has many exceptions for bad content, unknown splits and a missing network.
     except Exception as error:
         raise ValueError(f"{source!r}, split {split!r}: {_describe_error(error)}") from error
     missing = [column for column in columns if column not in rows.column_names]
@@ -58,7 +58,7 @@ def _load_files(files: list[str], split: str) -> Any:
 
     kind = FORMATS[ending_of(files[0])]
     options: dict[str, Any] = {}
-    if kind == "csv":  # all of it text: a column of numbers and empty cells would lose both
+    if kind == "csv":  # read as text, as type inference would change numbers and empty cells
         names = columns_of(files[0])
         options = {
             "sep": "\t" if ending_of(files[0]) == ".tsv" else ",",
@@ -85,6 +85,8 @@ def _load(source: str, split: str) -> Any:
         return _slice(datasets.load_from_disk(path), split)
     if (path / "state.json").is_file():
         return _slice({split.split("[")[0]: datasets.load_from_disk(path)}, split)
+
+    # A name that cannot be a hub id is not looked up there.
     if not path.is_dir() and (
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):
@@ -101,7 +103,7 @@ def _load(source: str, split: str) -> Any:
 
 
 def _slice(splits: Any, split: str) -> Any:
-    """`train`, `train[:10]` or `train[10%:]` of data sets that are already open."""
+    """Return a split such as `train[:10]` or `train[10%:]` of data sets that are already open."""
     import datasets
 
     lengths = {name: len(rows) for name, rows in splits.items()}
@@ -112,7 +114,7 @@ def _slice(splits: Any, split: str) -> Any:
 
 
 def _describe_error(error: BaseException) -> str:
-    """One line. `datasets` wraps what was wrong in an error that only says that there was one."""
+    """Return an error in one line; `datasets` wraps the cause in an error that does not name it."""
     while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
     if isinstance(error, StopIteration):
@@ -121,10 +123,10 @@ def _describe_error(error: BaseException) -> str:
 
 
 def text_of(row: dict[str, Any], column: str) -> str:
-    """A row's text.
+    """Return the text of a row's column.
 
     Raises:
-        ValueError: there is none.
+        ValueError: its value is no text.
     """
     value = row[column]
     if not isinstance(value, str):
@@ -139,17 +141,17 @@ def make_samples(
     limit: int | None,
     make: Callable[[dict[str, Any]], dict[str, Any]],
 ) -> Any:
-    """`make(row)` of all rows; see `load_rows` and `tokenize`.
+    """Return the samples `make(row)` of all rows; see `load_rows` and `tokenize`.
 
     Raises:
-        ValueError: the rows cannot be had, or one is wrong; then with its file and number.
+        ValueError: the rows cannot be read, or one is wrong; then names its file and number.
     """
     rows = load_rows(source, split or "train", columns, limit)
 
     def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
         try:
             return make(row)
-        except UnicodeDecodeError:  # told below
+        except UnicodeDecodeError:  # handled below
             raise
         except ValueError as error:
             place = _locate_row(source, split or "train", index)
@@ -165,7 +167,7 @@ def make_samples(
 
 
 def _locate_row(source: str | list[str], split: str, index: int) -> str:
-    """Where a row stands: its file, where several were read, and its number there."""
+    """Return the place of a row for messages: its file and its number in that file."""
     whole = f"{source!r}, row {index}" + (f" of {split}" if "[" in split else "")
     files = files_of(source)
     if files is None or "[" in split or len(files) == 1:
@@ -179,9 +181,9 @@ def _locate_row(source: str | list[str], split: str, index: int) -> str:
 
 
 def tokenize(rows: Any, function: Any) -> Any:
-    """`function(row, index) -> sample` over all rows, cached by `datasets`.
+    """Return the samples `function(row, index)` of all rows, cached by `datasets`.
 
-    `sample_id` is the row's own `id` or `ind` where it has one, else its index.
+    `sample_id` is the row's own `id` or `ind` if it has one, else its index.
     """
     id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
 
@@ -189,7 +191,7 @@ def tokenize(rows: Any, function: Any) -> Any:
         own = row[id_column] if id_column is not None else None
         return {**function(row, index), "sample_id": str(index if own is None else own)}
 
-    # A bad row is told at once where it is among these, not after hours of good ones.
+    # Try some rows first, so that a bad one among them is reported at once, not after hours.
     first, spread = range(min(len(rows), _FIRST)), random.Random(0)
     for index in [*first, *spread.sample(range(len(rows)), min(len(rows), _FIRST))]:
         sample(rows[index], index)
