@@ -15,7 +15,7 @@ def default_collater(
     """Pad on the right, or lay packs end to end, and find the supervised positions.
 
     No attention mask is made: under a causal mask right padding cannot reach a token, and attention
-    without a mask takes the fast causal kernels. The padding token therefore changes no result.
+    without a mask takes the fast causal kernels.
 
     Args:
         samples: `input_ids`, shifted `labels`; `sample_id`, or `sample_ids` and `segment_lengths`
@@ -26,25 +26,22 @@ def default_collater(
     Returns:
         `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
         supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N, `num_tokens`
-        (without padding), `num_slots` (with padding); `sample_ids`. Packs give one row, with
-        `position_ids` `[1, length]` that restart with every sample, and `segment_lengths`.
+        (without padding), `num_slots` (with it); `sample_ids`. Packs make one row, and give
+        `position_ids` `[1, length]`, which restart with every sample, and `segment_lengths`.
     """
     # A filler keeps this rank's collectives going and counts as nothing.
     real = [sample for sample in samples if not sample.get("is_filler")]
     ids = [i for s in real for i in s.get("sample_ids") or [s.get("sample_id", "")]]
     num_tokens = sum(sample.get("num_tokens", len(sample["input_ids"])) for sample in real)
     packed = any("segment_lengths" in sample for sample in samples)
-    extra: dict[str, Any] = {}
     if packed:
         lengths = [n for s in samples for n in s.get("segment_lengths", [len(s["input_ids"])])]
-        samples = [
-            {name: [x for s in samples for x in s[name]] for name in ("input_ids", "labels")}
-        ]
+        names = ("input_ids", "labels")
+        samples = [{name: [x for s in samples for x in s[name]] for name in names}]
     length = max(1, *(len(sample["input_ids"]) for sample in samples))
     if pad_seq_len_divisible:
         length = -(-length // pad_seq_len_divisible) * pad_seq_len_divisible
-    if packed:
-        extra = _make_segments(lengths, length)
+    extra = _make_segments(lengths, length) if packed else {}
 
     # The models' heads are applied at the supervised positions alone.
     input_ids = _pad([sample["input_ids"] for sample in samples], length, pad_token_id)

@@ -42,8 +42,8 @@ def make_squad_dataset(
 ) -> Any:
     """Return samples of rows with `context`, `question`, `answers.text`; the answer is supervised.
 
-    With a chat template the prompt is a user turn and the answer an assistant turn, else they are
-    running text. The answer is the first of `answers.text`, stripped, or empty without one.
+    With a chat template they are a user and an assistant turn, else running text. The answer is the
+    first of `answers.text`, stripped, or empty.
 
     Args:
         tokenizer: the student's.
@@ -51,18 +51,18 @@ def make_squad_dataset(
         limit_dataset_samples: keep only the first rows, this many.
         fp8: only False.
         split, dataset_name: see `load_rows`.
-        padding: `max_length` pads samples to `seq_length`; otherwise the collater pads.
-        truncation: true cuts samples to `seq_length`.
+        padding, truncation: `max_length` pads and true cuts samples to `seq_length`.
         chat_template: Jinja text or file in place of the tokenizer's own.
 
     Raises:
         ValueError: the data cannot be read or lack columns; `fp8`; no `seq_length` to cut or pad.
     """
-    # Arguments are refused before any row is read.
     if fp8:
         raise ValueError("fp8: true is not offered; remove it and choose torch_dtype: bf16")
     if seq_length is None and (padding == "max_length" or cut_length(1, truncation)):
         raise ValueError("padding: max_length and truncation need seq_length: an integer")
+
+    # The arguments are right; a bad template is refused too before rows are read.
     use_template(tokenizer, chat_template)
     length = cut_length(seq_length, truncation)
 
