@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ds_kd.config.checks.data import declared
+from ds_kd.config.checks.data import find_declaration
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.rows.detect import known_data_sets, recognise
@@ -51,7 +51,7 @@ def poems(tmp_path, monkeypatch, capsys):
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
-    declared.cache_clear()
+    find_declaration.cache_clear()
     signature_of.cache_clear()
     part = {"pretrained_model_name_or_path": str(tiny.llama(tmp_path / "model"))}
     section = {"_target_": "my_poems.read_poems", "poems": str(tmp_path / "rows.jsonl")}
