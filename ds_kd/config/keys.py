@@ -206,6 +206,7 @@ class ComponentRules:
         words: keys of the section that ds_kd takes, and the words each may be.
         kwargs: the arguments where the section is absent; None leaves the section out.
         required: whether it must be there.
+        may_be_named: whether there may be several, each under a name of its own.
         example: of the section, for messages.
     """
 
@@ -216,6 +217,7 @@ class ComponentRules:
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kwargs: Mapping[str, Any] | None = None
     required: bool = False
+    may_be_named: bool = False
     example: str = ""
 
 

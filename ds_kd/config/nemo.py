@@ -180,7 +180,16 @@ class Translation:
 
     def _data_sets(self) -> None:
         """Drop what a data set's section says of padding, shuffling and the student's tokenizer."""
-        for name in ("dataset", "validation_dataset"):
+        prefix = "validation_dataset_"
+        named = {name: self.data.pop(name) for name in [*self.data] if name.startswith(prefix)}
+        if named:
+            single = self.data.get("validation_dataset")
+            sets = {"main": single} if isinstance(single, dict) and "_target_" in single else single
+            more = {name.removeprefix(prefix): section for name, section in named.items()}
+            self.data["validation_dataset"] = {**(sets or {}), **more}
+        names = ["dataset", "validation_dataset"]
+        names += [f"validation_dataset.{name}" for name in self.section("validation_dataset")]
+        for name in names:
             section = self.section(name)
             if str(section.get("_target_", "")).endswith(".ChatDataset"):
                 for key, reason in _OF_DATA.items():

@@ -68,9 +68,10 @@ def build(
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
-    validation = None
-    if held_out is not None:
-        validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, False)
+    validation = {
+        name: build_loader(cfg, part, cfg.validation_dataloader, world, False)[0]
+        for name, part in held_out.items()
+    }
     batches = LoaderBatches(loader)
     schedule = _schedule(cfg, batches.steps_per_epoch)
     # What only rank 0 opens, and what is soon refused, comes before the models.
@@ -88,7 +89,7 @@ def build(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
         batches=batches,
-        validation_loader=validation,
+        validation_loaders=validation,
         schedule=schedule,
         metrics=metrics,
         checkpointer=checkpointer,

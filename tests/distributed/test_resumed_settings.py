@@ -33,7 +33,7 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
         lr_scheduler=build_schedule(schedule, steps),
         num_epochs=9, max_steps=steps, ckpt_every_steps=3,
     )  # fmt: skip
-    made.validation_loader = None
+    made.validation_loaders = {}
     tokenizer = tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")
     made.checkpointer = Checkpointer(directory, world, tokenizer, "false", say=lambda *_: None)
     return made
@@ -41,13 +41,13 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
 
 def train(made):
     """Resume and train; the learning rate of each step, and the optimizer's settings."""
-    rates, means = [], made._means
+    rates, log = [], made._log
 
-    def note(sums, labels):
-        rates.append(made.student.get_lr()[0])
-        return means(sums, labels)
+    def note(means, rate, *rest):
+        rates.append(rate)
+        return log(means, rate, *rest)
 
-    made._means = note
+    made._log = note
     made.checkpointer.resume(made.student, made.state)
     assert made.train()
     group = made.student.optimizer.optimizer.param_groups[0]
@@ -105,13 +105,13 @@ def on_two_ranks(world, root, paths):
     assert clock.train()
     out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
 
-    return out | broken_off(world, root, paths)
+    return out | broken_off(world, root, paths) | ended_early(world, root, paths)
 
 
 def broken_off(world, root, paths):
     """A run of which rank 1 is asked to stop while it validates."""
     made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
-    made.validation_loader = made.batches.loader
+    made.validation_loaders = {"": made.batches.loader}
     made.schedule = replace(made.schedule, val_every_steps=1)
     stop = StopRequest()
 
@@ -124,6 +124,27 @@ def broken_off(world, root, paths):
     finished = made.train()
     validated = "validation" in made.metrics.out.getvalue()
     return {"broken off": [finished, made.state.step], "validated": validated}
+
+
+def ended_early(world, root, paths):
+    """A run whose validation loss does not fall, and what starting it again makes of it."""
+    out = {}
+    for patience in (2, 4):
+        made = prepare(world, paths, root / "patient", 9, adamw(lr=0.0))
+        made.validation_loaders = {"one": made.batches.loader, "other": made.batches.loader}
+        made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
+        if patience == 2:
+            made.checkpointer.save_consolidated = "final"
+        else:
+            made.checkpointer.resume(made.student, made.state)
+        began = made.state.step, made.is_done
+        finished = made.train()
+        student = (root / "patient" / "final" / "model.safetensors").is_file()
+        out[f"patience {patience}"] = [*began, finished, made.state.step, student]
+        said = made.metrics.out.getvalue().splitlines()
+        out["told"] = [line.partition("loss of")[0] for line in said if "ends here" in line]
+        out["sets"] = [line.strip().partition(":")[0] for line in said if line.startswith("  ")][:2]
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +214,15 @@ def test_a_checkpoint_is_saved_by_rank_0s_clock(two):
 def test_a_signal_during_validation_does_not_wait_for_its_end(two):
     assert two[0]["broken off"] == two[1]["broken off"] == [False, 1]
     assert not two[0]["validated"] and not two[1]["validated"]
+
+
+def test_patience_ends_a_run_that_goes_on_when_it_is_raised(two):
+    # Nothing is learnt at a rate of 0: of the validations of steps 1 to 3 two lower nothing.
+    assert two[0]["patience 2"] == [0, False, True, 3, True]
+    assert two[0]["patience 4"] == [3, False, True, 5, True]
+    told = "ends here: the last 4 validations have not lowered the validation "
+    assert two[0]["told"] == [told]
+
+
+def test_each_validation_set_is_told_by_its_name(two):
+    assert two[0]["sets"] == ["one", "other"]

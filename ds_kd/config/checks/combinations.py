@@ -68,7 +68,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _optimizer(cfg, problems)
     _zero(cfg, problems)
     _schedule(cfg, problems)
-    for component in filter(None, (cfg.dataset, cfg.validation_dataset)):
+    for component in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
         _data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         _loader(component, problems)

@@ -47,7 +47,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
             if _is_set(data, key):
                 found.setdefault(key, f"{key}: has no effect, as {reason}")
     notes = [*found.values()]
-    for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
+    for dataset in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
         notes += _lengths(dataset, data)
     for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         notes += _loader(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
