@@ -29,7 +29,14 @@ from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
 from ds_kd.parallel.world import World, on_rank0, seconds_after_sigterm
 from ds_kd.recipe.data import build_loader, packs
-from ds_kd.recipe.models import fix_rope, load_model, name_of, tokenizer_of, training_dtype
+from ds_kd.recipe.models import (
+    check_lengths,
+    fix_rope,
+    load_model,
+    name_of,
+    tokenizer_of,
+    training_dtype,
+)
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, placed
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
@@ -81,6 +88,9 @@ def build(
     if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     student = _student(cfg, teacher, tokenizer, schedule, world, allow)
+    for target, engine in ((cfg.model, student), (cfg.teacher_model, teacher)):
+        if target is not None and engine is not None:
+            _check_lengths(target, engine, [loader, validation])
     if checkpointer is not None:  # by now all files are there
         checkpointer.fingerprint |= _model_files(cfg, world)
     return Trainer(
@@ -229,6 +239,14 @@ def _check_model(cfg: RunConfig, target: Target, engine: Any, world: World) -> N
     for check, expected in checks:
         probe = functools.partial(check, engine, world.device, target.key)
         as_config_error(target.key, name_of(target), probe, expected)
+
+
+def _check_lengths(target: Target, engine: Any, loaders: list[Any]) -> None:
+    expected = "a model that treats all samples alike"
+    for loader in filter(None, loaders):
+        samples = loader.dataset.dataset  # without the filler
+        check = functools.partial(check_lengths, engine.module.model, samples)
+        as_config_error(target.key, name_of(target), check, expected)
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:
