@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import (
+    check_lengths,
     config_of,
     fix_rope,
     load_model,
@@ -78,6 +80,7 @@ def build(
     metrics = _metrics(cfg, schedule, world)
     checkpointer = _checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
     loss = _loss(cfg, tokenizer, world)
+    _check_lengths(cfg, [loader, *validation.values()])
 
     teacher = _teacher(cfg, world) if cfg.loads_teacher else None
     if cfg.kd_ratio == 0:  # a teacher to measure against must not change what training draws
@@ -233,6 +236,14 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
+
+
+def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
+    """Refuse samples that a model would not treat like the others."""
+    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
+    for component, loader in itertools.product(used, loaders):
+        with config_error(component.key, name_of(component), "a model that treats samples alike"):
+            check_lengths(config_of(component), loader.dataset.dataset)  # without the filler
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:
