@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
 
 LINEAR = LRScheduler(name="linear")
+SLOW = 0.5  # seconds that a micro-batch takes to load
 OLD = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
 NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 
@@ -54,6 +56,23 @@ def train(made):
     return {"rates": rates, **{name: group.get(name) for name in ("betas", "eps", "weight_decay")}}
 
 
+def speeds_of_a_slow_loader(made):
+    """For each step, tokens per second as logged and as it takes to load them at least."""
+    collate, log, speeds = made.batches.loader.collate_fn, made._log, []
+
+    def load(samples):
+        time.sleep(SLOW)
+        return collate(samples)
+
+    def note(means, rate, norm, speed, padding):
+        speeds.append([speed, made.state.tokens / len([*speeds, None]) / SLOW])
+        return log(means, rate, norm, speed, padding)
+
+    made.batches.loader.collate_fn, made._log = load, note
+    assert made.train()
+    return speeds
+
+
 def refusal(made):
     from ds_kd.checkpoint.checkpointer import CheckpointError
 
@@ -85,6 +104,8 @@ def on_one_rank(world, root, paths):
     shutil.copytree(root / "done", root / "plain", symlinks=True)
     out["changed"] = train(prepare(world, paths, root / "done", 6, adamw(**NEW)))
     out["no schedule"] = train(prepare(world, paths, root / "plain", 5, adamw(**NEW), None))
+
+    out["speeds"] = speeds_of_a_slow_loader(prepare(world, paths, root / "slow", 2, adamw(**OLD)))
 
     momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     train(prepare(world, paths, root / "other", 3, momentum))
@@ -178,6 +199,12 @@ def test_with_nothing_changed_a_resume_is_bitwise_and_keeps_every_rate(one):
     assert one["straight"]["rates"] == pytest.approx(linear(0.01, 0, 6), rel=1e-12)
     assert one["again"]["rates"] == one["straight"]["rates"][3:]
     assert one["bitwise"]
+
+
+def test_tokens_per_second_count_the_time_of_loading(one):
+    assert len(one["speeds"]) == 2
+    # The mean of the steps so far stands for each: they are alike within a third.
+    assert all(0 < logged <= 1.5 * possible for logged, possible in one["speeds"])
 
 
 def test_a_lengthened_run_takes_its_settings_and_rates_from_the_yaml(one):
