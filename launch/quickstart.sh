@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to a distilled student: environment, teacher, student, data, run, comparison.
 #
-#     bash launch/quickstart.sh [key.sub=value …]      overrides for the run, e.g. step_scheduler.max_steps=20
+#     bash launch/quickstart.sh [key.sub=value …]      overrides for the run, e.g. step_scheduler.max_steps=50
 #     NPROC=1 bash launch/quickstart.sh                ranks; default: one per GPU, or 2 on a CPU with 2 cores or more
 #     QUICKSTART_DIR=/big/disk/qs bash launch/quickstart.sh
 #
@@ -32,11 +32,11 @@ else
   python launch/make_docs_dataset.py --output "$dir/data"
 fi
 
-step 4 "student: the sixteen of the teacher's thirty layers that these data need most"
+step 4 "student: half of the teacher's thirty layers, those that these data need most"
 if [ -f "$dir/student/config.json" ]; then
   echo "$dir/student is there already"
 else
-  python launch/prune.py --teacher "$dir/teacher" --keep-layers 16 --calibration "$dir/data/train.jsonl" --output "$dir/student"
+  python launch/prune.py --teacher "$dir/teacher" --keep-layers 15 --calibration "$dir/data/train.jsonl" --output "$dir/student"
 fi
 
 step 5 "distillation: $config"
@@ -45,8 +45,8 @@ if [ "$dir" != quickstart ]; then # where the YAML's own paths lead
   overrides=(
     "model.pretrained_model_name_or_path=$dir/student"
     "teacher_model.pretrained_model_name_or_path=$dir/teacher"
-    "dataset.dataset_name=$dir/data/train.jsonl"
-    "validation_dataset.dataset_name=$dir/data/validation.jsonl"
+    "dataset.path_or_dataset_id=$dir/data/train.jsonl"
+    "validation_dataset.path_or_dataset_id=$dir/data/validation.jsonl"
     "checkpoint.checkpoint_dir=$dir/checkpoints"
   )
 fi
