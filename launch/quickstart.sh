@@ -32,11 +32,11 @@ else
   python launch/make_docs_dataset.py --output "$dir/data"
 fi
 
-step 4 "student: half of the teacher's thirty layers, those that these data need most"
+step 4 "student: the twenty of the teacher's thirty layers that these data need most"
 if [ -f "$dir/student/config.json" ]; then
   echo "$dir/student is there already"
 else
-  python launch/prune.py --teacher "$dir/teacher" --keep-layers 15 --calibration "$dir/data/train.jsonl" --output "$dir/student"
+  python launch/prune.py --teacher "$dir/teacher" --keep-layers 20 --calibration "$dir/data/train.jsonl" --output "$dir/student"
 fi
 
 step 5 "distillation: $config"
