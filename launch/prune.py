@@ -3,7 +3,7 @@
     python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 18 --output DIR
         18 layers, evenly spaced, first and last included
     python launch/prune.py … --keep-layers 18 --calibration train.jsonl
-        the 18 layers that change the hidden states of these rows most
+        the 18 layers without which the predictions for these rows would move most
     python launch/prune.py … --keep-layers 0,5,11
         these, counted from 0
 

@@ -33,8 +33,9 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # whatever the quickstart has left, or half left, in the tree
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     for name in ("train", "validation"):
-        (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(tiny.squad_rows(1))
+        (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(row)
     for name in ("student", "teacher"):
         (tmp_path / "quickstart" / name).mkdir()
         (tmp_path / "quickstart" / name / "config.json").write_text("{}")
