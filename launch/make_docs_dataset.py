@@ -32,6 +32,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.process import prepare
+
 # Written in Python, importable everywhere, quiet on import, in every version from 3.10 on.
 NAMES = """
 abc argparse ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64
@@ -337,4 +341,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())
