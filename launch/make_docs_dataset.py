@@ -1,18 +1,22 @@
 """Make a question-answering dataset from the English that every Python carries: no network needed.
 
-    python launch/make_docs_dataset.py --output quickstart/data [--train 600 --validation 80]
+    python launch/make_docs_dataset.py --output quickstart/data [--train 600 --validation 24]
 
-Writes `train.jsonl` and `validation.jsonl` in SQuAD's schema (`id, title, context, question,
-answers{text, answer_start}`). Two sources: the language reference behind `help()`
-(`pydoc_data.topics`) and the docstrings of the standard library. A context is a run of neighbouring
-sentences; a question asks for one of them, and the answer is that sentence, word for word:
+Writes `train.jsonl` and `validation.jsonl`, rows of `id, title, messages`: a conversation about a
+passage. Two sources: the language reference behind `help()` (`pydoc_data.topics`) and the
+docstrings of the standard library. A passage is a run of neighbouring sentences; a question asks
+for one of them, and the answer is that sentence, word for word:
 
-    What does shutil.copyfile do?                            the docstring's first sentence
-    What does the documentation of X say about "name"?       the one sentence that mentions "name"
-    … how does the sentence that begins with "…" read?       any other
+    What does shutil.copyfile do?                         "shutil.copyfile: " and what follows it
+    What does the documentation of X say about "name"?    the one sentence that mentions "name"
+    Which sentence begins with "…"?                       any other
 
-Everything is sorted by content, so one Python version always writes the same files. No context and
-no answer is in both splits. Exit code 2 where Python has too little text for what is asked.
+A training row asks for every sentence of its passage: four tokens in ten are an answer's, where one
+question a passage would leave it at two. A validation row asks one question of the first kind,
+about a module that no training row is about.
+
+Everything is sorted by content, so one Python version always writes the same files. Exit code 2
+where Python has too little text for what is asked.
 """
 
 from __future__ import annotations
@@ -26,7 +30,11 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from ds_kd.process import prepare
 
 # Written in Python, importable everywhere, quiet on import, in every version from 3.10 on.
 NAMES = """
@@ -51,9 +59,10 @@ xmlrpc.server zipapp zipfile
 """
 MODULES = NAMES.split()
 
-CONTEXT_WORDS = (40, 120)
+PASSAGE_WORDS = (30, 90)
 ANSWER_WORDS = (5, 50)
-ROWS_PER_CONTEXT = 2
+HELD_OUT_ANSWER_WORDS = (5, 25)  # launch/compare.py lets the models answer in 40 tokens
+INSTRUCTION = "Answer with a sentence of the text."
 
 # A word in quotes, or one with an underscore.
 NAME = re.compile(r"[\"“`']([A-Za-z_][\w.]*(?:\(\))?)[\"”`']|\b(\w+_\w+)\b")
@@ -91,9 +100,14 @@ def words(text: str) -> int:
     return len(text.split())
 
 
-def contexts(text: str) -> Iterator[list[str]]:
-    """Runs of neighbouring sentences of `text`, CONTEXT_WORDS long; no sentence is in two."""
-    low, high = CONTEXT_WORDS
+def digest(text: str) -> str:
+    """An order that content decides, and nothing else."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def runs_of(text: str) -> Iterator[list[str]]:
+    """Runs of neighbouring sentences of `text`, PASSAGE_WORDS long; no sentence is in two."""
+    low, high = PASSAGE_WORDS
     runs: list[list[str]] = [[]]
     for sentence in (s for p in paragraphs(text) for s in sentences(p)):
         if words(" ".join([*runs[-1], sentence])) > high:
@@ -139,12 +153,79 @@ def docstrings(module_name: str) -> Iterator[tuple[str, str, bool]]:
     yield module_name, module.__doc__ or "", False
 
 
+# ---------------------------------------------------------------------------------------- passages
+
+
+class Passage(NamedTuple):
+    """A run of sentences about one subject.
+
+    Args:
+        source: the module or section it is from; all its passages go to one split.
+        subject: what questions call it.
+        sentences: the run.
+        opening: the question that asks for the first sentence, where that one defines the subject.
+    """
+
+    source: str
+    subject: str
+    sentences: list[str]
+    opening: str | None
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.sentences)
+
+
+def passages() -> list[Passage]:
+    """All there are, in an order that content decides; no sentence that is asked for comes twice.
+
+    Docstrings are copied from class to class, whole or in part: of such passages the first stays.
+    """
+    seen: set[str] = set()
+    unique = []
+    for passage in _all_passages():
+        texts = {passage.text} | {passage.sentences[i] for i in answers(passage, ANSWER_WORDS)}
+        if len(texts) > 1 and not texts & seen:
+            unique.append(passage)
+            seen |= texts
+    return sorted(unique, key=lambda passage: digest(passage.text))
+
+
+def _all_passages() -> Iterator[Passage]:
+    for heading, text in topics():
+        subject = heading.strip().replace('"', "")
+        for run in runs_of(text):
+            yield Passage(f"“{subject}”", f"“{subject}”", run, None)
+    for module in MODULES:
+        for name, text, is_callable in docstrings(module):
+            opening = f"What does {name} do?" if is_callable else f"What is {name}?"
+            for part, run in enumerate(runs_of(text)):
+                opens = part == 0
+                if opens:  # as a manual would begin, and so the answer too
+                    run = [f"{name}: {run[0]}", *run[1:]]
+                yield Passage(module.split(".")[0], name, run, opening if opens else None)
+
+
+def answers(passage: Passage, length: tuple[int, int]) -> list[int]:
+    """Which of its sentences can be answers: whole ones of so many words, not there twice."""
+    low, high = length
+    return [
+        index
+        for index, sentence in enumerate(passage.sentences)
+        if sentence[-1] in ".!?"
+        and not sentence.removeprefix(f"{passage.subject}: ")[0].islower()
+        and low <= words(sentence) <= high
+        and passage.text.count(sentence) == 1
+    ]
+
+
 # -------------------------------------------------------------------------------------------- rows
 
 
-def name_only_in(index: int, run: list[str], subject: str) -> str | None:
-    """A name which, in the context `run`, sentence `index` alone mentions."""
-    others = " ".join([subject, *run[:index], *run[index + 1 :]])
+def name_only_in(index: int, passage: Passage) -> str | None:
+    """A name which, in the passage, sentence `index` alone mentions."""
+    run = passage.sentences
+    others = " ".join([passage.subject, *run[:index], *run[index + 1 :]])
     for quoted, plain in NAME.findall(run[index]):
         name = str(quoted or plain)
         if len(name) > 2 and name not in others:
@@ -152,107 +233,80 @@ def name_only_in(index: int, run: list[str], subject: str) -> str | None:
     return None
 
 
-def question(subject: str, run: list[str], index: int, opening: str | None) -> tuple[int, str]:
-    """What to ask so that sentence `index` of the context `run` is the answer.
-
-    Args:
-        subject: what the context is about.
-        run: the context.
-        index: of the sentence asked for.
-        opening: what asks for the first sentence, where that one defines the subject.
-
-    Returns:
-        (how contrived the question is, 0 to 2; the question)
-    """
-    if index == 0 and opening is not None:
-        return 0, opening
-    name = name_only_in(index, run, subject)
-    if name is not None:
-        return 1, f'What does the documentation of {subject} say about "{name}"?'
-    start = " ".join(run[index].split()[:4])
-    ask = f'how does the sentence that begins with "{start}" read?'
-    return 2, f"In the documentation of {subject}, {ask}"
+def natural_question(passage: Passage, index: int) -> str | None:
+    """What a reader might ask so that sentence `index` is the answer; None where nothing is."""
+    if index == 0 and passage.opening is not None:
+        return passage.opening
+    name = name_only_in(index, passage)
+    if name is None:
+        return None
+    return f'What does the documentation of {passage.subject} say about "{name}"?'
 
 
-def is_answer(sentence: str) -> bool:
-    low, high = ANSWER_WORDS
-    is_whole = sentence[-1] in ".!?" and not sentence[0].islower()
-    return is_whole and low <= words(sentence) <= high
+def beginning(passage: Passage, index: int) -> str:
+    """The first words of sentence `index`, three or as many as no other sentence begins with."""
+    run = [sentence.split() for sentence in passage.sentences]
+    count = 3
+    while sum(other[:count] == run[index][:count] for other in run) > 1 and count < len(run[index]):
+        count += 1
+    return " ".join(run[index][:count])
 
 
-def rows_of(subject: str, title: str, run: list[str], opening: str | None) -> list[Row]:
-    """Rows of one context: the most natural questions first, among those the longest answers."""
-    context = " ".join(run)
-    candidates = [
-        (*question(subject, run, i, opening), answer)
-        for i, answer in enumerate(run)
-        if is_answer(answer) and context.count(answer) == 1
-    ]
-    candidates.sort(key=lambda c: (c[0], -words(c[2]), c[1]))
-    rows = []
-    for _, asked, text in candidates[:ROWS_PER_CONTEXT]:
-        rows.append(
-            {
-                "id": hashlib.sha256(f"{context}\0{asked}".encode()).hexdigest()[:16],
-                "title": title,
-                "context": context,
-                "question": asked,
-                "answers": {"text": [text], "answer_start": [context.index(text)]},
-            }
-        )
-    return rows
+def row(passage: Passage, turns: list[tuple[str, str]]) -> Row:
+    """A conversation of (question, answer); the passage follows the first question."""
+    messages = [{"role": "system", "content": INSTRUCTION}]
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+    messages[1]["content"] += f"\n\n{passage.text}"
+    return {"id": digest(passage.text)[:16], "title": passage.subject, "messages": messages}
 
 
-def groups() -> list[list[Row]]:
-    """Rows by context, in an order that content decides; no context, no answer comes twice."""
-    found: list[list[Row]] = []
-    for heading, text in topics():
-        subject = heading.strip().replace('"', "")
-        for run in contexts(text):
-            found.append(rows_of(f"“{subject}”", subject, run, None))
-    for module in MODULES:
-        for name, text, is_callable in docstrings(module):
-            opening = f"What does {name} do?" if is_callable else f"What is {name}?"
-            for part, run in enumerate(contexts(text)):
-                found.append(rows_of(name, name, run, opening if part == 0 else None))
-    unique = without_repeats(found)
-    return sorted(unique, key=lambda g: hashlib.sha256(g[0]["context"].encode()).hexdigest())
+def training_row(passage: Passage) -> Row:
+    """A row that asks for every sentence: first what the subject is, then in an order that does not
+    help to answer."""
+    turns = []
+    for index in answers(passage, ANSWER_WORDS):
+        asked = natural_question(passage, index)
+        asked = asked or f'Which sentence begins with "{beginning(passage, index)}"?'
+        turns.append((asked, passage.sentences[index]))
+    turns.sort(key=lambda turn: (turn[0] != passage.opening, digest(turn[1])))
+    return row(passage, turns)
 
 
-def without_repeats(found: list[list[Row]]) -> list[list[Row]]:
-    """Drop each context that shares an answer with an earlier one: this keeps the splits apart.
-
-    Docstrings are copied from class to class, whole or in part.
-    """
-    seen: set[str] = set()
-    unique = []
-    for group in found:
-        texts = {row["context"] for row in group} | {row["answers"]["text"][0] for row in group}
-        if group and not texts & seen:
-            unique.append(group)
-            seen |= texts
-    return unique
+def validation_row(passage: Passage) -> Row | None:
+    """A row that asks what the subject is, where the passage begins with that."""
+    if passage.opening is None or 0 not in answers(passage, HELD_OUT_ANSWER_WORDS):
+        return None
+    return row(passage, [(passage.opening, passage.sentences[0])])
 
 
 def split(train: int, validation: int) -> dict[str, list[Row]]:
-    """The two splits; whole contexts go to one or the other.
+    """The two splits; a module or a section goes to one or the other.
 
     Raises:
         DatasetError: there are fewer rows than asked for.
     """
-    found: dict[str, list[Row]] = {"validation": [], "train": []}
-    wanted = {"validation": validation, "train": train}
-    for group in groups():
-        name = "validation" if len(found["validation"]) < validation else "train"
-        found[name] += group
-    for name, rows in found.items():
-        if len(rows) < wanted[name]:
+    found = passages()
+    held_out: set[str] = set()
+    rows: list[Row] = []
+    for source in sorted({passage.source for passage in found}, key=digest):
+        if len(rows) >= validation:
+            break
+        held_out.add(source)
+        rows += filter(None, (validation_row(p) for p in found if p.source == source))
+    made = {
+        "train": [training_row(p) for p in found if p.source not in held_out],
+        "validation": sorted(rows, key=lambda row: str(row["id"])),
+    }
+    for (name, rows), wanted in zip(made.items(), (train, validation), strict=True):
+        if len(rows) < wanted:
             raise DatasetError(
-                f"--{name} {wanted[name]}: this Python's documentation gives only {len(rows)} rows"
+                f"--{name} {wanted}: this Python's documentation gives only {len(rows)} rows"
                 + (" (python -OO removes docstrings)" if sys.flags.optimize > 1 else "")
             )
-        found[name] = rows[: wanted[name]]
-    return found
+        made[name] = rows[:wanted]
+    return made
 
 
 def write(output: Path, found: dict[str, list[Row]]) -> None:
@@ -272,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, required=True, help="directory to write")
     parser.add_argument("--train", type=int, default=600, metavar="ROWS")
-    parser.add_argument("--validation", type=int, default=80, metavar="ROWS")
+    parser.add_argument("--validation", type=int, default=24, metavar="ROWS")
     args = parser.parse_args(argv)
     try:
         if min(args.train, args.validation) < 1:
@@ -287,4 +341,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.config.components import ConfigError
+from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 
 
@@ -59,4 +60,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

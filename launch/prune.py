@@ -3,7 +3,7 @@
     python launch/prune.py --teacher DIR_OR_HUB_ID --keep-layers 18 --output DIR
         18 layers, evenly spaced, first and last included
     python launch/prune.py … --keep-layers 18 --calibration train.jsonl
-        the 18 layers that change the hidden states of these rows most
+        the 18 layers without which the predictions for these rows would move most
     python launch/prune.py … --keep-layers 0,5,11
         these, counted from 0
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -55,4 +56,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    prepare()
     sys.exit(main())

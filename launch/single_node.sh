@@ -67,6 +67,7 @@ ask() {
     kill "-$1" $ranks 2>/dev/null || true
   else
     kill -KILL -- "-$launcher" 2>/dev/null || true
+    ended=$((128 + $(kill -l "$1"))) # by that signal, for whoever looks at the exit code
   fi
   asked=1
 }
@@ -77,6 +78,6 @@ signalled=1
 while [ "$signalled" = 1 ]; do # a signal ends `wait`, not the launcher
   signalled=0
   code=0
-  wait "$launcher" || code=$?
+  wait "$launcher" 2>/dev/null || code=$? # without bash's own word on a process that was killed
 done
-exit "$code"
+exit "${ended:-$code}"

@@ -208,6 +208,7 @@ class ComponentRules:
         words: keys of the section that ds_kd takes, with the words that each may be.
         kwargs: the arguments if the section is absent; None leaves the component out.
         required: whether the section must be there.
+        may_be_named: whether there may be several, each under a name of its own.
         example: an example of the section, for messages.
     """
 
@@ -218,6 +219,7 @@ class ComponentRules:
     words: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kwargs: Mapping[str, Any] | None = None
     required: bool = False
+    may_be_named: bool = False
     example: str = ""
 
 

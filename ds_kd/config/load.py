@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_kd import __version__
 from ds_kd.config.checks.combinations import find_contradictions, misfit_of_batch
-from ds_kd.config.checks.components import check_component
+from ds_kd.config.checks.components import check_component, check_components
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
@@ -56,7 +56,8 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     values = check_section(RunConfig, data, "", problems)
     for name, key in keys_of(RunConfig).items():
         if key.component is not None:
-            values[name] = check_component(data.get(name), key, allow, config_only, problems)
+            check = check_components if key.component.may_be_named else check_component
+            values[name] = check(data.get(name), key, allow, config_only, problems)
     if values.get("seed") is not None:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
     cfg = RunConfig(**values, notes=translated.notes)

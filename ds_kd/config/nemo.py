@@ -181,7 +181,18 @@ class Translation:
 
     def _translate_data_sets(self) -> None:
         """Drop a data set's keys about padding, shuffling and the student's tokenizer."""
-        for name in ("dataset", "validation_dataset"):
+        prefix = "validation_dataset_"
+        named = {name: self.data.pop(name) for name in [*self.data] if name.startswith(prefix)}
+        if named:
+            single = self.data.get("validation_dataset")
+            sets = {"main": single} if isinstance(single, dict) and "_target_" in single else single
+            more = {name.removeprefix(prefix): section for name, section in named.items()}
+            self.data["validation_dataset"] = {**(sets or {}), **more}
+
+        # None of these keys changes a result: the collater pads, and the sampler shuffles.
+        names = ["dataset", "validation_dataset"]
+        names += [f"validation_dataset.{name}" for name in self.section("validation_dataset")]
+        for name in names:
             section = self.section(name)
             if str(section.get("_target_", "")).endswith(".ChatDataset"):
                 for key, reason in _OF_DATA.items():

@@ -95,7 +95,10 @@ class RunConfig:
         component=OF_LOADER,
     )
     packed_sequence: PackedSequence = key(PackedSequence, "Packs samples instead of padding them.")
-    validation_dataset: Component | None = key(None, "Names validation data.", component=OF_DATA)
+    validation_dataset: dict[str, Component] = key(
+        dict, "Names validation data: one data set, or `{name: data set, …}` for several.",
+        component=replace(OF_DATA, may_be_named=True),
+    )  # fmt: skip
     validation_share: float | None = key(
         None, "Validates with this share of the dataset's samples, chosen by rng.seed, in place of "
         "training with them.", "share", above=0, high=0.5,
@@ -127,7 +130,7 @@ class RunConfig:
     @property
     def validates(self) -> bool:
         """Return whether the run has validation data."""
-        return self.validation_dataset is not None or self.validation_share is not None
+        return bool(self.validation_dataset) or self.validation_share is not None
 
     @property
     def loads_teacher(self) -> bool:

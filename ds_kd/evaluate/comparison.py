@@ -13,7 +13,7 @@ from ds_kd.data.rows.detect import samples_of
 from ds_kd.errors import UserError, first_line
 
 NEW_TOKENS = 40
-_PROMPT_SHOWN = 400  # characters of a long prompt's end
+_PROMPT_SHOWN = 600  # characters of a long prompt's end
 SHOWN = (
     ("val_ce_loss", "CE, nats per token"),
     ("val_kd_loss", "KD, nats per token"),

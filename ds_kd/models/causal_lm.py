@@ -48,9 +48,7 @@ class _Split(nn.Module):
         if self.model.get_output_embeddings() is None:
             raise ValueError(f"{type(model).__name__} has no language-model head to distil")
         _call_head_with_loss(self.model.get_output_embeddings())
-        # Of some classes `base_model` is the model itself (Llama 4's text model).
-        base = self.model.base_model
-        self._body: tuple[Any] = (self.model.get_decoder() if base is self.model else base,)
+        self._body = (_find_body(self.model),)
         self._last_mlp = _RowsOfLastMLP(model)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
@@ -197,6 +195,17 @@ class _RowsOfLastMLP:
             yield
         finally:
             self._rows = None
+
+
+def _find_body(model: Any) -> Any:
+    """Return the part of an HF model that turns tokens into hidden states."""
+    from transformers import PreTrainedModel
+
+    if model.base_model is not model:
+        return model.base_model
+    # Of some classes `base_model` is the model itself (Llama 4's text model).
+    inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
+    return inner[0] if len(inner) == 1 else model
 
 
 def _call_head_with_loss(head: nn.Module) -> None:

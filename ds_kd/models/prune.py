@@ -6,22 +6,26 @@ embeddings, head and final norm fit at once, and the kept layers have only to le
 gaps.
 
 Two ways to choose. Evenly spaced layers, first and last included, need no data: those two do what
-no other does (lift embeddings into the stream, prepare it for the head). With calibration texts,
-`block_influence` measures how much each layer turns the stream (Men et al. 2024, arXiv:2403.03853),
-and the layers that turn it least are dropped.
+no other does (lift embeddings into the stream, prepare it for the head). With calibration rows,
+`divergences_without` leaves out one layer at a time and measures how far the predictions move, and
+the layers that move them least are dropped. How much a layer turns the stream (block influence, Men
+et al. 2024, arXiv:2403.03853) is cheaper to measure and ranks worse: a small turn can be the one
+that a later layer looks for.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
 
-#: Rows that `block_influence` looks at; more of them change its order of layers little.
-CALIBRATION_SAMPLES = 32
+#: Rows that `divergences_without` looks at. Each costs half a forward per layer of the model.
+CALIBRATION_SAMPLES = 3
 # Settings that list layer numbers; those that list one value per layer are found by their length.
 LISTS_OF_LAYERS = ("mlp_only_layers",)
 
@@ -76,43 +80,96 @@ def calibration_samples(source: Path, tokenizer: Any) -> list[dict[str, list[int
     return samples
 
 
-def block_influence(model: Any, samples: list[dict[str, list[int]]]) -> list[float]:
-    """Measure how much each layer turns the residual stream where tokens are supervised.
+def divergences_without(model: Any, samples: list[dict[str, list[int]]]) -> list[float]:
+    """Measure what each layer adds to the predictions of supervised tokens.
 
     Args:
         model: a Hugging Face causal language model in eval mode.
         samples: `input_ids` and shifted `labels`, as the data sets give them.
 
     Returns:
-        Per layer, the mean of 1 - cos(stream before, stream after) over supervised positions
-        (block influence, Men et al. 2024, arXiv:2403.03853, equation 1).
+        Per layer, KL(the model ‖ the model without that layer), nats, mean over supervised tokens.
     """
     import torch
 
     total = model.config.get_text_config().num_hidden_layers
-    sums, count = torch.zeros(total, dtype=torch.float64), 0
+    parent, attribute = find_layers(model, total)
+    layers = getattr(parent, attribute)
+    sums, count = [0.0] * total, 0
     for sample in samples:
+        ids = torch.tensor([sample["input_ids"]])
         rows = [i for i, label in enumerate(sample["labels"]) if label != IGNORE_INDEX]
-        with torch.no_grad():
-            out = model.base_model(
-                input_ids=torch.tensor([sample["input_ids"]]),
-                use_cache=False,
-                output_hidden_states=True,
-            )
-        stream = torch.stack(out.hidden_states)[:, 0, rows].float()
-        # The last of transformers' hidden states has passed the final norm; cosine forgives a
-        # scale, and the last layer is kept whatever it measures.
-        cosine = torch.nn.functional.cosine_similarity(stream[:-1], stream[1:], dim=-1)
-        sums += (1 - cosine).sum(-1).double()
+        with torch.no_grad(), _watched(layers) as seen:
+            whole = _predictions(model, ids, rows)
+        for left_out in range(total):
+            with torch.no_grad(), _without(layers, left_out, seen[left_out]):
+                q = _predictions(model, ids, rows)
+            sums[left_out] += float((whole.exp() * (whole - q)).sum())
         count += len(rows)
-    return [float(value) / count for value in sums]
+    return [value / count for value in sums]
 
 
-def most_influential(influence: list[float], keep: int) -> list[int]:
-    """Return the numbers of the first, the last and the most influential layers, rising."""
-    last = len(influence) - 1
-    ranked = sorted(range(last + 1), key=lambda i: (i not in (0, last), -influence[i]))
+def _predictions(model: Any, ids: Any, rows: list[int]) -> Any:
+    """Log-probabilities `[rows, vocabulary]` at some positions of one sample."""
+    import torch
+
+    logits = model(input_ids=ids, use_cache=False).logits[0, rows]
+    return torch.log_softmax(logits.float(), -1)
+
+
+@contextmanager
+def _watched(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
+    """Collect the residual stream that every layer is given and what it returns, in their order."""
+    seen: list[tuple[Any, Any]] = []
+
+    def hook(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"], output))
+
+    hooks = [layer.register_forward_hook(hook, with_kwargs=True) for layer in layers]
+    try:
+        yield seen
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+@contextmanager
+def _without(layers: Any, left_out: int, seen: tuple[Any, Any]) -> Iterator[None]:
+    """Let the model run without one layer: what that layer was given is handed on in its place. The
+    layers before it, which made that stream, need not run again."""
+    stream, output = seen
+    if isinstance(output, tuple):  # of some classes a layer returns more than the stream
+        stream = (stream, *output[1:])
+    idle = list(layers)[: left_out + 1]
+    plain = [layer.forward for layer in idle]
+    for layer in idle:
+        layer.forward = lambda *args, **kwargs: stream
+    try:
+        yield
+    finally:
+        for layer, forward in zip(idle, plain, strict=True):
+            layer.forward = forward
+
+
+def most_needed(divergences: list[float], keep: int) -> list[int]:
+    """Return the numbers of the first, the last and the most needed layers, rising."""
+    last = len(divergences) - 1
+    ranked = sorted(range(last + 1), key=lambda i: (i not in (0, last), -divergences[i]))
     return sorted(ranked[:keep])
+
+
+def _choose_by(samples: list[dict[str, list[int]]], model: Any, keep: int) -> list[int]:
+    """`most_needed` for these samples. Measured in float32, as many CPUs are slow in any other
+    dtype; the weights come back as they were."""
+    import torch
+
+    dtypes = [parameter.dtype for parameter in model.parameters()]
+    for parameter in model.parameters():  # not its buffers: RoPE's would come back rounded
+        parameter.data = parameter.data.to(torch.float32)
+    layers = most_needed(divergences_without(model, samples), keep)
+    for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
+        parameter.data = parameter.data.to(dtype)
+    return layers
 
 
 def find_layers(model: Any, total: int) -> tuple[Any, str]:
@@ -227,7 +284,7 @@ def write_pruned(
         keep_layers: how many layers to keep, or their numbers (`0,5,11`).
         output: directory to write; it appears whole or not at all.
         dtype: of the weights, as `from_pretrained` takes it.
-        calibration: a text or JSON-lines file; with it a count keeps the most influential layers.
+        calibration: rows of any data set; with them a count keeps the most needed layers.
 
     Raises:
         PruneError: the model, the layers, the file or the output do not fit.
@@ -255,8 +312,7 @@ def _prune_into(
     total, before = model.config.get_text_config().num_hidden_layers, model.num_parameters()
     keep = choose_layers(keep_layers, total)
     if calibration is not None and "," not in keep_layers:
-        influence = block_influence(model, calibration_samples(calibration, tokenizer))
-        keep = most_influential(influence, len(keep))
+        keep = _choose_by(calibration_samples(calibration, tokenizer), model, len(keep))
     prune(model, keep)
 
     model.save_pretrained(directory)

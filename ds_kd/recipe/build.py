@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import (
+    check_lengths,
     config_of,
     fix_rope,
     load_model,
@@ -48,9 +50,7 @@ _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs")
 
 
 def build(
-    cfg: RunConfig,
-    world: World,
-    asked_to_stop: Callable[[], bool] = lambda: False,
+    cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
     """Build the trainer of a run.
 
@@ -67,9 +67,10 @@ def build(
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
-    validation = None
-    if held_out is not None:
-        validation, _ = build_loader(cfg, held_out, cfg.validation_dataloader, world, False)
+    validation = {
+        name: build_loader(cfg, part, cfg.validation_dataloader, world, False)[0]
+        for name, part in held_out.items()
+    }
     batches = LoaderBatches(loader)
     schedule = _make_schedule(cfg, batches.steps_per_epoch)
 
@@ -77,6 +78,7 @@ def build(
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
     loss = _build_loss(cfg, tokenizer, world)
+    _check_lengths(cfg, [loader, *validation.values()])
 
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
@@ -85,7 +87,7 @@ def build(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
         batches=batches,
-        validation_loader=validation,
+        validation_loaders=validation,
         schedule=schedule,
         metrics=metrics,
         checkpointer=checkpointer,
@@ -245,6 +247,14 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
+
+
+def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
+    """Refuse samples that a model would not treat like the others."""
+    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
+    for component, loader in itertools.product(used, loaders):
+        with config_error(component.key, name_of(component), "a model that treats samples alike"):
+            check_lengths(config_of(component), loader.dataset.dataset)  # without the filler
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:

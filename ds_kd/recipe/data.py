@@ -28,25 +28,24 @@ def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
 
-def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, Any | None]:
-    """Return the samples to train on, and those to validate with or None.
+def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, dict[str, Any]]:
+    """Return the samples to train on, and those to validate with by the name of their set, which is
+    empty if there is only one.
 
     Raises:
         ConfigError: see `samples_of`; there are too few samples to split, or one is too long for a
             pack.
     """
-    training, validation = samples_of(cfg.dataset, tokenizer, world), None
-    key = cfg.dataset.key
+    training = samples_of(cfg.dataset, tokenizer, world)
+    held_out: dict[str, Any] = {}
     if cfg.validation_share is not None:
         share, seed = cfg.validation_share, cfg.rng.seed
         with config_error("validation_share", share, "a share of two samples or more"):
-            training, validation = hold_out(training, share, seed)
-    elif cfg.validation_dataset is not None:
-        key = cfg.validation_dataset.key
-        validation = samples_of(cfg.validation_dataset, tokenizer, world)
-    if validation is not None:
-        validation = _pack(cfg, key, validation)
-    return _pack(cfg, cfg.dataset.key, training), validation
+            training, chosen = hold_out(training, share, seed)
+        held_out[""] = _pack(cfg, cfg.dataset.key, chosen)
+    for name, dataset in cfg.validation_dataset.items():
+        held_out[name] = _pack(cfg, dataset.key, samples_of(dataset, tokenizer, world))
+    return _pack(cfg, cfg.dataset.key, training), held_out
 
 
 def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:

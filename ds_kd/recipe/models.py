@@ -10,6 +10,7 @@ import torch
 
 from ds_kd.config.components import Component, config_error, instantiate
 from ds_kd.config.names import MODEL
+from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
@@ -180,11 +181,39 @@ def fix_rope(model: Any) -> str:
             if name.endswith("original_inv_freq"):
                 long = f"{name.removesuffix('original_inv_freq')}long_inv_freq"
                 setattr(module, long, getattr(module, name))
-    length = fixed[0].get("original_max_position_embeddings")
     return (
-        f"{model.config.name_or_path}: longrope keeps its table for up to {length} tokens in the "
-        f"whole run, for longer samples too"
+        f"{model.config.name_or_path}: longrope keeps its table for up to "
+        f"{_find_longrope_length(model.config)} tokens in the whole run"
     )
+
+
+def _find_longrope_length(config: Any) -> int | None:
+    """Return the number of tokens up to which a model of type `longrope` uses the table that a run
+    keeps, or None for other models."""
+    ropes = [rope for rope in _find_ropes(config) if rope.get("rope_type") == "longrope"]
+    return int(ropes[0]["original_max_position_embeddings"]) if ropes else None
+
+
+def check_lengths(config: Any, samples: Any) -> None:
+    """Refuse samples for which transformers would use the other table of `longrope`, so that the
+    trained model would not be the one that runs later.
+
+    Args:
+        config: the model's configuration.
+        samples: the loader's samples, packed or not; read for models of that type only.
+
+    Raises:
+        ValueError: names the longest sample's tokens and the model's.
+    """
+    if (length := _find_longrope_length(config)) is None:
+        return
+    longest = max(getattr(samples, "lengths", None) or lengths_of(samples), default=0)
+    if longest > length:
+        raise ValueError(
+            f"its rotary positions are of type longrope, with one table up to {length} tokens and "
+            f"another beyond, and a sample has {longest}: set seq_length: {length} and "
+            f"truncation: true on the data set"
+        )
 
 
 def _find_ropes(config: Any) -> list[dict[str, Any]]:

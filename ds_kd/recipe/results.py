@@ -28,7 +28,7 @@ def log_of(cfg: RunConfig) -> Path:
 
 
 def held_out_samples(cfg: RunConfig) -> Any:
-    """Return the samples that a run validates with.
+    """Return the samples that a run validates with, of several sets those of the first.
 
     Raises:
         ConfigError: there are none, or they cannot be loaded.
@@ -36,6 +36,6 @@ def held_out_samples(cfg: RunConfig) -> Any:
     alone = World(0, 1, 0, torch.device("cpu"), "gloo")
     cfg.packed_sequence.packed_sequence_size = 0  # show single samples, not packs
     _, held_out = build_samples(cfg, tokenizer_of(cfg.model, alone), alone)
-    if held_out is None:
+    if not held_out:
         raise ConfigError(["validation_dataset: missing, so there is no held-out row; give --data"])
-    return held_out
+    return next(iter(held_out.values()))

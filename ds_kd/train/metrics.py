@@ -93,20 +93,25 @@ class Metrics:
         self._record(step, values)
         self.say(self._format_line(step, values))
 
-    def validation(self, step: int, values: dict[str, float]) -> None:
-        """Record a validation, with its values by tag without the prefix `val_`."""
-        self._record(step, {f"val_{tag}": value for tag, value in values.items()})
-        shown = "  ".join(
-            f"{label} {values[tag]:.4f}"
-            for label, tag in (
-                ("loss", "loss"),
-                ("ce", "ce_loss"),
-                ("kd", "kd_loss"),
-                ("top-1 agreement", "top1_agreement"),
-            )
-            if tag in values
-        )
-        self.say(f"validation after step {step}: {shown}")
+    def validation(
+        self,
+        step: int,
+        values: dict[str, float],
+        sets: dict[str, dict[str, float]] | None = None,
+    ) -> None:
+        """Record a validation; tags get the prefix `val_`, and `val_<name>_` of a named set.
+
+        Args:
+            values: values by tag, over all sets.
+            sets: the same for each named set.
+        """
+        record = {f"val_{tag}": value for tag, value in values.items()}
+        for name, part in (sets or {}).items():
+            record |= {f"val_{name}_{tag}": value for tag, value in part.items()}
+        self._record(step, record)
+        self.say(f"validation after step {step}: {_show(values)}")
+        for name, part in (sets or {}).items():
+            self.say(f"  {name}: {_show(part)}")
 
     def close(self) -> None:
         for name, sink in ((self._path, self._file), (_EVENTS, self._writer)):
@@ -185,6 +190,13 @@ def _ignore_writer_thread(others: Callable[[Any], Any], ended: Any) -> None:
     """Print no traceback of TensorBoard's writing thread, whose error `add_scalar` raises again."""
     if type(ended.thread).__name__ != "_AsyncWriterThread":
         others(ended)
+
+
+def _show(values: dict[str, float]) -> str:
+    """Return the values of a validation that the console shows."""
+    labels = {"loss": "loss", "ce_loss": "ce", "kd_loss": "kd", "top1_agreement": "top-1 agreement"}
+    shown = (f"{labels[tag]} {values[tag]:.4f}" for tag in labels if tag in values)
+    return "  ".join(shown)
 
 
 def _keep_before(path: Path, place: float) -> None:

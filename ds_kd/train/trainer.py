@@ -42,7 +42,8 @@ class Trainer:
         student: DeepSpeed engine of a `models.causal_lm.Student`.
         teacher: the teacher to train with, or None.
         batches: the micro-batches of each step, of this rank.
-        validation_loader: micro-batches of the validation data, or None.
+        validation_loaders: micro-batches of each validation set by its name; none without such
+            data, one with an empty name for a single set.
         schedule: the steps at which to validate, save and stop.
         metrics: destinations of the metrics; None on ranks that do not log.
         checkpointer: saves and restores; None saves nothing.
@@ -59,7 +60,7 @@ class Trainer:
     student: Any
     teacher: Teacher | None
     batches: Batches
-    validation_loader: Any | None
+    validation_loaders: dict[str, Any]
     schedule: Schedule
     metrics: Metrics | None
     checkpointer: Checkpointer | None
@@ -154,7 +155,7 @@ class Trainer:
             # dividing by n gives the mean over all tokens of the step.
             self.student.backward(loss * (self.world.data.size / labels), scale_wrt_gas=False)
 
-        means = self._average(sums, labels)
+        means = {name: total / labels for name, total in self._sum_over_ranks(sums).items()}
         if self.state.skipped >= self.max_skipped:
             self._check_finite(means["loss"], "loss", micro_batches)
         lr = self.student.get_lr()[0]
@@ -205,7 +206,7 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
-        """Log and return the means over all supervised tokens of the validation data, of all ranks.
+        """Log and return the means over all supervised tokens of all validation sets and ranks.
 
         Returns:
             Means by name; None without such data, or if a rank was asked to stop meanwhile.
@@ -213,39 +214,63 @@ class Trainer:
         Raises:
             TrainingError: no token is supervised.
         """
-        if self.validation_loader is None:
+        if not self.validation_loaders:
             return None
         started = time.perf_counter()
         self.student.eval()
+        found = {}
+        for name, loader in self.validation_loaders.items():
+            measured = self._measure(name, loader)
+            if measured is None:
+                self.student.train()
+                return None
+            found[name] = measured
+        self.student.train()
+
+        # One division by the global count over all sets, as in a training step.
+        labels = sum(count for _, count, _ in found.values())
+        tokens = sum(count for *_, count in found.values())
+        sums: dict[str, float] = {}
+        for totals, *_ in found.values():
+            _add(sums, totals)
+        means = {name: total / labels for name, total in sums.items()}
+        means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
+        means["memory"] = memory_gib(self.world.device)
+        self.state.note_validation(means["loss"])
+        if self.metrics is not None:
+            each = {
+                name: {tag: total / count for tag, total in totals.items()}
+                for name, (totals, count, _) in found.items()
+                if name
+            }
+            self.metrics.validation(self.state.step, means, each)
+        return means
+
+    def _measure(self, name: str, loader: Any) -> tuple[dict[str, float], int, int] | None:
+        """Return (sums by name, supervised tokens, tokens) of a validation set over all ranks, or
+        None if a rank was asked to stop.
+
+        Raises:
+            TrainingError: no token is supervised.
+        """
         teacher = self.validation_teacher if self.teacher is None else self.teacher
         sums: dict[str, torch.Tensor] = {}
         labels, tokens = 0, 0
-        for batch in self.validation_loader:
+        for batch in loader:
             if self._asked_to_stop_or_save()[0]:
-                self.student.train()
                 return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
             batch = self._to_device(batch)
             teacher_output = teacher(batch) if teacher is not None else None
             loss, parts = self.student(batch, teacher_output)
             _add(sums, {"loss": loss, **parts})
-        self.student.train()
-
-        # One division by the global count, as in a training step.
         labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
         if labels == 0:
             raise TrainingError(
-                "validation_dataset: no sample has a supervised token; look at seq_length, "
-                "truncation and the answers"
+                f"{'.'.join(filter(None, ('validation_dataset', name)))}: no sample has a "
+                f"supervised token; look at seq_length, truncation and the answers"
             )
-
-        means = self._average(sums, labels)
-        means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
-        means["memory"] = memory_gib(self.world.device)
-        self.state.note_validation(means["loss"])
-        if self.metrics is not None:
-            self.metrics.validation(self.state.step, means)
-        return means
+        return self._sum_over_ranks(sums), labels, tokens
 
     def _count(self, micro_batches: list[Batch]) -> tuple[int, int, int]:
         """Return (supervised tokens, tokens, tokens and padding) of a step over all ranks.
@@ -280,11 +305,10 @@ class Trainer:
             for name, value in batch.items()
         }
 
-    def _average(self, sums: dict[str, torch.Tensor], labels: int) -> dict[str, float]:
-        """Return means over the supervised tokens of all ranks by name; `loss` is optimised."""
+    def _sum_over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
+        """Return sums over all data ranks by name; `loss` is the optimised quantity."""
         here = torch.stack([part.float() for part in sums.values()])
-        totals = sum_over(here, self.world.data).tolist()
-        return {name: total / labels for name, total in zip(sums, totals, strict=True)}
+        return dict(zip(sums, sum_over(here, self.world.data).tolist(), strict=True))
 
     def _read_gradient_norm(self) -> float:
         """Return the norm of the last step's gradient, NaN for one that is not finite: DeepSpeed
@@ -342,7 +366,7 @@ class Trainer:
         self.metrics.train(self.state.step, values)
 
 
-def _add(sums: dict[str, torch.Tensor], parts: dict[str, torch.Tensor]) -> None:
+def _add(sums: dict[str, Any], parts: dict[str, Any]) -> None:
     """Add named values to the sums of the same names."""
     for name, part in parts.items():
         sums[name] = sums[name] + part if name in sums else part

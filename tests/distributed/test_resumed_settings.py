@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import shutil
 import signal
+import time
 from dataclasses import replace
 
 import pytest
@@ -19,6 +20,7 @@ from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
 
 LINEAR = LRScheduler(name="linear")
+SLOW = 0.5  # seconds that a micro-batch takes to load
 OLD = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
 NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 
@@ -33,7 +35,7 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
         lr_scheduler=build_schedule(schedule, steps),
         num_epochs=9, max_steps=steps, ckpt_every_steps=3,
     )  # fmt: skip
-    made.validation_loader = None
+    made.validation_loaders = {}
     tokenizer = tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")
     made.checkpointer = Checkpointer(directory, world, tokenizer, "false", say=lambda *_: None)
     return made
@@ -41,17 +43,34 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
 
 def train(made):
     """Resume and train; the learning rate of each step, and the optimizer's settings."""
-    rates, means = [], made._means
+    rates, log = [], made._log
 
-    def note(sums, labels):
-        rates.append(made.student.get_lr()[0])
-        return means(sums, labels)
+    def note(means, rate, *rest):
+        rates.append(rate)
+        return log(means, rate, *rest)
 
-    made._means = note
+    made._log = note
     made.checkpointer.resume(made.student, made.state)
     assert made.train()
     group = made.student.optimizer.optimizer.param_groups[0]
     return {"rates": rates, **{name: group.get(name) for name in ("betas", "eps", "weight_decay")}}
+
+
+def speeds_of_a_slow_loader(made):
+    """For each step, tokens per second as logged and as it takes to load them at least."""
+    collate, log, speeds = made.batches.loader.collate_fn, made._log, []
+
+    def load(samples):
+        time.sleep(SLOW)
+        return collate(samples)
+
+    def note(means, rate, norm, speed, padding):
+        speeds.append([speed, made.state.tokens / len([*speeds, None]) / SLOW])
+        return log(means, rate, norm, speed, padding)
+
+    made.batches.loader.collate_fn, made._log = load, note
+    assert made.train()
+    return speeds
 
 
 def refusal(made):
@@ -86,6 +105,8 @@ def on_one_rank(world, root, paths):
     out["changed"] = train(prepare(world, paths, root / "done", 6, adamw(**NEW)))
     out["no schedule"] = train(prepare(world, paths, root / "plain", 5, adamw(**NEW), None))
 
+    out["speeds"] = speeds_of_a_slow_loader(prepare(world, paths, root / "slow", 2, adamw(**OLD)))
+
     momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     train(prepare(world, paths, root / "other", 3, momentum))
     out["other optimizer"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
@@ -105,13 +126,13 @@ def on_two_ranks(world, root, paths):
     assert clock.train()
     out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
 
-    return out | broken_off(world, root, paths)
+    return out | broken_off(world, root, paths) | ended_early(world, root, paths)
 
 
 def broken_off(world, root, paths):
     """A run of which rank 1 is asked to stop while it validates."""
     made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
-    made.validation_loader = made.batches.loader
+    made.validation_loaders = {"": made.batches.loader}
     made.schedule = replace(made.schedule, val_every_steps=1)
     stop = StopRequest()
 
@@ -124,6 +145,27 @@ def broken_off(world, root, paths):
     finished = made.train()
     validated = "validation" in made.metrics.out.getvalue()
     return {"broken off": [finished, made.state.step], "validated": validated}
+
+
+def ended_early(world, root, paths):
+    """A run whose validation loss does not fall, and what starting it again makes of it."""
+    out = {}
+    for patience in (2, 4):
+        made = prepare(world, paths, root / "patient", 9, adamw(lr=0.0))
+        made.validation_loaders = {"one": made.batches.loader, "other": made.batches.loader}
+        made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
+        if patience == 2:
+            made.checkpointer.save_consolidated = "final"
+        else:
+            made.checkpointer.resume(made.student, made.state)
+        began = made.state.step, made.is_done
+        finished = made.train()
+        student = (root / "patient" / "final" / "model.safetensors").is_file()
+        out[f"patience {patience}"] = [*began, finished, made.state.step, student]
+        said = made.metrics.out.getvalue().splitlines()
+        out["told"] = [line.partition("loss of")[0] for line in said if "ends here" in line]
+        out["sets"] = [line.strip().partition(":")[0] for line in said if line.startswith("  ")][:2]
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +199,12 @@ def test_with_nothing_changed_a_resume_is_bitwise_and_keeps_every_rate(one):
     assert one["straight"]["rates"] == pytest.approx(linear(0.01, 0, 6), rel=1e-12)
     assert one["again"]["rates"] == one["straight"]["rates"][3:]
     assert one["bitwise"]
+
+
+def test_tokens_per_second_count_the_time_of_loading(one):
+    assert len(one["speeds"]) == 2
+    # The mean of the steps so far stands for each: they are alike within a third.
+    assert all(0 < logged <= 1.5 * possible for logged, possible in one["speeds"])
 
 
 def test_a_lengthened_run_takes_its_settings_and_rates_from_the_yaml(one):
@@ -193,3 +241,15 @@ def test_a_checkpoint_is_saved_by_rank_0s_clock(two):
 def test_a_signal_during_validation_does_not_wait_for_its_end(two):
     assert two[0]["broken off"] == two[1]["broken off"] == [False, 1]
     assert not two[0]["validated"] and not two[1]["validated"]
+
+
+def test_patience_ends_a_run_that_goes_on_when_it_is_raised(two):
+    # Nothing is learnt at a rate of 0: of the validations of steps 1 to 3 two lower nothing.
+    assert two[0]["patience 2"] == [0, False, True, 3, True]
+    assert two[0]["patience 4"] == [3, False, True, 5, True]
+    told = "ends here: the last 4 validations have not lowered the validation "
+    assert two[0]["told"] == [told]
+
+
+def test_each_validation_set_is_told_by_its_name(two):
+    assert two[0]["sets"] == ["one", "other"]

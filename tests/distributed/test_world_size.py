@@ -23,11 +23,9 @@ def part(world, directory, paths, checkpoints, steps):
     )
     made.batches.loader.batch_sampler.shuffle = True
     losses, said = [], []
-    means = made._means
-    made._means = lambda sums, labels: (
-        losses.append(means(sums, labels)["loss"]) or means(sums, labels)
-    )
-    made.validation_loader = None
+    log = made._log
+    made._log = lambda means, *rest: losses.append(means["loss"]) or log(means, *rest)
+    made.validation_loaders = {}
     made.checkpointer = Checkpointer(
         checkpoints, world, tiny.tokenizer(directory / f"tokenizer{world.rank}"), say=said.append
     )

@@ -17,4 +17,4 @@ def test_a_rank_killed_in_its_last_save_is_named_and_the_run_ends_bitwise_equal(
     seen = []
     for rank, shares in ((0, (0.75, 0.95)), (1, (0.5,))):
         seen += [points.check(rank, int(share * points.counts[rank])) for share in shares]
-    assert len({*seen}) == 3, seen  # after the rename, while pruning, while rank 1 still writes
+    assert len({*seen}) == 3, seen  # in its export, while pruning, while it still writes

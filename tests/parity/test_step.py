@@ -105,7 +105,9 @@ def build(
     batches = LoaderBatches(loader)
     schedule = Schedule(batches.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
-    return Trainer(student, teacher, batches, loader, schedule, metrics, None, TrainState(), world)
+    return Trainer(
+        student, teacher, batches, {"": loader}, schedule, metrics, None, TrainState(), world
+    )
 
 
 def weights(engine, master: bool = False):

@@ -33,8 +33,9 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # whatever the quickstart has left, or half left, in the tree
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     (tmp_path / "quickstart" / "data").mkdir(parents=True)
+    row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     for name in ("train", "validation"):
-        (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(tiny.squad_rows(1))
+        (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(row)
     for name in ("student", "teacher"):
         (tmp_path / "quickstart" / name).mkdir()
         (tmp_path / "quickstart" / name / "config.json").write_text("{}")
@@ -43,7 +44,7 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     bind(cfg.optimizer, params=[])
     bind(cfg.loss_fn)
     bind(cfg.kd_loss_fn)
-    for dataset in (cfg.dataset, cfg.validation_dataset):
+    for dataset in (cfg.dataset, *cfg.validation_dataset.values()):
         if dataset is not None:
             bind(dataset, tokenizer=None)
     for loader in (cfg.dataloader, cfg.validation_dataloader):
@@ -92,7 +93,7 @@ def test_an_override_reads_yaml_values_and_null_drops_a_section():
         GUIDE,
         ["validation_dataset=null", "optimizer.betas=[0.8, 0.9]", "clip_grad_norm.max_norm=2"],
     )
-    assert cfg.validation_dataset is None
+    assert cfg.validation_dataset == {}
     assert cfg.optimizer.kwargs["betas"] == [0.8, 0.9] and cfg.optimizer.kwargs["eps"] == 1e-8
     assert cfg.clip_grad_norm == 2.0
 
@@ -679,7 +680,7 @@ def test_a_recipe_of_nemos_for_experts_and_pipelines_loads_without_its_kernels_a
             "step_scheduler.loss_average_window_steps=5",
         ],
     )
-    assert cfg.wandb is None and cfg.validation_dataset is None and cfg.distributed.ep_size is None
+    assert cfg.wandb is None and cfg.validation_dataset == {} and cfg.distributed.ep_size is None
     assert cfg.model.kwargs["trust_remote_code"] is False
     assert not {"load_base_model", "num_nextn_predict_layers", "backend"} & set(cfg.model.kwargs)
     told = [note.partition(":")[0] for note in cfg.notes]
@@ -830,7 +831,7 @@ def test_a_new_config_for_few_rows_makes_steps_of_them_and_says_so(tmp_path, cap
     assert load(path).validation_share == 0.16 and load(path).step_scheduler.num_epochs == 3
     assert new.main([*words, "--validation", str(tmp_path / "held_out.jsonl")]) == 0
     path.write_text(capsys.readouterr().out)
-    held_out = load(path).validation_dataset
+    held_out = load(path).validation_dataset[""]
     assert held_out is not None and held_out.kwargs["dataset_name"].endswith("held_out.jsonl")
     (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(1))
     assert new.main(words) == 2
@@ -901,3 +902,20 @@ def test_nemos_spelling_of_a_schedule_ends_where_it_says(nemo, least):
 def test_an_unknown_decay_style_is_told():
     with pytest.raises(ConfigError, match="lr_decay_style: got 'cosin'"):
         load(GUIDE, ["lr_scheduler={lr_decay_style: cosin}"])
+
+
+SQUAD = "{_target_: ds_kd.data.squad.make_squad_dataset, dataset_name: rajpurkar/squad}"
+
+
+def test_several_validation_sets_each_have_a_name():
+    cfg = load(GUIDE, [f"validation_dataset={{squad: {SQUAD}, other: {SQUAD}, gone: null}}"])
+    assert [*cfg.validation_dataset] == ["squad", "other"] and cfg.validates
+    assert cfg.validation_dataset["other"].key == "validation_dataset.other"
+    nemo = load(GUIDE, ["validation_dataset=null", f"validation_dataset_qa={SQUAD}"])
+    assert [*nemo.validation_dataset] == ["qa"]
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [f"validation_dataset={{a b: {SQUAD}, c: {{_target_: os.system}}, d: 3}}"])
+    told = str(caught.value)
+    assert "validation_dataset: got 'a b', expected a name of letters, digits and _" in told
+    assert "validation_dataset.c._target_: 'os.system'" in told
+    assert "validation_dataset.d: got 3, expected a mapping" in told

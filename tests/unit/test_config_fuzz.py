@@ -155,7 +155,7 @@ def build(cfg):
         if schedule is not None:
             schedule(optimizer)
     DistillationLoss(instantiate(cfg.loss_fn), instantiate(cfg.kd_loss_fn), cfg.kd_ratio)
-    for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
+    for dataset in (cfg.dataset, *cfg.validation_dataset.values()):
         bind(dataset, tokenizer=None)
     for loader in (cfg.dataloader, cfg.validation_dataloader):
         bind(loader, ("shuffle", "group_by_length"), dataset=None, batch_sampler=None)

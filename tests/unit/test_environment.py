@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -167,6 +169,23 @@ def test_what_no_run_could_work_in_is_refused(script, words):
 def test_the_launcher_of_a_node_says_what_it_lacks(variables, words, told):
     done = shell(f"cd {ROOT}; {variables} DRY_RUN=1 bash launch/single_node.sh {words}")
     assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_node_that_is_told_to_stop_before_its_ranks_are_there_ends_with_that_code(
+    tmp_path, name, code
+):
+    (tmp_path / "deepspeed").write_text("#!/bin/sh\ntouch $0.started; exec sleep 60")
+    (tmp_path / "deepspeed").chmod(0o755)
+    script = subprocess.Popen(
+        ["bash", "launch/single_node.sh", GUIDE], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "VENV": "/no", "NPROC": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+    )  # fmt: skip
+    while not (tmp_path / "deepspeed.started").exists():
+        time.sleep(0.05)
+    time.sleep(0.5)  # it listens from the line after
+    script.send_signal(getattr(signal, name))
+    assert script.communicate(timeout=30)[1] == "" and script.returncode == code
 
 
 @pytest.mark.parametrize(

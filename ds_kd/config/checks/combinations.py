@@ -71,7 +71,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _check_optimizer(cfg, problems)
     _check_zero(cfg, problems)
     _check_schedule(cfg, problems)
-    for component in filter(None, (cfg.dataset, cfg.validation_dataset)):
+    for component in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
         _check_data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         _check_loader(component, problems)

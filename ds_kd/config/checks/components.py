@@ -4,6 +4,8 @@ call is imported."""
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import replace
 from typing import Any
 
 from ds_kd.config.checks.data import check_data, find_declaration
@@ -23,6 +25,30 @@ from ds_kd.config.text.origins import decode
 from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.errors import first_line
+
+
+def check_components(
+    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
+) -> dict[str, Component]:
+    """Return the components of a section that may hold several, by name; the name of a single one
+    is empty.
+
+    Args:
+        value, key, allow, config_only, problems: as for `check_component`.
+    """
+    has_names = isinstance(value, dict) and "_target_" not in value
+    if not (has_names and any(isinstance(inner, dict) for inner in value.values())):
+        single = check_component(value, key, allow, config_only, problems)
+        return {} if single is None else {"": single}
+    found = {}
+    for name, inner in value.items():
+        if not re.fullmatch(r"\w+", str(name)):
+            expected = "a name of letters, digits and _, which metrics carry"
+            problems.append(problem(key.name, name, expected))
+        elif inner is not None:
+            part = replace(key, name=f"{key.name}.{name}")
+            found[str(name)] = check_component(inner, part, allow, config_only, problems)
+    return {name: component for name, component in found.items() if component is not None}
 
 
 def check_component(

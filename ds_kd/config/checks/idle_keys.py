@@ -50,7 +50,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
                 found.setdefault(key, f"{key}: has no effect, as {reason}")
 
     notes = [*found.values()]
-    for dataset in filter(None, (cfg.dataset, cfg.validation_dataset)):
+    for dataset in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
         notes += _note_idle_lengths(dataset, data)
     for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         notes += _note_idle_loader_keys(loader, data, cfg.packed_sequence.packed_sequence_size > 0)

@@ -49,6 +49,12 @@ def _describe_key(key: Key) -> dict[str, Any]:
         wanted += [{"type": "boolean"}] if key.name == "compile" else []
     elif key.component is not None:
         wanted = [_describe_component(key.component)]
+        if key.component.may_be_named:
+            several = {"type": "object", "not": {"required": ["_target_"]}}
+            wanted = [
+                {**wanted[0], "required": ["_target_"]},
+                {**several, "additionalProperties": _describe_component(key.component)},
+            ]
     elif not key.kind.json:
         return {"description": key.sentence}
     else:
