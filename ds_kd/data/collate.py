@@ -24,8 +24,8 @@ def default_collater(
         pad_token_id: the padding token.
 
     Returns:
-        `input_ids`, `labels` `[batch, length]` int64; `rows` `[N]` int64, flat indices of the
-        supervised positions; `targets` `[N]` int64, the labels there; `num_labels` N, `num_tokens`
+        `input_ids`, `labels` `[batch, length]` int64; `supervised` `[N]` int64, flat indices of the
+        supervised positions; `supervised_labels` `[N]` int64; `num_labels` N, `num_tokens`
         (without padding), `num_slots` (with it); `sample_ids`. Packs make one row, and give
         `position_ids` `[1, length]`, which restart with every sample, and `segment_lengths`.
     """
@@ -47,13 +47,13 @@ def default_collater(
     input_ids = _pad([sample["input_ids"] for sample in samples], length, pad_token_id)
     labels = _pad([sample["labels"] for sample in samples], length, IGNORE_INDEX)
     flat = labels.flatten()
-    rows = (flat != IGNORE_INDEX).nonzero().flatten()
+    supervised = (flat != IGNORE_INDEX).nonzero().flatten()
     return {
         "input_ids": input_ids,
         "labels": labels,
-        "rows": rows,
-        "targets": flat[rows],
-        "num_labels": len(rows),
+        "supervised": supervised,
+        "supervised_labels": flat[supervised],
+        "num_labels": len(supervised),
         "num_tokens": num_tokens,
         "num_slots": input_ids.numel(),
         "sample_ids": [str(i) for i in ids],

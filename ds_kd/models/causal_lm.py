@@ -62,12 +62,12 @@ class _Split(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
             segments = {"segments": attention.Segments(batch["segment_lengths"])}
-        with self._last_mlp.only(batch["rows"]):
+        with self._last_mlp.only(batch["supervised"]):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # Mamba's residual stream is float32, whatever its head is.
         hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
-        return _select(hidden.flatten(0, 1), batch["rows"])
+        return _select(hidden.flatten(0, 1), batch["supervised"])
 
     def head(self) -> Head:
         """The head's present parameters (whole only while gathered)."""
@@ -77,7 +77,7 @@ class _Split(nn.Module):
     def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(largest difference between transformers' logits and ours, largest logit)."""
         expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
-        expected = expected.index_select(0, batch["rows"])
+        expected = expected.index_select(0, batch["supervised"])
         output_head = self.model.get_output_embeddings()
         got = output_head(self.hidden(batch), loss=lambda h: self.head().logits(h))
         return (got - expected).float().abs().max(), got.float().abs().max()
@@ -131,7 +131,9 @@ class Student(_Split):
         output_head = self.model.get_output_embeddings()
         return output_head(
             self.hidden(batch),
-            loss=lambda h: self.loss(States(h, self.head()), batch["targets"], teacher_output),
+            loss=lambda h: self.loss(
+                States(h, self.head()), batch["supervised_labels"], teacher_output
+            ),
         )
 
 

@@ -58,7 +58,7 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
     """
     kind = type(engine.module.model).__name__
     ids = _random_tokens(engine, _TOKENS, device)
-    batch = {"input_ids": ids, "rows": torch.arange(1, _TOKENS, 2, device=device)}
+    batch = {"input_ids": ids, "supervised": torch.arange(1, _TOKENS, 2, device=device)}
     with (
         _evaluating(engine),
         _refusing(f"{name}: {kind} cannot be run as a body and a linear head"),
@@ -73,7 +73,7 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
 
     cut = _TOKENS - 4
     with _evaluating(engine):
-        seen = {"input_ids": ids, "rows": torch.arange(cut, device=device)}
+        seen = {"input_ids": ids, "supervised": torch.arange(cut, device=device)}
         error = _influence(engine, seen, slice(cut, None))
     if error:
         raise ValueError(
@@ -134,16 +134,16 @@ class _PackingProbe:
         positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
         self.pack: dict[str, Any] = {
             "input_ids": ids,
-            "rows": rows,
+            "supervised": rows,
             "position_ids": positions,
             "segment_lengths": self.lengths,
         }
         by_sample = attention.is_by_sample(model)
         attention.attend_by_sample(model, False)
         cut = self.lengths[0]
-        alone = {"input_ids": ids[:, cut:], "rows": rows[: self.lengths[1]]}
+        alone = {"input_ids": ids[:, cut:], "supervised": rows[: self.lengths[1]]}
         self.expected = engine(alone, probe="hidden")
-        joined = engine({"input_ids": ids, "rows": rows}, probe="hidden")[cut:]
+        joined = engine({"input_ids": ids, "supervised": rows}, probe="hidden")[cut:]
         self.effect, _ = _difference(engine, joined, self.expected)
         attention.attend_by_sample(model, by_sample)
 
@@ -160,7 +160,7 @@ class _PackingProbe:
         small = error <= _tolerance(self.engine) * scale
         if _dtype(self.engine) not in _TOLERANCE:
             small = error <= _SHARE_OF_EFFECT * self.effect or error <= _ROUNDING * scale
-        second = {**self.pack, "rows": self.pack["rows"][cut:]}
+        second = {**self.pack, "supervised": self.pack["supervised"][cut:]}
         return _influence(self.engine, second, slice(cut)) if small else error
 
 
@@ -169,7 +169,7 @@ def _influence(engine: Any, batch: dict[str, Any], changed: slice) -> float:
     where that is rounding.
 
     Args:
-        batch: one row of tokens; its `rows` are outside `changed`.
+        batch: one row of tokens; its `supervised` positions are outside `changed`.
     """
     ids = batch["input_ids"]
     others = ids.clone()
@@ -179,8 +179,8 @@ def _influence(engine: Any, batch: dict[str, Any], changed: slice) -> float:
     error, scale = _difference(engine, moved, expected)
     limit = _tolerance(engine) * scale
     if _dtype(engine) not in _TOLERANCE:
-        twice = {"input_ids": ids.expand(2, -1), "rows": batch["rows"]}
-        once = {"input_ids": ids, "rows": batch["rows"]}
+        twice = {"input_ids": ids.expand(2, -1), "supervised": batch["supervised"]}
+        once = {"input_ids": ids, "supervised": batch["supervised"]}
         states = [engine(some, probe="hidden") for some in (once, twice)]
         noise, _ = _difference(engine, *states)
         limit = max(_ROUNDING * scale, _TIMES_NOISE * noise)

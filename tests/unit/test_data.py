@@ -427,13 +427,13 @@ def test_a_batch_is_padded_right_and_lists_its_supervised_positions():
     assert batch["input_ids"].tolist() == [[5, 6, 8], [1, 2, 3]]
     assert batch["labels"].tolist() == [[-100, 7, -100], [2, -100, 4]]
     # flat positions, three a row: (0, 1) → 1, (1, 0) → 3, (1, 2) → 5
-    assert batch["rows"].tolist() == [1, 3, 5]
-    assert batch["targets"].tolist() == [7, 2, 4]
+    assert batch["supervised"].tolist() == [1, 3, 5]
+    assert batch["supervised_labels"].tolist() == [7, 2, 4]
     assert (batch["num_labels"], batch["num_tokens"]) == (3, 5)
     assert batch["sample_ids"] == ["s", "9"]
-    assert {str(batch[k].dtype) for k in ("input_ids", "labels", "rows", "targets")} == {
-        "torch.int64"
-    }
+    assert {
+        str(batch[k].dtype) for k in ("input_ids", "labels", "supervised", "supervised_labels")
+    } == {"torch.int64"}
 
 
 @pytest.mark.parametrize("divisible, length", [(None, 3), (1, 3), (3, 3), (4, 4), (8, 8)])
@@ -448,7 +448,7 @@ def test_a_filler_adds_neither_label_nor_token_nor_id():
     batch = default_collater([WithFiller([SHORT])[FILLER]])
     assert batch["input_ids"].shape == (1, 1)
     assert (batch["num_labels"], batch["num_tokens"], batch["sample_ids"]) == (0, 0, [])
-    assert batch["rows"].numel() == batch["targets"].numel() == 0
+    assert batch["supervised"].numel() == batch["supervised_labels"].numel() == 0
 
 
 # ---- sampler

@@ -76,8 +76,8 @@ def test_the_same_text_gives_the_same_batch_in_both_conventions():
         default_collater([OwnSamples([HF], 10, "unshifted")[0]]),
         default_collater([OwnSamples([OURS], 10)[0]]),
     )
-    assert one["rows"].tolist() == other["rows"].tolist() == [1, 2]
-    assert one["targets"].tolist() == other["targets"].tolist() == [7, 8]
+    assert one["supervised"].tolist() == other["supervised"].tolist() == [1, 2]
+    assert one["supervised_labels"].tolist() == other["supervised_labels"].tolist() == [7, 8]
 
 
 # ---- what is taken

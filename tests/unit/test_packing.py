@@ -277,7 +277,7 @@ def test_only_supervised_rows_meet_the_head_and_the_loss_waits_for_nothing(chunk
     batch = default_collater(tiny.samples(6))
     hidden = module.hidden(batch)
     with Counting() as counted:
-        loss, _ = module.loss(States(hidden, module.head()), batch["targets"])
+        loss, _ = module.loss(States(hidden, module.head()), batch["supervised_labels"])
         loss.backward()
     assert counted.head_rows == batch["num_labels"] < batch["input_ids"].numel()
     assert counted.syncs == []
