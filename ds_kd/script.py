@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 from ds_kd.errors import UserError, exhausted
@@ -19,19 +20,30 @@ def run_script(work: Callable[[], int | None]) -> int:
         return work() or 0
     except KeyboardInterrupt:
         return 130
-    except UserError as error:
-        told = error
-    except (ImportError, MemoryError, OSError, RuntimeError) as error:
-        lacking = exhausted(error)
-        if lacking is None:
-            raise
-        told = lacking
+    except Exception as error:
+        told = error if isinstance(error, UserError) else exhausted(error)
+        if told is None:
+            traceback.print_exception(error)
+        _let_go(error)
+    if told is None:
+        return 1
     if _is_first_to_fail():
         rank = os.environ.get("RANK", "0")
         where = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
         text = told.text(excerpts=sys.stderr.isatty())
         print(f"\n{where}{text}", file=sys.stderr, flush=True)
     return told.exit_code
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Free what the frames of an error and its causes hold.
+
+    The processes that load data end when their loader goes. They ignore SIGTERM, with which Python
+    would end them at its own exit, and it would wait for them for ever.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _is_first_to_fail() -> bool:
