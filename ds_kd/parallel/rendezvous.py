@@ -1,4 +1,4 @@
-"""How ranks meet: what the launcher left in the environment, an address and a port for all.
+"""Let ranks meet at one address and port, from the environment that the launcher leaves.
 
 The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
 MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
@@ -136,7 +136,7 @@ def _and(names: list[str]) -> str:
 
 
 def seconds_after_sigterm() -> float | None:
-    """How long this process lives on after SIGTERM; None where its launcher leaves it alone."""
+    """Return the seconds from SIGTERM to the launcher's SIGKILL, or None if it sends none."""
     return 30.0 if _launched_by_deepspeed() else None
 
 
@@ -183,7 +183,7 @@ def free_master_port() -> Iterator[None]:
 
 
 def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | None:
-    """What is in a file of ours that was written since; None after so many seconds."""
+    """Return the text of a file of this user that was written since, or None after some seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = read_own(path)
@@ -194,7 +194,7 @@ def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | 
 
 
 @contextlib.contextmanager
-def naming_the_meeting_place() -> Iterator[None]:
+def name_meeting_place() -> Iterator[None]:
     """Turn what torch raises where the ranks do not find each other into where they looked.
 
     Raises:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ds_kd.errors import MachineError, exhausted
-from ds_kd.parallel.rendezvous import fill_environment, job_of, naming_the_meeting_place
+from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
 from ds_kd.script import run_script
 
@@ -64,7 +64,7 @@ def test_a_rank_that_finds_nobody_names_the_place(monkeypatch):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(MachineError, match=r"2 .* cannot meet at node1:29500, .*=eth7: refused"),
-        naming_the_meeting_place(),
+        name_meeting_place(),
     ):
         raise dist.DistNetworkError("refused")
 
