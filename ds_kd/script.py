@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable
 
-from ds_kd.errors import UserError, exhausted
+from ds_kd.errors import UserError, describe_exhaustion
 from ds_kd.process import check_machine
 
 
@@ -22,7 +22,7 @@ def run_script(work: Callable[[], int | None]) -> int:
     except UserError as error:
         told = error
     except (ImportError, MemoryError, OSError, RuntimeError) as error:
-        lacking = exhausted(error)
+        lacking = describe_exhaustion(error)
         if lacking is None:
             raise
         told = lacking

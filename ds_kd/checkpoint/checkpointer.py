@@ -151,7 +151,7 @@ class Checkpointer:
         Raises:
             CheckpointError: with what is needed and what there is.
         """
-        needed = self._needed(engine, self.save_consolidated != "false")
+        needed = self._estimate_bytes(engine, self.save_consolidated != "false")
 
         def check() -> None:
             try:
@@ -175,7 +175,7 @@ class Checkpointer:
             )
             self.patience = None
 
-    def _needed(self, engine: Any, consolidate: bool) -> int:
+    def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
         """Return the bytes of a checkpoint, over all ranks."""
         total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
@@ -199,7 +199,7 @@ class Checkpointer:
         consolidate = self.save_consolidated == "every" or (
             self.save_consolidated == "final" and is_last
         )
-        needed = self._needed(engine, consolidate)
+        needed = self._estimate_bytes(engine, consolidate)
 
         def prepare() -> None:
             self._check_lock()

@@ -76,7 +76,7 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
 
     # The settings are read before DeepSpeed overwrites them with those of the checkpoint.
     try:
-        with trusted_pickles():
+        with trust_pickles():
             loaded, _ = engine.load_checkpoint(
                 str(directory),
                 tag=tag,
@@ -135,7 +135,7 @@ def cut_anew(directory: Path, tag: str, out: Path) -> None:
     # DeepSpeed's script prints progress bars; its errors are raised.
     silence = io.StringIO()
     with (
-        trusted_pickles(),
+        trust_pickles(),
         contextlib.redirect_stdout(silence),
         contextlib.redirect_stderr(silence),
     ):
@@ -176,13 +176,13 @@ def state_bytes(engine: Any) -> int:
     tensors += [p.data for p in parameters if p.data.numel() == p.ds_numel]
     gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     tensors += [] if gradients is None else [gradients]
-    return _bytes_of([*tensors, *_trained_tensors(engine)])
+    return _bytes_of([*tensors, *_find_trained_tensors(engine)])
 
 
 def written_bytes(engine: Any) -> int:
     """Return the bytes that this rank writes into a checkpoint: fp32 weights and optimizer states,
     which are counted before the first step too, when they do not exist yet."""
-    trained = _trained_tensors(engine)
+    trained = _find_trained_tensors(engine)
     optimizer = engine.optimizer.optimizer
     if optimizer.state:
         return _bytes_of(trained)
@@ -190,7 +190,7 @@ def written_bytes(engine: Any) -> int:
     return _bytes_of(trained) * (1 + numbers)
 
 
-def _trained_tensors(engine: Any) -> list[torch.Tensor]:
+def _find_trained_tensors(engine: Any) -> list[torch.Tensor]:
     tensors = [*(getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or ())]
     optimizer = getattr(engine.optimizer, "optimizer", None)
     for state in optimizer.state.values() if optimizer is not None else ():
@@ -215,7 +215,7 @@ def _pickle_stage_by_value() -> None:
 
 
 @contextlib.contextmanager
-def trusted_pickles() -> Iterator[None]:
+def trust_pickles() -> Iterator[None]:
     """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
 
     DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch

@@ -162,7 +162,7 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
     )
     config = AutoConfig.from_pretrained(out)
     dtype = config.dtype or torch.float32
-    with engine_files.trusted_pickles():
+    with engine_files.trust_pickles():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
 
     # One tensor at a time, so that a large model needs no more memory than one shard.

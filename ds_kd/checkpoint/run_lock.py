@@ -173,7 +173,7 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "process_started": _started(os.getpid()),
+        "process_started": _read_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
@@ -188,7 +188,7 @@ def _is_here(holder: dict[str, Any]) -> bool:
     return holder.get("machine") == _machine()
 
 
-def _started(pid: int) -> int | None:
+def _read_start(pid: int) -> int | None:
     """Return the start of a process in the kernel's ticks, or None for one that has ended or is
     ending."""
     try:
@@ -201,7 +201,7 @@ def _started(pid: int) -> int | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    started = _started(int(holder["pid"]))
+    started = _read_start(int(holder["pid"]))
     return started is not None and started == holder["process_started"]
 
 

@@ -169,7 +169,7 @@ def plain_weights(
         owner, is_base, rest = name.partition(_BASE)
         if is_base and rest == "weight":
             layer = layers[owner]
-            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merged, layer)
+            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merge, layer)
         elif is_base:
             yield f"{owner}.{rest}", [parameter], parameter.detach
         elif not any(name.startswith(f"{owner}.") for owner in layers):
@@ -177,7 +177,7 @@ def plain_weights(
 
 
 @torch.no_grad()
-def _merged(layer: Any) -> Tensor:
+def _merge(layer: Any) -> Tensor:
     """W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded once."""
     weight = layer.get_base_layer().weight
     low, high = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()

@@ -87,7 +87,7 @@ def empty_model(config: Any, **kwargs: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **kwargs)
 
 
-def differing_ties(files: WeightFiles, model: Any) -> list[tuple[str, str]]:
+def find_differing_ties(files: WeightFiles, model: Any) -> list[tuple[str, str]]:
     """Return the pairs of parameters that the configuration ties and the files hold with different
     values.
 

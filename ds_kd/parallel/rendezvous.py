@@ -137,10 +137,10 @@ def _and(names: list[str]) -> str:
 
 def seconds_after_sigterm() -> float | None:
     """Return the seconds from SIGTERM to the launcher's SIGKILL, or None if it sends none."""
-    return 30.0 if _launched_by_deepspeed() else None
+    return 30.0 if _is_launched_by_deepspeed() else None
 
 
-def _launched_by_deepspeed() -> bool:
+def _is_launched_by_deepspeed() -> bool:
     return "CROSS_SIZE" in os.environ and "SLURM_PROCID" not in os.environ
 
 
@@ -152,7 +152,9 @@ def free_master_port() -> Iterator[None]:
     Rank 0 writes the port it found into a file that the launcher's other children wait for.
     """
     env = os.environ
-    if not (_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1):
+    if not (
+        _is_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1
+    ):
         yield
         return
     import psutil

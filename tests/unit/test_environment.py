@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.errors import MachineError, exhausted
+from ds_kd.errors import MachineError, describe_exhaustion
 from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
 from ds_kd.script import run_script
@@ -104,7 +104,7 @@ def test_what_the_machine_has_no_more_of_is_told_without_a_traceback(error, word
 
 
 def test_every_other_error_keeps_its_traceback():
-    assert exhausted(RuntimeError("shape mismatch")) is None
+    assert describe_exhaustion(RuntimeError("shape mismatch")) is None
     with pytest.raises(RuntimeError, match="shape"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape")))
 

@@ -24,6 +24,8 @@ LEVELS = (
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 READS_CONFIG = {"config", "recipe", "plan"}
 HAS_ENGINES = {"parallel", "checkpoint"}
+#: Names of functions that return the noun they name, though its first word looks like a participle.
+NOUNS = {"ending_of", "closing_message", "training_dtype", "scaled_logits_error"}
 QUESTION_WORDS = {"What", "Where", "Whether", "Of", "How", "Which", "Who", "When", "Why"}
 
 
@@ -146,4 +148,16 @@ def test_long_bodies_have_paragraphs_and_a_comment_that_says_why():
             has_comment = any(line.strip().startswith("#") for line in body)
             if len(body) >= 20 and not (has_paragraphs and has_comment):
                 guilty.append(f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}")
+    assert not guilty
+
+
+def test_functions_are_not_named_by_participles():
+    guilty = [
+        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}"
+        for _, path in files()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and node.name not in NOUNS
+        if not any("property" in ast.unparse(each) for each in node.decorator_list)
+        if (word := node.name.strip("_").split("_")[0]).endswith(("ed", "ing")) and word != "seed"
+    ]
     assert not guilty
