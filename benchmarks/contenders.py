@@ -23,7 +23,7 @@ LEARNING_RATE = 1e-5
 
 @dataclass(frozen=True)
 class Job:
-    """What every contender of one cell works on.
+    """The models and samples that every contender of one cell works on.
 
     Args:
         teacher, student: Hugging Face directories.

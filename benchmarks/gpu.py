@@ -51,7 +51,7 @@ def make(name: str, directory: Path) -> Path:
 
 
 def flops(path: Path, tokens: int, length: int, passes: int) -> float:
-    """Of one model on so many tokens; `passes` is 1 forward, 3 with backward."""
+    """Return a model's operations on so many tokens; `passes` is 1 forward, 3 with backward."""
     import measure
     from transformers import AutoConfig
 

@@ -1,4 +1,4 @@
-"""What a benchmark measures with: seconds, peak memory, the matrix products that cannot be avoided,
+"""Measure a benchmark: seconds, peak memory, the matrix products that cannot be avoided,
 models of other sizes, samples of real text."""
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def device() -> torch.device:
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Of one call, the accelerator's work included."""
+    """Return the seconds of one call, the accelerator's work included."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -87,7 +87,8 @@ class Ideal:
         self._measured: dict[tuple[int, int, int, str], float] = {}
 
     def seconds(self, lengths: list[int], rows: int, micro_batches: int) -> float:
-        """Of a step on samples of these lengths, with so many supervised rows and micro-batches."""
+        """Return the seconds of a step on samples of these lengths, with
+        so many supervised rows and micro-batches."""
         total, tokens = 0.0, sum(lengths)
         for path, kinds in ((self.teacher, ("forward",)), (self.student, _STUDENT)):
             shapes, (hidden, vocab) = linear_shapes(path)

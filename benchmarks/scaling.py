@@ -1,4 +1,4 @@
-"""How the cost of a step of ds_kd grows: with tokens, vocabulary, teacher and ranks.
+"""Measure how the cost of a step of ds_kd grows with tokens, vocabulary, teacher and ranks.
 
     python benchmarks/scaling.py                       all axes, about 10 minutes on 2 cores
     python benchmarks/scaling.py --axes ranks tokens   some of them

@@ -86,7 +86,7 @@ class Attempt:
         return words in self.text()
 
     def until(self, true: Any, seconds: float = 180) -> bool:
-        """Whether it came true before the attempt was over."""
+        """Return whether it came true before the attempt was over."""
         deadline = time.monotonic() + seconds
         while not true():
             if self.process.poll() is not None:

@@ -40,7 +40,7 @@ _EXHAUSTED = {
 }
 
 
-def exhausted(error: BaseException) -> UserError | None:
+def describe_exhaustion(error: BaseException) -> UserError | None:
     """Return what to tell of an error that means that the machine has no more of something; None
     for all others."""
     text = f"{type(error).__name__}: {error}"

@@ -59,13 +59,13 @@ def prepare() -> None:
         except OSError:  # closed: the next file that is opened would get its number, and its text
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
             os.set_inheritable(descriptor, True)
-    sys.stdout = _lasting(sys.stdout, 1)
-    sys.stderr = _lasting(sys.stderr, 2)
+    sys.stdout = _make_lasting(sys.stdout, 1)
+    sys.stderr = _make_lasting(sys.stderr, 2)
     if any(action == "error" for action, *_ in warnings.filters):
         warnings.simplefilter("default")  # -W error: other libraries' are shown, not raised
 
 
-def _lasting(stream: TextIO | None, descriptor: int) -> TextIO:
+def _make_lasting(stream: TextIO | None, descriptor: int) -> TextIO:
     """A text stream on `descriptor` in the encoding of `stream`; what that lacks (α on an ASCII
     terminal) is written as its number."""
     if stream is not None:

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ds_kd.errors import UserError, exhausted
+from ds_kd.errors import UserError, describe_exhaustion
 from ds_kd.process import check_machine
 
 
@@ -21,7 +21,7 @@ def run_script(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        told = error if isinstance(error, UserError) else exhausted(error)
+        told = error if isinstance(error, UserError) else describe_exhaustion(error)
         if told is None:
             traceback.print_exception(error)
         _let_go(error)

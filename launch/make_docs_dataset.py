@@ -207,7 +207,7 @@ def _all_passages() -> Iterator[Passage]:
 
 
 def answers(passage: Passage, length: tuple[int, int]) -> list[int]:
-    """Which of its sentences can be answers: whole ones of so many words, not there twice."""
+    """Return the sentences that can be answers: whole ones of so many words, not there twice."""
     low, high = length
     return [
         index
@@ -234,7 +234,7 @@ def name_only_in(index: int, passage: Passage) -> str | None:
 
 
 def natural_question(passage: Passage, index: int) -> str | None:
-    """What a reader might ask so that sentence `index` is the answer; None where nothing is."""
+    """Return a question that sentence `index` answers, or None."""
     if index == 0 and passage.opening is not None:
         return passage.opening
     name = name_only_in(index, passage)

@@ -1,1 +1,1 @@
-"""What survives the process."""
+"""Save and restore the checkpoints of a run, and export its student."""

@@ -1,4 +1,4 @@
-"""What survives the process.
+"""Save and restore the checkpoints of one run, in this layout.
 
     checkpoint_dir/
         step_0000200/           one checkpoint; written aside as .saving.step_…, verified, renamed
@@ -18,7 +18,7 @@
 The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
 `TrainState` (from which the position in the data follows) and every rank's RNG. DeepSpeed alone
 would write its `latest` before other ranks have finished, load flipped bytes without a word, and
-start from step 0 when `latest` is missing; hence the manifest and the rename.
+start from step 0 when `latest` is missing, so a manifest is written and a whole directory renamed.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class Checkpointer:
             target = self._save(engine, state, is_last, validation_loss)
             self._warn(time.monotonic() - started, "took")
             return target
-        except (OSError, SafetensorError) as error:  # on every rank, see `_all_well`
+        except (OSError, SafetensorError) as error:  # on every rank, see `_raise_everywhere`
             on_rank0(lambda: error_of(lambda: publication.repair(self.directory)), self.world)
             kept = on_rank0(lambda: [p.name for p in steps_in(self.directory)[:1]], self.world)
             message = (
@@ -151,7 +151,7 @@ class Checkpointer:
         Raises:
             CheckpointError: with what is needed and what there is.
         """
-        needed = self._needed(engine, self.save_consolidated != "false")
+        needed = self._estimate_bytes(engine, self.save_consolidated != "false")
 
         def check() -> None:
             try:
@@ -166,7 +166,7 @@ class Checkpointer:
         self._warn(needed / _BYTES_PER_SECOND, "may take")
 
     def _warn(self, seconds: float, verb: str) -> None:
-        """Say once where a save outlasts the launcher's patience."""
+        """Warn once if a save takes longer than the launcher waits after SIGTERM."""
         if self.patience is not None and seconds > self.patience and self.world.is_main:
             self.say(
                 f"a checkpoint {verb} {seconds:.0f} s, and this launcher kills a run "
@@ -175,15 +175,15 @@ class Checkpointer:
             )
             self.patience = None
 
-    def _needed(self, engine: Any, consolidate: bool) -> int:
-        """Bytes of a checkpoint, all ranks."""
+    def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
+        """Return the bytes of a checkpoint, over all ranks."""
         total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
             total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
         return total
 
-    def _all_well(self, error: Exception | None) -> None:
-        """Raise on every rank what any of them met (a collective)."""
+    def _raise_everywhere(self, error: Exception | None) -> None:
+        """Raise the error of any rank on every rank (a collective)."""
         texts: list[Any] = [None] * self.world.size
         text = None if error is None else first_line(error)
         dist.all_gather_object(texts, text, group=self.world.host_group)
@@ -199,7 +199,7 @@ class Checkpointer:
         consolidate = self.save_consolidated == "every" or (
             self.save_consolidated == "final" and is_last
         )
-        needed = self._needed(engine, consolidate)
+        needed = self._estimate_bytes(engine, consolidate)
 
         def prepare() -> None:
             self._check_lock()
@@ -207,10 +207,11 @@ class Checkpointer:
             (aside / MODEL).mkdir(parents=True)
             _check_free(self.directory, needed)
 
+        # An error on one rank is raised on all of them after each part, so that none waits in vain.
         on_rank0(prepare, self.world)
-        self._all_well(engine_files.save_engine(engine, aside, ENGINE))
+        self._raise_everywhere(engine_files.save_engine(engine, aside, ENGINE))
         rng = aside / f"rng_rank{self.world.rank}.pt"
-        self._all_well(error_of(lambda: torch.save(rng_state(), rng)))
+        self._raise_everywhere(error_of(lambda: torch.save(rng_state(), rng)))
         on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)
         if lora.has_adapter(engine.module.model):
             export_adapter(engine, aside / ADAPTER, self.world)
@@ -244,6 +245,8 @@ class Checkpointer:
                     f"0, and its student will take that place"
                 )
             return None
+
+        # Shards are cut anew in `scratch` if the number of ranks has changed.
         scratch = self.directory / ".cut_anew"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
@@ -267,7 +270,7 @@ class Checkpointer:
         on_rank0(lambda: publication.swap_final(self.directory), self.world)
 
     def newest(self) -> Path | None:
-        """The checkpoint that `LATEST` names, by this rank's eyes alone."""
+        """Return the checkpoint that `LATEST` names, without asking other ranks."""
         link = self.directory / LATEST
         return link.resolve() if link.exists() else None
 
@@ -299,14 +302,14 @@ class Checkpointer:
         self.tokenizer.save_pretrained(aside / MODEL)
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
-        """Size and hash of every file, the work shared out over the ranks; whole on rank 0."""
+        """Return size and hash of every file, whole on rank 0; the ranks share the work."""
         mine = manifest.files_of(aside)[self.world.rank :: self.world.size]
         part: dict[str, Any] = {}
 
         def add_up() -> None:  # where the disk is full, syncing may be what tells
             part.update({str(p.relative_to(aside)): manifest.digest(p) for p in mine})
 
-        self._all_well(error_of(add_up))
+        self._raise_everywhere(error_of(add_up))
         parts: list[Any] = [None] * self.world.size
         dist.all_gather_object(parts, part, group=self.world.host_group)
         return {name: digest for part in parts for name, digest in part.items()}

@@ -1,5 +1,5 @@
-"""DeepSpeed's own files in a checkpoint: written so that every rank stays in step when a disk is
-full, read without running what they say, and cut anew for another number of ranks."""
+"""DeepSpeed's own files in a checkpoint: they are written so that no rank waits in vain when a disk
+is full, read without running code in them, and cut anew for another number of ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ds_kd.parallel.engines import optimizer_numbers
 
 
 class _NotesErrors:
-    """DeepSpeed's writer, which keeps what goes wrong to itself.
+    """DeepSpeed's writer, which records an error instead of raising it.
 
     Saving an engine is full of collectives: a rank that left it with an error would leave the
     others waiting in them.
@@ -73,8 +73,10 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
     """
     optimizer = engine.optimizer.optimizer
     settings = settings_of(optimizer)
+
+    # The settings are read before DeepSpeed overwrites them with those of the checkpoint.
     try:
-        with trusted_pickles():
+        with trust_pickles():
             loaded, _ = engine.load_checkpoint(
                 str(directory),
                 tag=tag,
@@ -89,7 +91,7 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
     for state in optimizer.state.values():
         if state and (missing := states_of(optimizer) - state.keys()):
             raise _of_another(optimizer, directory, ", ".join(sorted(missing)))
-    settle(optimizer)
+    complete_states(optimizer)
     steps = engine.global_steps - engine.skipped_steps
     apply_settings(optimizer, settings, engine.lr_scheduler, steps)
     return True
@@ -103,7 +105,7 @@ def _of_another(optimizer: torch.optim.Optimizer, directory: Path, missing: str)
     )
 
 
-def settle(optimizer: torch.optim.Optimizer) -> None:
+def complete_states(optimizer: torch.optim.Optimizer) -> None:
     """Complete loaded states that another class of Adam may have saved (offload switched on or
     off): torch replaces a group whole, and DeepSpeed's counts steps in a plain number."""
     for group in optimizer.param_groups:
@@ -129,9 +131,11 @@ def cut_anew(directory: Path, tag: str, out: Path) -> None:
     from deepspeed.checkpoint import ds_to_universal
 
     _pickle_stage_by_value()
+
+    # DeepSpeed's script prints progress bars; its errors are raised.
     silence = io.StringIO()
     with (
-        trusted_pickles(),
+        trust_pickles(),
         contextlib.redirect_stdout(silence),
         contextlib.redirect_stderr(silence),
     ):
@@ -149,7 +153,7 @@ def cut_anew(directory: Path, tag: str, out: Path) -> None:
 
 
 def load_cut_anew(engine: Any, out: Path, tag: str) -> bool:
-    """`load_engine` of what `cut_anew` wrote."""
+    """Load the files that `cut_anew` wrote, as `load_engine` does."""
     config = engine._config
     before = config.load_universal_checkpoint
     config.load_universal_checkpoint = True
@@ -160,25 +164,25 @@ def load_cut_anew(engine: Any, out: Path, tag: str) -> bool:
 
 
 def _is_frozen(engine: Any) -> bool:
-    """Whether there are weights that training does not change."""
+    """Return whether there are weights that training does not change."""
     return any(not p.requires_grad for p in engine.module.parameters())
 
 
 def state_bytes(engine: Any) -> int:
-    """What a ZeRO-3 engine keeps on this rank between steps: its shards of weights, those that are
-    whole, fp32 weights, optimizer state and gradients."""
+    """Return the bytes that a ZeRO-3 engine keeps on this rank between steps: shards of weights and
+    whole ones, fp32 weights, optimizer states and gradients."""
     parameters = [*engine.module.parameters()]
     tensors = [p.ds_tensor for p in parameters]
     tensors += [p.data for p in parameters if p.data.numel() == p.ds_numel]
     gradients = getattr(engine.optimizer, "grad_partitions_flat_buffer", None)
     tensors += [] if gradients is None else [gradients]
-    return _bytes_of([*tensors, *_trained_tensors(engine)])
+    return _bytes_of([*tensors, *_find_trained_tensors(engine)])
 
 
 def written_bytes(engine: Any) -> int:
-    """What this rank writes into a checkpoint: fp32 weights and optimizer state, which before the
-    first step is only going to be there."""
-    trained = _trained_tensors(engine)
+    """Return the bytes that this rank writes into a checkpoint: fp32 weights and optimizer states,
+    which are counted before the first step too, when they do not exist yet."""
+    trained = _find_trained_tensors(engine)
     optimizer = engine.optimizer.optimizer
     if optimizer.state:
         return _bytes_of(trained)
@@ -186,7 +190,7 @@ def written_bytes(engine: Any) -> int:
     return _bytes_of(trained) * (1 + numbers)
 
 
-def _trained_tensors(engine: Any) -> list[torch.Tensor]:
+def _find_trained_tensors(engine: Any) -> list[torch.Tensor]:
     tensors = [*(getattr(engine.optimizer, "fp32_partitioned_groups_flat", None) or ())]
     optimizer = getattr(engine.optimizer, "optimizer", None)
     for state in optimizer.state.values() if optimizer is not None else ():
@@ -211,7 +215,7 @@ def _pickle_stage_by_value() -> None:
 
 
 @contextlib.contextmanager
-def trusted_pickles() -> Iterator[None]:
+def trust_pickles() -> Iterator[None]:
     """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
 
     DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch

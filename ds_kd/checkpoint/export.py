@@ -1,4 +1,4 @@
-"""The student as a Hugging Face model, out of a running engine or out of a checkpoint."""
+"""Export the student as a Hugging Face model, from a running engine or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ds_kd.errors import UserError, first_line
 from ds_kd.models import lora
 from ds_kd.models.weight_files import empty_model
 from ds_kd.models.weight_names import FileNames
-from ds_kd.parallel.engines import gathered
+from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
 
 _PREFIX = "model."  # models.Student holds the HF model as `.model`
@@ -49,7 +49,7 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
     kept = model.state_dict().keys()  # leaves out buffers that are rebuilt on loading
     error = None
     for name, parameters, value in lora.plain_weights(model):
-        with gathered(parameters):
+        with gather(parameters):
             # After an error too, every rank gathers to the end.
             if names is not None and error is None:
                 copied = value().to("cpu", copy=True)
@@ -76,7 +76,7 @@ def export_adapter(engine: Any, directory: Path, world: World) -> None:
     """
     model = engine.module.model
     parameters = lora.adapter_parameters(model)
-    with gathered([*parameters.values()]):
+    with gather([*parameters.values()]):
         whole = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
     on_rank0(lambda: lora.save_adapter(model, whole, directory), world)
 
@@ -142,8 +142,7 @@ def _export_merged(checkpoint: Path, out: Path) -> None:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{checkpoint / ADAPTER}: the model it adapts, {base}, cannot be loaded "
-            f"({first_line(error)}); put it there, or write its path into "
-            f"adapter_config.json"
+            f"({first_line(error)}); put it there, or write its path into adapter_config.json"
         ) from error
     merged: Any = PeftModel.from_pretrained(model, str(checkpoint / ADAPTER)).merge_and_unload()
     shutil.copytree(checkpoint / MODEL, out, ignore=shutil.ignore_patterns("*safetensors*"))
@@ -163,8 +162,10 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
     )
     config = AutoConfig.from_pretrained(out)
     dtype = config.dtype or torch.float32
-    with engine_files.trusted_pickles():
+    with engine_files.trust_pickles():
         weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
+
+    # One tensor at a time, so that a large model needs no more memory than one shard.
     writer, seen = ShardWriter(out), set()
     names = FileNames(empty_model(config), writer.add)
     for name, lazy in weights.items():

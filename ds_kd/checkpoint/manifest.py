@@ -1,4 +1,4 @@
-"""Which files a checkpoint must hold, and how they are put in place at one stroke."""
+"""The manifest of a checkpoint: size and hash of every file; and links that switch atomically."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class CheckpointError(UserError):
 
 
 def error_of(function: Callable[[], Any]) -> Exception | None:
-    """What writing a file ends with: safetensors and torch have errors of their own for a full
-    disk."""
+    """Return the error of a function that writes a file, or None. On a full disk safetensors and
+    torch raise errors of their own."""
     try:
         function()
     except WRITE_ERRORS as error:
@@ -35,7 +35,7 @@ def error_of(function: Callable[[], Any]) -> Exception | None:
 
 
 def digest(path: Path) -> dict[str, Any]:
-    """Size and SHA-256, the file being on the disk when this returns."""
+    """Return size and SHA-256 of a file, after flushing it to the disk."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -53,7 +53,7 @@ def write(directory: Path, files: dict[str, Any]) -> None:
     fsync(directory / MANIFEST)
 
 
-def listed(checkpoint: Path) -> dict[str, Any]:
+def read_files_of(checkpoint: Path) -> dict[str, Any]:
     """Return size and hash of every file, as the manifest has them.
 
     Raises:
@@ -71,7 +71,7 @@ def verify(checkpoint: Path) -> None:
     Raises:
         CheckpointError: names the first file that is missing, truncated or altered.
     """
-    for name, want in listed(checkpoint).items():
+    for name, want in read_files_of(checkpoint).items():
         path = checkpoint / name
         if not path.is_file():
             raise CheckpointError(f"{path}: missing")
@@ -89,8 +89,8 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target`, in one step for whoever reads it."""
+def switch_link(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target`, atomically."""
     fresh = link.with_name(f".{link.name}.new")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(target)

@@ -1,4 +1,4 @@
-"""How a finished checkpoint becomes the one that counts, and what a kill in between leaves.
+"""Publish a finished checkpoint as the newest one, and repair what a killed run left.
 
 `publish` is a row of single steps, each of which leaves a directory that a reader understands:
 
@@ -41,7 +41,7 @@ def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], Non
         target.rename(replaced)
     aside.rename(target)
     manifest.fsync(directory)
-    manifest.point(directory / LATEST, target.name)
+    manifest.switch_link(directory / LATEST, target.name)
     remove(replaced)
     if holds_student(target):
         _put_final(target, directory)
@@ -55,7 +55,7 @@ def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], Non
 def complete(checkpoint: Path, directory: Path) -> None:
     """Have `LATEST`, `final` and `BEST` say what follows from `checkpoint` being the newest."""
     if (directory / LATEST).resolve() != checkpoint.resolve():
-        manifest.point(directory / LATEST, checkpoint.name)
+        manifest.switch_link(directory / LATEST, checkpoint.name)
     if holds_student(checkpoint) and not _is_student_of(directory / FINAL, checkpoint):
         _put_final(checkpoint, directory)
     _point_best(directory, set())
@@ -140,7 +140,7 @@ def _put_final(checkpoint: Path, directory: Path) -> None:
 def _is_student_of(final: Path, checkpoint: Path) -> bool:
     if final.is_symlink() or not final.is_dir():
         return False
-    for name, want in manifest.listed(checkpoint).items():
+    for name, want in manifest.read_files_of(checkpoint).items():
         if not name.startswith(f"{MODEL}/"):
             continue
         mine, theirs = final / name.removeprefix(f"{MODEL}/"), checkpoint / name
@@ -155,7 +155,7 @@ def _point_best(directory: Path, doomed: set[Path]) -> None:
     best = [path for path in best_in(directory) if path not in doomed]
     link = directory / BEST
     if best and link.resolve() != best[0].resolve():
-        manifest.point(link, best[0].name)
+        manifest.switch_link(link, best[0].name)
     elif not best:
         with contextlib.suppress(FileNotFoundError):
             link.unlink()

@@ -1,4 +1,4 @@
-"""Which checkpoint a started run goes on from, and how it is read back."""
+"""Find the checkpoint from which a run resumes, and read it."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def find(directory: Path, say: Callable[[str], None]) -> Path | None:
         CheckpointError: checkpoints exist and none is whole, or `LATEST` names something else that
             is no whole checkpoint.
     """
-    named, known = _named(directory), steps_in(directory)
+    named, known = _read_latest(directory), steps_in(directory)
     if named is not None and named not in known:
         return _whole_elsewhere(directory, named)
+
+    # Older checkpoints are tried first: a user who points LATEST back gives up the newer ones.
     newer = known[: known.index(named)] if named is not None else []
     for checkpoint in [*known[len(newer) :], *newer]:
         try:
@@ -54,8 +56,8 @@ def find(directory: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _named(directory: Path) -> Path | None:
-    """What `LATEST` names: one of the directory's own checkpoints by its name here."""
+def _read_latest(directory: Path) -> Path | None:
+    """Return the path that `LATEST` names, or None; one of this directory by its path here."""
     link = directory / LATEST
     if not link.exists():
         return None
@@ -114,7 +116,7 @@ def load(
 
 
 def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any) -> bool:
-    """Into another number of ranks."""
+    """Load a checkpoint of another number of ranks (a collective)."""
     if lost := engine_files.states_not_cut(engine):
         raise CheckpointError(
             f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
@@ -136,6 +138,7 @@ def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World
                 f"go on with another number; start {ranks} again"
             ) from None
 
+    # The copy is removed only after every rank has read it.
     try:
         on_rank0(cut, world)
         return engine_files.load_cut_anew(engine, out, ENGINE)

@@ -1,4 +1,4 @@
-"""Which checkpoints a directory holds, and which of them stay.
+"""List the checkpoints of a directory, and decide which of them stay.
 
 A checkpoint is a real directory called `step_` and its number, as `step_name` writes it. Whatever
 else lies beside them, `step_0000004.keep` or a symbolic link of that name, belongs to somebody and
@@ -21,7 +21,7 @@ _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")
 
 @dataclass(frozen=True)
 class Retention:
-    """How many checkpoints stay.
+    """The numbers of checkpoints that stay.
 
     Args:
         last: the newest ones; None keeps all.

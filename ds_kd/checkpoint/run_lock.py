@@ -155,7 +155,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """What the file says and when it was last touched (`beat`); None where there is none."""
+    """Return the content of a lock file and its time of change (`beat`), or None without one."""
     try:
         with path.open() as file:  # opening it asks a network file system for its present state
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
@@ -173,13 +173,13 @@ def _this_process() -> dict[str, Any]:
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": os.getpid(),
-        "process_started": _started(os.getpid()),
+        "process_started": _read_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
 def _machine() -> list[str]:
-    """Where a process number means the same process: host, boot and container."""
+    """Return the identity of host, boot and container, inside which process numbers are unique."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
 
@@ -188,8 +188,9 @@ def _is_here(holder: dict[str, Any]) -> bool:
     return holder.get("machine") == _machine()
 
 
-def _started(pid: int) -> int | None:
-    """When it started, in the kernel's ticks; None for a process that is gone or on its way out."""
+def _read_start(pid: int) -> int | None:
+    """Return the start of a process in the kernel's ticks, or None for one that has ended or is
+    ending."""
     try:
         # The name in brackets may hold anything.
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -200,7 +201,7 @@ def _started(pid: int) -> int | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    started = _started(int(holder["pid"]))
+    started = _read_start(int(holder["pid"]))
     return started is not None and started == holder["process_started"]
 
 

@@ -1,4 +1,4 @@
-"""What a run knows about itself, and the random-number generators of one rank."""
+"""The counters of a run, and the random-number generators of one rank."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Hugging Face models as body and head, and what is asked of them."""
+"""Hugging Face models as body and head; probes, LoRA, pruning and their files."""

@@ -93,7 +93,7 @@ def is_by_sample(model: Any) -> bool:
 
 
 @contextmanager
-def recording() -> Iterator[list[int | None]]:
+def record_windows() -> Iterator[list[int | None]]:
     """Collect the window that every call of `sdpa_by_sample` is given, layer by layer."""
     global _recorded
     made: list[int | None] = []

@@ -176,6 +176,7 @@ class _RowsOfLastMLP:
         self._owners.append(layers[-1])
         plain = mlp.forward
 
+        # Tokens that no loss reads get zeros, which nothing looks at either.
         def forward(module: nn.Module, hidden: Tensor) -> Any:
             flat = hidden.flatten(0, -2)
             if self._rows is None or len(self._rows) == len(flat):
@@ -229,13 +230,11 @@ def vocabulary(tokenizer: Any) -> dict[str, int]:
 def common_vocab_size(
     student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int
 ) -> int | None:
-    """How many rows of the two heads may be compared; None where they are alike and nothing needs
-    leaving out.
+    """Return the number of ids to compare, or None if both heads have the same number.
 
     Heads are often padded to different sizes over one tokenizer (Qwen: 151936 and 152064 rows). The
-    padding rows stand for
-    no token: they are left out of both distributions, never filled with zeros (a zero logit is
-    probability).
+    padding stands for no token. It is left out of both distributions and never filled with zeros,
+    as a zero logit has probability.
 
     Args:
         student_tokenizer, teacher_tokenizer: must map the same tokens to the same ids.
@@ -255,17 +254,17 @@ def common_vocab_size(
         differing = (t for t in student.keys() | teacher.keys() if student.get(t) != teacher.get(t))
         first = min(differing, key=ids)
         raise ValueError(
-            f"{names} differ: token {first!r} is {student.get(first, 'absent')} for the "
-            f"student and "
-            f"{teacher.get(first, 'absent')} for the teacher. Distillation compares the models "
-            f"token by token: "
-            "choose a student and a teacher of one family."
+            f"{names} differ: token {first!r} is {student.get(first, 'absent')} for the student "
+            f"and {teacher.get(first, 'absent')} for the teacher. Distillation compares the models "
+            f"token by token: choose a student and a teacher of one family."
         )
+
+    # Ids above the tokenizer's largest are padding of the heads.
     size = max(student.values()) + 1
     if size > min(student_rows, teacher_rows):
         raise ValueError(
             f"{names} have ids up to {size - 1}, but the heads have {student_rows} (student) "
-            f"and {teacher_rows} "
-            "(teacher) rows: resize the smaller model's embeddings to its tokenizer first."
+            f"and {teacher_rows} (teacher) rows: resize the smaller model's embeddings to "
+            f"its tokenizer first."
         )
     return None if student_rows == teacher_rows else size

@@ -26,8 +26,8 @@ def linear_maps(
     exclude_modules: list[str],
     match_all_linear: bool = False,
 ) -> list[str]:
-    """Names of the linear maps that get an adapter; the language-model head never does, as the loss
-    calls it itself.
+    """Return the names of the linear maps that get an adapter. The language-model head never gets
+    one, as the loss calls it itself.
 
     Args:
         model: an HF causal language model.
@@ -43,7 +43,8 @@ def linear_maps(
     maps = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not (match_all_linear or target_modules or exclude_modules):
         target_modules = ["*_proj"]
-    # To exclude the head, or with a `*` what this model has not, does no harm.
+
+    # An exclusion that matches the head, or with a `*` nothing in this model, is no mistake.
     others = [name for name, _ in model.named_modules()]
     for pattern in (*target_modules, *exclude_modules):
         is_exclusion = pattern in exclude_modules
@@ -168,7 +169,7 @@ def plain_weights(
         owner, is_base, rest = name.partition(_BASE)
         if is_base and rest == "weight":
             layer = layers[owner]
-            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merged, layer)
+            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merge, layer)
         elif is_base:
             yield f"{owner}.{rest}", [parameter], parameter.detach
         elif not any(name.startswith(f"{owner}.") for owner in layers):
@@ -176,7 +177,7 @@ def plain_weights(
 
 
 @torch.no_grad()
-def _merged(layer: Any) -> Tensor:
+def _merge(layer: Any) -> Tensor:
     """W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded once."""
     weight = layer.get_base_layer().weight
     low, high = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()

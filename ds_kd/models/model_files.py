@@ -1,5 +1,5 @@
-"""Which files a model came from, told without reading all of them: a directory's weights may be
-replaced between a checkpoint and its resume."""
+"""Identify the files of a model without reading all of them: a directory's weights may be replaced
+between a checkpoint and its resume."""
 
 from __future__ import annotations
 

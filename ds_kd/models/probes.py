@@ -60,9 +60,10 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
     ids = _random_tokens(engine, _TOKENS, device)
     batch = {"input_ids": ids, "supervised": torch.arange(1, _TOKENS, 2, device=device)}
     with (
-        _evaluating(engine),
-        _refusing(f"{name}: {kind} cannot be run as a body and a linear head"),
+        _evaluate_only(engine),
+        _refuse_errors(f"{name}: {kind} cannot be run as a body and a linear head"),
     ):
+        # Both probes are collectives, so their errors are raised by all ranks alike.
         errors = [engine(batch, probe="logits_error"), engine(batch, probe="scaled_logits_error")]
     for error, scale in errors:
         if not error.item() <= _tolerance(engine) * scale.item():
@@ -72,7 +73,7 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
             )
 
     cut = _TOKENS - 4
-    with _evaluating(engine):
+    with _evaluate_only(engine):
         seen = {"input_ids": ids, "supervised": torch.arange(cut, device=device)}
         error = _influence(engine, seen, slice(cut, None))
     if error:
@@ -97,13 +98,14 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
     model = engine.module.model
     kind = type(model).__name__
     message = f"{name}: in {kind} the samples of a pack see each other"
-    with _evaluating(engine), _refusing(f"{message}. Remove packed_sequence"):
+
+    with _evaluate_only(engine), _refuse_errors(f"{message}. Remove packed_sequence"):
         probe = _PackingProbe(engine, device)
         if attention.is_by_sample(model):
             packed = None
             # Its attention may have a mask of its own.
             with (
-                attention.recording() as windows,
+                attention.record_windows() as windows,
                 suppress(RuntimeError, ValueError, TypeError, IndexError),
             ):
                 packed = probe.run()
@@ -138,6 +140,9 @@ class _PackingProbe:
             "position_ids": positions,
             "segment_lengths": self.lengths,
         }
+
+        # The reference is transformers' own attention, on the second sample alone; `effect` is how
+        # much the first one would change it.
         by_sample = attention.is_by_sample(model)
         attention.attend_by_sample(model, False)
         cut = self.lengths[0]
@@ -211,7 +216,7 @@ def _random_tokens(engine: Any, count: int, device: torch.device) -> Tensor:
 
 
 @contextmanager
-def _refusing(message: str) -> Iterator[None]:
+def _refuse_errors(message: str) -> Iterator[None]:
     """Turn what a model of another shape raises, on every rank alike, into one sentence."""
     try:
         yield
@@ -224,7 +229,7 @@ def _refusing(message: str) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(engine: Any) -> Iterator[None]:
+def _evaluate_only(engine: Any) -> Iterator[None]:
     training = engine.training
     engine.eval()
     with torch.no_grad():

@@ -34,7 +34,7 @@ class PruneError(UserError):
     """The command cannot be carried out; the message is for the user."""
 
 
-def evenly_spaced(keep: int, total: int) -> list[int]:
+def space_evenly(keep: int, total: int) -> list[int]:
     """`keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
     if keep == 1:
         return [0]
@@ -43,7 +43,7 @@ def evenly_spaced(keep: int, total: int) -> list[int]:
 
 
 def choose_layers(text: str, total: int) -> list[int]:
-    """Which layers `--keep-layers` means in a model of `total` layers."""
+    """Return the numbers of the layers that `--keep-layers` chooses among `total` layers."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
@@ -55,7 +55,7 @@ def choose_layers(text: str, total: int) -> list[int]:
             raise PruneError(
                 f"--keep-layers {text}: the model has {total} layers; give 1 to {total}"
             )
-        return evenly_spaced(numbers[0], total)
+        return space_evenly(numbers[0], total)
     if numbers != sorted(set(numbers)) or numbers[0] < 0 or numbers[-1] >= total:
         raise PruneError(
             f"--keep-layers {text}: numbers must rise and lie between 0 and {total - 1}"
@@ -99,10 +99,10 @@ def divergences_without(model: Any, samples: list[dict[str, list[int]]]) -> list
     for sample in samples:
         ids = torch.tensor([sample["input_ids"]])
         rows = [i for i, label in enumerate(sample["labels"]) if label != IGNORE_INDEX]
-        with torch.no_grad(), _watched(layers) as seen:
+        with torch.no_grad(), _record_stream(layers) as seen:
             whole = _predictions(model, ids, rows)
         for left_out in range(total):
-            with torch.no_grad(), _without(layers, left_out, seen[left_out]):
+            with torch.no_grad(), _skip_layer(layers, left_out, seen[left_out]):
                 q = _predictions(model, ids, rows)
             sums[left_out] += float((whole.exp() * (whole - q)).sum())
         count += len(rows)
@@ -118,7 +118,7 @@ def _predictions(model: Any, ids: Any, rows: list[int]) -> Any:
 
 
 @contextmanager
-def _watched(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
+def _record_stream(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
     """Collect the residual stream that every layer is given and what it returns, in their order."""
     seen: list[tuple[Any, Any]] = []
 
@@ -134,7 +134,7 @@ def _watched(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
 
 
 @contextmanager
-def _without(layers: Any, left_out: int, seen: tuple[Any, Any]) -> Iterator[None]:
+def _skip_layer(layers: Any, left_out: int, seen: tuple[Any, Any]) -> Iterator[None]:
     """Let the model run without one layer: what that layer was given is handed on in its place. The
     layers before it, which made that stream, need not run again."""
     stream, output = seen
@@ -151,7 +151,7 @@ def _without(layers: Any, left_out: int, seen: tuple[Any, Any]) -> Iterator[None
             layer.forward = forward
 
 
-def most_needed(divergences: list[float], keep: int) -> list[int]:
+def choose_most_needed(divergences: list[float], keep: int) -> list[int]:
     """Return the numbers of the first, the last and the most needed layers, rising."""
     last = len(divergences) - 1
     ranked = sorted(range(last + 1), key=lambda i: (i not in (0, last), -divergences[i]))
@@ -166,7 +166,7 @@ def _choose_by(samples: list[dict[str, list[int]]], model: Any, keep: int) -> li
     dtypes = [parameter.dtype for parameter in model.parameters()]
     for parameter in model.parameters():  # not its buffers: RoPE's would come back rounded
         parameter.data = parameter.data.to(torch.float32)
-    layers = most_needed(divergences_without(model, samples), keep)
+    layers = choose_most_needed(divergences_without(model, samples), keep)
     for parameter, dtype in zip(model.parameters(), dtypes, strict=True):
         parameter.data = parameter.data.to(dtype)
     return layers
@@ -228,6 +228,8 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
         raise PruneError(f"--teacher {source}: no such directory")
     if path.is_dir() and not (path / "config.json").is_file():
         raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model")
+
+    # A name that is no directory may be a hub id.
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

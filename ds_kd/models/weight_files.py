@@ -1,4 +1,4 @@
-"""What a model's safetensors files hold, read from their headers before any rank loads them.
+"""Read the headers of a model's safetensors files, before any rank loads them.
 
 Under ZeRO-3 rank 0 alone opens the files, and what it finds wrong in the middle of loading leaves
 the other ranks waiting; so every rank looks at the headers first.
@@ -87,7 +87,7 @@ def empty_model(config: Any, **kwargs: Any) -> Any:
         return AutoModelForCausalLM.from_config(config, **kwargs)
 
 
-def differing_ties(files: WeightFiles, model: Any) -> list[tuple[str, str]]:
+def find_differing_ties(files: WeightFiles, model: Any) -> list[tuple[str, str]]:
     """Return the pairs of parameters that the configuration ties and the files hold with different
     values.
 

@@ -85,7 +85,7 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
+def gather(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
     """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and
     leaves)."""
     import deepspeed

@@ -1,4 +1,4 @@
-"""How ranks meet: what the launcher left in the environment, an address and a port for all.
+"""Let ranks meet at one address and port, from the environment that the launcher leaves.
 
 The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
 MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
@@ -136,11 +136,11 @@ def _and(names: list[str]) -> str:
 
 
 def seconds_after_sigterm() -> float | None:
-    """How long this process lives on after SIGTERM; None where its launcher leaves it alone."""
-    return 30.0 if _launched_by_deepspeed() else None
+    """Return the seconds from SIGTERM to the launcher's SIGKILL, or None if it sends none."""
+    return 30.0 if _is_launched_by_deepspeed() else None
 
 
-def _launched_by_deepspeed() -> bool:
+def _is_launched_by_deepspeed() -> bool:
     return "CROSS_SIZE" in os.environ and "SLURM_PROCID" not in os.environ
 
 
@@ -152,7 +152,9 @@ def free_master_port() -> Iterator[None]:
     Rank 0 writes the port it found into a file that the launcher's other children wait for.
     """
     env = os.environ
-    if not (_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1):
+    if not (
+        _is_launched_by_deepspeed() and env["CROSS_SIZE"] == "1" and int(env["WORLD_SIZE"]) > 1
+    ):
         yield
         return
     import psutil
@@ -183,7 +185,7 @@ def free_master_port() -> Iterator[None]:
 
 
 def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | None:
-    """What is in a file of ours that was written since; None after so many seconds."""
+    """Return the text of a file of this user that was written since, or None after some seconds."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = read_own(path)
@@ -194,7 +196,7 @@ def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | 
 
 
 @contextlib.contextmanager
-def naming_the_meeting_place() -> Iterator[None]:
+def name_meeting_place() -> Iterator[None]:
     """Turn what torch raises where the ranks do not find each other into where they looked.
 
     Raises:

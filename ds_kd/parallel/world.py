@@ -22,7 +22,7 @@ from ds_kd.parallel.rendezvous import (
     fill_environment,
     free_master_port,
     is_first_here,
-    naming_the_meeting_place,
+    name_meeting_place,
 )
 from ds_kd.process import choose_accelerator
 
@@ -117,7 +117,7 @@ def _join(backend: str, timeout_minutes: float) -> World:
         # process hangs all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
-    with naming_the_meeting_place():
+    with name_meeting_place():
         if not dist.is_initialized():
             deepspeed.init_distributed(dist_backend=backend, timeout=timeout, verbose=False)
         host_group = dist.new_group(backend="gloo", timeout=timeout)
@@ -238,7 +238,7 @@ class RankLostError(UserError):
 
 
 @contextlib.contextmanager
-def naming_lost_ranks(world: World) -> Iterator[None]:
+def name_lost_ranks(world: World) -> Iterator[None]:
     """Turn an error of a collective that is about ranks which are gone into one that names them.
 
     Raises:
@@ -258,8 +258,8 @@ def naming_lost_ranks(world: World) -> Iterator[None]:
 
 
 def is_first_to_fail() -> bool:
-    """Whether this rank is the first to ask: of an error that all ranks meet one shall speak, and
-    of an error that only one meets that one. Before `start`, one of each node."""
+    """Return whether this rank is the first to ask, so that one rank prints an error that all or
+    some of them meet. Before `start`, one rank of each node is."""
     if not dist.is_initialized():
         return is_first_here()
     try:

@@ -14,7 +14,7 @@ from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
-from ds_kd.models.weight_files import WeightFiles, check_shapes, differing_ties, empty_model
+from ds_kd.models.weight_files import WeightFiles, check_shapes, empty_model, find_differing_ties
 from ds_kd.parallel import engines
 from ds_kd.parallel.world import World, rank0_first
 
@@ -150,7 +150,7 @@ def _check_files(component: Component) -> list[tuple[str, str]]:
     model = empty_model(config, **trusted)
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
-    return differing_ties(files, model)
+    return find_differing_ties(files, model)
 
 
 def check_rope(config: Any) -> None:

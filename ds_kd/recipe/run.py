@@ -34,7 +34,7 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     check_caches()
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with ExitStack() as held:
-        held.enter_context(distributed.naming_lost_ranks(world))
+        held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directory(cfg, world))
         # After an error no barrier is waited for, as other ranks may not reach it.
         held.push(lambda error, *_: None if error else distributed.stop())

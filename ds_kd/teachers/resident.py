@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ds_kd.losses.head import States
 from ds_kd.models.causal_lm import FrozenModel
-from ds_kd.parallel.engines import gathered
+from ds_kd.parallel.engines import gather
 
 
 class ResidentTeacher:
@@ -37,5 +37,5 @@ class ResidentOutput:
 
     @contextmanager
     def open(self) -> Iterator[States]:
-        with gathered([*self.model.model.get_output_embeddings().parameters()]):
+        with gather([*self.model.model.get_output_embeddings().parameters()]):
             yield States(self.hidden, self.model.head())

@@ -170,12 +170,12 @@ class Trainer:
     def _validate_and_save(self) -> bool:
         """Validate and save if either is due, and return whether the run stops here."""
         is_last = self.schedule.is_last(self.state.step)
-        stops, saves = (False, False) if is_last else self._asked_to_stop_or_save()
+        stops, saves = (False, False) if is_last else self._should_stop_or_save()
         validated = None
         if self.schedule.validates(self.state.step) and not stops:
             validated = self.validate()
             if validated is None and not is_last:  # a signal may have broken it off
-                stops, _ = self._asked_to_stop_or_save()
+                stops, _ = self._should_stop_or_save()
 
         # The last step, or the last one before a signal ends the run, is always saved.
         if self._ends_early and not is_last:
@@ -257,7 +257,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         labels, tokens = 0, 0
         for batch in loader:
-            if self._asked_to_stop_or_save()[0]:
+            if self._should_stop_or_save()[0]:
                 return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
             batch = self._to_device(batch)
@@ -289,7 +289,7 @@ class Trainer:
             )
         return labels, tokens, slots
 
-    def _asked_to_stop_or_save(self) -> tuple[bool, bool]:
+    def _should_stop_or_save(self) -> tuple[bool, bool]:
         """Return whether a rank was asked to stop, and whether a save is due by rank 0's clock;
         the same on all ranks."""
         waited = time.monotonic() - self._saved_at

@@ -135,7 +135,7 @@ def failing_saves(world, paths, directory):
     made, _ = train(world, paths, directory, 2)
     keeper, out = made.checkpointer, {}
     step2 = directory / "step_0000002"
-    out["estimate"] = keeper._needed(made.student, True)
+    out["estimate"] = keeper._estimate_bytes(made.student, True)
     out["actual"] = sum(p.stat().st_size for p in step2.rglob("*.pt")) + sum(
         p.stat().st_size for p in step2.rglob("*.safetensors")
     )

@@ -8,7 +8,7 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
-from ds_kd.checkpoint.engine_files import _pickle_stage_by_value, trusted_pickles
+from ds_kd.checkpoint.engine_files import _pickle_stage_by_value, trust_pickles
 from ds_kd.parallel.world import World
 
 
@@ -19,7 +19,7 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
     )
     _pickle_stage_by_value()
     torch.save({"zero_stage": ZeroStageEnum.weights}, tmp_path / "states.pt")
-    with trusted_pickles():
+    with trust_pickles():
         read = torch.load(tmp_path / "states.pt", weights_only=False)
     assert read["zero_stage"] is ZeroStageEnum.weights
 

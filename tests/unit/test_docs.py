@@ -38,3 +38,77 @@ def test_every_link_between_pages_leads_somewhere():
         if not (page.parent / link).exists()
     ]
     assert not missing
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (page, command) of every `bash` fence and of every command in a sentence."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        fences = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+        lines = [line for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
+        lines += re.findall(r"`((?:python|bash|deepspeed|torchrun|tensorboard) [^`]+)`", text)
+        parts = [part for line in lines for part in re.sub(r"\s+#.*", "", line).split("&&")]
+        found += [(page.name, " ".join(part.split())) for part in parts if part.strip()]
+    return found
+
+
+#: A documented command → the file and the beginning of the test that runs it, with other names.
+RUN_BY = {
+    "python launch/new_config.py": "unit/test_config.py::test_a_new_config_loads",
+    "python launch/plan.py": "unit/test_config.py::test_a_dry_run_prints_the_plan",
+    "python launch/submit.py": "unit/test_config.py::test_the_slurm_section_becomes",
+    "python launch/kd.py --list-keys": "unit/test_config.py::test_keys_are_listed_by_prefix",
+    "python launch/kd.py --config cfg.yaml --check": "unit/test_config_notes.py::test_checking",
+    "python launch/kd.py --config cfg.yaml --show": "unit/test_show.py::test_the_command_shows",
+    "python launch/kd.py --config cfg.yaml": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
+    "deepspeed launch/kd.py": "e2e/test_run.py::test_the_guides_yaml_runs_under_the_deepspeed",
+    "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_one_job_on_two_hosts",
+    "torchrun --nproc-per-node": "e2e/test_run.py::test_torchrun_starts_the_same_run",
+    "NPROC=2 bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",
+    "bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",
+    "sbatch": "slurm/test_slurm.py::test_two_nodes_run_to_the_end",
+    "python launch/prune.py": "unit/test_prune.py::test_a_pruned_model_is_the_teacher",
+    "python launch/compare.py": "unit/test_quickstart_pieces.py::test_the_config_of_a_run_says",
+    "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",
+    "python -m ds_kd.config.reference.json_schema": "unit/test_config.py::test_the_json_schema",
+    "python -m ds_kd.config.reference.keys": "unit/test_docs.py::test_the_table_of_keys_is",
+    "python -OO": "unit/test_environment.py::test_what_no_run_could_work_in_is_refused",
+    "PYTHONPATH=. python launch/kd.py": "unit/test_declaration.py::test_a_data_set_from_outside",
+    "PYTHONPATH=. deepspeed launch/kd.py": "e2e/test_run.py::test_torchrun_starts_the_same_run",
+}
+#: A documented command → the reason why no test runs it.
+NOT_RUN = {
+    "bash launch/quickstart.sh": "it downloads a teacher of 135 M parameters and takes minutes",
+    "bash launch/test.sh": "it runs these tests",
+    "bash launch/setup.sh": "it installs packages; launch/test.sh calls it before the tests",
+    "source": "it is the shell's own",
+    "ruff": "it is run before every commit",
+    "mypy": "it is run before every commit",
+    "deepspeed --hostfile hosts launch/kd.py": "it needs ssh; the command without ssh is run",
+    "python benchmarks/": "it takes hours, or a GPU",
+    "pip install": "it needs a package index",
+    "tensorboard": "it serves a page until it is stopped",
+}
+
+
+def test_every_documented_command_is_run_by_a_test_or_marked_why_not():
+    unknown = [
+        f"{page}: {command}"
+        for page, command in commands()
+        if not command.startswith((*RUN_BY, *NOT_RUN))
+    ]
+    assert not unknown
+    documented = [command for _, command in commands()]
+    table = (*RUN_BY, *NOT_RUN)
+    stale = [name for name in table if not any(c.startswith(name) for c in documented)]
+    assert not stale
+
+
+def test_the_tests_that_run_documented_commands_exist():
+    missing = []
+    for command, place in RUN_BY.items():
+        path, name = place.split("::")
+        if f"def {name}" not in (ROOT / "tests" / path).read_text():
+            missing.append(f"{command}: {place}")
+    assert not missing

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.checkpoint.engine_files import settle
+from ds_kd.checkpoint.engine_files import complete_states
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.parallel.engines import build_student, engine_config
@@ -69,7 +69,7 @@ def test_states_in_the_hosts_memory_get_deepspeeds_adam_with_the_same_steps(name
                 saved = made.state_dict()
                 made = build_optimizer(target, [parameter], of_torch)
                 made.load_state_dict(saved)
-                settle(made)
+                complete_states(made)
             parameter.grad = torch.linspace(1, -2, 37) / step
             made.step()
         results.append((type(made).__name__, parameter.detach()))
@@ -117,7 +117,7 @@ def test_parts_that_were_loaded_with_one_counter_count_each_their_own_steps():
             "exp_avg": torch.zeros(2),
             "exp_avg_sq": torch.zeros(2),
         }
-    settle(optimizer)
+    complete_states(optimizer)
     for parameter in parameters:
         parameter.grad = torch.ones(2)
     optimizer.step()

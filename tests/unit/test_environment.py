@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.errors import MachineError, exhausted
-from ds_kd.parallel.rendezvous import fill_environment, job_of, naming_the_meeting_place
+from ds_kd.errors import MachineError, describe_exhaustion
+from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
 from ds_kd.script import run_script
 
@@ -64,7 +64,7 @@ def test_a_rank_that_finds_nobody_names_the_place(monkeypatch):
         monkeypatch.setenv(name, value)
     with (
         pytest.raises(MachineError, match=r"2 .* cannot meet at node1:29500, .*=eth7: refused"),
-        naming_the_meeting_place(),
+        name_meeting_place(),
     ):
         raise dist.DistNetworkError("refused")
 
@@ -104,7 +104,7 @@ def test_what_the_machine_has_no_more_of_is_told_without_a_traceback(error, word
 
 
 def test_every_other_error_keeps_its_traceback():
-    assert exhausted(RuntimeError("shape mismatch")) is None
+    assert describe_exhaustion(RuntimeError("shape mismatch")) is None
     with pytest.raises(RuntimeError, match="shape"):
         run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape")))
 

@@ -104,7 +104,7 @@ def load_under_both_stages(world, directory, untied, misshapen):
     for stage in (0, 3):
         zero = engines.engine_config({"zero_optimization": {"stage": stage}}, torch.float32, 1)
         model = load_model(target_of(untied), zero, False)
-        with engines.gathered([model.lm_head.weight]):
+        with engines.gather([model.lm_head.weight]):
             heads.append([model.lm_head.weight.sum().item(), model.config.tie_word_embeddings])
         try:
             load_model(target_of(misshapen), zero, False)

@@ -123,7 +123,7 @@ def unpacked(_module, args, kwargs):
 
 
 def test_first_last_and_the_most_needed_layers_stay():
-    assert pruning.most_needed([0.1, 0.5, 0.2, 0.9, 0.0], 3) == [0, 3, 4]
+    assert pruning.choose_most_needed([0.1, 0.5, 0.2, 0.9, 0.0], 3) == [0, 3, 4]
 
 
 def test_calibration_rows_that_no_data_set_reads_are_a_users_error(tmp_path, capsys):

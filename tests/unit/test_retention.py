@@ -91,7 +91,7 @@ def test_a_link_at_a_checkpoints_place_gives_way_and_what_it_names_stays(tmp_pat
 def test_latest_pointed_back_is_honoured_and_the_newer_ones_are_replaced_one_by_one(tmp_path):
     for step in (2, 4, 6, 8):
         save(tmp_path, step)
-    manifest.point(tmp_path / "LATEST", "step_0000004")
+    manifest.switch_link(tmp_path / "LATEST", "step_0000004")
     found = start(tmp_path)
     assert found == tmp_path / "step_0000004"
     assert "step_0000006, step_0000008" in said[0]

@@ -33,7 +33,7 @@ def check_interpolations(tree: Any) -> None:
         """Return (characters and values, replacements) at a key when all is replaced."""
         if key not in sizes:
             sizes[key] = _MAX_LENGTH + 1, 1  # what a reference to itself finds
-            sizes[key] = added(parts(value, key), value)
+            sizes[key] = add_up(parts(value, key), value)
             if sizes[key][0] > _MAX_LENGTH and isinstance(value, str):
                 raise ConfigError([f"{key}: its ${{…}} refer to itself or grow beyond all bounds"])
         return sizes[key]
@@ -50,7 +50,7 @@ def check_interpolations(tree: Any) -> None:
         found += [(len(os.environ.get(name, "")), 0) for name in variables]
         return [*found, (0, len(names) + len(variables))]
 
-    def added(inner: list[tuple[int, int]], value: Any) -> tuple[int, int]:
+    def add_up(inner: list[tuple[int, int]], value: Any) -> tuple[int, int]:
         own = len(value) if isinstance(value, str) else 1
         return own + sum(length for length, _ in inner), sum(count for _, count in inner)
 
