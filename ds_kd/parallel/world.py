@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from ds_kd.errors import UserError
+from ds_kd.errors import MachineError, UserError, first_line
 from ds_kd.parallel.rendezvous import (
     clear_stale_locks,
     fill_environment,
@@ -29,7 +30,9 @@ from ds_kd.process import choose_accelerator
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-_calls = 0  # of on_rank0; the same on every rank, as all of them are collective
+_calls = 0  # of on_rank0 and rank0_first; the same on every rank, as all of them are collective
+#: Classes that callers tell a user's mistake by, and that are made from a text.
+_KNOWN: tuple[type[Exception], ...] = (MachineError, UserError, ValueError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,11 @@ class Group:
         host_group: carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
             must not make the host wait for the GPU's queue, as an NCCL collective followed by
             `.item()` would.
-        device_group: carries tensors on the device; None for all ranks of the job.
     """
 
     rank: int
     size: int
     host_group: dist.ProcessGroup | None = None
-    device_group: dist.ProcessGroup | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,6 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
     backend: str
     host_group: dist.ProcessGroup | None = None
@@ -124,7 +124,6 @@ def _join(backend: str, timeout_minutes: float) -> World:
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        local_rank=local_rank,
         device=torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu"),
         backend=backend,
         host_group=host_group,
@@ -156,7 +155,7 @@ def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tens
     if isinstance(values, torch.Tensor):
         total = values.clone()
         if group.size > 1:
-            dist.all_reduce(total, group=group.device_group)
+            dist.all_reduce(total)
         return total
     total = torch.tensor(list(values), dtype=torch.float64)
     if group.size > 1:
@@ -177,32 +176,80 @@ def on_rank0(function: Callable[[], T], world: World) -> T:
     The others wait for as long as rank 0 lives, not for the timeout of a collective: tokenising a
     corpus may take hours.
     """
-    global _calls
-    _calls += 1
     box: list = [None, None]
+    failed: Exception | None = None
     if world.is_main:
         try:
             box[0] = function()
         # Carried to every rank: nobody may be left waiting in a collective.
         except Exception as error:
-            box[1] = error
+            failed, box[1] = error, _pack(error)
     if world.size > 1:
-        key = f"ds_kd/on_rank0/{_calls}"
+        key = _name_call()
         if world.is_main:
             _store().set(key, "done")
         else:
             _store().wait([key], _PATIENCE)
         dist.broadcast_object_list(box, src=0, group=world.host_group)
     if box[1] is not None:
-        raise box[1]
+        raise failed or _unpack(box[1])
     return box[0]
 
 
 def rank0_first(function: Callable[[], T], world: World) -> T:
-    """Run `function` on rank 0, then on the others: caches on a shared disk are written once."""
+    """Run `function` on rank 0, then on the others: caches on a shared disk are written once.
+
+    Every rank waits for all, for as long as they take, and an exception of any reaches all of them.
+    """
     kept: list[T] = []
     on_rank0(lambda: kept.append(function()), world)
-    return kept[0] if kept else function()
+    if world.size == 1:
+        return kept[0]
+    failed: Exception | None = None
+    if not world.is_main:
+        try:
+            kept.append(function())
+        except Exception as error:
+            failed = error
+    key = _name_call()
+    if _store().add(key, 1) == world.size:
+        _store().set(f"{key}/all", "done")
+    _store().wait([f"{key}/all"], _PATIENCE)
+
+    packed: list[Any] = [None] * world.size
+    mine = None if failed is None else _pack(failed)
+    dist.all_gather_object(packed, mine, group=world.host_group)
+    for each in filter(None, packed):
+        raise failed or _unpack(each)
+    return kept[0]
+
+
+def _name_call() -> str:
+    """Return a name in the store for the present call, the same on every rank."""
+    global _calls
+    _calls += 1
+    return f"ds_kd/call/{_calls}"
+
+
+def _pack(error: Exception) -> tuple[bytes | None, Exception]:
+    """Return an exception as other ranks can be sent it: in pickle, and one of a known class with
+    its first line for the case that pickle cannot restore it."""
+    text = first_line(error)
+    known = next((k for k in _KNOWN if isinstance(error, k)), None)
+    plain = known(text) if known else RuntimeError(f"{type(error).__name__}: {text}")
+    try:
+        return pickle.dumps(error), plain
+    except Exception:  # whatever the exception's own attributes raise
+        return None, plain
+
+
+def _unpack(packed: tuple[bytes | None, Exception]) -> Exception:
+    data, plain = packed
+    try:
+        found = plain if data is None else pickle.loads(data)
+        return found if isinstance(found, Exception) else plain
+    except Exception:  # its class takes other arguments than `args`, or is not known here
+        return plain
 
 
 #: Words of torch's and its libraries' errors that mean that another rank is gone.

@@ -298,7 +298,7 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
         few = {**kwargs, limit: min(total, _SAMPLES)}
         few.pop("labels", None)  # shifted or not, lengths are the same
-        alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+        alone = World(0, 1, torch.device("cpu"), "gloo")
         rows = data.build(tokenizer=tokenizer_of(cfg.model, alone), **few)
         some = [(len(row["input_ids"]), row["labels"]) for row in rows]
     except (ConfigError, ValueError) as error:

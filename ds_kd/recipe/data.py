@@ -120,7 +120,7 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
     Raises:
         ConfigError: the tokenizer or the data set cannot be loaded.
     """
-    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+    alone = World(0, 1, torch.device("cpu"), "gloo")
     tokenizer = tokenizer_of(cfg.model, alone)
     rows = _build(cfg.dataset, tokenizer, alone)
     return [render(rows[k], tokenizer, colour) for k in range(min(count, len(rows)))]

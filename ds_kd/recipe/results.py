@@ -33,7 +33,7 @@ def held_out_samples(cfg: RunConfig) -> Any:
     Raises:
         ConfigError: there are none, or they cannot be loaded.
     """
-    alone = World(0, 1, 0, torch.device("cpu"), "gloo")
+    alone = World(0, 1, torch.device("cpu"), "gloo")
     cfg.packed_sequence.packed_sequence_size = 0  # show single samples, not packs
     _, held_out = build_samples(cfg, tokenizer_of(cfg.model, alone), alone)
     if not held_out:

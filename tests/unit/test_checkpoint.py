@@ -25,7 +25,7 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
 
 
 def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
-    world = World(0, 1, 0, torch.device("cpu"), "gloo")
+    world = World(0, 1, torch.device("cpu"), "gloo")
     said: list[str] = []
     keeper = Checkpointer(tmp_path, world, None, say=said.append, patience=30.0)
     for seconds in (29.0, 41.0, 50.0):
@@ -54,7 +54,7 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
 def test_a_final_whose_checkpoints_were_deleted_is_told_before_it_is_replaced(tmp_path):
     (tmp_path / "final").mkdir()
     said: list[str] = []
-    world = World(0, 1, 0, torch.device("cpu"), "gloo")
+    world = World(0, 1, torch.device("cpu"), "gloo")
     assert Checkpointer(tmp_path, world, None, say=said.append).resume(None, None) is None
     assert len(said) == 1 and "final is there and no checkpoint" in said[0]
     (tmp_path / "final").rmdir()

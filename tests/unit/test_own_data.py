@@ -21,7 +21,7 @@ from tests import tiny
 
 HF = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}  # Hugging Face's convention
 OURS = {"input_ids": [5, 6, 7], "labels": [-100, 7, 8]}  # the same, shifted
-ALONE = World(0, 1, 0, torch.device("cpu"), "gloo")
+ALONE = World(0, 1, torch.device("cpu"), "gloo")
 
 
 def tokens(sample: dict) -> tuple[list[int], list[int]]:
