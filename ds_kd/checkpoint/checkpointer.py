@@ -57,15 +57,17 @@ from ds_kd.models.model_files import FILES
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
+LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
 _BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
     """Return what differs between two fingerprints, by name, a line each.
 
-    Model files of which a checkpoint made before they were told says nothing are no difference.
+    Model files and labels of which a checkpoint made before they were told says nothing are no
+    difference.
     """
-    unknown = {name for name in present.keys() - saved.keys() if name.endswith(FILES)}
+    unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     return {
         name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
         for name in sorted((saved.keys() | present.keys()) - unknown)
@@ -85,12 +87,14 @@ class Checkpointer:
             `false` with none.
         retention: how many checkpoints stay.
         fingerprint: what the course of the run depends on, by name; plain values.
+        validation: what the validation loss of given weights depends on, likewise.
         config_text: the run's YAML, kept beside each checkpoint.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
         patience: seconds that the launcher leaves a run after SIGTERM, if it is not patient.
         say: prints on rank 0.
         lock: held by this run on rank 0; nothing is published once another run has it.
         changes: what `resume` found changed in the fingerprint, by name, a line each.
+        validation_changes: what it found changed in `validation`, likewise.
     """
 
     directory: Path
@@ -105,6 +109,8 @@ class Checkpointer:
     say: Callable[[str], None] = print
     lock: RunLock | None = None
     changes: dict[str, str] = field(default_factory=dict)
+    validation: dict[str, Any] = field(default_factory=dict)
+    validation_changes: dict[str, str] = field(default_factory=dict)
 
     def save(
         self,
@@ -250,6 +256,8 @@ class Checkpointer:
         scratch = self.directory / ".cut_anew"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
+        if "validation" in saved:  # else of a checkpoint made before it was told
+            self.validation_changes = differences(saved["validation"], self.validation)
         if self.world.is_main:
             for line in self.changes.values():
                 self.say(f"resuming, but {line}")
@@ -289,6 +297,7 @@ class Checkpointer:
     ) -> None:
         saved = {
             "validation_loss": validation_loss,
+            "validation": self.validation,
             "train_state": state.state_dict(),
             "world_size": self.world.size,
             "fingerprint": self.fingerprint,

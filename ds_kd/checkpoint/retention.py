@@ -71,18 +71,31 @@ def leftovers_in(directory: Path) -> list[Path]:
 
 
 def best_in(directory: Path) -> list[Path]:
-    """Return the checkpoints whose validation loss is known, the lowest first."""
-    losses = {path: validation_loss_of(path) for path in steps_in(directory)}
-    known = {path: loss for path, loss in losses.items() if loss is not None}
-    return sorted(known, key=lambda path: known[path])
+    """Return the checkpoints whose validation loss is known, the lowest first.
+
+    Losses over other validation data or with another `kd_ratio` are of another scale: only those
+    are compared that were measured as the newest one up to `LATEST` was. A checkpoint that does
+    not tell how it was measured is compared with all.
+    """
+    told = {path: _read_validation(path) for path in steps_in(directory)}
+    known = {path: each for path, each in told.items() if each is not None}
+    reached = step_of((directory / LATEST).resolve())
+    course = [path for path in known if reached is None or (step_of(path) or 0) <= reached]
+    measure = next((known[path][1] for path in course), None)
+    if measure is not None:
+        known = {path: each for path, each in known.items() if each[1] in (None, measure)}
+    return sorted(known, key=lambda path: known[path][0])
 
 
-def validation_loss_of(checkpoint: Path) -> float | None:
-    """Return that of a checkpoint's weights; None where they were not validated."""
+def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
+    """Return the validation loss of a checkpoint's weights and what it was measured with; None
+    where they were not validated."""
     try:
-        return json.loads((checkpoint / STATE).read_text()).get("validation_loss")
+        saved = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError):
         return None
+    loss = saved.get("validation_loss")
+    return None if loss is None else (loss, saved.get("validation"))
 
 
 def superfluous(directory: Path, keep: Retention) -> list[Path]:

@@ -39,6 +39,11 @@ class TrainState:
         else:
             self.not_lower += 1
 
+    def forget_validations(self) -> None:
+        """Forget what the losses of the validations so far were, as those to come are not to be
+        compared with them."""
+        self.lowest_loss, self.not_lower = None, 0
+
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -115,28 +115,54 @@ _WITHOUT_INFLUENCE = (
 )
 
 
+#: Keys that decide the validation loss of given weights.
+_OF_VALIDATION = (
+    "validation_dataset",
+    "validation_share",
+    "kd_ratio",
+    "kd_loss_fn.",
+    "loss_fn.",
+    "teacher_model.",
+)
+
+
 def fingerprint(cfg: RunConfig) -> dict[str, Any]:
     """Return the settings that decide the weights of each step, by name: the YAML's values with
     secrets blanked, and the versions of the libraries."""
     from importlib.metadata import version
 
-    from omegaconf import OmegaConf
-
-    flat: dict[str, Any] = {}
     ignored: tuple[str, ...] = _WITHOUT_INFLUENCE
     if cfg.lr_scheduler is None or cfg.lr_scheduler.name.startswith("constant"):
         ignored = (*ignored, "step_scheduler.max_steps", "step_scheduler.num_epochs")
+    flat = {name: value for name, value in _flatten(cfg).items() if not name.startswith(ignored)}
+    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
+    return flat | {"ds_kd": __version__} | versions
+
+
+def fingerprint_validation(cfg: RunConfig) -> dict[str, Any]:
+    """Return the settings that decide the validation loss of given weights, by name; none for a run
+    that does not validate."""
+    if not cfg.validates:
+        return {}
+    flat = _flatten(cfg)
+    return {name: value for name, value in flat.items() if name.startswith(_OF_VALIDATION)}
+
+
+def _flatten(cfg: RunConfig) -> dict[str, Any]:
+    """Return the YAML's values, secrets blanked, by dotted name."""
+    from omegaconf import OmegaConf
+
+    flat: dict[str, Any] = {}
 
     def walk(tree: Any, prefix: str) -> None:
         for name, value in tree.items():
             if isinstance(value, dict) and value:
                 walk(value, f"{prefix}{name}.")
-            elif not f"{prefix}{name}".startswith(ignored):
+            else:
                 flat[f"{prefix}{name}"] = value
 
     walk(OmegaConf.to_container(OmegaConf.create(cfg.text)), "")
-    versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
-    return flat | {"ds_kd": __version__} | versions
+    return flat
 
 
 def check_world(cfg: RunConfig, world_size: int) -> None:

@@ -21,12 +21,15 @@ class StepScheduler:
         1, "Sets how many samples one micro-batch on one rank takes.", "samples", low=1
     )
     num_epochs: int = key(
-        1, "Sets how often the run goes through the training data.", "epochs", low=1
+        1,
+        "Ends the run after this many passes over the training data, or earlier at max_steps.",
+        "epochs",
+        low=1,
     )
     max_steps: int | None = key(
         None,
-        "Ends the run after this many optimizer steps; 0 validates and trains nothing. Without it "
-        "num_epochs decides.",
+        "Ends the run after this many optimizer steps, unless num_epochs ends it earlier. 0 "
+        "validates and trains nothing.",
         "steps",
         low=0,
     )

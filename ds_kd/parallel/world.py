@@ -211,6 +211,8 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
             kept.append(function())
         except Exception as error:
             failed = error
+
+    # A collective would give up on a rank that takes longer than its timeout.
     key = _name_call()
     if _store().add(key, 1) == world.size:
         _store().set(f"{key}/all", "done")

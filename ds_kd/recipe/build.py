@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,16 +16,16 @@ from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
+from ds_kd.config.components import Component, ConfigError, config_error, instantiate
 from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
 from ds_kd.models import causal_lm, lora, probes
-from ds_kd.models.model_files import FILES, identity_of
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
+from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import (
     check_lengths,
@@ -44,9 +43,6 @@ from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
-
-_HASHED_SAMPLES = 64
-_LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs")
 
 
 def build(
@@ -76,13 +72,13 @@ def build(
 
     # Parts that may be refused come before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
-    checkpointer = _make_checkpointer(cfg, tokenizer, loader.dataset.dataset, world)
+    checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
     _check_lengths(cfg, [loader, *validation.values()])
 
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
-        checkpointer.fingerprint |= _identify_models(cfg, world)
+        add_model_files(checkpointer, cfg, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
@@ -320,11 +316,12 @@ def lock_directory(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
 
 
 def _make_checkpointer(
-    cfg: RunConfig, tokenizer: Any, samples: Any, world: World
+    cfg: RunConfig, tokenizer: Any, loader: Any, validation: dict[str, Any], world: World
 ) -> Checkpointer | None:
     wanted = cfg.checkpoint
     if not wanted.enabled:
         return None
+    held_out = {name: each.dataset.dataset for name, each in validation.items()}  # no filler
     keep_last = wanted.keep_last
     if keep_last is None and cfg.step_scheduler.ckpt_every_steps is None:
         keep_last = 2  # checkpoints by time are for resuming only
@@ -334,49 +331,12 @@ def _make_checkpointer(
         tokenizer,
         wanted.save_consolidated,
         Retention(keep_last, wanted.keep_best),
-        {**fingerprint(cfg), "training data": _hash_samples(samples)},
+        fingerprint(cfg) | hash_samples("training", loader.dataset.dataset),
         cfg.text,
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
+        validation=fingerprint_validations(cfg, held_out),
     )
-
-
-def _identify_models(cfg: RunConfig, world: World) -> dict[str, str]:
-    """Return the identity of the files of student and teacher by name, as rank 0 finds them."""
-    used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
-
-    def look() -> dict[str, str]:
-        found = {part.key: identity_of(name_of(part), part.kwargs) for part in used}
-        return {f"{key}{FILES}": text for key, text in found.items() if text is not None}
-
-    return on_rank0(look, world)
-
-
-def _hash_samples(samples: Any) -> str:
-    """Return the number of samples and a hash of some of them, spread over all."""
-    count = len(samples)
-    tokens = [samples[k]["input_ids"] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]
-    return f"{count} samples, {hashlib.sha256(repr(tokens).encode()).hexdigest()[:12]}"
-
-
-def refuse_changes(cfg: RunConfig, changes: dict[str, str]) -> None:
-    """Refuse a config that differs from the one of the finished run in its checkpoint directory.
-
-    Args:
-        changes: `Checkpointer.changes`; versions of libraries and the number of steps are ignored.
-
-    Raises:
-        ConfigError: names the changes.
-    """
-    harmless = ("ds_kd", "torch", "transformers", "deepspeed", *_LENGTH)
-    lines = [line for name, line in changes.items() if name not in harmless]
-    if lines:
-        raise ConfigError([problem(
-            "checkpoint.checkpoint_dir", cfg.checkpoint.checkpoint_dir,
-            f"the settings of the run that is finished there, but {', '.join(lines)}",
-            "give another directory, or the old values; with a larger max_steps or num_epochs the "
-            "finished run goes on",
-        )])  # fmt: skip
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:

@@ -13,7 +13,8 @@ from ds_kd.parallel import world as distributed
 from ds_kd.parallel.signals import StopRequest
 from ds_kd.parallel.world import World
 from ds_kd.process import check_caches
-from ds_kd.recipe.build import build, lock_directory, refuse_changes
+from ds_kd.recipe.build import build, lock_directory
+from ds_kd.recipe.changes import refuse_changes
 from ds_kd.train.trainer import Trainer
 
 
@@ -58,6 +59,10 @@ def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
     if listens:
         stop.listen()
     trainer = build(cfg, world, stop)
+
+    # Only the data tell how many steps an epoch has.
+    if unreached := trainer.schedule.describe_unreached():
+        _say(world, unreached)
     _say(
         world,
         f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
@@ -76,11 +81,24 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
     found = checkpointer.resume(trainer.student, state)
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
+        onward = trainer.schedule.describe_longer(state.step)
         if trainer.is_done:
-            refuse_changes(cfg, checkpointer.changes)
+            refuse_changes(cfg, checkpointer.changes, onward)
+        if checkpointer.validation_changes and state.lowest_loss is not None:
+            _forget_validations(trainer, [*checkpointer.validation_changes])
+        if trainer.is_done:
             checkpointer.export_final(trainer.student)
-            _say(trainer.world, "all its steps are done; a larger max_steps or num_epochs goes on")
+            _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")
     checkpointer.check_room(trainer.student)
+
+
+def _forget_validations(trainer: Trainer, changed: list[str]) -> None:
+    trainer.state.forget_validations()
+    _say(
+        trainer.world,
+        f"validation measures something else than before ({', '.join(changed)}): its losses are "
+        f"not compared with earlier ones, and patience counts anew",
+    )
 
 
 def _say(world: World, text: Any) -> None:

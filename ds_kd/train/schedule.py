@@ -34,6 +34,28 @@ class Schedule:
         whole = self.steps_per_epoch * self.num_epochs
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
+    def describe_unreached(self) -> str:
+        """Return a sentence where the last epoch ends the run before `max_steps`, or an empty
+        text."""
+        whole, most = self.steps_per_epoch * self.num_epochs, self.max_steps
+        if most is None or most <= whole or not whole:
+            return ""
+        needed = -(-most // self.steps_per_epoch)
+        return (
+            f"step_scheduler.max_steps: {most} is not reached: num_epochs: {self.num_epochs} of "
+            f"{self.steps_per_epoch} step(s) each ends the run after {whole}; num_epochs: {needed} "
+            f"would reach it"
+        )
+
+    def describe_longer(self, step: int) -> str:
+        """Return the keys that let a run go on which is done after this step."""
+        if not self.is_last(step):
+            return "a larger step_scheduler.patience"
+        whole, most = self.steps_per_epoch * self.num_epochs, self.max_steps
+        if most is None or whole < most:
+            return "a larger num_epochs"
+        return "a larger max_steps" if most < whole else "a larger max_steps and num_epochs"
+
     def is_last(self, step: int) -> bool:
         return step >= self.total_steps
 

@@ -3,22 +3,29 @@ change stays as it was, bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import shutil
 import signal
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
 from ds_kd.config.sections import LRScheduler
 from ds_kd.parallel.signals import StopRequest
 from ds_kd.recipe.optimizer import build_schedule
+from ds_kd.recipe.run import _resume
 from tests import tiny
 from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
 
+GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 LINEAR = LRScheduler(name="linear")
 SLOW = 0.5  # seconds that a micro-batch takes to load
 OLD = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
@@ -107,6 +114,7 @@ def on_one_rank(world, root, paths):
 
     out["speeds"] = speeds_of_a_slow_loader(prepare(world, paths, root / "slow", 2, adamw(**OLD)))
 
+    out["measured"] = ended_and_measured_otherwise(world, root, paths)
     momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     train(prepare(world, paths, root / "other", 3, momentum))
     out["other optimizer"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
@@ -127,6 +135,31 @@ def on_two_ranks(world, root, paths):
     out["clock"] = sorted(path.name for path in (root / "clock").glob("step_*"))
 
     return out | broken_off(world, root, paths) | ended_early(world, root, paths)
+
+
+def ended_and_measured_otherwise(world, root, paths):
+    """What each start of a run that patience ended says, and the steps at which it begins and
+    ends."""
+    cfg = load(GUIDE, [f"checkpoint.checkpoint_dir={root / 'measured'}"])
+
+    def start(patience, kd_ratio, data):
+        made = prepare(world, paths, root / "measured", 9, adamw(lr=0.0))
+        made.validation_loaders = {"": made.batches.loader}
+        made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
+        course = {"kd_ratio": kd_ratio, "step_scheduler.patience": patience}
+        made.checkpointer.fingerprint = course
+        made.checkpointer.validation = {"kd_ratio": kd_ratio, "validation data": data}
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            try:
+                _resume(cfg, made, None)
+            except ConfigError as error:
+                return str(error)
+        began = made.state.step
+        assert made.train()
+        return [began, made.state.step, said.getvalue()]
+
+    first = start(2, 0.5, "a")
+    return [first, start(1, 0.5, "a"), start(2, 0.9, "a"), start(2, 0.5, "b")]
 
 
 def broken_off(world, root, paths):
@@ -189,6 +222,19 @@ def one(root, paths):
 @pytest.fixture(scope="module")
 def two(one, root, paths):
     return run_ranks(on_two_ranks, 2, root, paths)
+
+
+def test_a_run_that_patience_ended_says_so_and_goes_on_where_other_data_are_validated(one):
+    first, same, refused, other = one["measured"]
+    assert first == [0, 3, ""]
+    # A lower patience is no other course of the run.
+    assert same[:2] == [3, 3]
+    assert "the run is done at step 3; a larger step_scheduler.patience goes on" in same[2]
+    assert "kd_ratio was 0.5 and is 0.9" in refused
+    assert "with a larger step_scheduler.patience the finished run goes on" in refused
+    # The first validation of other data lowers what is known of them; two more do not.
+    assert other[:2] == [3, 6]
+    assert "validation measures something else than before (validation data)" in other[2]
 
 
 def linear(lr, first, total):

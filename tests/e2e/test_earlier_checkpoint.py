@@ -28,6 +28,7 @@ def test_a_run_from_before_the_move_ends_with_the_same_weights(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "resumed from run/step_0000003 at step 3" in result.stdout
+    assert "resuming, but training" not in result.stdout  # its labels were not hashed yet
     assert "step 4/6" in result.stdout and "step 3/6" not in result.stdout
     expected = load_file(EARLIER / "expected.safetensors")
     got = load_file(tmp_path / "earlier" / "run" / "final" / "model.safetensors")

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ds_kd.config.components import Component, ConfigError, bind, resolve
-from ds_kd.config.load import check_world, fingerprint, load
+from ds_kd.config.load import check_world, fingerprint, fingerprint_validation, load
 from ds_kd.config.reference.keys import list_keys
 from tests import tiny
 from tests.scripts import script
@@ -469,6 +469,22 @@ def test_a_schedule_makes_the_end_of_a_run_part_of_its_course():
     assert "step_scheduler.max_steps" not in fingerprint(load(GUIDE, end))
     with_schedule = fingerprint(load(GUIDE, [*end, "lr_scheduler={name: linear}"]))
     assert with_schedule["step_scheduler.max_steps"] == 5
+
+
+def test_what_validation_measures_is_told_apart_from_the_course_of_a_run():
+    def told(*overrides):
+        cfg = load(GUIDE, [*overrides])
+        return fingerprint(cfg), fingerprint_validation(cfg)
+
+    (course, measure), none = told(), told("validation_dataset=null")
+    assert none == (course, {})
+    of_data = told("validation_dataset.num_samples_limit=7")
+    assert of_data[0] == course and of_data[1] != measure
+    for setting in ("kd_ratio=0.75", "kd_loss_fn.temperature=3.0"):
+        changed = told(setting)
+        assert changed[0] != course and changed[1] != measure
+    changed = told("optimizer.lr=0.5", "step_scheduler.patience=2")
+    assert changed[0] != course and changed[1] == measure
 
 
 @pytest.mark.parametrize("split", ["train", "train[:100]", "train[10%:-5%]", "train+validation"])

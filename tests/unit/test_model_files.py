@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import torch
 from safetensors.torch import save_file
 
 from ds_kd.checkpoint.checkpointer import differences
 from ds_kd.models.model_files import identity_of
+from ds_kd.recipe.changes import hash_samples
 
 
 def write(directory, **tensors):
@@ -51,3 +54,14 @@ def test_a_checkpoint_from_before_such_names_is_not_called_different():
     assert [*differences({"model files": "9 bytes, 2e", "rng.seed": 1}, present).values()] == [
         "model files was '9 bytes, 2e' and is '9 bytes, 1f'"
     ]
+
+
+def test_an_edited_mask_is_another_data_set_and_its_tokens_are_known_as_before():
+    rows = [{"input_ids": [5, 6], "labels": [6, -100]}, {"input_ids": [7], "labels": [8]}]
+    edited = [{**rows[0], "labels": [-100, -100]}, rows[1]]
+    present = hash_samples("training", edited)
+    assert [*differences(hash_samples("training", rows), present)] == ["training labels"]
+
+    # Checkpoints from before labels were hashed hold this text.
+    tokens = hashlib.sha256(b"[[5, 6], [7]]").hexdigest()[:12]
+    assert not differences({"training data": f"2 samples, {tokens}"}, present)

@@ -14,10 +14,13 @@ from ds_kd.checkpoint.manifest import CheckpointError
 from ds_kd.checkpoint.retention import Retention, steps_in
 
 
-def make(path: Path, loss: float | None = None, student: bool = True) -> Path:
+def make(
+    path: Path, loss: float | None = None, student: bool = True, measure: dict | None = None
+) -> Path:
     """A whole checkpoint as far as files go."""
     (path / "model").mkdir(parents=True)
-    (path / "state.json").write_text(json.dumps({"validation_loss": loss}))
+    validation = {} if measure is None else {"validation": measure}
+    (path / "state.json").write_text(json.dumps({"validation_loss": loss, **validation}))
     (path / "model" / "config.json").write_text("{}")
     if student:
         (path / "model" / "model.safetensors").write_text(f"weights of {path.name}")
@@ -190,6 +193,26 @@ def test_best_never_names_what_is_not_there(tmp_path):
         save(tmp_path, step, Retention(last=1, best=0), loss=loss)
         assert (tmp_path / "BEST").exists()
     assert (tmp_path / "BEST").resolve().name == "step_0000006"
+
+
+def test_best_compares_losses_of_the_same_data_only(tmp_path):
+    def best():
+        return (tmp_path / "BEST").resolve().name[-1]
+
+    save(tmp_path, 1, loss=8.0)  # of a version that did not tell
+    save(tmp_path, 2, loss=1.0, measure={"kd_ratio": 0.5})
+    save(tmp_path, 3, measure={"kd_ratio": 1.0})  # not validated: nothing to compare yet
+    assert best() == "2"
+    save(tmp_path, 4, Retention(last=1), loss=5.0, measure={"kd_ratio": 1.0})
+    save(tmp_path, 5, Retention(last=1), loss=6.0, measure={"kd_ratio": 1.0})
+    assert best() == "4" and [p.name[-1] for p in steps_in(tmp_path)] == ["5", "4"]
+
+    # After LATEST was pointed back, the course that was given up does not say what is compared.
+    save(tmp_path, 6, loss=2.0, measure={"kd_ratio": 0.0})
+    assert best() == "6"
+    manifest.switch_link(tmp_path / "LATEST", "step_0000005")
+    start(tmp_path)
+    assert best() == "4"
 
 
 def refuse(*_, **__):

@@ -274,6 +274,20 @@ def test_a_mixture_holds_every_sample_once_or_draws_by_weight(sources):
     assert whole["labels"][80][: len(squad[0]["labels"])] == squad[0]["labels"]
 
 
+def test_no_share_is_held_out_of_a_mixture_whose_samples_repeat(sources):
+    def read(strategy, *parts):
+        section = {"_target_": "ds_kd.data.mixture.make_mixture", "sources": parts}
+        section["stopping_strategy"] = strategy
+        overrides = [f"dataset={json.dumps(section)}", "validation_dataset=null"]
+        return load(GUIDE, [*overrides, "validation_share=0.1"])
+
+    weighted = [{**part, "weight": 1} for part in sources]
+    with pytest.raises(ConfigError, match=r"validation_share: .*all_exhausted repeats samples"):
+        read("all_exhausted", *weighted)
+    assert read("first_exhausted", *weighted).validation_share == 0.1
+    assert read("all_exhausted", *sources).validation_share == 0.1  # without weights each is once
+
+
 def test_the_parts_of_a_mixture_are_checked_like_sections(sources, tmp_path):
     def told(*parts):
         section = {"_target_": "ds_kd.data.mixture.make_mixture", "sources": parts}

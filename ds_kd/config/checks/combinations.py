@@ -60,6 +60,11 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         )
     if cfg.validation_share is not None and data.get("validation_dataset"):
         problems.append("validation_share: there is a validation_dataset too; keep one")
+    if cfg.validation_share is not None and _repeats(cfg.dataset):
+        problems.append(
+            "validation_share: dataset.stopping_strategy: all_exhausted repeats samples, and those "
+            "held out would be trained on too; write first_exhausted, or name a validation_dataset"
+        )
     other = data["rng"].get("seed") if isinstance(data.get("rng"), dict) else None
     if cfg.seed is not None and other is not None and other != cfg.seed:
         problems.append(f"seed: {cfg.seed} and rng.seed: {other} contradict each other; keep one")
@@ -75,6 +80,15 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         _check_data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         _check_loader(component, problems)
+
+
+def _repeats(dataset: Component | None) -> bool:
+    """Return whether a mixture draws by weight and repeats its shorter sources."""
+    if dataset is None or dataset.kwargs.get("stopping_strategy") != "all_exhausted":
+        return False
+    sources = dataset.kwargs.get("sources")
+    parts = sources if isinstance(sources, list) else []
+    return any(isinstance(part, dict) and part.get("weight") is not None for part in parts)
 
 
 def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
