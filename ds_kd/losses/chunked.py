@@ -161,14 +161,13 @@ class DistillationLoss:
         """
         t, alpha, divergence = self.divergence.temperature, self.kd_ratio, self.divergence
         is_padded = logits[0] is not student
-        join = getattr(divergence, "of_chunk_with_softmax", None)
         shares_softmax = t == 1.0 and not is_padded and self.ce.leaves_one_hot_out
+        join = getattr(divergence, "of_chunk_with_softmax", None) if shares_softmax else None
         label_logit = student.gather(1, labels.clamp(min=0)[:, None])
 
         # CE reads the student's logits before they are divided by T in place. At T = 1 it needs the
         # softmax that the divergence computes, and is taken from that below.
-        if join is None or not shares_softmax:
-            join = None
+        if join is None:
             largest = student.amax(-1, keepdim=True) if is_padded else logits[2]
             ce, ce_gradient = self.ce.of_chunk(student, largest, labels, buffers)
 
