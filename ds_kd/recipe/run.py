@@ -84,7 +84,7 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
         onward = trainer.schedule.describe_longer(state.step)
         if trainer.is_done:
             refuse_changes(cfg, checkpointer.changes, onward)
-        if checkpointer.validation_changes and state.lowest_loss is not None:
+        if checkpointer.validation_changes and state.validated >= 0:
             _forget_validations(trainer, [*checkpointer.validation_changes])
         if trainer.is_done:
             checkpointer.export_final(trainer.student)
