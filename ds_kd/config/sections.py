@@ -45,7 +45,7 @@ class StepScheduler:
     patience: int | None = key(
         None,
         "Ends the run when this many validations in a row have not lowered the validation loss. "
-        "By default it does not end early.",
+        "By default it does not end early. Needs val_every_steps.",
         "validations",
         low=1,
     )
@@ -119,7 +119,7 @@ class Checkpoint:
     )
     keep_best: int = key(
         1,
-        "Also keeps this many checkpoints of lowest validation loss, if keep_last is given.",
+        "Also keeps this many checkpoints of lowest validation loss, unless all stay (keep_last).",
         "checkpoints",
         low=0,
     )
