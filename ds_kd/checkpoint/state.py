@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -34,7 +35,8 @@ class TrainState:
     def note_validation(self, loss: float) -> None:
         """Note the loss of a validation after the present step."""
         self.validated = self.step
-        if self.lowest_loss is None or loss < self.lowest_loss:
+        # A lowest loss that is not a number is beaten by any number.
+        if math.isfinite(loss) and (self.lowest_loss is None or not loss >= self.lowest_loss):
             self.lowest_loss, self.not_lower = loss, 0
         else:
             self.not_lower += 1

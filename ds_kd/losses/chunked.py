@@ -162,12 +162,12 @@ class DistillationLoss:
         t, alpha, divergence = self.divergence.temperature, self.kd_ratio, self.divergence
         is_padded = logits[0] is not student
         shares_softmax = t == 1.0 and not is_padded and self.ce.leaves_one_hot_out
-        shares_softmax = shares_softmax and hasattr(divergence, "of_chunk_with_softmax")
+        join = getattr(divergence, "of_chunk_with_softmax", None) if shares_softmax else None
         label_logit = student.gather(1, labels.clamp(min=0)[:, None])
 
         # CE reads the student's logits before they are divided by T in place. At T = 1 it needs the
         # softmax that the divergence computes, and is taken from that below.
-        if not shares_softmax:
+        if join is None:
             largest = student.amax(-1, keepdim=True) if is_padded else logits[2]
             ce, ce_gradient = self.ce.of_chunk(student, largest, labels, buffers)
 
@@ -176,8 +176,8 @@ class DistillationLoss:
                 part.div_(t)
         pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
         entropy = pair.teacher_entropy
-        if shares_softmax:
-            kd, gradient = divergence.of_chunk_with_softmax(pair, alpha)
+        if join is not None:
+            kd, gradient = join(pair, alpha)
             ce = pair.student_lse - label_logit
         else:
             kd, kd_gradient = divergence.of_chunk(pair)
@@ -280,7 +280,19 @@ def _measure(pair: Pair) -> dict[str, Tensor]:
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:
     """Return the weighted sum of two gradients, `[tokens, student vocab]` and
     `[tokens, shared vocab]`, written over one of them."""
+    # A part of weight 0 is left out: 0·inf is NaN.
     if ce.shape == kd.shape:
-        return kd.mul_(kd_weight).add_(ce, alpha=ce_weight)
-    ce.mul_(ce_weight)[:, : kd.shape[1]].add_(kd, alpha=kd_weight)
+        _scale(kd, kd_weight)
+        return kd.add_(ce, alpha=ce_weight) if ce_weight else kd
+    _scale(ce, ce_weight)
+    if kd_weight:
+        ce[:, : kd.shape[1]].add_(kd, alpha=kd_weight)
     return ce
+
+
+def _scale(gradient: Tensor, weight: float) -> None:
+    """Multiply in place; a weight of 0 leaves nothing of what is not finite."""
+    if weight:
+        gradient.mul_(weight)
+    else:
+        gradient.zero_()

@@ -14,84 +14,118 @@ from torch import Tensor, nn
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import first_line
-from ds_kd.losses.buffers import Buffers
-from ds_kd.losses.pair import Pair
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import Head, States
 
-_TOKENS, _VOCAB = 6, 11
+_TOKENS, _VOCAB, _HIDDEN = 6, 11, 8
 _CUT = slice(0, 2), slice(2, None)
 _CLOSE = 1e-3  # relative; rounding of fp32 sums over a few tokens is a thousand times smaller
 
 
-def check_divergence(loss: Any) -> None:
+def check_divergence(loss: Any, vocab: int = _VOCAB) -> None:
     """Refuse a loss `loss(student_logits, teacher_logits, labels)` that breaks the contract.
+
+    Args:
+        vocab: ids that the models share.
 
     Raises:
         ValueError: says which part of the contract (docs/losses.md) is broken.
     """
     _check_module(loss)
-    student, teacher, labels = _make_example()
-    _check_clauses(lambda rows, y: loss(student[rows], teacher[rows], y), student, labels)
-    same = float(loss(teacher.clone(), teacher, labels))
+    student, teacher, labels = _Example(vocab), _Example(vocab, seed=1), _make_labels(vocab)
+    z_s, z_t = (part.logits.detach() for part in (student, teacher))
+    z_s.requires_grad_()
+    _check_clauses(lambda rows, y: loss(z_s[rows], z_t[rows], y), z_s, labels)
+    same = float(loss(z_t.clone(), z_t, labels))
     if not abs(same) <= _CLOSE:
         raise ValueError(
             f"equal logits of both models give {same:.4g}, expected 0; return a divergence, such "
             f"as a KL, not a cross-entropy"
         )
-    if hasattr(loss, "of_chunk"):
-        _check_chunk(loss)
+    if not hasattr(loss, "of_chunk"):
+        return
+
+    # As the step computes it: with a softmax shared with CE, without one, and without CE.
+    ce = MaskedCrossEntropy()
+    for extra, alpha in ((0, 0.5), (2, 0.5), (0, 1.0)):
+        whole = _Example(vocab + extra)
+        z_s = whole.logits
+        kd = loss(z_s[:, :vocab], z_t, labels)
+        sums = {"ce_loss": ce(z_s, labels), "kd_loss": kd}
+        (slope,) = torch.autograd.grad(
+            (1.0 - alpha) * sums["ce_loss"] + alpha * kd, whole.states.hidden
+        )
+        distillation = DistillationLoss(ce, loss, alpha, vocab)
+        _check_chunked(distillation, whole.states, labels, teacher.states, sums, slope)
 
 
-def check_cross_entropy(loss: Any) -> None:
+def check_cross_entropy(loss: Any, vocab: int = _VOCAB) -> None:
     """Refuse a loss `loss(student_logits, labels)` that breaks the contract.
+
+    Args:
+        vocab: ids of the student.
 
     Raises:
         ValueError: as `check_divergence`.
     """
     _check_module(loss)
-    student, _, labels = _make_example()
-    _check_clauses(lambda rows, y: loss(student[rows], y), student, labels)
+    student, labels = _Example(vocab), _make_labels(vocab)
+    z_s = student.logits.detach().requires_grad_()
+    _check_clauses(lambda rows, y: loss(z_s[rows], y), z_s, labels)
+    if hasattr(loss, "of_chunk"):
+        value = loss(student.logits, labels)
+        (slope,) = torch.autograd.grad(value, student.states.hidden)
+        distillation = DistillationLoss(loss, KDLoss(), 0.0)
+        sums = {"ce_loss": value}
+        _check_chunked(distillation, student.states, labels, None, sums, slope)
 
 
-def _check_chunk(divergence: Any) -> None:
-    """Refuse a `Divergence` whose `of_chunk` differs from its call, in value or gradient."""
-    student, teacher, labels = _make_example()
-    t = divergence.temperature
-    value = divergence(student, teacher, labels)
-    (slope,) = torch.autograd.grad(value, student)
+def _check_chunked(
+    loss: DistillationLoss,
+    student: States,
+    labels: Tensor,
+    teacher: States | None,
+    sums: dict[str, Tensor],
+    slope: Tensor,
+) -> None:
+    """Refuse a loss whose form for chunks differs from its call, in value or gradient.
 
-    def make_pair() -> Pair:
-        z_s, z_t = student.detach() / t, teacher / t
-        largest = z_s.amax(-1, keepdim=True), z_t.amax(-1, keepdim=True)
-        buffers = Buffers(_TOKENS, torch.float32, student.device)
-        return Pair(z_s, z_t, *largest, t, labels, buffers, divergence.reads_teacher_logits)
-
-    values, gradient = divergence.of_chunk(make_pair())
-    if not _is_close(float(values.sum()) * t**2, value.item()):
+    Args:
+        sums: what the calls give, by name.
+        slope: their weighted gradient with respect to the student's hidden states.
+    """
+    value, found = loss(student, labels, teacher)
+    for name, expected in sums.items():
+        if not _is_close(found[name].item(), expected.item()):
+            raise ValueError(
+                f"its of_chunk gives {found[name].item():.4g} in all and its call "
+                f"{expected.item():.4g} (of the {name}); override `value` (and `of_chunk`, if it "
+                f"is there) instead of `__call__`"
+            )
+    (gradient,) = torch.autograd.grad(value, student.hidden)
+    error = (gradient - slope).abs().max().item()
+    if not error <= _CLOSE * max(1.0, slope.abs().max().item()):
         raise ValueError(
-            f"its of_chunk gives {float(values.sum()) * t**2:.4g} in all and its call {value:.4g}; "
-            f"override `value` (and `of_chunk`, if it is there) instead of `__call__`"
+            f"the gradient of its of_chunk differs by {error:.3g} from that of its value; return "
+            f"d value / d(z_s/T)"
         )
 
-    # `of_chunk` returns d value / d(z_s/T); autograd's slope includes T² / T.
-    found = {"of_chunk": (gradient * t, slope)}
-    if hasattr(divergence, "of_chunk_with_softmax"):
-        pair = make_pair()
-        expected = 0.5 * torch.softmax(pair.student, -1) + 0.5 * slope / t
-        found["of_chunk_with_softmax"] = (divergence.of_chunk_with_softmax(pair, 0.5)[1], expected)
-    for name, (got, wanted) in found.items():
-        error = (got - wanted).abs().max().item()
-        if not error <= _CLOSE * max(1.0, wanted.abs().max().item()):
-            raise ValueError(
-                f"the gradient of its {name} differs by {error:.3g} from that of its value; return "
-                f"d value / d(z_s/T)"
-            )
+
+class _Example:
+    """A model's states of some tokens, and its logits with a graph to the hidden states."""
+
+    def __init__(self, vocab: int, seed: int = 0):
+        generator = torch.Generator().manual_seed(seed)
+        hidden = torch.randn(_TOKENS, _HIDDEN, generator=generator).requires_grad_()
+        weight = torch.randn(vocab, _HIDDEN, generator=generator) / _HIDDEN**0.5
+        self.states = States(hidden, Head(weight))
+        self.logits = self.states.head.logits(hidden)
 
 
-def _make_example() -> tuple[Tensor, Tensor, Tensor]:
-    """Return the student's logits with a graph, the teacher's logits, and labels."""
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = (torch.randn(_TOKENS, _VOCAB, generator=generator) for _ in range(2))
-    return student.requires_grad_(), teacher, torch.arange(_TOKENS)
+def _make_labels(vocab: int) -> Tensor:
+    return torch.arange(_TOKENS) % vocab
 
 
 def _check_module(loss: Any) -> None:

@@ -39,10 +39,25 @@ class Pair:
         buffers: Buffers,
         keeps_teacher: bool = True,
     ):
-        self.student, self.teacher = student, teacher
+        self.student, self._teacher = student, teacher
+        self._is_teacher_gone = False
         self.temperature, self.labels, self.buffers = temperature, labels, buffers
         self._student_largest, self._teacher_largest = student_largest, teacher_largest
         self._room: Tensor | None = buffers.like("q", teacher) if keeps_teacher else teacher
+
+    @property
+    def teacher(self) -> Tensor:
+        """z_t/T `[rows, vocab]`.
+
+        Raises:
+            ValueError: its room is used for other things already.
+        """
+        if self._is_teacher_gone:
+            raise ValueError(
+                "reads the teacher's logits after they were given up: set reads_teacher_logits = "
+                "True on its class"
+            )
+        return self._teacher
 
     @functools.cached_property
     def p(self) -> Tensor:
@@ -52,8 +67,7 @@ class Pair:
     @functools.cached_property
     def q(self) -> Tensor:
         """The student's probabilities `[tokens, vocab]`."""
-        room, self._room = self._room, None
-        assert room is not None
+        room, self._room = self._take_room(), None
         return torch.softmax(self.student, -1, out=room)
 
     @functools.cached_property
@@ -99,8 +113,14 @@ class Pair:
 
     def sum_of_products(self, a: Tensor, b: Tensor) -> Tensor:
         """Return Σ a·b of each token, `[tokens, 1]`."""
-        room = self._room if self._room is not None else self.buffers.like("products", a)
-        return torch.mul(a, b, out=room).sum(-1, keepdim=True)
+        return torch.mul(a, b, out=self._take_room()).sum(-1, keepdim=True)
+
+    def _take_room(self) -> Tensor:
+        """Return room for `[tokens, vocab]`: the teacher's logits, where they need not stay."""
+        if self._room is None:  # q lies there
+            return self.buffers.like("products", self.student)
+        self._is_teacher_gone = self._room is self._teacher
+        return self._room
 
 
 def log_sum_exp(largest: Tensor, probabilities: Tensor) -> Tensor:

@@ -124,27 +124,30 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 
 def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
     """Return the student's loss, over the ids that it shares with the teacher."""
-    vocab_size = None
+    shared = None
+    rows = [config_of(cfg.model).get_text_config().vocab_size]
     if cfg.loads_teacher:
         assert cfg.teacher_model is not None
         teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
-        parts = (cfg.model, cfg.teacher_model)
-        rows = [config_of(part).get_text_config().vocab_size for part in parts]
+        rows.append(config_of(cfg.teacher_model).get_text_config().vocab_size)
         expected = "a teacher with the student's tokenizer"
         if cfg.kd_ratio == 0:
             expected += ", or step_scheduler.validate_teacher: false"
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
-            vocab_size = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
-    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, world)
-    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, world)
-    return DistillationLoss(ce, divergence, cfg.kd_ratio, vocab_size)
+            shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
+    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
+    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, shared or rows[0], world)
+    return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
 
 
-def _build_part_of_loss(component: Component, check: Callable[[Any], None], world: World) -> Any:
-    """Return the loss of a section on this rank's device, after a check of its contract."""
+def _build_part_of_loss(
+    component: Component, check: Callable[[Any, int], None], vocab: int, world: World
+) -> Any:
+    """Return the loss of a section on this rank's device, after a check of its contract with
+    logits of so many ids."""
     try:
         loss = instantiate(component)
-        check(loss)
+        check(loss, vocab)
     except ValueError as error:
         raise ConfigError([f"{component.key}: {component.name}: {error}"]) from error
     return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss

@@ -100,18 +100,17 @@ class Trainer:
                 finite, or another rank that is gone.
         """
         try:
-            if self._owes_validation():
-                self.validate()
+            stops = self._validate_first()
             batches = self.batches.after(self.state.step)
-            while not self.is_done:
+            while not (stops or self.is_done):
                 # The time of a step includes loading its data, but not validation and checkpoints.
                 started = time.perf_counter()
                 self._step(next(batches), started)
-                if self._validate_and_save():
-                    break
+                stops = self._validate_and_save()
+            finished = self.is_done and not (self.state.step and self._owes_validation())
             if self.checkpointer is not None and self.schedule.total_steps:
-                self.checkpointer.mark(self.state.step, self.is_done)
-            return self.is_done
+                self.checkpointer.mark(self.state.step, finished)
+            return finished
         except RuntimeError as error:
             lost = lost_ranks(error, self.world)
             if lost is None:
@@ -128,13 +127,33 @@ class Trainer:
         return self.schedule.has_no_patience(self.state.not_lower)
 
     def _owes_validation(self) -> bool:
-        """Return whether to validate before the first step: at the start of a fresh run, in a run
-        without steps, or because a signal interrupted the last validation."""
+        """Return whether a validation is still to be made after the present step: the one at the
+        start of a fresh run, or one that a signal interrupted."""
         step = self.state.step
-        if step == 0:
-            return self.validate_first or self.schedule.max_steps == 0
-        missed = self.schedule.validates(step) and self.state.validated < step
-        return missed or self.schedule.max_steps == 0
+        is_due = self.schedule.validates(step) if step else self.validate_first
+        return is_due and self.state.validated < step and bool(self.validation_loaders)
+
+    def _validate_first(self) -> bool:
+        """Validate before the first step if that is due, and return whether the run stops here."""
+        if not (self._owes_validation() or self.schedule.max_steps == 0):
+            return False
+        validated = self.validate()
+        if self._ends_early:  # its last checkpoint was saved as one of many
+            self._say_that_it_ends()
+            if self.checkpointer is not None:
+                self.checkpointer.export_final(self.student)
+        # Nothing is lost by stopping at a step that a checkpoint holds.
+        return validated is None and self.state.step > 0 and self._should_stop_or_save()[0]
+
+    def _say_that_it_ends(self) -> None:
+        lowest, best = self.state.lowest_loss, ""
+        if self.checkpointer is not None:
+            best = "; BEST names the checkpoint of the lowest one"
+        self._say(
+            f"ends here: the last {self.state.not_lower} validations have not lowered the "
+            f"validation loss of {'nan' if lowest is None else f'{lowest:.4f}'} "
+            f"(step_scheduler.patience){best}"
+        )
 
     def _step(self, micro_batches: list[Batch], started: float) -> None:
         """Take one optimizer step and log it."""
@@ -180,10 +199,10 @@ class Trainer:
         # The last step, or the last one before a signal ends the run, is always saved.
         if self._ends_early and not is_last:
             is_last = True
-            self._say(
-                f"ends here: the last {self.state.not_lower} validations have not lowered the "
-                f"validation loss of {self.state.lowest_loss:.4f} (step_scheduler.patience)"
-            )
+            self._say_that_it_ends()
+        # With patience the best weights are those of an earlier validation: they are kept too.
+        is_best = validated is not None and self.state.not_lower == 0
+        saves = saves or (is_best and self.schedule.patience is not None)
         saves = saves or stops or is_last or self.schedule.saves(self.state.step)
         if self.checkpointer is not None and saves:
             loss = None if validated is None else validated["loss"]

@@ -85,8 +85,9 @@ def test_chunked_equals_plain(
     expected, expected_sums, expected_grads = evaluate(plain, *inputs, scale=scale, softcap=softcap)
     top = max(1.0, expected_sums.abs().max().item())
     assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6 * top)
-    # At equal logits "the" best token is a matter of order.
-    assert torch.allclose(sums, expected_sums, rtol=1e-5, atol=2e-6 * top)
+    # At equal logits "the" best token is a matter of order. Entropies and KL are differences of
+    # numbers as large as the logits, some tens: fp32 leaves a few millionths of them a token.
+    assert torch.allclose(sums, expected_sums, rtol=1e-5, atol=1e-5 * top)
     for got, want in zip(grads, expected_grads, strict=True):
         want = torch.zeros_like(got) if want is None else want
         largest = want.abs().max().item() if want.numel() else 0.0
@@ -340,3 +341,19 @@ def _peak_bytes(function):
 def test_a_negative_chunk_is_refused(chunk):
     with pytest.raises(ValueError, match="chunk_size must be an integer ≥ 0"):
         KDLoss(chunk_size=chunk)
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (5, 3)])
+def test_a_part_of_weight_0_adds_nothing_to_a_gradient_even_where_it_is_infinite(extra):
+    def endless(logits, labels):
+        return (torch.sqrt(logits - logits.detach()) * float("1e30")).sum()
+
+    hidden, weight, _, labels, teacher, teacher_weight = case(12, 9, 20, extra=extra)
+    inputs = labels, States(teacher, Head(teacher_weight))
+    grads = []
+    for ce in (endless, MaskedCrossEntropy()):
+        leaf = hidden.clone().requires_grad_()
+        loss = DistillationLoss(ce, KDLoss(temperature=2.0, chunk_size=4), 1.0, 20)
+        loss(States(leaf, Head(weight)), *inputs)[0].backward()
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)

@@ -72,6 +72,46 @@ class WrongJoin(KDLoss):
         return super().of_chunk_with_softmax(pair, 1.0 - alpha / 2)
 
 
+class WrongValue(KDLoss):
+    def of_chunk_with_softmax(self, pair, alpha):
+        values, gradient = super().of_chunk_with_softmax(pair, alpha)
+        return 3.0 * values, gradient
+
+
+class Unannounced(KDLoss):
+    """A reverse KL that does not say that it reads the teacher's logits."""
+
+    def value(self, log_p, log_q):
+        return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+    def of_chunk(self, pair):
+        r = pair.log_q - pair.log_p
+        value = (pair.q * r).sum(-1, keepdim=True)
+        return value, pair.q * (r - value)
+
+    of_chunk_with_softmax = None
+
+
+class Smoothed(MaskedCrossEntropy):
+    def __call__(self, logits, labels):
+        return F.cross_entropy(logits, labels, reduction="sum", label_smoothing=0.5)
+
+
+def of_the_likeliest(student, teacher, labels):
+    """The KL over the teacher's 50 likeliest ids."""
+    valid = labels != -100
+    ids = teacher[valid].topk(50).indices
+    return kl(logs, logs)(
+        student[valid].gather(1, ids), teacher[valid].gather(1, ids), labels[valid]
+    )
+
+
+def test_a_loss_is_tried_with_the_vocabulary_of_the_models():
+    check_divergence(of_the_likeliest, 96)
+    with pytest.raises(ValueError, match="fails on a small example"):
+        check_divergence(of_the_likeliest, 11)
+
+
 @pytest.mark.parametrize(
     "loss",
     [*documented(), Buffered(), KDLoss(temperature=3.0), KDLoss(temperature=1e4), kl(logs, logs)],
@@ -110,7 +150,9 @@ def test_a_loss_that_meets_the_contract_is_taken_and_trains(loss):
         ),
         (Overridden(), "its of_chunk gives .* and its call .*; override `value`"),
         (WrongSign(), "the gradient of its of_chunk differs"),
-        (WrongJoin(), "the gradient of its of_chunk_with_softmax differs"),
+        (WrongJoin(), "the gradient of its of_chunk differs"),
+        (WrongValue(), r"its of_chunk gives .* \(of the kd_loss\)"),
+        (Unannounced(), "reads the teacher's logits after they were given up"),
         (Trained(11, 2), r"has parameters \(weight, bias\)"),
         (3, "cannot be called"),
     ],
@@ -125,3 +167,5 @@ def test_a_cross_entropy_need_not_be_zero_but_must_be_a_sum():
     check_cross_entropy(torch.nn.CrossEntropyLoss(reduction="sum", label_smoothing=0.1))
     with pytest.raises(ValueError, match="return the sum over tokens, not a mean"):
         check_cross_entropy(torch.nn.CrossEntropyLoss())
+    with pytest.raises(ValueError, match=r"its of_chunk gives .* \(of the ce_loss\)"):
+        check_cross_entropy(Smoothed())

@@ -26,6 +26,10 @@ def test_patience_counts_validations_that_lower_nothing():
         seen.append((state.not_lower, schedule.has_no_patience(state.not_lower)))
     assert seen == [(0, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
     assert state.lowest_loss == 1.9
+    begun_badly = TrainState()
+    for loss in (float("nan"), 3.0, 2.0):
+        begun_badly.note_validation(loss)
+    assert (begun_badly.lowest_loss, begun_badly.not_lower) == (2.0, 0)
     assert not Schedule(4).has_no_patience(99)
 
 
