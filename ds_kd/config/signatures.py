@@ -90,7 +90,7 @@ def explain_absence(dotted: str) -> str:
             return f"{path}, line {error.lineno}: {error.msg}"
         except (OSError, ValueError):
             return ""
-        is_module = path.name == "__init__.py" and any(path.parent.glob(f"{name}*"))
+        is_module = path.name == "__init__.py" and _holds_module(path.parent, name)
         if is_module or names & {name, "*", "__getattr__"}:
             return ""
         near = difflib.get_close_matches(name, names, n=1)
@@ -104,9 +104,14 @@ def explain_absence(dotted: str) -> str:
     if spec is None:
         return f"there is no module {parts[0]}; is PYTHONPATH set?"
     places = [Path(place) for place in spec.submodule_search_locations or ()]
-    if not places or any(found for place in places for found in place.glob(f"{parts[1]}*")):
+    if not places or any(_holds_module(place, parts[1]) for place in places):
         return ""
     return f"{places[0]} has no {parts[1]}; is PYTHONPATH set?"
+
+
+def _holds_module(directory: Path, name: str) -> bool:
+    """Return whether a directory holds a package or a module, compiled ones too."""
+    return (directory / name).is_dir() or any(directory.glob(f"{name}.*"))
 
 
 def _find_names(tree: ast.Module) -> set[str]:

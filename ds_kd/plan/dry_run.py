@@ -306,8 +306,8 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
         if not component.name.startswith("ds_kd.data."):
             rows = OwnSamples(rows, len(tokenizer), labels)
         some = [rows[k] for k in range(min(len(rows), _SAMPLES))]
-        if not some:
-            raise ValueError("it gives no samples")
+        if not any(len(row["input_ids"]) for row in some):
+            raise ValueError("there is no token in its first samples")
     except (ConfigError, ValueError, OSError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
             return total, 1.0, None

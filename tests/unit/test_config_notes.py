@@ -90,6 +90,7 @@ OUTSIDE = "from torch.nn import Module\nclass TotalVariation: ...\nif True:\n   
         ("near_losses.TotalVariatoin", "has no TotalVariatoin; did you mean TotalVariation?"),
         ("broken_losses.TotalVariation", "broken_losses.py, line 2: "),
         ("near_parts.losses.Own", "has no losses; is PYTHONPATH set?"),
+        ("near_parts.ow.f", "has no ow; is PYTHONPATH set?"),
         ("near_losses.TotalVariation", ""),
         ("near_losses.make", ""),
         ("near_losses.Module", ""),

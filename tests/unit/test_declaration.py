@@ -125,6 +125,8 @@ def test_a_data_set_from_outside_that_takes_no_limit_is_planned(poems, tmp_path)
     # A sample that breaks the contract ends in its number.
     wrong = poems(rows, *plain, f"dataset={{{section}, labels: shifted}}")
     assert wrong.returncode == 2 and "dataset.path: " in wrong.err and "labels" in wrong.err
+    bare = poems([{"title": "", "poem": "w5"}], *plain, f"dataset={{{section}, labels: unshifted}}")
+    assert bare.returncode == 2 and "there is no token in its first samples" in bare.err
 
 
 def test_a_declaration_that_cannot_be_imported_is_told_with_its_error(poems):
