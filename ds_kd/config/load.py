@@ -12,11 +12,15 @@ from typing import Any
 
 from ds_kd import __version__
 from ds_kd.config.checks.combinations import find_contradictions, misfit_of_batch
-from ds_kd.config.checks.components import check_component, check_components
+from ds_kd.config.checks.components import (
+    check_component,
+    check_components,
+    note_on_absent_code,
+)
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
-from ds_kd.config.components import ConfigError
+from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.keys import keys_of
 from ds_kd.config.nemo import Translation
 from ds_kd.config.schema import Rng, RunConfig
@@ -76,9 +80,17 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
 
     # Only a config without problems gets notes on keys that have no effect.
     cfg.notes += find_idle_keys(cfg, data)
+    cfg.notes += filter(None, map(note_on_absent_code, _list_components(values)))
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
     return cfg
+
+
+def _list_components(values: dict[str, Any]) -> list[Component]:
+    """Return the components among the values of a config, those of named sets too."""
+    several = [value for value in values.values() if isinstance(value, dict)]
+    found = [*values.values(), *(part for parts in several for part in parts.values())]
+    return [part for part in found if isinstance(part, Component)]
 
 
 #: Keys of lr_scheduler → the NeMo-AutoModel names that `translate_schedule` makes them from.

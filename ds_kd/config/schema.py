@@ -34,6 +34,8 @@ from ds_kd.config.sections import (
 )  # fmt: skip
 from ds_kd.config.text.yaml_source import Source
 
+_KEPT_BY_TIME = 2  # newest checkpoints, where no steps are named to save after
+
 
 @dataclass
 class RunConfig:
@@ -137,6 +139,13 @@ class RunConfig:
         """Return whether a teacher is loaded, for training or for validation alone."""
         measures = self.step_scheduler.validate_teacher and self.validates
         return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
+
+    @property
+    def keep_last(self) -> int | None:
+        """Return the number of newest checkpoints that stay, or None if all do."""
+        # Checkpoints by time alone are for resuming only.
+        by_time = self.step_scheduler.ckpt_every_steps is None
+        return self.checkpoint.keep_last or (_KEPT_BY_TIME if by_time else None)
 
     @property
     def tensorboard_dir(self) -> str:

@@ -48,7 +48,7 @@ class StepScheduler:
     patience: int | None = key(
         None,
         "Ends the run when this many validations in a row have not lowered the validation loss. "
-        "By default it does not end early.",
+        "By default it does not end early. Needs val_every_steps.",
         "validations",
         low=1,
     )
@@ -122,7 +122,7 @@ class Checkpoint:
     )
     keep_best: int = key(
         1,
-        "Also keeps this many checkpoints of lowest validation loss, if keep_last is given.",
+        "Also keeps this many checkpoints of lowest validation loss, unless all stay (keep_last).",
         "checkpoints",
         low=0,
     )

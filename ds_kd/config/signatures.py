@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import difflib
 import functools
 import importlib.util
 from dataclasses import dataclass
@@ -73,6 +74,57 @@ def divergences() -> tuple[str, ...]:
         for node in classes
         if any(isinstance(base, ast.Name) and base.id in known for base in node.bases)
     )
+
+
+def explain_absence(dotted: str) -> str:
+    """Return why a name will not be found, or an empty text if it is there, or may be: in a module
+    without a source file, or put there as the module runs."""
+    parts = dotted.split(".")
+    for split in range(len(parts) - 1, 0, -1):
+        path, name = _file_of(".".join(parts[:split])), parts[split]
+        if path is None:
+            continue
+        try:
+            names = _find_names(ast.parse(path.read_text()))
+        except SyntaxError as error:
+            return f"{path}, line {error.lineno}: {error.msg}"
+        except (OSError, ValueError):
+            return ""
+        is_module = path.name == "__init__.py" and _holds_module(path.parent, name)
+        if is_module or names & {name, "*", "__getattr__"}:
+            return ""
+        near = difflib.get_close_matches(name, names, n=1)
+        return f"{path} has no {name}" + (f"; did you mean {near[0]}?" if near else "")
+
+    # No module of the name has a source file; a directory of others still has a place.
+    try:
+        spec = importlib.util.find_spec(parts[0])
+    except (ImportError, ValueError):
+        return ""
+    if spec is None:
+        return f"there is no module {parts[0]}; is PYTHONPATH set?"
+    places = [Path(place) for place in spec.submodule_search_locations or ()]
+    if not places or any(_holds_module(place, parts[1]) for place in places):
+        return ""
+    return f"{places[0]} has no {parts[1]}; is PYTHONPATH set?"
+
+
+def _holds_module(directory: Path, name: str) -> bool:
+    """Return whether a directory holds a package or a module, compiled ones too."""
+    return (directory / name).is_dir() or any(directory.glob(f"{name}.*"))
+
+
+def _find_names(tree: ast.Module) -> set[str]:
+    """Return every name that some line of a module defines, imports or assigns."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, ast.alias):
+            found.add((node.asname or node.name).partition(".")[0])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
 
 
 def _file_of(module: str) -> Path | None:

@@ -11,6 +11,8 @@ from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
+from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import first_line
 from ds_kd.losses.chunked import default_chunk
@@ -296,19 +298,24 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     total = None
     try:
         total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = {**kwargs, limit: min(total, _SAMPLES)}
-        few.pop("labels", None)  # shifted or not, lengths are the same
+        few = {**kwargs, limit: min(total, _SAMPLES)} if data.takes_limit else {**kwargs}
+        labels = few.pop("labels", SHIFTED)
         alone = World(0, 1, torch.device("cpu"), "gloo")
-        rows = data.build(tokenizer=tokenizer_of(cfg.model, alone), **few)
-        some = [(len(row["input_ids"]), row["labels"]) for row in rows]
-    except (ConfigError, ValueError) as error:
+        tokenizer = tokenizer_of(cfg.model, alone)
+        rows = data.build(tokenizer=tokenizer, **few)
+        if not component.name.startswith("ds_kd.data."):
+            rows = OwnSamples(rows, len(tokenizer), labels)
+        some = [rows[k] for k in range(min(len(rows), _SAMPLES))]
+        if not any(len(row["input_ids"]) for row in some):
+            raise ValueError("there is no token in its first samples")
+    except (ConfigError, ValueError, OSError) as error:
         if isinstance(error, ConfigError) or not Path(str(source)).exists():
             return total, 1.0, None
         raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
 
-    lengths = sorted(length for length, _ in some)
-    labels = sum(label != -100 for _, row in some for label in row)
-    return total, labels / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
+    lengths = sorted(len(row["input_ids"]) for row in some)
+    taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
+    return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 
 
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
@@ -336,12 +343,15 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     local = steps.local_batch_size
     packed = cfg.packed_sequence.packed_sequence_size
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
+    chunk = kwargs.get("chunk_size")  # 0 takes all tokens of a micro-batch at once
+    if chunk is None:
+        chunk = default_chunk("cuda" if cuda else "cpu")
     values: dict[str, Any] = {
         "tokens": packed * local if packed else tokens,
         "length": max(1, (packed * local if packed else tokens) // local),
         "supervised": supervised,
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
-        "chunk": kwargs.get("chunk_size") or default_chunk("cuda" if cuda else "cpu"),
+        "chunk": chunk or (packed * local if packed else tokens),
         "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs

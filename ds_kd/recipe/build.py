@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.manifest import FINAL, LATEST
 from ds_kd.checkpoint.retention import Retention
-from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate
@@ -292,32 +290,6 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
     return made[0] if made else None
 
 
-@contextlib.contextmanager
-def lock_directory(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
-    """Lock the checkpoint directory for this run; yields None if checkpoints are off.
-
-    Raises:
-        ConfigError: another run uses it, or it cannot be written.
-    """
-    if not cfg.checkpoint.enabled:
-        yield None
-        return
-    directory = Path(cfg.checkpoint.checkpoint_dir)
-    lock = RunLock(directory)
-
-    def take() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock.take()
-
-    expected = "a directory that can be written and that no other run uses"
-    with config_error("checkpoint.checkpoint_dir", cfg.checkpoint.checkpoint_dir, expected):
-        on_rank0(take, world)
-    try:
-        yield lock
-    finally:
-        lock.release()
-
-
 def _make_checkpointer(
     cfg: RunConfig, tokenizer: Any, loader: Any, validation: dict[str, Any], world: World
 ) -> Checkpointer | None:
@@ -325,15 +297,12 @@ def _make_checkpointer(
     if not wanted.enabled:
         return None
     held_out = {name: each.dataset.dataset for name, each in validation.items()}  # no filler
-    keep_last = wanted.keep_last
-    if keep_last is None and cfg.step_scheduler.ckpt_every_steps is None:
-        keep_last = 2  # checkpoints by time are for resuming only
     return Checkpointer(
         Path(wanted.checkpoint_dir),
         world,
         tokenizer,
         wanted.save_consolidated,
-        Retention(keep_last, wanted.keep_best),
+        Retention(cfg.keep_last, wanted.keep_best),
         fingerprint(cfg) | hash_samples("training", loader.dataset.dataset),
         cfg.text,
         stops_on_failed_save=wanted.on_failed_save == "stop",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.config.checks.machine import refuse_missing_packages
+from ds_kd.config.components import config_error
 from ds_kd.config.schema import RunConfig
 from ds_kd.parallel import world as distributed
 from ds_kd.parallel.signals import StopRequest
-from ds_kd.parallel.world import World
+from ds_kd.parallel.world import World, on_rank0
 from ds_kd.process import check_caches
-from ds_kd.recipe.build import build, lock_directory
+from ds_kd.recipe.build import build
 from ds_kd.recipe.changes import refuse_changes
 from ds_kd.train.trainer import Trainer
 
@@ -36,7 +39,7 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
-        lock = held.enter_context(lock_directory(cfg, world))
+        lock = held.enter_context(lock_directories(cfg, world))
         # After an error no barrier is waited for, as other ranks may not reach it.
         held.push(lambda error, *_: None if error else distributed.stop())
         trainer = _build_trainer(cfg, world, listens)
@@ -44,6 +47,37 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
         trainer.held = held.pop_all()
         return trainer
     raise AssertionError("none of the contexts above suppresses an error")
+
+
+@contextmanager
+def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
+    """Lock the directories of checkpoints and of the log for this run; yields the lock of the
+    former, or None if checkpoints are off.
+
+    Raises:
+        ConfigError: another run uses one of them, or it cannot be written.
+    """
+    names = {"tensorboard.log_dir": cfg.tensorboard_dir}
+    if cfg.checkpoint.enabled:
+        names = {"checkpoint.checkpoint_dir": cfg.checkpoint.checkpoint_dir, **names}
+    locks = [RunLock(Path(name)) for name in names.values()]
+
+    # Rank 0 alone takes them, so that all ranks see one answer, whatever their paths lead to.
+    def take() -> None:
+        taken: set[Path] = set()  # both may be one directory
+        for lock, (key, name) in zip(locks, names.items(), strict=True):
+            directory = Path(name)
+            with config_error(key, name, "a directory to write in that no other run uses"):
+                directory.mkdir(parents=True, exist_ok=True)
+                if directory.resolve() not in taken:
+                    lock.take()
+            taken.add(directory.resolve())
+
+    with ExitStack() as held:
+        for lock in locks:
+            held.callback(lock.release)
+        on_rank0(take, world)
+        yield locks[0] if cfg.checkpoint.enabled else None
 
 
 def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:

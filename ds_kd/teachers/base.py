@@ -12,16 +12,21 @@ from ds_kd.losses.buffers import Buffers
 
 
 class OpenedOutput(Protocol):
-    """A teacher's output while a loss reads it."""
+    """A teacher's output while a loss reads it, a chunk of supervised tokens at a time."""
 
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
-        """Return the first `vocab` logits of some supervised tokens, `[tokens, vocab]`.
+        """Return the first `vocab` logits of some supervised tokens, `[tokens, vocab]`, in
+        `buffers.dtype`.
+
+        The loss overwrites the result in place: a view of something that is kept, such as a cache,
+        would be corrupted. Copy into `buffers.get(name, tokens, vocab)` and return that.
 
         Args:
-            rows: the tokens, numbered among the batch's supervised ones.
+            rows: the tokens, as a slice of the batch's `supervised` positions in their order. It
+                may reach beyond the last one, and is empty for a batch that supervises nothing.
             vocab: number of ids that both models share.
-            name: the buffer to use.
-            buffers: memory for the result, which the caller overwrites.
+            name: the name of the buffer to use.
+            buffers: memory for the result.
         """
 
 

@@ -99,7 +99,7 @@ class Metrics:
         values: dict[str, float],
         sets: dict[str, dict[str, float]] | None = None,
     ) -> None:
-        """Record a validation; tags get the prefix `val_`, and `val_<name>_` of a named set.
+        """Record a validation; tags get the prefix `val_`, and `val_<name>/` of a named set.
 
         Args:
             values: values by tag, over all sets.
@@ -107,7 +107,8 @@ class Metrics:
         """
         record = {f"val_{tag}": value for tag, value in values.items()}
         for name, part in (sets or {}).items():
-            record |= {f"val_{name}_{tag}": value for tag, value in part.items()}
+            # Names hold no slash, so that no set can take the tags of another or of the mean.
+            record |= {f"val_{name}/{tag}": value for tag, value in part.items()}
         self._record(step, record)
         self.say(f"validation after step {step}: {_show(values)}")
         for name, part in (sets or {}).items():

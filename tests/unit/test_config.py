@@ -876,6 +876,39 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
         validator.validate({**run, **right})
 
 
+@pytest.mark.parametrize(
+    ("key", "made", "is_right"),
+    [
+        ("validation_dataset", lambda data: {"squad": data, "other": data}, True),
+        ("validation_dataset", lambda data: {"squad": data, "other": None}, True),
+        ("validation_dataset", lambda data: data, True),
+        ("validation_dataset_squad", lambda data: data, True),
+        ("validation_dataset", lambda data: {"squad": {**data, "no_such": 1}}, False),
+        ("validation_dataset", lambda data: {"squad": {"dataset_name": "a"}}, False),
+        ("validation_dataset", lambda data: {"a-b": data}, False),
+        ("validation_dataset", lambda data: {"squad": 3}, False),
+        ("validation_dataset", lambda data: {}, False),
+        ("validation_dataset", lambda data: {**data, "no_such": 1}, False),
+        ("validation_dataset_squad", lambda data: {**data, "no_such": 1}, False),
+        ("dataset", lambda data: {"dataset_name": "a"}, False),
+    ],
+)
+def test_the_json_schema_takes_the_validation_sets_that_load_takes(key, made, is_right):
+    import jsonschema
+    import yaml
+
+    from ds_kd.config.reference.json_schema import json_schema
+
+    run = yaml.safe_load(GUIDE.read_text())
+    run[key] = made(run["dataset"])
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(run) is is_right
+    if is_right:
+        load(run)
+    else:
+        with pytest.raises(ConfigError):
+            load(run)
+
+
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]

@@ -28,6 +28,11 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
         ([NO_VALIDATION], "validation_dataloader", "no validation_dataset"),
         (["checkpoint.keep_best=2"], "checkpoint.keep_best", "without checkpoint.keep_last"),
         (
+            ["step_scheduler.val_every_steps=null", "step_scheduler.patience=2"],
+            "step_scheduler.patience",
+            "validates after its last step only",
+        ),
+        (
             [NO_VALIDATION, "checkpoint={keep_last: 2, keep_best: 2}"],
             "checkpoint.keep_best",
             "no validation_dataset",
@@ -64,6 +69,50 @@ def test_a_key_without_effect_is_noted_by_name_and_reason(overrides, key, reason
 def test_a_config_all_of_whose_keys_count_has_no_such_note():
     cfg = load(GUIDE, [SQUAD % "seq_length: 64, truncation: true"])
     assert not [note for note in cfg.notes if "no effect" in note]
+
+
+def test_the_best_checkpoints_count_where_those_by_time_do_not_all_stay():
+    """Without `ckpt_every_steps` two of the newest stay, as the run and the note decide alike."""
+    by_time = ["step_scheduler.ckpt_every_steps=null", "checkpoint.keep_best=3"]
+    cfg = load(GUIDE, by_time)
+    assert cfg.keep_last == 2 and not [note for note in cfg.notes if "keep_best" in note]
+    assert load(GUIDE, ["step_scheduler.ckpt_every_steps=5"]).keep_last is None
+    assert load(GUIDE, [*by_time, "checkpoint.keep_last=7"]).keep_last == 7
+
+
+OUTSIDE = "from torch.nn import Module\nclass TotalVariation: ...\nif True:\n    make = Module\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        ("far_losses.TotalVariation", "there is no module far_losses; is PYTHONPATH set?"),
+        ("near_losses.TotalVariatoin", "has no TotalVariatoin; did you mean TotalVariation?"),
+        ("broken_losses.TotalVariation", "broken_losses.py, line 2: "),
+        ("near_parts.losses.Own", "has no losses; is PYTHONPATH set?"),
+        ("near_parts.ow.f", "has no ow; is PYTHONPATH set?"),
+        ("near_losses.TotalVariation", ""),
+        ("near_losses.make", ""),
+        ("near_losses.Module", ""),
+        ("near_parts.own.f", ""),
+        ("math.sqrt", ""),
+    ],
+)
+def test_code_from_outside_that_is_not_found_is_noted(target, said, tmp_path, monkeypatch):
+    (tmp_path / "near_losses.py").write_text(OUTSIDE)
+    (tmp_path / "broken_losses.py").write_text("raise RuntimeError\nclass TotalVariation(:\n")
+    (tmp_path / "near_parts").mkdir()
+    (tmp_path / "near_parts" / "own.py").write_text("def f(): ...\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    allow = (target.partition(".")[0],)
+    told = [
+        n for n in load(GUIDE, [f"kd_loss_fn={{_target_: {target}}}"], allow).notes if target in n
+    ]
+    assert len(told) == bool(said) and said in "".join(told)
+    assert not told or told[0].startswith(f"kd_loss_fn._target_: {target} is not found here: ")
+    sets = f"validation_dataset={{one: {{_target_: {target}}}}}"
+    told = [n for n in load(GUIDE, [sets], allow).notes if target in n]
+    assert len(told) == bool(said)
 
 
 def test_checking_prints_the_notes_and_finds_nothing_wrong(capsys):

@@ -34,6 +34,22 @@ def read_poems(tokenizer, poems, split="train", most=None):
 """
 
 
+#: The example of docs/data.md: a declaration, no argument that limits the rows, unshifted labels.
+WITHOUT_LIMIT = """
+import json
+
+from ds_kd.data.rows.declaration import data_set
+
+@data_set("path", ("title", "poem"))
+def poems(tokenizer, path, seq_length=512):
+    samples = []
+    for line in open(path, encoding="utf-8"):
+        title, poem = (tokenizer(text)["input_ids"] for text in json.loads(line).values())
+        samples.append({"input_ids": title + poem, "labels": [-100] * len(title) + poem})
+    return samples
+"""
+
+
 def test_each_data_set_is_found_and_reads_rows_with_its_columns():
     names = {each.name.rpartition(".")[2] for each in known_data_sets()}
     assert names >= {"make_squad_dataset", "HellaSwag", "ChatDataset", "make_sharegpt_dataset",
@@ -47,7 +63,11 @@ def test_each_data_set_is_found_and_reads_rows_with_its_columns():
 @pytest.fixture
 def poems(tmp_path, monkeypatch, capsys):
     """A data set in one file outside the package, and what runs the command on it."""
-    for name, text in (("my_poems", POEMS), ("my_broken", "import not_there\n" + POEMS)):
+    for name, text in (
+        ("my_poems", POEMS),
+        ("my_plain", WITHOUT_LIMIT),
+        ("my_broken", "import not_there\n" + POEMS),
+    ):
         (tmp_path / f"{name}.py").write_text(text)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -92,6 +112,21 @@ def test_a_data_set_from_outside_is_shown_and_needs_to_be_allowed(poems):
     assert refused.returncode == 2 and "add --allow-targets my_poems" in refused.err
     wrong = poems(GOOD, *ALLOW, "--check", "dataset.most=0")
     assert "dataset.most: got 0, expected an integer ≥ 1" in wrong.err
+
+
+def test_a_data_set_from_outside_that_takes_no_limit_is_planned(poems, tmp_path):
+    rows = [*GOOD, *({"title": "w1", "poem": "w5 w6 w7"} for _ in range(97))]
+    plain = ("--allow-targets", "my_plain", "--dry-run", "step_scheduler.local_batch_size=2")
+    section = f"_target_: my_plain.poems, path: {tmp_path / 'rows.jsonl'}"
+    told = poems(rows, *plain, f"dataset={{{section}, labels: unshifted}}")
+    # Four tokens in 97 of the samples, one less where unshifted labels lose the last position.
+    assert "nine tenths of its first 64 samples have at most 3" in told.out, told.err
+    assert "from 100 samples" in told.out and "about 6 tokens each" in told.out
+    # A sample that breaks the contract ends in its number.
+    wrong = poems(rows, *plain, f"dataset={{{section}, labels: shifted}}")
+    assert wrong.returncode == 2 and "dataset.path: " in wrong.err and "labels" in wrong.err
+    bare = poems([{"title": "", "poem": "w5"}], *plain, f"dataset={{{section}, labels: unshifted}}")
+    assert bare.returncode == 2 and "there is no token in its first samples" in bare.err
 
 
 def test_a_declaration_that_cannot_be_imported_is_told_with_its_error(poems):

@@ -86,6 +86,19 @@ def test_a_run_that_begins_anew_sets_the_log_before_it_aside(tmp_path):
     assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 2
 
 
+def test_no_name_of_a_validation_set_takes_the_tags_of_another(tmp_path):
+    """`ce` with its loss is not the mean's `ce_loss`, nor `a` with `ce_loss` the loss of `a_ce`."""
+    metrics = Metrics(tmp_path, out=io.StringIO())
+    names = ["ce", "kd", "a", "a_ce"]
+    sets = {name: {"loss": 10.0 + k, "ce_loss": 20.0 + k} for k, name in enumerate(names)}
+    metrics.validation(3, {"loss": 1.0, "ce_loss": 2.0}, sets)
+    metrics.close()
+    (record,) = records(tmp_path)
+    assert record["val_loss"] == 1.0 and record["val_ce_loss"] == 2.0
+    for name, values in sets.items():
+        assert {tag: record[f"val_{name}/{tag}"] for tag in values} == values
+
+
 def test_a_log_that_is_not_gone_on_with_stays_as_it_is(tmp_path):
     log(tmp_path, (1, 2))
     before = (tmp_path / "metrics.jsonl").read_bytes()

@@ -6,8 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from ds_kd.config.load import load
+from ds_kd.losses.chunked import default_chunk
 from ds_kd.plan import memory as plan
+from ds_kd.plan.dry_run import work_of
 from tests import tiny
 from tests.scripts import script
 
@@ -97,3 +101,15 @@ def test_a_config_json_is_enough_and_the_length_can_be_given(words, capsys):
     run = [word for word in words if word not in ("--gpu-memory", "64GB")]
     assert script("kd").main([*run, "--check"]) == 2
     assert "a tokenizer" in capsys.readouterr().err
+
+
+def test_a_chunk_size_of_zero_is_planned_as_all_tokens_of_a_micro_batch(words):
+    overrides = [word for word in words if "=" in word]
+    for given, chunk in (("0", 5000), ("64", 64), ("null", default_chunk("cpu"))):
+        cfg = load(
+            GUIDE,
+            [*overrides, f"kd_loss_fn.chunk_size={given}", "dist_env.backend=gloo"],
+            config_only=True,
+        )
+        if given != "null" or not torch.cuda.is_available():
+            assert work_of(cfg, 1, 5000, 0.5).chunk == chunk

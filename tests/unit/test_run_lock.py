@@ -13,8 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from ds_kd.checkpoint.run_lock import NAME, DirectoryInUse, RunLock
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
+from ds_kd.parallel.world import World
+from ds_kd.recipe.run import lock_directories
 
 ROOT = Path(__file__).parents[2]
 HOLD = (
@@ -155,3 +160,34 @@ def test_without_hard_links_and_without_locks_it_is_taken_all_the_same(tmp_path,
     with pytest.raises(DirectoryInUse):
         RunLock(tmp_path).take()
     lock.release()
+
+
+ALONE = World(0, 1, torch.device("cpu"), "gloo")
+
+
+def config(checkpoints: Path, log: Path, *more: str):
+    places = (f"checkpoint.checkpoint_dir={checkpoints}", f"tensorboard.log_dir={log}")
+    return load(ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml", [*places, *more])
+
+
+@pytest.mark.parametrize(
+    "more", [(), ("checkpoint.enabled=false",)], ids=["saves", "saves nothing"]
+)
+def test_a_run_does_not_log_where_another_one_does(tmp_path, holder, more):
+    """The second one would set the first one's log aside, and its later records would be lost."""
+    own = tmp_path / "checkpoints"
+    with (
+        pytest.raises(ConfigError, match=rf"tensorboard\.log_dir: .*kill {holder.pid}"),
+        lock_directories(config(own, tmp_path, *more), ALONE),
+    ):
+        pass
+    assert not (own / NAME).exists()
+
+
+def test_a_run_may_log_into_its_own_checkpoint_directory(tmp_path):
+    with lock_directories(config(tmp_path / "a", tmp_path / "a"), ALONE) as lock:
+        assert lock is not None and lock.path == tmp_path / "a" / NAME and lock.path.exists()
+    assert not (tmp_path / "a" / NAME).exists()
+    with lock_directories(config(tmp_path / "a", tmp_path / "b"), ALONE):
+        assert (tmp_path / "a" / NAME).exists() and (tmp_path / "b" / NAME).exists()
+    assert not (tmp_path / "a" / NAME).exists() and not (tmp_path / "b" / NAME).exists()

@@ -20,7 +20,7 @@ from ds_kd.config.components import (
 )
 from ds_kd.config.keys import ComponentRules, Key
 from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
-from ds_kd.config.signatures import divergences, signature_of
+from ds_kd.config.signatures import divergences, explain_absence, signature_of
 from ds_kd.config.text.origins import decode
 from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
@@ -100,6 +100,17 @@ def check_component(
         problems += _check_signature(component, rules)
         problems += _check_rows(component, written)
     return component
+
+
+def note_on_absent_code(component: Component) -> str:
+    """Return a note on code from outside that is not found here, or an empty text.
+
+    It is no problem of the config, as the ranks may have another search path.
+    """
+    if component.name.startswith("ds_kd.") or not is_opened(component.name, component.allow):
+        return ""
+    why = explain_absence(component.name)
+    return f"{component.key}._target_: {component.name} is not found here: {why}" if why else ""
 
 
 def _read_target(value: Any, rules: ComponentRules, path: str, problems: list[str]) -> str | None:

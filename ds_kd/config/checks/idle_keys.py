@@ -26,7 +26,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         cfg: the checked config.
         data: the keys that the YAML sets, without defaults.
     """
-    checkpoints_off = not cfg.checkpoint.enabled
+    checkpoints_off, steps = not cfg.checkpoint.enabled, cfg.step_scheduler
     validates = cfg.validates
     compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
 
@@ -35,7 +35,9 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),
          "there is no validation_dataset"),
         (checkpoints_off, _OF_CHECKPOINTS, "checkpoints are off"),
-        (not cfg.checkpoint.keep_last, ("checkpoint.keep_best",),
+        (steps.val_every_steps is None, ("step_scheduler.patience",),
+         "without step_scheduler.val_every_steps the run validates after its last step only"),
+        (cfg.keep_last is None, ("checkpoint.keep_best",),
          "without checkpoint.keep_last every checkpoint stays"),
         (not validates, ("checkpoint.keep_best",), "there is no validation_dataset"),
         (not compiles, _OF_COMPILE, "compile.enabled is false"),

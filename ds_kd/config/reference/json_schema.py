@@ -19,12 +19,20 @@ _SPELLINGS: dict[str, dict[str, Any]] = {
     "lr_scheduler.min_lr": {"type": "number"},
     **{path: {"description": f"Accepted; {why}."} for path, why in WITHOUT_EFFECT.items()},
 }
+_NAMED = "NeMo-AutoModel's spelling of a named set."
 
 
 def json_schema() -> dict[str, Any]:
     """Return the schema of a whole YAML. Null and `${…}` are accepted everywhere."""
     made = _describe_section(RunConfig, "")
-    made["patternProperties"] = {"^_": {"description": "Not read."}}
+    made["patternProperties"] = {
+        "^_": {"description": "Not read."},
+        **{
+            rf"^{name}_\w+$": {**_describe_component(key.component), "description": _NAMED}
+            for name, key in keys_of(RunConfig).items()
+            if key.component and key.component.may_be_named
+        },
+    }
     made["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     made["title"] = "ds_kd"
     made["required"] = [
@@ -50,11 +58,10 @@ def _describe_key(key: Key) -> dict[str, Any]:
     elif key.component is not None:
         wanted = [_describe_component(key.component)]
         if key.component.may_be_named:
-            several = {"type": "object", "not": {"required": ["_target_"]}}
-            wanted = [
-                {**wanted[0], "required": ["_target_"]},
-                {**several, "additionalProperties": _describe_component(key.component)},
-            ]
+            part = {"anyOf": [_describe_component(key.component), {"type": "null"}]}
+            several = {"type": "object", "minProperties": 1, "not": {"required": ["_target_"]}}
+            named = {"patternProperties": {r"^\w+$": part}, "additionalProperties": False}
+            wanted.append({**several, **named})
     elif not key.kind.json:
         return {"description": key.sentence}
     else:
@@ -68,6 +75,8 @@ def _describe_component(rules: ComponentRules) -> dict[str, Any]:
     """Return the schema of a `_target_` section, with a case for each callable that it may name."""
     properties: dict[str, Any] = {"_target_": {"type": "string"}}
     made: dict[str, Any] = {"type": "object", "properties": properties}
+    if not rules.calls:
+        made["required"] = ["_target_"]
 
     # Each callable is one `if`/`then`: with this name, these arguments.
     cases = []

@@ -43,6 +43,11 @@ class DataSet:
         """Return whether its source is a list of other data sets' sections."""
         return not self.columns
 
+    @property
+    def takes_limit(self) -> bool:
+        """Return whether the data set has the argument that limits the number of rows."""
+        return self.limit in inspect.signature(self.build).parameters
+
     def source_of(self, arguments: dict[str, Any]) -> Any:
         """Return the value of the argument that names the rows, or its default."""
         default = inspect.signature(self.build).parameters[self.source].default
