@@ -78,10 +78,15 @@ def test_sharegpts_words_are_read(tmp_path):
 @pytest.mark.parametrize(
     "make, row, kwargs, said",
     [
-        (make_instruction_dataset, {"prompt": "a", "completion": None}, {}, "row 0: completion is"),
+        (
+            make_instruction_dataset,
+            {"prompt": "a", "completion": None},
+            {},
+            "line 1: completion is",
+        ),
         (make_instruction_dataset, {"prompt": "a"}, {}, "no column completion"),
         (make_instruction_dataset, {"a": "a"}, {"column_mapping": {"answer": "a"}}, "give answer"),
-        (make_text_dataset, {"text": 5}, {}, "row 0: text is 5"),
+        (make_text_dataset, {"text": 5}, {}, "line 1: text is 5"),
         (make_text_dataset, {"text": "a"}, {"truncation": True}, "truncation needs seq_length"),
     ],
 )
@@ -118,5 +123,5 @@ def test_nemos_column_mapped_data_set_is_known_to_the_check(tmp_path):
     section = f"{{_target_: ds_kd.data.text.make_sharegpt_dataset, dataset_name: {other}}}"
     path.write_text("".join(f"{n}: {json.dumps(v)}\n" for n, v in models.items()) +
                     f"dataset: {section}\n")  # fmt: skip
-    with pytest.raises(ConfigError, match="row 0: a conversation without an assistant turn"):
+    with pytest.raises(ConfigError, match="line 1: a conversation without an assistant turn"):
         load(path, [])

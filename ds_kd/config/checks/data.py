@@ -74,7 +74,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         if not {*columns} <= {*found}:
             hint = f"its first row has {', '.join(found)}"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
-        if wrong := _find_wrong_row(name, data, kwargs):
+        if wrong := _find_wrong_row(name, data, kwargs, len(files)):
             return problem(key, name, "rows that can be learnt from", wrong)
     return None
 
@@ -91,14 +91,14 @@ def _looks_like_file(name: str) -> bool:
     return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
 
 
-def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
+def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any], files: int) -> str:
     """Return the problem of some sampled rows of a file, or an empty text. A slice of a split is
     not checked, as it may leave these rows out."""
     limit, split = kwargs.get(data.limit), kwargs.get("split")
     if "[" in str(split):
         return ""
     try:
-        for place, row in sample_rows(name, limit if isinstance(limit, int) else None):
+        for place, row in sample_rows(name, limit if isinstance(limit, int) else None, files):
             try:
                 data.read(row, kwargs)
             except KeyError as error:
