@@ -177,6 +177,8 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
     steps = cfg.step_scheduler
     if rows is None:
         return [f"  steps: at most {steps.max_steps:,}"] if steps.max_steps else []
+
+    # The run's own division is made, so that the steps are those of the run.
     if (share := cfg.validation_share) is not None:
         with config_error("validation_share", share, "a share of two samples or more"):
             rows = len(hold_out(range(rows), share, cfg.rng.seed)[0])

@@ -52,6 +52,16 @@ def test_hub_ids_are_left_to_the_hub(name):
     load(GUIDE, [f"dataset={json.dumps(section)}"])
 
 
+def test_a_section_without_a_target_names_the_data_set_that_its_columns_tell(tmp_path):
+    section = {"dataset_name": write(tmp_path / "r.jsonl", PAIRS)}
+    with pytest.raises(ConfigError, match=r"are read by ds_kd.data.text.make_instruction_dataset"):
+        load(GUIDE, [f"dataset={json.dumps(section)}"])
+
+
+def test_plain_text_is_told_the_form_of_its_rows():
+    assert 'a .jsonl file of {"text": …} lines' in wrong("notes.txt", "make_text_dataset")
+
+
 # ---- several files
 
 
@@ -324,6 +334,10 @@ def test_the_parts_of_a_mixture_are_checked_like_sections(sources, tmp_path):
     assert "dataset.sources[0].trunkation: unknown key; did you mean" in told(
         {**sources[0], "trunkation": True}
     )
+    said = told({**sources[0], "wieght": 3})
+    assert "sources[0].wieght: unknown key; did you mean dataset.sources[0].weight?" in said
+    said = told({**sources[0], "qqq": 3})
+    assert "dataset_name" in said and "weight" in said
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": None}])
     assert "dataset.sources[1].dataset_name: got" in (
         said := told(sources[0], {"dataset_name": bad})

@@ -116,8 +116,23 @@ def test_nemos_column_mapped_data_set_is_known_to_the_check(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({**models, "dataset": section}))
     assert load(path, []).dataset.name == "ds_kd.data.text.make_instruction_dataset"
-    with pytest.raises(ConfigError, match="expected rows with q, answer; its first row has q, a"):
-        load(path, ["dataset.column_mapping.answer=answer"])
+    # A mistake in the mapping is told under its own key, with the columns that there are.
+    for wrong, said in (
+        (".answer=answer", r"got .*'answer': 'answer'.*, expected columns of .*first row has q, a"),
+        ("={prompt: q}", "got {'prompt': 'q'}, expected .*give answer, and context or question"),
+    ):
+        with pytest.raises(ConfigError, match=rf"dataset\.column_mapping: {said}"):
+            load(path, [f"dataset.column_mapping{wrong}"])
+    with pytest.raises(ConfigError, match=r"_id: .*has q, a; column_mapping names others"):
+        load(path, ["dataset.column_mapping=null"])
+    # One of two names of the rows may be dropped; two are too many, and none is too few.
+    renamed = ["dataset.path_or_dataset_id=null", f"dataset.dataset_name={rows}"]
+    assert load(path, renamed).dataset.kwargs["path_or_dataset_id"] == rows
+    assert load(path, ["dataset.dataset_name=null"]).dataset.kwargs["path_or_dataset_id"] == rows
+    with pytest.raises(ConfigError, match="are both given"):
+        load(path, renamed[1:])
+    with pytest.raises(ConfigError, match=r"dataset\.dataset_name: missing"):
+        load(path, renamed[:1])
     talk = {"conversations": [{"from": "human", "value": "a"}]}
     other = write(tmp_path / "s.jsonl", [talk])
     section = f"{{_target_: ds_kd.data.text.make_sharegpt_dataset, dataset_name: {other}}}"
