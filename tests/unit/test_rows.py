@@ -223,8 +223,10 @@ def test_every_row_of_a_small_file_is_looked_at_and_told_as_the_run_tells_it(
 
 def test_invalid_json_in_the_middle_of_a_small_file_is_told_with_its_line(tmp_path):
     path, good = tmp_path / "r.jsonl", lines(PAIRS * 10)
-    path.write_text("\n" + good + '{"prompt": oops}\n' + good)
-    assert "line 32: not JSON" in wrong(path)
+    path.write_text("\n" + good + '{"prompt": \n' + good)
+    assert "line 32: not JSON: Expecting value (character 12 of it)" in wrong(path)
+    path.write_text(lines(PAIRS[:1]) + "{oops}\n" + good * 5000)  # above 4 MiB
+    assert "line 2: not JSON" in wrong(path)
     array = json.dumps(PAIRS * 10, indent=0)[:-2] + ",\n{oops}\n]"
     (tmp_path / "a.json").write_text(array)
     assert "line 122: not JSON" in wrong(tmp_path / "a.json")

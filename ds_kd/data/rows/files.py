@@ -245,12 +245,18 @@ def _read_json_rows(
         try:
             row, at = _DECODER.raw_decode(text, at)
         except ValueError as error:
-            if not is_whole:  # the text may have been cut inside this row
+            told = _describe_error(error, at)
+            alone, ends, _ = text[at:].partition("\n")
+            if ends and _has_lines(text):
+                told = _describe_line(alone) or told
+            elif not is_whole:  # the text may have been cut inside this row
                 return False
-            raise ValueError(f"line {line}: {_describe_error(error, at)}") from None
+            raise ValueError(f"line {line}: {told}") from None
         if not isinstance(row, dict):
             raise ValueError(f"line {line} is {type(row).__name__}, not a mapping of columns")
         yield f"line {line}", row
+
+        # Rows stand one on a line, or in an array with commas between them.
         while at < len(text) and text[at] in ", \t\r\n":
             at += 1
         if at == len(text) or text[at] == "]":
@@ -259,11 +265,20 @@ def _read_json_rows(
 
 
 def _has_lines(text: str) -> bool:
-    """Return whether each row has its own line, judged by the first two lines."""
+    """Return whether each row has its own line, judged by the first line."""
     try:
-        return all(isinstance(json.loads(line), dict) for line in text.split("\n", 2)[:2])
+        return isinstance(json.loads(text.partition("\n")[0]), dict)
     except ValueError:
         return False
+
+
+def _describe_line(line: str) -> str:
+    """Return why a line is no JSON, or an empty text."""
+    try:
+        _DECODER.decode(line)
+    except ValueError as error:
+        return _describe_error(error)
+    return ""
 
 
 def _sample_lines(path: Path, places: int) -> Iterator[tuple[object, dict]]:
