@@ -13,7 +13,7 @@ from ds_kd.data.chat import (
     use_template,
 )
 from ds_kd.data.labels import shift
-from ds_kd.data.rows.declaration import data_set
+from ds_kd.data.rows.declaration import ColumnsError, data_set
 from ds_kd.data.rows.source import make_samples, text_of
 
 _ROLES = {"context": "system", "question": "user", "answer": "assistant"}
@@ -29,8 +29,9 @@ def _read_texts(row: dict[str, Any], arguments: dict[str, Any]) -> dict[str, str
     mapping = arguments.get("column_mapping") or _PROMPT_COMPLETION
     is_mapping = isinstance(mapping, dict) and all(isinstance(n, str) for n in mapping.values())
     if not is_mapping or not {"answer"} < set(mapping) <= set(_ROLES):
-        raise ValueError(
-            f"column_mapping is {mapping!r:.80}; give answer, and context or question or both"
+        raise ColumnsError(
+            "a column_mapping {question: …, answer: …} of names; give answer, and context or "
+            "question or both"
         )
     # A context may be missing from some rows.
     return {

@@ -20,6 +20,7 @@ from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.parallel.world import World
 from ds_kd.plan import memory
 from ds_kd.recipe.build import adapter_of
+from ds_kd.recipe.data import hold_out
 from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
 
 _GB = {
@@ -178,6 +179,11 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
     steps = cfg.step_scheduler
     if rows is None:
         return [f"  steps: at most {steps.max_steps:,}"] if steps.max_steps else []
+
+    # The run's own division is made, so that the steps are those of the run.
+    if (share := cfg.validation_share) is not None:
+        with config_error("validation_share", share, "a share of two samples or more"):
+            rows = len(hold_out(range(rows), share, cfg.rng.seed)[0])
     of_epoch = -(-rows // steps.global_batch_size)
     if cfg.dataloader.kwargs.get("drop_last"):
         of_epoch = rows // steps.global_batch_size
@@ -190,7 +196,8 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
     total = min(of_data, steps.max_steps or of_data)
     packs = cfg.packed_sequence.packed_sequence_size
     note = ", fewer as samples are packed" if packs else ""
-    return [f"  steps: {total:,} from {rows:,} samples{note}"]
+    left = " (validation_share holds the others out)" if share is not None else ""
+    return [f"  steps: {total:,} from {rows:,} samples{left}{note}"]
 
 
 def _advise(

@@ -48,7 +48,7 @@ lr_scheduler:
 clip_grad_norm: 1.0
 dataset:{rows}
   _target_: {target}
-  {argument}: {data}
+  dataset_name: {data}
 {validation}dataloader:
   shuffle: true
 step_scheduler:
@@ -99,14 +99,14 @@ def write_starter(
     found = _recognise_data("--data", data)
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(data),
-        "gpus": gpus, "room": machine.room / 2**30, "target": found.name, "argument": found.source,
+        "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
         "local": 1, "batch": gpus, "offload_teacher": "false", "checkpointing": "false",
         "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "validation": _write_validation(validation, _HELD_OUT[0]),
     }  # fmt: skip
     cfg = _load(values)
 
-    rows, tokens, supervised, _ = data_of(cfg)
+    rows, tokens, supervised, _ = _measure_data(cfg, models[0])
     if rows is not None and rows < 2:
         raise ConfigError([problem("--data", data, "at least 2 rows", f"it has {rows}")])
     if validation is None and rows is not None:
@@ -118,6 +118,18 @@ def write_starter(
     values |= _choose_sizes(cfg, tokens, supervised, gpus, machine, rows)
     warnings = _plan_steps(values, rows)
     return _TEMPLATE.format(**values), warnings
+
+
+def _measure_data(cfg: RunConfig, student: str) -> tuple[int | None, int, float, str]:
+    """Return what `data_of` does; a template that is missing is told by the option's name."""
+    try:
+        return data_of(cfg)
+    except ConfigError as error:
+        if "has no chat template" not in str(error):
+            raise
+        expected = "a model with a chat template, as the rows are conversations"
+        hint = "name an instruct model, or put a template into its directory: chat_template.jinja"
+        raise ConfigError([problem("--student", student, expected, hint)]) from None
 
 
 def _load(values: dict[str, Any]) -> RunConfig:
@@ -205,7 +217,7 @@ def _write_validation(data: str | None, share: float) -> str:
     if data is None:
         return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
     found = _recognise_data("--validation", data)
-    lines = [f"  _target_: {found.name}", f"  {found.source}: {_quote(data)}"]
+    lines = [f"  _target_: {found.name}", f"  dataset_name: {_quote(data)}"]
     if not files_of(data):
         lines.append("  split: validation")
     return "\n".join(["validation_dataset:", *lines, ""])
@@ -229,8 +241,16 @@ def _recognise_data(option: str, data: str) -> DataSet:
     except (OSError, ValueError, RecursionError) as error:
         expected = "rows of JSON, CSV or parquet"
         raise ConfigError([problem(option, data, expected, str(error))]) from None
+
+    # There is no option for the names of columns: a file with two is told the whole section.
     found = recognise(columns)
     if found is None:
-        hint = f"its first row has {', '.join(columns)}"
+        pair = columns if len(columns) == 2 else ("…", "…")
+        hint = (
+            f"its first row has {', '.join(columns)}; rename two to prompt and completion, or make "
+            f"the YAML with other rows and write there: dataset: {{_target_: "
+            f"ds_kd.data.text.make_instruction_dataset, dataset_name: {data}, column_mapping: "
+            f"{{question: {pair[0]}, answer: {pair[1]}}}}}"
+        )
         raise ConfigError([problem(option, data, columns_known(), hint)])
     return found

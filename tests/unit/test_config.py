@@ -335,7 +335,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("dataset._target_=ds_kd.data.squad.nothing", "there is no ds_kd.data.squad.nothing"),
         (
             "validation_dataset={_target_: ds_kd.data.hellaswag.HellaSwag}",
-            "path_or_dataset: missing",
+            "dataset_name: missing",
         ),
         ("deepspeed.teacher=nothing.json", "deepspeed.teacher: .*cannot be read"),
         ("deepspeed.student={bf16: {enabled: true}}", r"belongs to the YAML \(model.torch_dtype"),
@@ -830,6 +830,16 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     rows.write_text('{"body": 1}')
     assert new.main([*words, "--data", str(rows)]) == 2
     assert "its first row has body" in capsys.readouterr().err
+    rows.write_text('{"q": "a", "a": "b"}')
+    assert new.main([*words, "--data", str(rows)]) == 2
+    assert "column_mapping: {question: q, answer: a}" in capsys.readouterr().err
+    talk = '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'
+    rows.write_text(f'{{"conversations": {talk}}}\n' * 9)
+    assert new.main([*words, "--data", str(rows)]) == 2
+    told = capsys.readouterr().err
+    assert "--student: got" in told and "chat_template.jinja" in told
+    assert new.main([*words, "--data", str(tmp_path / "notes.txt")]) == 2
+    assert '{"text": …} lines' in capsys.readouterr().err
 
 
 def test_a_new_config_for_few_rows_makes_steps_of_them_and_says_so(tmp_path, capsys):

@@ -19,13 +19,17 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
     ("overrides", "key", "reason"),
     [
         ([SQUAD % "seq_length: 64"], "dataset.seq_length", "add truncation: true"),
-        ([NO_VALIDATION], "step_scheduler.val_every_steps", "no validation_dataset"),
+        (
+            [NO_VALIDATION],
+            "step_scheduler.val_every_steps",
+            "no validation_dataset or validation_share",
+        ),
         (
             [NO_VALIDATION, "step_scheduler.val_at_start=true"],
             "step_scheduler.val_at_start",
             "no v",
         ),
-        ([NO_VALIDATION], "validation_dataloader", "no validation_dataset"),
+        ([NO_VALIDATION], "validation_dataloader", "no validation_dataset or validation_share"),
         (["checkpoint.keep_best=2"], "checkpoint.keep_best", "without checkpoint.keep_last"),
         (
             ["step_scheduler.val_every_steps=null", "step_scheduler.patience=2"],
@@ -35,7 +39,7 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
         (
             [NO_VALIDATION, "checkpoint={keep_last: 2, keep_best: 2}"],
             "checkpoint.keep_best",
-            "no validation_dataset",
+            "no validation_dataset or validation_share",
         ),
         (["checkpoint.enabled=false"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),
         (["checkpoint=null"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),

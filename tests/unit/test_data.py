@@ -207,7 +207,7 @@ def test_a_conversation_that_cannot_be_used_is_named_with_its_row(tmp_path, talk
     )
     good = turns(("user", "a"), ("assistant", "b"))
     path = write(tmp_path / "talks.jsonl", [{"messages": good}, {"messages": talk}])
-    with pytest.raises(ValueError, match=f"talks.jsonl.*row 1.*{said}"):
+    with pytest.raises(ValueError, match=f"talks.jsonl.*line 2.*{said}"):
         ChatDataset(path, make_tokenizer(refusing))
 
 
@@ -390,7 +390,7 @@ def test_hellaswag_supervises_the_right_ending_without_the_endings_bos(tmp_path,
 @pytest.mark.parametrize("label", ["4", "-1", "", None])
 def test_a_label_that_names_no_ending_is_refused_with_its_row(tmp_path, label):
     path = write(tmp_path / "h.jsonl", [swag_row("0"), swag_row(label)])
-    with pytest.raises(ValueError, match=r"h\.jsonl.*row 1.*none of 4 endings"):
+    with pytest.raises(ValueError, match=r"h\.jsonl.*line 2.*none of 4 endings"):
         HellaSwag(path, make_tokenizer())
 
 
@@ -647,7 +647,7 @@ def test_an_unknown_split_is_refused_with_those_there_are(tmp_path):
 def test_content_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path):
     cases = {
         "bad.jsonl": ('{"n": 1}\n{"n": \n', "line 2: not JSON"),
-        "bad.json": ("not json", "JSON parse error"),
+        "bad.json": ("not json", "line 1: not JSON"),
         "bad.parquet": ("no", "Parquet"),
         "empty.jsonl": ("", "no rows"),
     }

@@ -94,7 +94,7 @@ GOOD = [{"title": f"w{k}", "poem": "w5 w6"} for k in range(3)]
 @pytest.mark.parametrize(
     ("rows", "said"),
     [
-        ([*GOOD, {"title": "w1", "poem": ""}], "row 3: the poem is empty"),
+        ([*GOOD, {"title": "w1", "poem": ""}], "line 4: the poem is empty"),
         ([{"name": "w1"}], "expected rows with title, poem; its first row has name"),
     ],
 )

@@ -70,7 +70,7 @@ def test_keys_that_a_table_fills_with_null_are_not_there():
 @pytest.mark.parametrize("template", [MARKED, TEMPLATE])
 def test_a_template_that_leaves_calls_out_is_refused(tmp_path, template):
     path = write(tmp_path / "t.jsonl", [{"messages": [ASK, SAY]}, {"messages": [ASK, CALL]}])
-    with pytest.raises(ValueError, match=r"t\.jsonl.*row 1: .*leaves tool_calls out.*chat_templ"):
+    with pytest.raises(ValueError, match=r"t\.jsonl.*line 2: .*leaves tool_calls out.*chat_templ"):
         learnt(path, template)
 
 
@@ -120,9 +120,9 @@ CHAT = "ds_kd.data.chat.ChatDataset"
 @pytest.mark.parametrize("talk, said", BAD_TALKS)
 def test_a_row_that_cannot_be_learnt_from_is_told_by_the_check_and_by_the_run(tmp_path, talk, said):
     path = write(tmp_path / "t.jsonl", [{"messages": [ASK, SAY]}, {"messages": talk}])
-    with pytest.raises(ConfigError, match=f"path_or_dataset_id.*row 1: .*{said}"):
+    with pytest.raises(ConfigError, match=f"path_or_dataset_id.*line 2: .*{said}"):
         load(*config(tmp_path, CHAT, path_or_dataset_id=path), [])
-    with pytest.raises(ValueError, match=r"t\.jsonl.*(row 1: |JSON parse).*"):
+    with pytest.raises(ValueError, match=r"t\.jsonl.*(line 2: |JSON parse).*"):
         learnt(path)
 
 
@@ -130,7 +130,7 @@ def test_the_check_reads_arrays_and_leaves_rows_alone_that_are_not_used(tmp_path
     rows = [{"messages": [ASK, SAY]}, {"messages": [ASK]}]
     path = tmp_path / "t.json"
     path.write_text(json.dumps(rows, indent=1))
-    with pytest.raises(ConfigError, match="row 1: a conversation without"):
+    with pytest.raises(ConfigError, match="line 14: a conversation without"):
         load(*config(tmp_path, CHAT, path_or_dataset_id=str(path)), [])
     for unused in ({"split": "train[:1]"}, {"limit_dataset_samples": 1}):
         load(*config(tmp_path, CHAT, path_or_dataset_id=str(path), **unused), [])
@@ -152,5 +152,5 @@ def test_the_check_reads_arrays_and_leaves_rows_alone_that_are_not_used(tmp_path
 def test_the_check_reads_the_first_rows_of_the_other_data_sets(tmp_path, target, key, row, said):
     good = squad_row() if "squad" in target else swag_row("0")
     path = write(tmp_path / "r.jsonl", [good, row])
-    with pytest.raises(ConfigError, match=rf"dataset\.{key}: .*row 1: {said}"):
+    with pytest.raises(ConfigError, match=rf"dataset\.{key}: .*line 2: {said}"):
         load(*config(tmp_path, f"ds_kd.data.{target}", **{key: path}), [])

@@ -98,6 +98,10 @@ def test_a_config_json_is_enough_and_the_length_can_be_given(words, capsys):
         assert told in out
         assert f"about {tokens:,} tokens" in out
         assert "steps: 4 from 40 samples" in out  # the rows can be counted without a tokenizer
+    # Of 40 samples 9 are held out, and 31 make 62 steps in two epochs.
+    small = ["step_scheduler.global_batch_size=1", "step_scheduler.local_batch_size=1"]
+    assert main([*words, *small, "validation_share=0.225"]) == 0
+    assert "steps: 62 from 31 samples (validation_share holds" in capsys.readouterr().out
     run = [word for word in words if word not in ("--gpu-memory", "64GB")]
     assert script("kd").main([*run, "--check"]) == 2
     assert "a tokenizer" in capsys.readouterr().err

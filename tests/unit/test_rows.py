@@ -52,6 +52,16 @@ def test_hub_ids_are_left_to_the_hub(name):
     load(GUIDE, [f"dataset={json.dumps(section)}"])
 
 
+def test_a_section_without_a_target_names_the_data_set_that_its_columns_tell(tmp_path):
+    section = {"dataset_name": write(tmp_path / "r.jsonl", PAIRS)}
+    with pytest.raises(ConfigError, match=r"are read by ds_kd.data.text.make_instruction_dataset"):
+        load(GUIDE, [f"dataset={json.dumps(section)}"])
+
+
+def test_plain_text_is_told_the_form_of_its_rows():
+    assert 'a .jsonl file of {"text": …} lines' in wrong("notes.txt", "make_text_dataset")
+
+
 # ---- several files
 
 
@@ -67,7 +77,7 @@ def test_a_list_and_a_pattern_of_files_are_read_in_their_order(tmp_path):
 def test_a_bad_row_of_several_files_is_told_with_its_own_file(tmp_path):
     write(tmp_path / "a.jsonl", PAIRS)
     write(tmp_path / "b.jsonl", [PAIRS[0], {"prompt": "w", "completion": None}])
-    with pytest.raises(ValueError, match=r"b.jsonl', row 1: completion is None"):
+    with pytest.raises(ValueError, match=r"b.jsonl', line 2: completion is None"):
         make_instruction_dataset(f"{tmp_path}/*.jsonl", byte_level_bpe())
 
 
@@ -130,8 +140,8 @@ def test_all_columns_of_csv_are_text_numbers_and_empty_cells_too(tmp_path):
     ("content", "said"),
     [
         ('{"prompt": "a", "prompt": "b", "completion": "c"}\n', "the key prompt stands twice"),
-        (lines(PAIRS[:2]) + '{"prompt": "a",\n', "row 2: not JSON"),
-        (lines(PAIRS[:2]) + "[1]\n", "row 2 is list"),
+        (lines(PAIRS[:2]) + '{"prompt": "a",\n', "line 3: not JSON"),
+        (lines(PAIRS[:2]) + "[1]\n", "line 3 is list"),
         (lines(PAIRS[:2]).encode("utf-16"), "UTF-16; save it as UTF-8"),
         (lines(PAIRS).encode() + LATIN, "byte 0xe9 is not of UTF-8"),
     ],
@@ -180,6 +190,48 @@ def test_rows_anywhere_in_a_large_file_are_looked_at_within_a_second(tmp_path):
     assert 10_000 < int(told.rpartition("line ")[2].partition(":")[0]) <= 20_000
     assert time.monotonic() - started < 1
     assert wrong(path, split="train[:100]") == wrong(path, limit_dataset_samples=100) == ""
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "jsonl.gz", "jsonl.zst", "large.csv"])
+@pytest.mark.parametrize("wrong_row", [16, 30, 60])
+def test_every_row_of_a_small_file_is_looked_at_and_told_as_the_run_tells_it(
+    tmp_path, ending, wrong_row
+):
+    import zstandard
+
+    rows = [{"prompt": "two\nlines" if k % 2 else "p", "completion": "c"} for k in range(64)]
+    line = wrong_row + 1
+    if ending.endswith("csv"):  # a row with a line break takes two lines; the header comes first
+        cells = [f'"{row["prompt"]}",c' for row in rows]
+        cells[wrong_row] = "p,c,d"
+        text, line = "\n".join(["prompt,completion", *cells]), 2 + wrong_row + wrong_row // 2
+        if ending == "large.csv":  # its end, which may have been cut, is not judged
+            text += "\n" + "p,c\n" * 1_100_000
+    else:
+        rows[wrong_row] = {"prompt": "p", "completion": None}
+        text = lines(rows) if "jsonl" in ending else json.dumps(rows, indent=0)
+        line = line if "jsonl" in ending else 2 + 4 * wrong_row
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(ending[-3:].strip("."), bytes)
+    path = tmp_path / f"r.{ending}"
+    path.write_bytes(pack(text.encode()))
+    said = "has more cells" if "csv" in ending else "is None, expected text"
+    assert f"line {line}" in wrong(path) and said in wrong(path)
+    if "csv" not in ending and wrong_row == 30:
+        with pytest.raises(ValueError, match=rf"r.{ending}', line {line}: completion is "):
+            make_instruction_dataset(str(path), byte_level_bpe())
+
+
+def test_invalid_json_in_the_middle_of_a_small_file_is_told_with_its_line(tmp_path):
+    path, good = tmp_path / "r.jsonl", lines(PAIRS * 10)
+    path.write_text("\n" + good + '{"prompt": \n' + good)
+    assert "line 32: not JSON: Expecting value (character 12 of it)" in wrong(path)
+    path.write_text(lines(PAIRS[:1]) + "{oops}\n" + good * 5000)  # above 4 MiB
+    assert "line 2: not JSON" in wrong(path)
+    array = json.dumps(PAIRS * 10, indent=0)[:-2] + ",\n{oops}\n]"
+    (tmp_path / "a.json").write_text(array)
+    assert "line 122: not JSON" in wrong(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="line 122: not JSON"):
+        load_rows(str(tmp_path / "a.json"), "train", ())
 
 
 def test_a_row_of_parquet_that_cannot_be_learnt_from_is_told(tmp_path):
@@ -298,11 +350,15 @@ def test_the_parts_of_a_mixture_are_checked_like_sections(sources, tmp_path):
     assert "dataset.sources[0].trunkation: unknown key; did you mean" in told(
         {**sources[0], "trunkation": True}
     )
+    said = told({**sources[0], "wieght": 3})
+    assert "sources[0].wieght: unknown key; did you mean dataset.sources[0].weight?" in said
+    said = told({**sources[0], "qqq": 3})
+    assert "dataset_name" in said and "weight" in said
     bad = write(tmp_path / "bad.jsonl", [{"prompt": "a", "completion": None}])
     assert "dataset.sources[1].dataset_name: got" in (
         said := told(sources[0], {"dataset_name": bad})
     )
-    assert "row 0: completion is None" in said
+    assert "line 1: completion is None" in said
     assert "weight is 0, expected a number > 0" in told({**sources[0], "weight": 0})
     assert "every source a weight, or none" in told({**sources[0], "weight": 1}, sources[1])
     assert "a mixture is made of" in told({"_target_": "ds_kd.data.own.OwnSamples"})

@@ -78,10 +78,15 @@ def test_sharegpts_words_are_read(tmp_path):
 @pytest.mark.parametrize(
     "make, row, kwargs, said",
     [
-        (make_instruction_dataset, {"prompt": "a", "completion": None}, {}, "row 0: completion is"),
+        (
+            make_instruction_dataset,
+            {"prompt": "a", "completion": None},
+            {},
+            "line 1: completion is",
+        ),
         (make_instruction_dataset, {"prompt": "a"}, {}, "no column completion"),
         (make_instruction_dataset, {"a": "a"}, {"column_mapping": {"answer": "a"}}, "give answer"),
-        (make_text_dataset, {"text": 5}, {}, "row 0: text is 5"),
+        (make_text_dataset, {"text": 5}, {}, "line 1: text is 5"),
         (make_text_dataset, {"text": "a"}, {"truncation": True}, "truncation needs seq_length"),
     ],
 )
@@ -111,12 +116,27 @@ def test_nemos_column_mapped_data_set_is_known_to_the_check(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps({**models, "dataset": section}))
     assert load(path, []).dataset.name == "ds_kd.data.text.make_instruction_dataset"
-    with pytest.raises(ConfigError, match="expected rows with q, answer; its first row has q, a"):
-        load(path, ["dataset.column_mapping.answer=answer"])
+    # A mistake in the mapping is told under its own key, with the columns that there are.
+    for wrong, said in (
+        (".answer=answer", r"got .*'answer': 'answer'.*, expected columns of .*first row has q, a"),
+        ("={prompt: q}", "got {'prompt': 'q'}, expected .*give answer, and context or question"),
+    ):
+        with pytest.raises(ConfigError, match=rf"dataset\.column_mapping: {said}"):
+            load(path, [f"dataset.column_mapping{wrong}"])
+    with pytest.raises(ConfigError, match=r"_id: .*has q, a; column_mapping names others"):
+        load(path, ["dataset.column_mapping=null"])
+    # One of two names of the rows may be dropped; two are too many, and none is too few.
+    renamed = ["dataset.path_or_dataset_id=null", f"dataset.dataset_name={rows}"]
+    assert load(path, renamed).dataset.kwargs["path_or_dataset_id"] == rows
+    assert load(path, ["dataset.dataset_name=null"]).dataset.kwargs["path_or_dataset_id"] == rows
+    with pytest.raises(ConfigError, match="are both given"):
+        load(path, renamed[1:])
+    with pytest.raises(ConfigError, match=r"dataset\.dataset_name: missing"):
+        load(path, renamed[:1])
     talk = {"conversations": [{"from": "human", "value": "a"}]}
     other = write(tmp_path / "s.jsonl", [talk])
     section = f"{{_target_: ds_kd.data.text.make_sharegpt_dataset, dataset_name: {other}}}"
     path.write_text("".join(f"{n}: {json.dumps(v)}\n" for n, v in models.items()) +
                     f"dataset: {section}\n")  # fmt: skip
-    with pytest.raises(ConfigError, match="row 0: a conversation without an assistant turn"):
+    with pytest.raises(ConfigError, match="line 1: a conversation without an assistant turn"):
         load(path, [])

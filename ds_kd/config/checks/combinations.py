@@ -56,7 +56,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         )
     if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
-            "step_scheduler.max_steps: 0 validates and there is no validation_dataset; name one"
+            "step_scheduler.max_steps: 0 validates and there is no validation_dataset or "
+            "validation_share; write one"
         )
     if cfg.validation_share is not None and data.get("validation_dataset"):
         problems.append("validation_share: there is a validation_dataset too; keep one")

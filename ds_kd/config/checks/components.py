@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -123,6 +124,9 @@ def _read_target(value: Any, rules: ComponentRules, path: str, problems: list[st
     if isinstance(dotted, str):
         return dotted
     hint = f"for example {rules.example.format(name=path)}" if rules.example else ""
+    if dotted is None and "dataset_name" in value:
+        with suppress(OSError, ValueError, RecursionError):  # then the example is the hint
+            hint = f"the columns of its rows are read by {data_set_of(value).name}"
     problems.append(problem(f"{path}._target_", dotted, "a dotted name", hint))
     return None
 
@@ -165,11 +169,15 @@ def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
     if signature is None:
         is_ours = component.name.startswith("ds_kd.")
         return [f"{component.key}._target_: there is no {component.name}"] if is_ours else []
-    also = (*rules.flags, *rules.words)
+    names = ("dataset_name",) * (component.declaration is not None)  # a synonym of its source
+    also = (*rules.flags, *rules.words, *names)
     found = find_wrong_arguments(
         component, signature.annotations, signature.is_open, rules.given, also
     )
     missing = [name for name in signature.required if name not in (*component.kwargs, *rules.given)]
+    data, is_ours = component.declaration, component.name.startswith("ds_kd.data.")
+    if data is not None and is_ours and not data.has_parts:  # the name that the documentation uses
+        missing = ["dataset_name" if name == data.source else name for name in missing]
     return found + [
         f"{component.key}.{name}: missing; {component.name} needs it" for name in missing
     ]
@@ -204,7 +212,8 @@ def _check_parts(component: Component, source: str) -> list[str]:
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{key}[{number}]: {first_line(error)}")
             continue
-        rules = ComponentRules(may_call=("ds_kd.data.",), given=("tokenizer",))
+        words: dict[str, tuple] = {"weight": ()}  # for messages only, as it is taken out above
+        rules = ComponentRules(may_call=("ds_kd.data.",), given=("tokenizer",), words=words)
         section = Key(f"{key}[{number}]", "", "", Component, None, {}, rules)
         found = check_component(part, section, component.allow, False, problems)
         if found is not None:
@@ -236,6 +245,9 @@ def _translate_source(
     """Rename `dataset_name` to the data set's own argument for its source, and return the name that
     the YAML uses."""
     own = data.source if data is not None else "dataset_name"
+    for name in (own, "dataset_name"):  # null drops a key, as in an override
+        if data is not None and kwargs.get(name, "") is None:
+            del kwargs[name]
     if own == "dataset_name" or "dataset_name" not in kwargs:
         return own
     if own in kwargs:

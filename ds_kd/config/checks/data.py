@@ -11,7 +11,7 @@ from typing import Any
 from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
-from ds_kd.data.rows.declaration import DataSet, data_set, declaration_of
+from ds_kd.data.rows.declaration import ColumnsError, DataSet, data_set, declaration_of
 from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sample_rows
 from ds_kd.errors import first_line
 
@@ -51,6 +51,9 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
     columns, source = data.columns_wanted(kwargs), kwargs.get(data.source)
     if source is None:
         return None
+    chooser = f"{key}.{data.columns_from}"
+    if expected := _find_wrong_columns(data, columns, kwargs):
+        return problem(chooser, kwargs[data.columns_from], expected)
     key = f"{key}.{written or data.source}"
 
     # A source that is no local file may be a hub id, which only the run itself can look for.
@@ -64,7 +67,9 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
             looks_local(source) or _looks_like_file(source)
         ):
             return None
-        return problem(key, source, f"{ENDINGS}, a directory, or a hub id")
+        is_text = str(source).lower().endswith((".txt", ".md"))
+        hint = 'texts are rows of their own: a .jsonl file of {"text": …} lines' if is_text else ""
+        return problem(key, source, f"{ENDINGS}, a directory, or a hub id", hint)
 
     for name in files:
         try:
@@ -73,8 +78,12 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
             return problem(key, name, f"rows with {', '.join(columns)}", first_line(error))
         if not {*columns} <= {*found}:
             hint = f"its first row has {', '.join(found)}"
+            if kwargs.get(data.columns_from) is not None:
+                return problem(chooser, kwargs[data.columns_from], f"columns of {name}", hint)
+            if data.columns_from:
+                hint += f"; {data.columns_from} names others"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
-        if wrong := _find_wrong_row(name, data, kwargs):
+        if wrong := _find_wrong_row(name, data, kwargs, len(files)):
             return problem(key, name, "rows that can be learnt from", wrong)
     return None
 
@@ -91,14 +100,27 @@ def _looks_like_file(name: str) -> bool:
     return is_near or ending in _OTHER_ENDINGS or (bool(slash) and first in _DIRECTORIES)
 
 
-def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any]) -> str:
+def _find_wrong_columns(data: DataSet, columns: tuple[str, ...], kwargs: dict[str, Any]) -> str:
+    """Return what is expected of the argument that names the columns, or an empty text."""
+    if kwargs.get(data.columns_from) is None:
+        return ""
+    try:
+        data.read(dict.fromkeys(columns, ""), kwargs)
+    except ColumnsError as error:
+        return str(error)
+    except Exception:  # an empty row may be wrong in other ways, which the real rows show
+        return ""
+    return ""
+
+
+def _find_wrong_row(name: str, data: DataSet, kwargs: dict[str, Any], files: int) -> str:
     """Return the problem of some sampled rows of a file, or an empty text. A slice of a split is
     not checked, as it may leave these rows out."""
     limit, split = kwargs.get(data.limit), kwargs.get("split")
     if "[" in str(split):
         return ""
     try:
-        for place, row in sample_rows(name, limit if isinstance(limit, int) else None):
+        for place, row in sample_rows(name, limit if isinstance(limit, int) else None, files):
             try:
                 data.read(row, kwargs)
             except KeyError as error:

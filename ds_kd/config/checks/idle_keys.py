@@ -33,13 +33,14 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
     # (whether these keys are switched off, the keys, the reason); the first reason of a key counts.
     rules = [
         (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),
-         "there is no validation_dataset"),
+         "there is no validation_dataset or validation_share"),
         (checkpoints_off, _OF_CHECKPOINTS, "checkpoints are off"),
         (steps.val_every_steps is None, ("step_scheduler.patience",),
          "without step_scheduler.val_every_steps the run validates after its last step only"),
         (cfg.keep_last is None, ("checkpoint.keep_best",),
          "without checkpoint.keep_last every checkpoint stays"),
-        (not validates, ("checkpoint.keep_best",), "there is no validation_dataset"),
+        (not validates, ("checkpoint.keep_best",),
+         "there is no validation_dataset or validation_share"),
         (not compiles, _OF_COMPILE, "compile.enabled is false"),
         (not containers, ("slurm.container_mounts",), "there is no slurm.container_image"),
         (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),

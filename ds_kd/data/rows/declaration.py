@@ -15,6 +15,10 @@ from typing import Any, TypeVar
 Build = TypeVar("Build", bound=Callable[..., Any])
 
 
+class ColumnsError(ValueError):
+    """The argument that names a data set's columns is wrong; the text says what is expected."""
+
+
 @dataclass(frozen=True)
 class DataSet:
     """The declaration of a data set.

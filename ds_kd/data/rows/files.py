@@ -10,8 +10,9 @@ import io
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,7 +26,9 @@ COMPRESSIONS = (".gz", ".zst")
 ENDINGS = "a .json, .jsonl, .csv, .tsv or .parquet file (text also as .gz or .zst)"
 _BEGINNING = 1 << 22  # bytes read of a file to find its first rows
 _LONGEST = 1 << 27  # bytes read if its first row is longer than that
-_FEW = 16  # rows inspected at the beginning, and as many at random places
+_MANY = 20_000  # rows looked at in that beginning
+_FEW = 16  # of them at least, where there are many files
+_PLACES = 64  # random places of a longer file whose rows are looked at too
 
 
 def ending_of(name: str) -> str:
@@ -98,15 +101,14 @@ def columns_of(path: str | Path) -> list[str]:
         return names
 
     # The first row of JSON may be longer than the part that is read of a large file.
-    text, is_whole = _read_beginning(path)
+    text, is_whole, _ = _read_beginning(path)
     try:
         try:
             row, _ = _DECODER.raw_decode(text)
         except ValueError:
             if is_whole:
                 raise
-            text, is_whole = _read_beginning(path, _LONGEST)
-            row, _ = _DECODER.raw_decode(text)
+            row, _ = _DECODER.raw_decode(_read_beginning(path, _LONGEST)[0])
     except ValueError as error:
         raise ValueError(f"its first row: {_describe_error(error)}") from None
     if not isinstance(row, dict):
@@ -114,31 +116,35 @@ def columns_of(path: str | Path) -> list[str]:
     return list(row)
 
 
-def sample_rows(path: str | Path, most: int | None = None) -> Iterator[tuple[object, dict]]:
-    """Yield (place, row) of the first rows of a file, and of some at random places.
+def sample_rows(
+    path: str | Path, most: int | None = None, files: int = 1
+) -> Iterator[tuple[object, dict]]:
+    """Yield (place, row) of the rows at the beginning of a file, and of some at random places.
 
-    They are the same rows each time. Little of a large file is read: random rows are looked up in
-    files with a row on each line, and in the row groups of parquet.
+    They are the same rows each time. Of a file below 4 MiB they are all rows, up to 20,000. Little
+    of a larger file is read: random rows are looked up in files with a row on each line, and in the
+    row groups of parquet.
 
     Args:
         most: yield only the first rows, at most this many.
+        files: number of files of the data set; many of them share the number of rows.
 
     Raises:
         ValueError: a row has another format than the file's name.
     """
-    ending, few = ending_of(str(path)), min(most or _FEW, _FEW)
+    ending, few = ending_of(str(path)), max(_FEW, _MANY // files)
+    few = min(few, few if most is None else most)
     if ending == ".parquet":
         yield from _read_parquet_rows(path, few, most is None)
         return
-    text, is_whole = _read_beginning(path)
+    text, is_whole, line = _read_beginning(path)
     if FORMATS[ending] == "csv":
-        for index, row in zip(range(few), _make_csv_reader(path, text), strict=False):
-            yield f"row {index}", row
+        yield from _read_csv_rows(_make_csv_reader(path, text), is_whole, line, few)
         return
-    yield from _read_json_rows(text, is_whole, few)
+    is_all = yield from _read_json_rows(text, is_whole, line, few)
     is_plain = Path(path).suffix.lower() not in COMPRESSIONS
-    if most is None and is_plain and not is_whole and _has_lines(text):
-        yield from _sample_lines(Path(path))
+    if most is None and is_plain and not is_all and _has_lines(text):
+        yield from _sample_lines(Path(path), _PLACES if files == 1 else _FEW)
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -153,8 +159,9 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
 
 
-def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool]:
-    """Return the text at a file's beginning, and whether it is the whole file.
+def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool, int]:
+    """Return the text at a file's beginning, whether it is the whole file, and the number of the
+    line in which the text begins: a bracket and space before the first row are left out.
 
     Raises:
         ValueError: the file is empty, in another encoding, or not compressed as its name says.
@@ -168,12 +175,14 @@ def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool
         raise ValueError("it is encoded in UTF-16; save it as UTF-8")
     is_whole = len(content) < most
     try:
-        text = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore").lstrip()
+        whole = content.decode("utf-8-sig", errors="strict" if is_whole else "ignore")
     except UnicodeDecodeError as error:
         raise ValueError(_describe_error(error)) from None
-    if not text:
+    if not (text := whole.lstrip()):
         raise ValueError("the file is empty")
-    return (text[1:].lstrip() if text[0] == "[" else text), is_whole
+    if text[0] == "[":
+        text = text[1:].lstrip()
+    return text, is_whole, 1 + whole.count("\n", 0, len(whole) - len(text))
 
 
 def _open(path: str | Path) -> IO[bytes]:
@@ -192,45 +201,96 @@ def _open(path: str | Path) -> IO[bytes]:
 
 
 def _make_csv_reader(path: str | Path, text: str) -> csv.DictReader:
-    delimiter = "\t" if ending_of(str(path)) == ".tsv" else ","
-    return csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    file = io.StringIO(text, newline="")
+    return csv.DictReader(file, delimiter=_find_delimiter(path), restval="")
 
 
-def _read_json_rows(text: str, is_whole: bool, most: int) -> Iterator[tuple[object, dict]]:
-    """Yield (place, row) of the first rows of JSON text."""
-    at = 0
-    for index in range(most):
+def _find_delimiter(path: str | Path) -> str:
+    csv.field_size_limit(_LONGEST)  # the reader of `datasets` has no limit
+    return "\t" if ending_of(str(path)) == ".tsv" else ","
+
+
+def _read_csv_rows(
+    reader: csv.DictReader, is_whole: bool, line: int, most: int
+) -> Iterator[tuple[object, dict]]:
+    """Yield (place, row) of the first rows of CSV; the last one of a part may have been cut."""
+    waiting: tuple[object, dict] | None = None
+    names = reader.fieldnames or ()  # this reads the first line
+    start = reader.line_num + line
+    try:
+        for row in islice(reader, most):
+            if waiting is not None:
+                yield waiting
+            if len(row) > len(names):
+                raise ValueError(f"line {start} has more cells than there are columns")
+            waiting, start = (f"line {start}", row), reader.line_num + line
+    except csv.Error as error:
+        raise ValueError(f"line {start}: not CSV: {error}") from None
+    if waiting is not None and is_whole:
+        yield waiting
+
+
+def _read_json_rows(
+    text: str, is_whole: bool, line: int, most: int
+) -> Generator[tuple[object, dict], None, bool]:
+    """Yield (place, row) of the first rows of JSON text, and return whether they are all there is.
+
+    Args:
+        line: the number of the line in which the text begins.
+        most: number of rows.
+    """
+    at = seen = 0
+    for _ in range(most):
+        line, seen = line + text.count("\n", seen, at), at
         try:
             row, at = _DECODER.raw_decode(text, at)
         except ValueError as error:
-            if not is_whole:  # the text may have been cut inside this row
-                return
-            raise ValueError(f"row {index}: {_describe_error(error, at)}") from None
+            told = _describe_error(error, at)
+            alone, ends, _ = text[at:].partition("\n")
+            if ends and _has_lines(text):
+                told = _describe_line(alone) or told
+            elif not is_whole:  # the text may have been cut inside this row
+                return False
+            raise ValueError(f"line {line}: {told}") from None
         if not isinstance(row, dict):
-            raise ValueError(f"row {index} is {type(row).__name__}, not a mapping of columns")
-        yield f"row {index}", row
+            raise ValueError(f"line {line} is {type(row).__name__}, not a mapping of columns")
+        yield f"line {line}", row
+
+        # Rows stand one on a line, or in an array with commas between them.
         while at < len(text) and text[at] in ", \t\r\n":
             at += 1
         if at == len(text) or text[at] == "]":
-            return
+            return is_whole
+    return False
 
 
 def _has_lines(text: str) -> bool:
-    """Return whether each row has its own line, judged by the first two lines."""
+    """Return whether each row has its own line, judged by the first line."""
     try:
-        return all(isinstance(json.loads(line), dict) for line in text.split("\n", 2)[:2])
+        return isinstance(json.loads(text.partition("\n")[0]), dict)
     except ValueError:
         return False
 
 
-def _sample_lines(path: Path) -> Iterator[tuple[object, dict]]:
+def _describe_line(line: str) -> str:
+    """Return why a line is no JSON, or an empty text."""
+    try:
+        _DECODER.decode(line)
+    except ValueError as error:
+        return _describe_error(error)
+    return ""
+
+
+def _sample_lines(path: Path, places: int) -> Iterator[tuple[object, dict]]:
     """Yield (place, row) of the rows behind random places of a file with a row on each line."""
-    size, chosen = path.stat().st_size, random.Random(0)
+    size, chosen, left = path.stat().st_size, random.Random(0), 16 * _BEGINNING
     with path.open("rb") as file:
-        for offset in sorted(chosen.randrange(size) for _ in range(_FEW)):
+        for offset in sorted(chosen.randrange(size) for _ in range(places)):
             file.seek(offset)
             file.readline(_BEGINNING)
             start, line = file.tell(), file.readline(_BEGINNING)
+            if (left := left - len(line)) < 0:  # rows this long would take too much time
+                return
             if not line.strip() or (len(line) == _BEGINNING and not line.endswith(b"\n")):
                 continue
             try:
@@ -268,14 +328,14 @@ def _describe_error(error: ValueError, start: int = 0) -> str:
 
 
 def find_wrong_line(path: str | Path) -> str:
-    """Return the problem of the first bad line of a JSON-lines file, or an empty text. Reads the
-    file up to that line."""
+    """Return the problem of the first bad line of a file of JSON, or an empty text. Reads a file
+    with a row on each line up to that line, and little of one that is an array."""
     try:
         with _open(path) as file:
             for number, line in enumerate(file, 1):
                 content = line.removeprefix(codecs.BOM_UTF8).strip()
                 if number == 1 and content[:1] != b"{":
-                    return ""  # an array, or not JSON at all
+                    break  # an array, or not JSON at all
                 try:
                     row = _DECODER.decode(content.decode()) if content else {}
                 except RecursionError:
@@ -284,9 +344,36 @@ def find_wrong_line(path: str | Path) -> str:
                     return f"line {number}: {_describe_error(error)}"
                 if not isinstance(row, dict):
                     return f"line {number} is {type(row).__name__}, not a mapping of columns"
-    except (OSError, EOFError, zlib.error) as error:
+            else:
+                return ""
+
+        # The rows of an array are read from its beginning, as the whole may not fit into memory.
+        for _ in sample_rows(path):
+            pass
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         return str(error)
     return ""
+
+
+def find_line(path: str | Path, index: int) -> str:
+    """Return the place of a file's row for messages: the line in which it begins, or where there is
+    none (parquet, far down an array) its number, counted from 0."""
+    kind = FORMATS[ending_of(str(path))]
+    places: Iterator[object] = iter(())
+    with _open(path) as file:
+        if kind == "csv":
+            text = io.TextIOWrapper(file, "utf-8-sig", newline="")
+            reader = csv.reader(text, delimiter=_find_delimiter(path))
+            starts = (reader.line_num for row in reader if row)  # the next row's, less one
+            places = (f"line {number + 1}" for number in starts)
+            return str(next(islice(places, index, None), f"row {index}"))
+        if kind == "json" and file.read(4).removeprefix(codecs.BOM_UTF8)[:1] == b"{":
+            file.seek(0)
+            places = (f"line {number}" for number, line in enumerate(file, 1) if line.strip())
+            return str(next(islice(places, index, None), f"row {index}"))
+    if kind == "json":
+        places = (place for place, _ in sample_rows(path, index + 1))
+    return str(next(islice(places, index, None), f"row {index}"))
 
 
 def _open_parquet(path: str | Path) -> Any:
@@ -301,10 +388,12 @@ def _open_parquet(path: str | Path) -> Any:
 def _read_parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[tuple[object, dict]]:
     """Yield (place, row) of the first rows and, if the file has row groups, of a random group."""
     file = _open_parquet(path)
-    groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+    groups = [file.metadata.row_group(k) for k in range(file.num_row_groups)]
     chosen = [0, *({random.Random(0).randrange(len(groups))} if anywhere else ())]
     for group in dict.fromkeys(chosen) if groups else ():
-        start = sum(groups[:group])
-        batch = next(file.iter_batches(batch_size=few, row_groups=[group]), None)
+        start = sum(before.num_rows for before in groups[:group])
+        size = groups[group].total_byte_size // max(1, groups[group].num_rows)
+        most = min(few, max(_FEW, _BEGINNING // max(1, size)))
+        batch = next(file.iter_batches(batch_size=most, row_groups=[group]), None)
         for index, row in enumerate(batch.to_pylist() if batch is not None else ()):
             yield f"row {start + index}", row

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, ending_of, files_of, find_wrong_line
+from ds_kd.data.rows.files import (
+    ENDINGS,
+    FORMATS,
+    columns_of,
+    ending_of,
+    files_of,
+    find_line,
+    find_wrong_line,
+)
 from ds_kd.errors import first_line
 
 _FIRST = 16  # rows tokenised before all others, and as many random ones
@@ -167,15 +175,15 @@ def make_samples(
 
 
 def _locate_row(source: str | list[str], split: str, index: int) -> str:
-    """Return the place of a row for messages: its file and its number in that file."""
+    """Return the place of a row for messages: its file and line there, or its number from 0."""
     whole = f"{source!r}, row {index}" + (f" of {split}" if "[" in split else "")
     files = files_of(source)
-    if files is None or "[" in split or len(files) == 1:
+    if files is None or "[" in split:
         return whole
     for name in files:
-        count = len(_load_files([name], split))
+        count = len(_load_files([name], split)) if len(files) > 1 else index + 1
         if index < count:
-            return f"{name!r}, row {index}"
+            return f"{name!r}, {find_line(name, index)}"
         index -= count
     return whole
 
