@@ -36,12 +36,17 @@ def run(args: argparse.Namespace) -> None:
     models = {name: path for name, path in given.items() if path}
     metrics, data = args.metrics, args.data
     if args.config is not None:
+        from ds_kd.config.components import ConfigError
         from ds_kd.config.load import load
         from ds_kd.recipe import results
 
         cfg = load(args.config, args.overrides, tuple(args.allow_targets))
         models = results.models_of(cfg) | models
-        metrics = metrics or results.log_of(cfg)
+        if metrics is None and not (metrics := results.log_of(cfg)).exists():
+            raise ConfigError(
+                [f"no log at {metrics}; give the overrides that the run had "
+                 "(checkpoint.checkpoint_dir=…), or --metrics"]
+            )  # fmt: skip
         data = data or results.held_out_samples(cfg)
     if metrics is not None:
         print("\n".join(summarize(read_lines(metrics))))
