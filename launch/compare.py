@@ -30,23 +30,22 @@ def show(label: str, text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     quiet()
-    from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summarize
+    from ds_kd.evaluate.comparison import NEW_TOKENS, CompareError, compare, read_lines, summarize
 
     given = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
     models = {name: path for name, path in given.items() if path}
     metrics, data = args.metrics, args.data
     if args.config is not None:
-        from ds_kd.config.components import ConfigError
         from ds_kd.config.load import load
         from ds_kd.recipe import results
 
         cfg = load(args.config, args.overrides, tuple(args.allow_targets))
         models = results.models_of(cfg) | models
         if metrics is None and not (metrics := results.log_of(cfg)).exists():
-            raise ConfigError(
-                [f"no log at {metrics}; give the overrides that the run had "
-                 "(checkpoint.checkpoint_dir=…), or --metrics"]
-            )  # fmt: skip
+            raise CompareError(
+                f"no log at {metrics}; give the overrides that the run had "
+                "(checkpoint.checkpoint_dir=…), or --metrics"
+            )
         data = data or results.held_out_samples(cfg)
     if metrics is not None:
         print("\n".join(summarize(read_lines(metrics))))
