@@ -4,8 +4,9 @@ the place of its own, and what its `_target_` sections may name."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -35,17 +36,38 @@ def run_parser(prog: str, description: str | None) -> argparse.ArgumentParser:
 
 
 def parse_run(
-    parser: argparse.ArgumentParser, argv: list[str], without_config: tuple[str, ...] = ()
+    parser: argparse.ArgumentParser,
+    argv: list[str],
+    without_config: tuple[str, ...] = (),
+    of_plan: Collection[str] = (),
 ) -> argparse.Namespace:
     """Parse the words of a command; what the parser has no option for is an override.
 
     Args:
         without_config: options, by the name of their value, that need no `--config`.
+        of_plan: options that launch/plan.py has and this script has not.
     """
+    _refuse_misplaced(argv, parser, of_plan)
     args = parser.parse_intermixed_args(_as_overrides(argv, parser))
     if args.config is None and all(getattr(args, name) is None for name in without_config):
         parser.error("the following arguments are required: -c/--config")
     return args
+
+
+def _refuse_misplaced(
+    argv: list[str], parser: argparse.ArgumentParser, of_plan: Collection[str]
+) -> None:
+    """End the script with a hint at an option that is misspelt or belongs to launch/plan.py."""
+    own = parser._option_string_actions
+    for name in (word.partition("=")[0] for word in argv if word.startswith("--")):
+        if name in of_plan:
+            parser.error(f"launch/plan.py has {name}")
+        # A word with a dot is a key's name, however near to an option.
+        if "." in name or any(option.startswith(name) for option in own):
+            continue
+        near = difflib.get_close_matches(name, [o for o in own if len(o) > 2], n=1, cutoff=0.8)
+        if near:
+            parser.error(f"{name}: no such option; did you mean {near[0]}?")
 
 
 def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:

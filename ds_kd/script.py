@@ -28,10 +28,8 @@ def run_script(work: Callable[[], int | None]) -> int:
     if told is None:
         return 1
     if _is_first_to_fail():
-        rank = os.environ.get("RANK", "0")
-        where = f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
         text = told.text(excerpts=sys.stderr.isatty())
-        print(f"\n{where}{text}", file=sys.stderr, flush=True)
+        print(f"\n{_name_rank(told)}{text}", file=sys.stderr, flush=True)
     return told.exit_code
 
 
@@ -44,6 +42,16 @@ def _let_go(error: BaseException | None) -> None:
     while error is not None:
         traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__
+
+
+def _name_rank(told: UserError) -> str:
+    """Return the beginning of a message that is this rank's own."""
+    rank = os.environ.get("RANK", "0")
+    # Before the ranks meet, all those of a machine have read the same config.
+    is_on_first = os.environ.get("LOCAL_RANK") == rank
+    if told.is_of_config and is_on_first and "torch" not in sys.modules:
+        return ""
+    return f"rank {rank}: " if rank.isdigit() and rank != "0" else ""
 
 
 def _is_first_to_fail() -> bool:

@@ -30,7 +30,7 @@ def show(label: str, text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     quiet()
-    from ds_kd.evaluate.comparison import NEW_TOKENS, compare, read_lines, summarize
+    from ds_kd.evaluate.comparison import NEW_TOKENS, CompareError, compare, read_lines, summarize
 
     given = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
     models = {name: path for name, path in given.items() if path}
@@ -41,7 +41,11 @@ def run(args: argparse.Namespace) -> None:
 
         cfg = load(args.config, args.overrides, tuple(args.allow_targets))
         models = results.models_of(cfg) | models
-        metrics = metrics or results.log_of(cfg)
+        if metrics is None and not (metrics := results.log_of(cfg)).exists():
+            raise CompareError(
+                f"no log at {metrics}; give the overrides that the run had "
+                "(checkpoint.checkpoint_dir=…), or --metrics"
+            )
         data = data or results.held_out_samples(cfg)
     if metrics is not None:
         print("\n".join(summarize(read_lines(metrics))))

@@ -10,7 +10,9 @@ code 2 for a path that is wrong or cannot be written.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,7 +35,9 @@ def run(args: argparse.Namespace) -> None:
     quiet()
     from ds_kd.checkpoint.export import export_to
 
-    export_to(args.checkpoint, args.out)
+    # DeepSpeed prints a line for each thing it does, and progress bars; its errors are raised.
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        export_to(args.checkpoint, args.out)
     print(f"wrote {args.out}; load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 
 

@@ -26,12 +26,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import ds_kd
 from ds_kd.command_line import parse_run, positive, run_parser
 from ds_kd.config.checks.machine import notes_on_machine
+from ds_kd.config.components import ConfigError
 from ds_kd.config.load import check_world, load
-from ds_kd.config.reference.keys import list_keys
+from ds_kd.config.reference.keys import hint_at_keys, list_keys
 from ds_kd.config.schema import RunConfig
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 from ds_kd.script import run_script
+
+#: Options of launch/plan.py that a user may give here.
+OF_PLAN = ("--gpu-memory", "--host-memory", "--ranks-per-node", "--length", "--mfu", "--tflops")
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -55,12 +59,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     option("--verbose", action="store_true", help="show DeepSpeed's and transformers' messages")
     option("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parse_run(parser, argv, without_config=("list_keys",))
+    return parse_run(parser, argv, without_config=("list_keys",), of_plan=OF_PLAN)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.list_keys is not None:
-        print("\n".join(list_keys(args.list_keys)))
+        print_keys(args.list_keys)
         return
     only_plan = args.dry_run and not args.check
     cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=only_plan)
@@ -76,6 +80,13 @@ def run(args: argparse.Namespace) -> None:
             show_plan(cfg, args)
         else:
             train(cfg, args)
+
+
+def print_keys(prefix: str) -> None:
+    lines = list_keys(prefix)
+    if not lines:
+        raise ConfigError([hint_at_keys(prefix)])
+    print("\n".join(lines))
 
 
 def check(cfg: RunConfig, args: argparse.Namespace) -> None:

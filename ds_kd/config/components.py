@@ -28,6 +28,7 @@ class ConfigError(UserError):
     """Everything that is wrong with a config, one line each."""
 
     exit_code = 2
+    is_of_config = True
 
     def __init__(self, problems: list[str]):
         self.problems = [_shorten(blank_known_secrets(line)) for line in problems]
@@ -122,7 +123,9 @@ def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
     # A refusal says what to type next: a name that was meant, or the option that permits this one.
     if name.startswith("nemo_automodel."):
         return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
-    near = difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
+    known = {known.lower(): known for known in [*ALIASES, *ALLOWED]}
+    near = [known[key]] if (key := dotted.lower()) in known else []
+    near = near or difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
     hint = (
         f"did you mean {near[0]}?"
         if near

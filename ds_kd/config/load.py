@@ -20,6 +20,7 @@ from ds_kd.config.checks.components import (
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
+from ds_kd.config.checks.tokenizers import find_other_tokenizer
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.keys import keys_of
 from ds_kd.config.nemo import Translation
@@ -75,6 +76,9 @@ def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
     for path, name in directories.items():
         if name and (wrong := check_directory(path, name)):
             problems.append(wrong)
+    if not config_only and cfg.model and cfg.teacher_model and cfg.loads_teacher:
+        other = find_other_tokenizer(cfg.model, cfg.teacher_model, cfg.kd_ratio > 0)
+        problems += [other] if other else []
     if problems:
         raise ConfigError(_drop_repeats(problems, written))
 

@@ -35,6 +35,7 @@ from ds_kd.recipe.models import (
     training_dtype,
 )
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.train.batches import LoaderBatches
@@ -322,8 +323,7 @@ def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
         return f"preempted at step {step}; {kept}"
     if not cfg.checkpoint.enabled:
         return "done; nothing is kept, as checkpoints are off"
-    if cfg.checkpoint.save_consolidated == "false" or not (directory / FINAL).exists():
-        student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
-    else:
+    student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
+    if cfg.checkpoint.save_consolidated != "false" and (directory / FINAL).exists():
         student = f"student: {directory / FINAL} (AutoModelForCausalLM.from_pretrained loads it)"
-    return f"checkpoint: {directory / LATEST}\n{student}"
+    return f"checkpoint: {directory / LATEST}\n{student}{name_best(directory)}"

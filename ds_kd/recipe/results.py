@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ds_kd.checkpoint.manifest import FINAL
+from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST
 from ds_kd.config.components import ConfigError
 from ds_kd.config.schema import RunConfig
 from ds_kd.parallel.world import World
@@ -25,6 +25,16 @@ def models_of(cfg: RunConfig) -> dict[str, Path]:
 def log_of(cfg: RunConfig) -> Path:
     """Return the path of a run's metrics.jsonl."""
     return Path(cfg.tensorboard_dir) / "metrics.jsonl"
+
+
+def name_best(directory: Path) -> str:
+    """Return a further line of a run's last message on the checkpoint of the lowest validation
+    loss, or nothing where that is the last one."""
+    best = (directory / BEST).resolve()
+    if not best.is_dir() or best == (directory / LATEST).resolve():
+        return ""
+    command = f"python launch/export.py {directory / BEST} OUT"
+    return f"\nlowest validation loss: {best.name}; {command} writes its student"
 
 
 def held_out_samples(cfg: RunConfig) -> Any:

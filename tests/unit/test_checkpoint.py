@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sys
 
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -49,6 +50,21 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
     assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_export_shows_its_own_line_and_nothing_of_deepspeeds(tmp_path, monkeypatch, capfd):
+    from ds_kd.checkpoint import export
+    from tests.scripts import script
+
+    def chatters(_, out):
+        print("Detected checkpoint of type zero stage 3")
+        print("Loading checkpoint shards: 100%", file=sys.stderr)
+        out.mkdir()
+
+    monkeypatch.setattr(export, "export_checkpoint", chatters)
+    assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 0
+    shown = capfd.readouterr()
+    assert shown.out.splitlines()[0].startswith("wrote ") and not shown.err
 
 
 def test_a_final_whose_checkpoints_were_deleted_is_told_before_it_is_replaced(tmp_path):

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from ds_kd.config.components import Component, ConfigError, bind, resolve
+from ds_kd.config.keys import keys_of
 from ds_kd.config.load import check_world, fingerprint, fingerprint_validation, load
 from ds_kd.config.reference.keys import list_keys
+from ds_kd.config.schema import RunConfig
 from tests import tiny
 from tests.scripts import script
 
@@ -516,6 +518,8 @@ HUGE = "1" + "0" * 400
         ("loss_fn._target_=ds_kd.losses.KDLoss", "expected ds_kd.losses.MaskedCrossEntropy"),
         ("optimizer._target_=ds_kd.losses.KDLoss", "begins with torch.optim."),
         ("dataset._target_=ds_kd.losses.KDLoss", "begins with ds_kd.data."),
+        ("optimizer._target_=torch.optim.Adamw", "did you mean torch.optim.AdamW?"),
+        ("kd-ratio=0.3", "got 'kd-ratio', expected key.sub=value; did you mean kd_ratio?"),
     ],
 )
 def test_what_a_newcomer_found_is_refused(override, words):
@@ -922,10 +926,43 @@ def test_the_json_schema_takes_the_validation_sets_that_load_takes(key, made, is
 def test_keys_are_listed_by_prefix():
     lines = list_keys("checkpoint.keep")
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
-    assert "no key begins with nonsense" in list_keys("nonsense")[0]
+    assert list_keys("nonsense") == []
     told = "\n".join(list_keys("kd_loss_fn"))
     assert "kd_loss_fn.temperature" in told and "of ds_kd.losses.KDLoss: float" in told
     assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
+
+
+@pytest.mark.parametrize(
+    ("prefix", "words"),
+    [("nope", "there are: model, "), ("chekpoint", "did you mean checkpoint?")],
+)
+def test_listing_keys_that_are_not_there_is_an_error_with_a_hint(prefix, words, capsys):
+    assert script("kd").main(["--list-keys", prefix]) == 2
+    told = capsys.readouterr().err
+    assert f"no key begins with {prefix}; " in told and words in told
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--dry-run", "--gpu-memory", "80GB"], "error: launch/plan.py has --gpu-memory"),
+        (["--chek"], "--chek: no such option; did you mean --check?"),
+        (["--check=yes", "--dryrun"], "--dryrun: no such option; did you mean --dry-run?"),
+    ],
+)
+def test_an_option_that_is_misspelt_or_another_scripts_is_told(words, told, capsys):
+    with pytest.raises(SystemExit) as caught:
+        script("kd").parse(["--config", str(GUIDE), *words])
+    assert caught.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_every_section_may_be_written_as_an_option_and_the_plans_options_are_its_own():
+    kd, plan = script("kd"), script("plan")
+    for name in keys_of(RunConfig):
+        assert kd.parse(["-c", "x", f"--{name}", "null"]).overrides == [f"{name}=null"]
+    for option in kd.OF_PLAN:
+        args = plan.parse(["-c", "x", f"{option}=1"])
+        assert getattr(args, option[2:].replace("-", "_")) in (1, "1")
 
 
 @pytest.mark.parametrize(

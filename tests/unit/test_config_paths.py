@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 import ds_kd
 from ds_kd.config.checks.files import find_missing_package
-from ds_kd.config.components import ConfigError
+from ds_kd.config.checks.tokenizers import find_other_tokenizer
+from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.data.own import DataError, OwnSamples
+from ds_kd.models.causal_lm import common_vocab_size
+from tests import tiny
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 KEY = "model.pretrained_model_name_or_path"
@@ -75,6 +81,63 @@ def test_a_mapping_is_a_config_as_its_file_is():
     with pytest.raises(ConfigError):
         ds_kd.load_config({**content, "recipe": object()})
     assert content == yaml.safe_load(GUIDE.read_text())  # nothing of it is changed
+
+
+def test_a_wrong_key_is_told_once_in_a_traceback_too():
+    with pytest.raises(ConfigError) as caught:
+        ds_kd.load_config(GUIDE, ["kd_ratio=2"])
+    assert "".join(traceback.format_exception(caught.value)).count("kd_ratio: got 2") == 1
+
+
+def tokenizer_files(path: Path, words: list[str]) -> Path:
+    tiny.tokenizer(path, words=["<unk>", "<eos>", "<pad>", *words])
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_two_tokenizers_that_differ_are_told_by_the_check_in_the_words_of_the_run(tmp_path):
+    student = tokenizer_files(tmp_path / "s", ["a", "b", "c"])
+    teacher = tokenizer_files(tmp_path / "t", ["a", "c", "b"])
+    teacher_key = KEY.replace("model.", "teacher_model.")
+    models = [f"{KEY}={student}", f"{teacher_key}={teacher}"]
+    with pytest.raises(ConfigError) as caught:
+        ds_kd.load_config(GUIDE, models)
+    with (
+        pytest.raises(ConfigError) as by_run,
+        config_error("teacher_model", str(teacher), "a teacher with the student's tokenizer"),
+    ):
+        tokenizers = [AutoTokenizer.from_pretrained(path) for path in (student, teacher)]
+        common_vocab_size(*tokenizers, 6, 6)
+    (told,) = caught.value.problems
+    assert by_run.value.problems[0] in told and "token 'b' is 4 for the student" in told
+    with pytest.raises(ConfigError, match=r"or step_scheduler\.validate_teacher: false"):
+        ds_kd.load_config(GUIDE, [*models, "kd_ratio=0"])
+    ds_kd.load_config(GUIDE, [*models, "kd_ratio=0", "step_scheduler.validate_teacher=false"])
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {"vocab": [1]}}'])
+def test_tokenizers_that_cannot_be_compared_are_left_to_the_run(content, tmp_path):
+    student = tokenizer_files(tmp_path / "s", ["a", "b"])
+    teacher = tokenizer_files(tmp_path / "t", ["a", "b", "c"])  # one more, in whatever file
+    if content is not None:
+        (teacher / "tokenizer.json").write_text(content)
+    teacher_key = KEY.replace("model.", "teacher_model.")
+    ds_kd.load_config(GUIDE, [f"{KEY}={student}", f"{teacher_key}={teacher}"])
+
+
+def test_merges_are_passed_over_and_a_list_of_scores_is_a_vocabulary(tmp_path):
+    def component(name: str, model: dict) -> Component:
+        (tmp_path / name).mkdir()
+        tree = {"added_tokens": [{"id": 2, "content": "<eos>"}], "model": model}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(tree))
+        return Component("", {"pretrained_model_name_or_path": str(tmp_path / name)}, name)
+
+    pairs = component("pairs", {"vocab": {"merges": 0, "a": 1}, "merges": [["a", "b"]]})
+    same = component("same", {"merges": [], "vocab": {"a": 1, "merges": 0}})
+    scores = component("scores", {"vocab": [["x", -1.0], ["b", -2.0]]})
+    assert find_other_tokenizer(pairs, same, True) is None
+    told = find_other_tokenizer(pairs, scores, True)
+    assert told is not None and "token 'merges' is 0 for the student and absent for the" in told
 
 
 def test_importing_the_package_is_light():

@@ -103,10 +103,21 @@ def test_what_the_machine_has_no_more_of_is_told_without_a_traceback(error, word
     assert re.search(words, capsys.readouterr().err)
 
 
-def test_every_other_error_keeps_its_traceback():
+@pytest.mark.parametrize(
+    ("local_rank", "beginning"), [("1", "1 problem in the config"), ("0", "rank 1: 1 problem")]
+)
+def test_a_config_error_names_a_rank_only_where_another_machine_may_differ(local_rank, beginning):
+    command = [sys.executable, "launch/kd.py", "-c", GUIDE, "kd_ratio=2"]
+    env = {**os.environ, **RANKS, "LOCAL_RANK": local_rank}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.strip().startswith(beginning)
+
+
+def test_every_other_error_keeps_its_traceback(capsys):
     assert describe_exhaustion(RuntimeError("shape mismatch")) is None
-    with pytest.raises(RuntimeError, match="shape"):
-        run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape")))
+    assert run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape"))) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and "RuntimeError: shape" in told
 
 
 @pytest.mark.parametrize("name", ["HOME", "HF_HOME", "XDG_CACHE_HOME", "HF_DATASETS_CACHE"])

@@ -262,7 +262,8 @@ def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):
     (tmp_path / "cfg.yaml").write_text(json.dumps(config))
     command = ["--config", str(tmp_path / "cfg.yaml")]
     assert compare.main(command) == 2  # the run has not been made
-    assert "metrics.jsonl: No such file" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"no log at {run}/tensorboard/metrics.jsonl; give the overrides" in told
     (run / "tensorboard").mkdir(parents=True)
     (run / "tensorboard" / "metrics.jsonl").write_text("")
     assert compare.main(command) == 2

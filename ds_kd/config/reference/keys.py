@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from ds_kd.config.keys import Key, keys_of
@@ -57,10 +58,16 @@ def list_keys(prefix: str = "") -> list[str]:
     """Return a line for each key that begins with `prefix`, for a terminal."""
     rows = [(name, key.sentence, _describe_value(key)) for name, key in every_key()]
     rows = [row for row in rows if row[0].startswith(prefix)] + _list_arguments(prefix)
-    if not rows:
-        return [f"no key begins with {prefix}; there are: {', '.join(keys_of(RunConfig))}"]
-    width = max(len(name) for name, _, _ in rows)
+    width = max((len(name) for name, _, _ in rows), default=0)
     return [f"{name:<{width}}  {sentence}{more}" for name, sentence, more in rows]
+
+
+def hint_at_keys(prefix: str) -> str:
+    """Return what to say where no key begins with `prefix`."""
+    names = [name for name, _ in every_key()]
+    near = difflib.get_close_matches(prefix, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are: {', '.join(keys_of(RunConfig))}"
+    return f"--list-keys: no key begins with {prefix}; {hint}"
 
 
 def _describe_value(key: Key) -> str:

@@ -28,6 +28,7 @@ from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
 _AROUND = 100  # columns shown on both sides of a key in a long line
 _STRING = "tag:yaml.org,2002:str"
+_KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
 _PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
 
@@ -93,7 +94,8 @@ class Source:
         try:
             yield
         except ConfigError as error:
-            raise ConfigError([self.locate(line) for line in error.problems]) from error
+            located = ConfigError([self.locate(line) for line in error.problems])
+            raise located from error.__cause__  # not from the same text without places
 
 
 def read(
@@ -314,8 +316,10 @@ def _override(raw: Any, override: str) -> str:
     from yaml import YAMLError
 
     name, equals, value = override.partition("=")
-    if not equals or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
-        raise ConfigError([problem("override", name, "key.sub=value")])
+    if not equals or not re.fullmatch(_KEY, name):
+        meant = name.replace("-", "_")
+        hint = f"did you mean {meant}?" if re.fullmatch(_KEY, meant) and meant != name else ""
+        raise ConfigError([problem("override", name, "key.sub=value", hint)])
     if name.count(".") >= _MAX_DEPTH:
         raise ConfigError([problem("override", name, f"a key of at most {_MAX_DEPTH} parts")])
 
