@@ -53,7 +53,14 @@ def start(overrides, directory, ranks):
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals():
+    """Undo what a shell in the background or nohup has had every process below it ignore."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def until(process, word):
@@ -79,7 +86,11 @@ def rank_processes(process):
 
 
 def finish(process, seconds=300):
-    output = process.communicate(timeout=seconds)[0]
+    try:
+        output = process.communicate(timeout=seconds)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # nothing goes on beside the tests that follow
+        raise
     return process.returncode, output
 
 
@@ -179,6 +190,7 @@ def test_ctrl_c_ends_the_step_saves_and_ends_without_a_traceback(common, launche
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     until(process, "step    2/2000")
     os.killpg(process.pid, signal.SIGINT)
@@ -209,6 +221,7 @@ def stopped(script, **variables):
     return subprocess.run(
         [sys.executable, "-c", STOP + script],
         cwd=ROOT, env={**made, **variables}, capture_output=True, text=True, timeout=60,
+        preexec_fn=heed_signals,
     )  # fmt: skip
 
 
