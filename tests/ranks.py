@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from ds_kd.parallel.rendezvous import free_port
 
 
@@ -54,15 +56,12 @@ def _server():
     context.set_forkserver_preload(
         ["transformers", "datasets", "peft", "ds_kd.recipe.run", "transformers.models.llama"]
     )
-    before = os.environ.get("DS_ACCELERATOR")
-    os.environ["DS_ACCELERATOR"] = "cpu"  # found when DeepSpeed is imported
-    try:
+    # For the server and all that it forks, also for benchmarks/kill_points.py: DeepSpeed looks for an
+    # accelerator when it is imported, and torch reads then how much to log.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")
         multiprocessing.forkserver.ensure_running()
-    finally:
-        if before is None:
-            del os.environ["DS_ACCELERATOR"]
-        else:
-            os.environ["DS_ACCELERATOR"] = before
     return context
 
 
