@@ -88,6 +88,8 @@ class Component:
         key: the section's name in the YAML.
         allow: prefixes of names that the command line permits (`--allow-targets`).
         declaration: a data set's own, if it has one; see `ds_kd.data.rows.declaration`.
+        parts: weight and component of each part of a weighted sum of losses, which has no callable
+            of its own.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Component:
     key: str
     allow: tuple[str, ...] = ()
     declaration: DataSet | None = None
+    parts: tuple[tuple[float, Component], ...] = ()
 
 
 def is_opened(name: str, allow: tuple[str, ...]) -> bool:

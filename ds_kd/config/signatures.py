@@ -6,10 +6,11 @@ import ast
 import difflib
 import functools
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from ds_kd.config.names import DIVERGENCES, LOSSES, home_of
+from ds_kd.config.names import DIVERGENCES, LOSSES, NAMED, home_of
 
 _HOPS = 4  # longest chain of `from .other import name` that is followed
 
@@ -23,12 +24,15 @@ class Signature:
         required: arguments without a default.
         is_open: whether it takes other arguments too.
         decorators: names of the functions that decorate it.
+        limits: (argument, low, high) for each number of a divergence that must lie between these,
+            ends excluded; None is no limit.
     """
 
     annotations: dict[str, str]
     required: tuple[str, ...]
     is_open: bool
     decorators: tuple[str, ...] = ()
+    limits: tuple[tuple[str, float, float | None], ...] = ()
 
 
 @functools.cache
@@ -47,11 +51,7 @@ def signature_of(dotted: str) -> Signature | None:
         # The name is defined in this file, or imported from the file that is looked at next.
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
-                if init:
-                    return _read_signature(init[0], 1, _find_decorators(node))
-                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                return signature_of(f"{module}.{bases[0]}") if bases else None
+                return _read_class(node, module)
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return _read_signature(node, 0, _find_decorators(node))
         hop = _import_of(tree, name, module, path.name == "__init__.py")
@@ -62,18 +62,19 @@ def signature_of(dotted: str) -> Signature | None:
 
 
 @functools.cache
-def divergences() -> tuple[str, ...]:
-    """Return the public names of the project's divergences: the classes of `losses/divergences.py`
-    that derive from another class of that file."""
-    path = _file_of(DIVERGENCES.rstrip("."))
-    assert path is not None
-    classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
-    known = {node.name for node in classes}
-    return tuple(
-        f"{LOSSES}{node.name}"
-        for node in classes
-        if any(isinstance(base, ast.Name) and base.id in known for base in node.bases)
-    )
+def divergences_by_name() -> dict[str, str]:
+    """Return the project's divergences, `name` → dotted name: the classes of
+    `losses/divergences.py` and of the files in `losses/named/` that have a `name`."""
+    home, folder = _file_of(DIVERGENCES.rstrip(".")), _file_of(NAMED.rstrip("."))
+    assert home is not None and folder is not None
+    files = {LOSSES: home}
+    files |= {f"{NAMED}{path.stem}.": path for path in sorted(folder.parent.glob("*.py"))}
+    return {
+        name: f"{prefix}{node.name}"
+        for prefix, path in files.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and (name := _read_literal(node, "name"))
+    }
 
 
 def explain_absence(dotted: str) -> str:
@@ -161,6 +162,49 @@ def _find_decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     """Return the names of the decorators that a definition calls with arguments."""
     called = (each.func for each in node.decorator_list if isinstance(each, ast.Call))
     return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
+
+
+def _read_class(node: ast.ClassDef, module: str) -> Signature | None:
+    """Return the signature of a class; arguments that its `__init__` hands on as `**others` to that
+    of its base are the base's."""
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
+    base = signature_of(f"{module}.{bases[0]}") if bases else None
+    if init is None:
+        return base
+    own = _read_signature(init, 1, _find_decorators(node))
+    if own is None:
+        return None
+    own = replace(own, limits=_read_literal(node, "limits") or ())
+    if base is None or not _hands_on(init):
+        return own
+    return replace(
+        own,
+        annotations={**own.annotations, **base.annotations},
+        required=(*own.required, *base.required),
+        is_open=base.is_open,
+        limits=(*base.limits, *own.limits),
+    )
+
+
+def _hands_on(init: ast.stmt) -> bool:
+    """Return whether an `__init__` with `**others` calls `super().__init__(**others)`."""
+    assert isinstance(init, ast.FunctionDef)
+    if init.args.kwarg is None:
+        return False
+    wanted = f"super().__init__(**{init.args.kwarg.arg})"
+    return any(isinstance(n, ast.Call) and ast.unparse(n) == wanted for n in ast.walk(init))
+
+
+def _read_literal(node: ast.ClassDef, name: str) -> Any:
+    """Return the literal that a class assigns to a name, or None."""
+    for each in node.body:
+        if isinstance(each, ast.Assign) and [ast.unparse(to) for to in each.targets] == [name]:
+            try:
+                return ast.literal_eval(each.value)
+            except ValueError:
+                return None
+    return None
 
 
 def _read_signature(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:

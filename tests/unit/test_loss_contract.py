@@ -52,8 +52,8 @@ def documented():
     space: dict = {"__name__": "my_losses"}
     for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S):
         exec(code, space)
-    reverse, fast = (space[n](temperature=2.0) for n in ("ReverseKL", "FastReverseKL"))
-    return [reverse, fast, space["make_total_variation"]()]
+    names = ("ReverseKL", "FastReverseKL", "Focused")
+    return [*(space[n](temperature=2.0) for n in names), space["make_total_variation"]()]
 
 
 class Overridden(KDLoss):

@@ -8,6 +8,7 @@ from typing import Any
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.signatures import divergences_by_name
 
 
 def every_key() -> list[tuple[str, Key]]:
@@ -84,9 +85,18 @@ def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
     rows: dict[str, str] = {}
     if rules is None:
         return []
+    words = {dotted: name for name, dotted in divergences_by_name().items()}
+    words = {n: word for n, word in words.items() if rules.has_names and n != rules.calls}
+    if rules.has_names:
+        rows[f"{section}.name"] = f"one of {', '.join(divergences_by_name())}"
+
+    # What all of a project's divergences take is told of the first only.
+    shared = arguments_of(rules.calls, rules)[0] if words else {}
     for name in callables_of(rules):
         for argument, annotation in arguments_of(name, rules)[0].items():
-            told = f"of {name}" + (f": {annotation}" if annotation else "")
+            if name in words and argument in shared:
+                continue
+            told = f"of {words.get(name, name)}" + (f": {annotation}" if annotation else "")
             path = f"{section}.{argument}"
             rows[path] = f"{rows[path]}; {told}" if path in rows else told
     return [(path, told, "") for path, told in rows.items() if path.startswith(prefix)]
