@@ -128,7 +128,7 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
 
 def _name_source(dataset: Component) -> tuple[str, Any]:
     """Return the key that names a data set's rows, and its value, for messages."""
-    declared = declaration_of(resolve(dataset.name, dataset.allow))
+    declared = declaration_of(resolve(dataset.name))
     if declared is None or declared.source not in dataset.kwargs:
         return dataset.key, dataset.name
     return f"{dataset.key}.{declared.source}", dataset.kwargs[declared.source]

@@ -12,6 +12,7 @@ import torch
 from ds_kd.config.components import Component, ConfigError, bind, resolve
 from ds_kd.config.keys import keys_of
 from ds_kd.config.load import check_world, fingerprint, fingerprint_validation, load
+from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.reference.keys import list_keys
 from ds_kd.config.schema import RunConfig
 from tests import tiny
@@ -144,13 +145,29 @@ def test_names_outside_the_list_are_refused(name):
         resolve(name)
 
 
+def permit(name, prefix):
+    """Return the name as `load` leaves it in a config, with `--allow-targets PREFIX`."""
+    return mark_permitted({"_target_": name}, (prefix,))["_target_"]
+
+
 def test_a_prefix_opened_on_the_command_line_resolves():
-    assert resolve("math.floor", allow=("math",))(2.5) == 2
+    assert resolve(permit("math.floor", "math"))(2.5) == 2
+
+
+def test_a_permission_is_given_to_one_config_and_not_to_a_text():
+    name = permit("math.floor", "math")
+    for other in (str(name), permit("mathematics.floor", "math")):
+        with pytest.raises(ConfigError, match="not among the names a config may call"):
+            resolve(other)
+    change = ["optimizer._target_=math.floor"]
+    assert load(GUIDE, change, allow=("math",)).optimizer.name == name
+    with pytest.raises(ConfigError, match="not among the names a config may call"):
+        load(GUIDE, change)
 
 
 def test_a_prefix_opened_on_the_command_line_does_not_open_what_its_modules_import():
     with pytest.raises(ConfigError, match="leads through the module"):
-        resolve("os.path.os.system", allow=("os.path",))
+        resolve(permit("os.path.os.system", "os.path"))
 
 
 def test_secrets_never_reach_the_text_that_is_logged():
