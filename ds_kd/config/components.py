@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.config.names import home_of
-from ds_kd.config.permissions import refuse, translate
+from ds_kd.config.permissions import Permitted, refuse, translate
 from ds_kd.config.text.secrets import BLANK, blank_known_secrets, blank_secrets, is_under_secret
 from ds_kd.data.rows.declaration import DataSet
-from ds_kd.errors import UserError, first_line
+from ds_kd.errors import UserError, describe_user_error, first_line
 
 _LONGEST = 1500  # characters of a problem
 
@@ -228,4 +228,6 @@ def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) 
     try:
         return function(**_resolve_functions(component), **extra)
     except TypeError as error:
-        raise ConfigError([f"{component.key}: {error}"]) from error
+        is_own = isinstance(component.name, Permitted)  # code of the user's
+        told = describe_user_error(error) if is_own else error
+        raise ConfigError([f"{component.key}: {told}"]) from error

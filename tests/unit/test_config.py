@@ -101,6 +101,11 @@ def test_an_override_reads_yaml_values_and_null_drops_a_section():
     assert cfg.clip_grad_norm == 2.0
 
 
+def test_a_key_may_be_written_with_dashes_as_options_are():
+    cfg = load(GUIDE, ["kd-ratio=0.3", "step_scheduler.max-steps=7"])
+    assert cfg.kd_ratio == 0.3 and cfg.step_scheduler.max_steps == 7
+
+
 @pytest.mark.parametrize("bad", ["no_equals", "=3", "a..b=1"])
 def test_a_malformed_override_is_refused(bad):
     with pytest.raises(ConfigError, match=r"key\.sub=value"):
@@ -421,6 +426,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("kd_loss_fn.temperature=.inf", "temperature: got inf, expected a number > 0"),
         ("dist_env.timeout_minutes=1e9", "expected a number > 0 and ≤ 10080"),
         (f"checkpoint.checkpoint_dir={__file__}/run", "expected a directory; .*py is a file"),
+        ("checkpoint.checkpoint_dir=/proc/run", "that can be written; /proc is the kernel's own"),
         ("model.attn_implementation=flash", "got 'flash', expected sdpa or eager or"),
         ("model.torch_dtype=null", "model.torch_dtype: got None, expected bf16"),
         ("lr_scheduler={lr_warmup_steps: abc}", "lr_scheduler.lr_warmup_steps: got 'abc'"),
@@ -536,7 +542,9 @@ HUGE = "1" + "0" * 400
         ("optimizer._target_=ds_kd.losses.KDLoss", "begins with torch.optim."),
         ("dataset._target_=ds_kd.losses.KDLoss", "begins with ds_kd.data."),
         ("optimizer._target_=torch.optim.Adamw", "did you mean torch.optim.AdamW?"),
-        ("kd-ratio=0.3", "got 'kd-ratio', expected key.sub=value; did you mean kd_ratio?"),
+        ("max-steps=3", "max_steps: unknown key; did you mean step_scheduler.max_steps?"),
+        ("max_step=3", "did you mean step_scheduler.max_steps?"),
+        ("temperature=3", "did you mean kd_loss_fn.temperature?"),
     ],
 )
 def test_what_a_newcomer_found_is_refused(override, words):
@@ -548,7 +556,7 @@ def test_what_a_newcomer_found_is_refused(override, words):
 @pytest.mark.parametrize(
     "override",
     [
-        "wandb.api-key=hunter2",
+        "wandb.api key=hunter2",
         'model.token="hunter2',
         "wandb=[{api_key: hunter2}]",
         "slurm.env_vars=[WANDB_API_KEY=hunter2]",
