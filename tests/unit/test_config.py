@@ -861,12 +861,27 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert "its first row has body" in capsys.readouterr().err
     rows.write_text('{"q": "a", "a": "b"}')
     assert new.main([*words, "--data", str(rows)]) == 2
-    assert "column_mapping: {question: q, answer: a}" in capsys.readouterr().err
+    assert "name two of them with --columns q,a" in capsys.readouterr().err
+    rows.write_text('{"q": "w5", "a": "w6 w7"}\n' * 20)
+    read_as = ["--columns", "q,a", "--validation", str(rows)]
+    assert new.main([*words, "--data", str(rows), *read_as]) == 0
+    path.write_text(capsys.readouterr().out)
+    for data in (load(path).dataset, load(path).validation_dataset[""]):
+        assert data.kwargs["column_mapping"] == {"question": "q", "answer": "a"}
+    assert new.main([*words, "--data", str(rows), "--columns", "q"]) == 2
+    assert "--columns: got 'q', expected QUESTION,ANSWER or" in capsys.readouterr().err
+    assert new.main([*words, "--data", str(rows), "--columns", "q,z"]) == 2
+    assert "dataset.column_mapping: got {'question': 'q', 'answer'" in capsys.readouterr().err
     talk = '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'
     rows.write_text(f'{{"conversations": {talk}}}\n' * 9)
     assert new.main([*words, "--data", str(rows)]) == 2
     told = capsys.readouterr().err
     assert "--student: got" in told and "chat_template.jinja" in told
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{% for turn in messages %}{{ turn.content }} {% endfor %}")
+    assert new.main([*words, "--data", str(rows), "--chat-template", str(template)]) == 0
+    path.write_text(capsys.readouterr().out)
+    assert load(path).dataset.kwargs["chat_template"] == str(template)
     assert new.main([*words, "--data", str(tmp_path / "notes.txt")]) == 2
     assert '{"text": …} lines' in capsys.readouterr().err
 
