@@ -6,6 +6,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import shlex
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -136,7 +137,7 @@ def _refuse_references(models: tuple[str, str], given: Rows) -> None:
     named = {"--student": models[0], "--teacher": models[1]}
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
     for option, name in (named | options).items():
-        if name is not None and "${" in name:
+        if name is not None and (not name or "${" in name):
             raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
 
 
@@ -294,7 +295,7 @@ def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
     # The user may name the columns, if no data set reads those that the file has.
     found = recognise(columns)
     if found is None:
-        pair = ",".join(columns) if len(columns) == 2 else "QUESTION,ANSWER"
+        pair = shlex.quote(",".join(columns)) if len(columns) == 2 else "QUESTION,ANSWER"
         hint = f"its first row has {', '.join(columns)}; name two of them with --columns {pair}"
         raise ConfigError([problem(option, data, columns_known(), hint)])
     return found
