@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import sysconfig
+import traceback
 from pathlib import Path
+
+_FRAMES = 3  # lines of a user's code that a message names
 
 
 class UserError(Exception):
@@ -78,6 +82,21 @@ def explain(error: BaseException) -> UserError | None:
 def first_line(error: BaseException) -> str:
     """Return the first line of its text, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_user_error(error: BaseException) -> str:
+    """Return an error of a user's own code in one line: its kind, its text, and the lines of that
+    code that led to it, the last one first. Lines of this package and of libraries are left out."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
+    libraries = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib")))
+    places = [
+        f"{frame.filename}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*libraries, "<"))
+    ]
+    # The script that was started is no code of the user's.
+    places = [place for place in places if not place.endswith(" in <module>")][-_FRAMES:]
+    return f"{text} ({', called at '.join(reversed(places))})" if places else text
 
 
 class NotPlainFileError(ValueError):
