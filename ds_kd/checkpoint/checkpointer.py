@@ -55,6 +55,7 @@ from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.state import TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
+from ds_kd.models.file_names import write_config, write_tokenizer
 from ds_kd.models.model_files import FILES
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
@@ -309,10 +310,10 @@ class Checkpointer:
         (aside / STATE).write_text(json.dumps(saved))
         (aside / CONFIG).write_text(self.config_text)
         model = engine.module.model
-        model.config.save_pretrained(aside / MODEL)
+        write_config(model.config, aside / MODEL)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(aside / MODEL)
-        self.tokenizer.save_pretrained(aside / MODEL)
+        write_tokenizer(self.tokenizer, aside / MODEL)
         if self.card is not None:
             (aside / MODEL / CARD).write_text(self.card(state), encoding="utf-8")
 
