@@ -130,6 +130,8 @@ def _find_names(tree: ast.Module) -> set[str]:
 
 def _file_of(module: str) -> Path | None:
     """Return the file of a module as importlib would find it, without importing its parents."""
+    if not module:  # of a name without a dot
+        return None
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -169,14 +171,14 @@ def _read_class(node: ast.ClassDef, module: str) -> Signature | None:
     of its base are the base's."""
     bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
     init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
-    base = signature_of(f"{module}.{bases[0]}") if bases else None
     if init is None:
-        return base
+        return signature_of(f"{module}.{bases[0]}") if bases else None
     own = _read_signature(init, 1, _find_decorators(node))
     if own is None:
         return None
     own = replace(own, limits=_read_literal(node, "limits") or ())
-    if base is None or not _hands_on(init):
+    base = signature_of(f"{module}.{bases[0]}") if bases and _hands_on(init) else None
+    if base is None:
         return own
     return replace(
         own,

@@ -9,21 +9,21 @@ from typing import Any
 from ds_kd.config.checks.components import check_component
 from ds_kd.config.components import Component, problem
 from ds_kd.config.keys import Key, is_number
-from ds_kd.config.names import ALIASES
+from ds_kd.config.permissions import translate
 from ds_kd.config.signatures import divergences_by_name
 from ds_kd.config.text.origins import decode
 
 
 def check_divergence(
-    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
+    value: Any, key: Key, config_only: bool, problems: list[str]
 ) -> Component | None:
     """Return the component of the distillation loss, after adding its problems to `problems`.
 
     Args:
-        value, key, allow, config_only, problems: as for `check_component`.
+        value, key, config_only, problems: as for `check_component`.
     """
     if not isinstance(value, list):
-        return _check_named(value, key, allow, config_only, problems)
+        return _check_named(value, key, config_only, problems)
     if not value:
         example = "[{name: forward_kl, weight: 0.5}, {name: reverse_kl, weight: 0.5}]"
         problems.append(problem(key.name, value, f"a list such as {example}"))
@@ -43,30 +43,28 @@ def check_divergence(
                 problems.append(problem(f"{part.name}.weight", weight, expected))
         elif inner is None:
             problems.append(problem(part.name, inner, "a mapping such as {name: …, weight: …}"))
-        component = _check_named(section, part, allow, config_only, problems)
+        component = _check_named(section, part, config_only, problems)
         if component is not None and is_number(weight):
             parts.append((float(weight), component))
-    return Component("", {}, key.name, allow, parts=tuple(parts)) if parts else None
+    return Component("", {}, key.name, parts=tuple(parts)) if parts else None
 
 
-def _check_named(
-    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
-) -> Component | None:
+def _check_named(value: Any, key: Key, config_only: bool, problems: list[str]) -> Component | None:
     """Return the component of a section, after looking up the `name` that stands for a `_target_`.
 
     Args:
-        value, key, allow, config_only, problems: as for `check_component`.
+        value, key, config_only, problems: as for `check_component`.
     """
     target = value.get("_target_") if isinstance(value, dict) else None
     is_from_outside = isinstance(target, str) and not _is_ours(target)
     if not isinstance(value, dict) or "name" not in value or is_from_outside:
-        return check_component(value, key, allow, config_only, problems)
+        return check_component(value, key, config_only, problems)
 
     # From here on `name` is the config's own key, not an argument of a class from outside.
     name, known = decode(value["name"]), divergences_by_name()
     section = {other: each for other, each in value.items() if other != "name"}
     if name is None:
-        return check_component(section, key, allow, config_only, problems)
+        return check_component(section, key, config_only, problems)
     if target is not None:
         problems.append(
             f"{key.name}: name {name} and _target_ {target} are both given; write "
@@ -79,9 +77,9 @@ def _check_named(
         problems.append(problem(f"{key.name}.name", name, " or ".join(known), hint))
         return None
     section["_target_"] = known[name]
-    return check_component(section, key, allow, config_only, problems)
+    return check_component(section, key, config_only, problems)
 
 
 def _is_ours(target: str) -> bool:
     """Return whether a `_target_` leads to a class of the project."""
-    return ALIASES.get(target, target).startswith("ds_kd.")
+    return translate(target).startswith("ds_kd.")
