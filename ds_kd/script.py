@@ -12,8 +12,10 @@ from ds_kd.process import check_machine
 
 
 def run_script(work: Callable[[], int | None]) -> int:
-    """Run `work` and return the exit code: its own, or that of the `UserError` it ends in, which is
-    printed on standard error by one rank. Every other error is a bug and keeps its traceback.
+    """Run `work`, and return its exit code or that of the `UserError` it raises.
+
+    One rank prints a `UserError` on standard error. Any other error is a bug and keeps its
+    traceback.
     """
     try:
         check_machine()
@@ -34,10 +36,10 @@ def run_script(work: Callable[[], int | None]) -> int:
 
 
 def _let_go(error: BaseException | None) -> None:
-    """Free what the frames of an error and its causes hold.
+    """Free the objects that the frames of an error and its causes hold, the loaders among them.
 
-    The processes that load data end when their loader goes. They ignore SIGTERM, with which Python
-    would end them at its own exit, and it would wait for them for ever.
+    Worker processes end with their loader. They ignore the SIGTERM that Python sends at its exit,
+    and Python would wait for them without end.
     """
     while error is not None:
         traceback.clear_frames(error.__traceback__)
@@ -45,9 +47,9 @@ def _let_go(error: BaseException | None) -> None:
 
 
 def _name_rank(told: UserError) -> str:
-    """Return the beginning of a message that is this rank's own."""
+    """Return the prefix `rank N: ` for a message of one rank, or an empty text."""
     rank = os.environ.get("RANK", "0")
-    # Before the ranks meet, all those of a machine have read the same config.
+    # Before the ranks meet, all ranks of a machine report the same problems of the config.
     is_on_first = os.environ.get("LOCAL_RANK") == rank
     if told.is_of_config and is_on_first and "torch" not in sys.modules:
         return ""
