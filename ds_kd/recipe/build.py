@@ -55,7 +55,7 @@ def build(
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
     Raises:
-        ConfigError: something that the config names does not exist or fit; names the key.
+        ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
@@ -69,7 +69,7 @@ def build(
     batches = LoaderBatches(loader)
     schedule = _make_schedule(cfg, batches.steps_per_epoch)
 
-    # Parts that may be refused come before the models, which take minutes to load.
+    # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
@@ -140,8 +140,8 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
 def _build_part_of_loss(
     component: Component, check: Callable[[Any, int], None], vocab: int, world: World
 ) -> Any:
-    """Return the loss of a section on this rank's device, after a check of its contract with
-    logits of so many ids."""
+    """Return the loss of a section on this rank's device, after checking its contract with logits
+    of `vocab` ids."""
     try:
         loss = instantiate(component)
         check(loss, vocab)
@@ -187,7 +187,7 @@ def _build_student(
         with config_error("distributed.activation_checkpointing", True, expected):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # On a CPU torch's own optimizer already works where offload would put its states.
+    # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
@@ -248,7 +248,7 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
 
 
 def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that a model would not treat like the others."""
+    """Refuse samples that are too long for the table of a `longrope` model."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
     for component, loader in itertools.product(used, loaders):
         with config_error(component.key, name_of(component), "a model that treats samples alike"):
@@ -278,7 +278,7 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
             )
         )
 
-    # A ValueError of Weights & Biases is already about its own section.
+    # A ValueError of Weights & Biases already names its own section.
     def make_on_rank0() -> None:
         try:
             on_rank0(make, world)
