@@ -46,12 +46,28 @@ _EXHAUSTED = {
 }
 
 
-def describe_exhaustion(error: BaseException) -> UserError | None:
-    """Return the message for an error that means that a resource of the machine is used up, or None
-    for any other error."""
+#: Words of torch's data loader, and what to do.
+_WORKERS = {
+    "DataLoader worker (pid": (
+        "Workers that are killed have often used up the memory: lower dataloader.num_workers (0 "
+        "loads data in the rank itself) or dataloader.prefetch_factor"
+    ),
+    "DataLoader timed out": (
+        "A worker is stuck in the data set or the collate_fn: dataloader.num_workers=0 shows where "
+        "(Ctrl-C twice); a slow one needs a larger dataloader.timeout (seconds)"
+    ),
+}
+
+
+def explain(error: BaseException) -> UserError | None:
+    """Return the message for an error that means that a resource of the machine is used up or that
+    a loader's worker has ended, or None for any other error."""
     text = f"{type(error).__name__}: {error}"
-    for what, words in _EXHAUSTED.items():
-        if any(word in text for word in words):
+    for words, remedy in _WORKERS.items():
+        if words in text:
+            return UserError(f"{first_line(error)}\n{remedy}")
+    for what, several in _EXHAUSTED.items():
+        if any(words in text for words in several):
             told = f"no more {what}: {first_line(error)}"
             if what == "memory":
                 told += (

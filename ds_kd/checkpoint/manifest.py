@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from ds_kd.errors import UserError
 
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
-STATE, CONFIG = "state.json", "config.yaml"
+STATE, CONFIG, CARD = "state.json", "config.yaml", "README.md"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 #: Errors of the system, torch and safetensors on a full disk.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)

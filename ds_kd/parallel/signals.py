@@ -3,6 +3,9 @@ SIGINT (Ctrl-C) and SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -58,7 +61,24 @@ def ignore_requests(worker: int) -> None:
     """Make a loader's worker process ignore requests to stop.
 
     Terminals and schedulers signal every process of a job, and a rank that ends its step may still
-    need batches. The worker ends with its rank.
+    need batches. `end_workers_at_exit` ends the worker.
     """
     for number in _REQUESTS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Kill this process's loader workers when it exits.
+
+    Python asks them to end by SIGTERM, which `ignore_requests` makes them ignore, and then waits:
+    one that is stuck in a user's data set would keep the rank for ever.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for one that was killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

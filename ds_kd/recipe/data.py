@@ -17,7 +17,7 @@ from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
-from ds_kd.parallel.signals import ignore_requests
+from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 
@@ -179,6 +179,10 @@ def build_loader(
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
     if kwargs.get("collate_fn") is None:
         kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
+    if kwargs.get("num_workers"):
+        # A worker that is stuck is waited for as long as a rank that is.
+        kwargs.setdefault("timeout", cfg.dist_env.timeout_minutes * 60)
+        end_workers_at_exit()
     init = {} if kwargs.get("worker_init_fn") else {"worker_init_fn": ignore_requests}
     if init:
         kwargs.pop("worker_init_fn", None)

@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "ds_kd"
 #: Rooms from the top of the house to its ground; an import may only lead down.
 LEVELS = (
+    ("__main__",),
     ("plan",),
     ("recipe",),
     ("train",),
@@ -22,7 +23,7 @@ LEVELS = (
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-READS_CONFIG = {"config", "recipe", "plan"}
+READS_CONFIG = {"__main__", "config", "recipe", "plan"}
 HAS_ENGINES = {"parallel", "checkpoint"}
 #: Names of functions that return the noun they name, though its first word looks like a participle.
 NOUNS = {"ending_of", "closing_message", "training_dtype", "scaled_logits_error"}
