@@ -310,7 +310,7 @@ class Checkpointer:
         (aside / STATE).write_text(json.dumps(saved))
         (aside / CONFIG).write_text(self.config_text)
 
-        # All that a student has besides its weights, so that any checkpoint can be exported.
+        # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model
         write_config(model.config, aside / MODEL)
         if getattr(model, "generation_config", None) is not None:

@@ -11,7 +11,7 @@ SmolLM2-135M; sound models at most, unsound ones at least):
     float32    any probe                            2e-6, 1e-3    limit 1e-4
     bfloat16   logits, their head's input scaled up    0, 0.7     limit 2e-2
     bfloat16   another token elsewhere is noticed      0, 4e-3    limit 2e-3, or 3 times the noise
-    bfloat16   a sample alone and packed, as a share of what its neighbour would do to it
+    bfloat16   a sample alone and packed, as a share of its neighbour's possible effect
                                                     0.09, 1       limit 0.3
 """
 

@@ -72,7 +72,7 @@ def end_workers_at_exit() -> None:
     """Kill this process's loader workers when it exits.
 
     Python asks them to end by SIGTERM, which `ignore_requests` makes them ignore, and then waits:
-    one that is stuck in a user's data set would keep the rank for ever.
+    one that is stuck in a user's data set would keep the rank alive.
     """
     atexit.register(_kill_workers)
 

@@ -240,7 +240,7 @@ def _pack(error: Exception) -> tuple[bytes | None, Exception]:
     plain = known(text) if known else RuntimeError(f"{type(error).__name__}: {text}")
     try:
         return pickle.dumps(error), plain
-    except Exception:  # whatever the exception's own attributes raise
+    except Exception:  # the attributes of an exception may raise any error
         return None, plain
 
 
