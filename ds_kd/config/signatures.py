@@ -6,7 +6,8 @@ import ast
 import difflib
 import functools
 import importlib.util
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Signature:
         required: arguments without a default.
         is_open: whether it takes other arguments too.
         decorators: names of the functions that decorate it.
+        defaults: argument → its default as text.
+        sentences: argument → its text in the docstring.
         limits: (argument, low, high) for each number of a divergence that must lie between these,
             ends excluded; None is no limit.
     """
@@ -32,6 +35,8 @@ class Signature:
     required: tuple[str, ...]
     is_open: bool
     decorators: tuple[str, ...] = ()
+    defaults: dict[str, str] = field(default_factory=dict)
+    sentences: dict[str, str] = field(default_factory=dict)
     limits: tuple[tuple[str, float, float | None], ...] = ()
 
 
@@ -53,7 +58,7 @@ def signature_of(dotted: str) -> Signature | None:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 return _read_class(node, module)
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return _read_signature(node, 0, _find_decorators(node))
+                return _read_signature(node, 0, node)
         hop = _import_of(tree, name, module, path.name == "__init__.py")
         if hop is None:
             return None
@@ -173,9 +178,11 @@ def _read_class(node: ast.ClassDef, module: str) -> Signature | None:
     init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
     if init is None:
         return signature_of(f"{module}.{bases[0]}") if bases else None
-    own = _read_signature(init, 1, _find_decorators(node))
+    own = _read_signature(init, 1, node)
     if own is None:
         return None
+
+    # Without the base's arguments a misspelt one would be taken for one that is handed on.
     own = replace(own, limits=_read_literal(node, "limits") or ())
     base = signature_of(f"{module}.{bases[0]}") if bases and _hands_on(init) else None
     if base is None:
@@ -185,6 +192,8 @@ def _read_class(node: ast.ClassDef, module: str) -> Signature | None:
         annotations={**own.annotations, **base.annotations},
         required=(*own.required, *base.required),
         is_open=base.is_open,
+        defaults={**base.defaults, **own.defaults},
+        sentences={**base.sentences, **own.sentences},
         limits=(*base.limits, *own.limits),
     )
 
@@ -209,14 +218,44 @@ def _read_literal(node: ast.ClassDef, name: str) -> Any:
     return None
 
 
-def _read_signature(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:
+def _read_signature(
+    node: ast.stmt, skip: int, definition: ast.FunctionDef | ast.ClassDef
+) -> Signature | None:
+    """Return the signature of a function, without its first `skip` arguments.
+
+    Args:
+        definition: the function, or its class; has the decorators and the docstring.
+    """
     if not isinstance(node, ast.FunctionDef):
         return None
     positional = [*node.args.posonlyargs, *node.args.args]
-    optional = {a.arg for a in positional[len(positional) - len(node.args.defaults) :]}
-    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-    optional |= {a.arg for a, default in pairs if default is not None}
+    optional = positional[len(positional) - len(node.args.defaults) :]
+    given: list[ast.expr | None] = [*node.args.defaults, *node.args.kw_defaults]
+    pairs = zip([*optional, *node.args.kwonlyargs], given, strict=True)
+    defaults = {a.arg: ast.unparse(default) for a, default in pairs if default is not None}
     arguments = [*positional[skip:], *node.args.kwonlyargs]
     texts = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
-    required = tuple(name for name in texts if name not in optional)
-    return Signature(texts, required, node.args.kwarg is not None, decorators)
+
+    # The sentences are for `--list-keys`.
+    return Signature(
+        texts,
+        tuple(name for name in texts if name not in defaults),
+        node.args.kwarg is not None,
+        _find_decorators(definition),
+        defaults,
+        _read_sentences(ast.get_docstring(definition) or ""),
+    )
+
+
+def _read_sentences(docstring: str) -> dict[str, str]:
+    """Return the texts on arguments in the section `Args:` of a docstring."""
+    _, _, section = docstring.partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.partition("\n\n")[0].splitlines():
+        entry = re.fullmatch(r" {4}([\w, ]+): (.*)", line)
+        names = entry[1].split(", ") if entry else names
+        text = entry[2] if entry else line.strip()
+        for name in names:
+            found[name] = f"{found[name]} {text}" if name in found and not entry else text
+    return found

@@ -139,11 +139,12 @@ def test_the_bounds_that_all_losses_share_hold_for_each():
 
 
 def test_the_keys_of_all_divergences_are_listed():
-    told = list_keys(KD)
-    assert any("one of forward_kl, " in line and "top_k" in line for line in told)
-    assert any(
-        line.split() == f"{KD}.beta of alpha_beta: float; of jsd: float".split() for line in told
-    )
+    told = {line.split()[0]: line for line in list_keys(KD)}
+    assert "one of forward_kl, " in told[f"{KD}.name"] and "top_k" in told[f"{KD}.name"]
+    assert "of alpha_beta: float = 0.7 (Power β > 0" in told[f"{KD}.beta"]
+    assert "of jsd: float = 0.5 (Share β of the teacher" in told[f"{KD}.beta"]
+    assert "of ds_kd.losses.KDLoss: float = 1.0" in told[f"{KD}.temperature"]
+    assert "jsd" not in told[f"{KD}.temperature"]  # what all take is told once
 
 
 NEW = '''"""One more."""

@@ -18,8 +18,8 @@ class AlphaBeta(Divergence):
     α → 0, β = 1 to the reverse KL. ABKD, Wang et al. 2025, arXiv:2505.04560.
 
     Args:
-        alpha: α > 0; a larger one weighs tokens by how far the models differ on them.
-        beta: β > 0; a larger one weighs tokens by the student's own confidence.
+        alpha: power α > 0; a larger one weighs ids by how far the models differ on them.
+        beta: power β > 0; a larger one weighs ids by the student's own probability.
         common: arguments of `Divergence`.
     """
 

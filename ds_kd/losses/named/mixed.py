@@ -35,7 +35,7 @@ class JSD(Divergence):
     GKD, Agarwal et al. 2023, arXiv:2306.13649.
 
     Args:
-        beta: the teacher's share β of the mixture, between 0 and 1.
+        beta: share β of the teacher in the mixture, between 0 and 1.
         common: arguments of `Divergence`.
     """
 
@@ -65,7 +65,7 @@ class SkewForward(Divergence):
     g = -(1 - a)·(p/m - 1). DistiLLM, Ko et al. 2024, arXiv:2402.03898.
 
     Args:
-        skew: a, the teacher's share of the mixture, between 0 and 1.
+        skew: share a of the teacher in the mixture, between 0 and 1.
         common: arguments of `Divergence`.
     """
 
@@ -92,7 +92,7 @@ class SkewReverse(Divergence):
     g = log(q/m) - a·(q/m - 1). DistiLLM, Ko et al. 2024, arXiv:2402.03898.
 
     Args:
-        skew: a, the student's share of the mixture, between 0 and 1.
+        skew: share a of the student in the mixture, between 0 and 1.
         common: arguments of `Divergence`.
     """
 
