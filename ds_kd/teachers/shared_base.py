@@ -29,7 +29,7 @@ class SharedBaseTeacher:
         was_training = student.training
         student.train(False)
         try:
-            with lora.switched_off(student.model):
+            with lora.switch_off(student.model):
                 hidden = self.engine(batch, probe="hidden")
         finally:
             student.train(was_training)

@@ -52,7 +52,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
 
     # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
     shares_base = cfg.teacher.kind == SHARED_BASE
-    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and not shares_base:
+    is_resident = data.get("teacher") in (None, {}, {"kind": "resident"})
+    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and is_resident:
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
         )
