@@ -50,23 +50,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
     problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
 
-    # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
-    shares_base = cfg.teacher.kind == SHARED_BASE
-    is_resident = data.get("teacher") in (None, {}, {"kind": "resident"})
-    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and is_resident:
-        problems.append(
-            "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
-        )
-    if shares_base and data.get("teacher_model") is not None:
-        problems.append(
-            "teacher_model: teacher.kind is shared_base, where the student's own base is the "
-            "teacher; remove one of them"
-        )
-    if shares_base and data.get("peft") is None:
-        problems.append(
-            "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
-            "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
-        )
+    _check_teacher(cfg, data, problems)
     if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset or "
@@ -94,6 +78,27 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         _check_data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         _check_loader(component, problems)
+
+
+def _check_teacher(cfg: RunConfig, data: dict, problems: list[str]) -> None:
+    """Check that there is one teacher where the loss asks for it."""
+    # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
+    shares_base = cfg.teacher.kind == SHARED_BASE
+    is_resident = data.get("teacher") in (None, {}, {"kind": "resident"})
+    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and is_resident:
+        problems.append(
+            "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
+        )
+    if shares_base and data.get("teacher_model") is not None:
+        problems.append(
+            "teacher_model: teacher.kind is shared_base, where the student's own base is the "
+            "teacher; remove one of them"
+        )
+    if shares_base and data.get("peft") is None:
+        problems.append(
+            "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
+            "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
+        )
 
 
 def _repeats(dataset: Component | None) -> bool:
