@@ -50,7 +50,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append("dataloader.batch_size: set step_scheduler.local_batch_size instead")
     problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
 
-    _check_teacher(cfg, data, problems)
+    # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
     if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset or "
@@ -69,6 +69,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
 
+    _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
     _check_optimizer(cfg, problems)
