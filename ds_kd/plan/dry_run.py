@@ -127,7 +127,8 @@ def describe(
     # Memory on this number of ranks by part, then in one line each for other numbers.
     lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
     lines += _describe_worlds(student, teacher, work, machine)
-    flops = memory.count_operations(student, teacher, work)
+    asked = student if teacher is None and cfg.asks_teacher else teacher  # its own base
+    flops = memory.count_operations(student, asked, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"

@@ -40,6 +40,7 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.teachers.shared_base import SharedBaseTeacher
 from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
@@ -106,7 +107,10 @@ def _build_models(
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    return teacher, _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
+    if cfg.asks_teacher and teacher is None:
+        return SharedBaseTeacher(student), student
+    return teacher, student
 
 
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:

@@ -9,7 +9,7 @@ from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
-from ds_kd.config.schema import RunConfig, StepScheduler
+from ds_kd.config.schema import SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 
 #: transformers' schedules by name; each takes other arguments.
@@ -51,9 +51,21 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
 
     # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
-    if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
+    shares_base = cfg.teacher.kind == SHARED_BASE
+    is_resident = data.get("teacher") in (None, {}, {"kind": "resident"})
+    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and is_resident:
         problems.append(
             "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
+        )
+    if shares_base and data.get("teacher_model") is not None:
+        problems.append(
+            "teacher_model: teacher.kind is shared_base, where the student's own base is the "
+            "teacher; remove one of them"
+        )
+    if shares_base and data.get("peft") is None:
+        problems.append(
+            "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
+            "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
         )
     if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
