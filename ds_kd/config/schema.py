@@ -9,13 +9,12 @@ from typing import Any
 from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, key
 from ds_kd.config.names import (  # fmt: skip
-    DIVERGENCES,
-    LOSSES,
+    OF_CROSS_ENTROPY,
     OF_DATA,
+    OF_DIVERGENCE,
     OF_LOADER,
     OF_MODEL,
     OF_OPTIMIZER,
-    of_loss,
 )
 from ds_kd.config.sections import (
     MAX_SEED,
@@ -66,8 +65,10 @@ class RunConfig:
     )
     kd_loss_fn: Component = key(
         None,
-        "Sets the distillation loss: temperature, ignore_index, fp32_upcast, chunk_size.",
-        component=of_loss(f"{LOSSES}KDLoss", DIVERGENCES),
+        "Sets the distillation loss: name (forward_kl by default; docs/losses.md lists all), its "
+        "arguments, temperature, ignore_index, fp32_upcast, chunk_size. A list of such sections, "
+        "each with a weight, is their weighted sum.",
+        component=OF_DIVERGENCE,
     )
     peft: Peft | None = key(
         None, "Trains small adapters (LoRA) and leaves the student's weights as they are."
@@ -75,7 +76,7 @@ class RunConfig:
     loss_fn: Component = key(
         None,
         "Sets the cross-entropy: ignore_index, fp32_upcast.",
-        component=of_loss(f"{LOSSES}MaskedCrossEntropy", f"{LOSSES}cross_entropy."),
+        component=OF_CROSS_ENTROPY,
     )
     optimizer: Component = key(
         None,
@@ -136,6 +137,11 @@ class RunConfig:
     def validates(self) -> bool:
         """Return whether the run has validation data."""
         return bool(self.validation_dataset) or self.validation_share is not None
+
+    @property
+    def kd_losses(self) -> list[Component]:
+        """Return the distillation loss, or the parts of a weighted sum."""
+        return [part for _, part in self.kd_loss_fn.parts] or [self.kd_loss_fn]
 
     @property
     def asks_teacher(self) -> bool:

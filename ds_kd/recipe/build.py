@@ -20,6 +20,7 @@ from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
@@ -139,8 +140,18 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
     ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, shared or rows[0], world)
+    divergence = _build_divergence(cfg, shared or rows[0], world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
+
+
+def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
+    """Return the distillation loss over so many ids, or the weighted sum of several."""
+    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
+    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
+    try:
+        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
+    except ValueError as error:
+        raise ConfigError([f"kd_loss_fn: {error}"]) from error
 
 
 def _build_part_of_loss(

@@ -171,13 +171,24 @@ def _describe_schedule(cfg: RunConfig) -> str:
     return f"{schedule.name}, {schedule.num_warmup_steps} steps of warm-up"
 
 
+_OF_EVERY_LOSS = ("temperature", "ignore_index", "fp32_upcast", "chunk_size")
+
+
 def _describe_loss(cfg: RunConfig) -> str:
     """Return the loss as a formula with its numbers."""
     if cfg.kd_ratio == 0:
         return "CE"
-    temperature = float(cfg.kd_loss_fn.kwargs.get("temperature", 1.0))
-    name = cfg.kd_loss_fn.name.rpartition(".")[2]
-    return f"{1 - cfg.kd_ratio:g} · CE + {cfg.kd_ratio:g} · {name}, temperature {temperature:g}"
+    told = []
+    for loss in cfg.kd_losses:
+        others = {n: v for n, v in loss.kwargs.items() if n not in _OF_EVERY_LOSS}
+        arguments = ", ".join(f"{name} {value}" for name, value in blank_secrets(others).items())
+        name = loss.name.rpartition(".")[2] + (f" ({arguments})" if arguments else "")
+        told.append(f"{name}, temperature {float(loss.kwargs.get('temperature', 1.0)):g}")
+    if cfg.kd_loss_fn.parts:
+        weights = (weight for weight, _ in cfg.kd_loss_fn.parts)
+        told = [f"{w:g} · {part}" for w, part in zip(weights, told, strict=True)]
+        told = [f"({' + '.join(told)})"]
+    return f"{1 - cfg.kd_ratio:g} · CE + {cfg.kd_ratio:g} · {told[0]}"
 
 
 def _describe(component: Component) -> str:

@@ -165,13 +165,17 @@ def _check_losses(cfg: RunConfig, problems: list[str]) -> None:
     """Check the bounds of a loss's arguments."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
-    kwargs = cfg.kd_loss_fn.kwargs
-    temperature, chunk = kwargs.get("temperature"), kwargs.get("chunk_size")
-    if isinstance(temperature, (int, float)) and not (is_number(temperature) and temperature > 0):
-        problems.append(problem("kd_loss_fn.temperature", temperature, "a number > 0"))
-    if isinstance(chunk, int) and chunk < 0:
-        problems.append(problem("kd_loss_fn.chunk_size", chunk, "an integer ≥ 0"))
-    for part in (cfg.loss_fn, cfg.kd_loss_fn):
+    for part in cfg.kd_losses:
+        t, chunk = part.kwargs.get("temperature"), part.kwargs.get("chunk_size")
+        if isinstance(t, (int, float)) and not (is_number(t) and t > 0):
+            problems.append(problem(f"{part.key}.temperature", t, "a number > 0"))
+        if isinstance(chunk, int) and chunk < 0:
+            problems.append(problem(f"{part.key}.chunk_size", chunk, "an integer ≥ 0"))
+    sizes = {str(part.kwargs.get("chunk_size")) for part in cfg.kd_losses} - {"None"}
+    if len(sizes) > 1:
+        given = " and ".join(sorted(sizes))
+        problems.append(f"kd_loss_fn: parts have chunk_size {given}, and share one; keep one")
+    for part in (cfg.loss_fn, *cfg.kd_losses):
         ignored = part.kwargs.get("ignore_index", -100)
         if ignored != -100:
             expected = "-100, which data sets mark and tokens are counted by"
