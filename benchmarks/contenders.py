@@ -56,12 +56,15 @@ def _chunks(items: list, size: int) -> list[list]:
 
 
 @contextlib.contextmanager
-def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> Iterator[Step]:
+def ds_kd(
+    job: Job, chunk_size: int | None = None, compiled: bool = False, shares: bool = False
+) -> Iterator[Step]:
     """The trainer's own step on its own engines, this process's rank of however many there are."""
     from ds_kd.checkpoint.engine_files import state_bytes
     from ds_kd.config.checks.zero_file import load_zero_config
     from ds_kd.data.collate import default_collater
     from ds_kd.data.packing import PackedDataset
+    from ds_kd.data.prefixes import SharedDataset
     from ds_kd.losses.chunked import DistillationLoss
     from ds_kd.losses.cross_entropy import MaskedCrossEntropy
     from ds_kd.losses.divergences import KDLoss
@@ -94,7 +97,7 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
 
     def step(samples: list[dict[str, Any]]) -> float:
         if job.packs:
-            packed = PackedDataset(samples, job.pack_size)
+            packed = (SharedDataset if shares else PackedDataset)(samples, job.pack_size)
             mine = [packed[k] for k in range(len(packed))]
             micro = 1
         else:
@@ -246,6 +249,7 @@ def liger(job: Job) -> Any:
 
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
+    "ds_kd_shared": (functools.partial(ds_kd, shares=True), None),
     "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),

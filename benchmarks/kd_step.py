@@ -40,14 +40,16 @@ class Cell:
 
     Args:
         name: how `--cells` calls it.
-        kind: `text` (pieces of one length), `squad` (real rows, ds_kd packs them) or `workspace`
-            (the loss alone, from hidden states).
+        kind: `text` (pieces of one length), `squad` (real rows), `chat` (answers behind one system
+            prompt of 400 tokens) or `workspace` (the loss alone, from hidden states). ds_kd packs
+            samples of `squad` and `chat`.
         length: tokens of a text sample.
         masked: share of a text sample that is not supervised.
         samples: per optimizer step.
         micro_batch: samples per forward.
         vocab: rows of both heads; 0 takes the models'.
         ranks: processes, with all cores between them.
+        shares: ds_kd with shared beginnings takes part too.
     """
 
     name: str
@@ -59,6 +61,11 @@ class Cell:
     vocab: int = 0
     dtype: str = "fp32"
     ranks: int = 1
+    shares: bool = False
+
+    @property
+    def packs(self) -> bool:
+        return self.kind in ("squad", "chat")
 
 
 BASE = Cell("text-512")
@@ -73,6 +80,8 @@ DEFAULT = [
     replace(BASE, name="bf16", dtype="bf16"),
     Cell("squad-bf16", "squad", samples=8, micro_batch=8, dtype="bf16"),
     replace(BASE, name="2-ranks", ranks=2),
+    Cell("squad-shared", "squad", samples=32, micro_batch=8, shares=True),
+    Cell("chat-shared", "chat", samples=16, micro_batch=8, shares=True),
     Cell("workspace", "workspace", vocab=128256, length=4096),
 ]
 
@@ -183,7 +192,7 @@ def work(args: argparse.Namespace) -> None:
         measure.with_vocabulary(p, cell.vocab, args.directory) if cell.vocab else p
         for p in (args.teacher, args.student)
     ]
-    job = Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048)
+    job = Job(*paths, dtype, cell.micro_batch, cell.packs, pack_size=2048)
     with CONTENDERS[args.worker.partition("-")[2]][0](job) as step:
         while True:
             box = [json.loads(line) if orders and (line := orders.readline()) else None]
@@ -200,9 +209,12 @@ def work(args: argparse.Namespace) -> None:
             elif order == "peak":
                 answer = measure.peak_bytes(lambda: step(steps[k]))  # noqa: B023
             else:
-                lengths = [len(sample["input_ids"]) for sample in steps[k]]
+                shares = args.worker.endswith("_shared")
+                lengths = measure.lengths_in(steps[k], shares)
                 _, labels = measure.tokens_in(steps[k])
-                micro = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
+                micro = cell.samples // cell.micro_batch
+                if cell.packs:
+                    micro = -(-sum(lengths) // job.pack_size)
                 answer = {
                     "ideal": measure.Ideal(*paths, dtype).seconds(lengths, labels, micro),
                     "states": getattr(step, "state_bytes", 0),
@@ -218,6 +230,8 @@ def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[
     count = cell.samples * (args.rounds + 1)
     if cell.kind == "squad":
         rows = measure.squad_samples(tokenizer, args.squad, count)
+    elif cell.kind == "chat":
+        rows = measure.chat_samples(tokenizer, count)
     else:
         rows = measure.text_samples(tokenizer, count, cell.length, cell.masked)
     return [rows[k : k + cell.samples] for k in range(0, count, cell.samples)]
@@ -228,7 +242,9 @@ def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[
     from contenders import available
 
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
-    names = [*available(wanted)]
+    if cell.shares and wanted is None:
+        wanted = ["ds_kd_shared", "ds_kd", "plain"]
+    names = [name for name in available(wanted) if cell.shares or not name.endswith("_shared")]
     rows = in_turn([(cell, name, args) for name in names], directory)
     plain = next((row["step s"] for row in rows if row["contender"] == "plain"), None)
     if plain is not None:

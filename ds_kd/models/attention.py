@@ -1,8 +1,11 @@
-"""Attention that stays inside the samples of a pack, without a mask and without wasted products.
+"""Attention that stays inside the samples of a pack, without wasted products.
 
 transformers answers packs under SDPA with a `[length, length]` block mask, most of whose products
 are computed to be thrown away. Here every sample is one causal call of SDPA: on a pack of n samples
 an n-th of the work, exact, and on GPUs with the flash kernels that an explicit mask rules out.
+
+Where samples share their beginnings (`ds_kd.data.prefixes`), a call has the queries of one or more
+neighbouring subtrees, the keys of these and of all nodes above, and a mask of that size.
 """
 
 from __future__ import annotations
@@ -14,15 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.models.tree import Tree
+
 NAME = "sdpa_by_sample"
 
 
 class Segments:
     """The tokens of each sample of a pack, in an object: torch.compile would make a version of the
-    layers for every length of a list."""
+    layers for every length of a list.
 
-    def __init__(self, lengths: list[int]):
+    Args:
+        lengths: of each sample, or of each node of the tree of shared beginnings.
+        parents: of the nodes; None where samples share nothing.
+    """
+
+    def __init__(self, lengths: list[int], parents: list[int] | None = None):
         self.lengths = lengths
+        self.tree = None if parents is None else Tree(lengths, parents)
 
 
 #: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
@@ -49,7 +60,7 @@ def sdpa_by_sample(
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
-        segments: None means one sample a row, right-padded.
+        segments: what the tokens belong to; None means one sample a row, right-padded.
         sliding_window: how many tokens back a token may look, itself included.
 
     Returns:
@@ -61,9 +72,15 @@ def sdpa_by_sample(
         _recorded.append(sliding_window)
     if attention_mask is not None:
         raise ValueError("its attention has a mask of its own; remove packed_sequence")
-    lengths = segments.lengths if segments else [query.shape[2]]
+
+    # Shared beginnings make calls of their own; otherwise every sample is one.
     kwargs["is_causal"] = True
     out = []
+    if segments and segments.tree is not None:
+        calls = segments.tree.split(query, key, value, sliding_window)
+        out = [sdpa_attention_forward(module, *call, **kwargs)[0] for call in calls]
+        return torch.cat(out, dim=1), None
+    lengths = segments.lengths if segments else [query.shape[2]]
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:

@@ -57,17 +57,21 @@ class _Split(nn.Module):
         # built. Explicit positions keep transformers from deriving them; those of packs start
         # again with every sample, and no attention crosses.
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        segments = {}
+        segments, parents = {}, batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
-            segments = {"segments": attention.Segments(batch["segment_lengths"])}
-        with self._last_mlp.only(batch["supervised"]):
+        elif attention.is_by_sample(self.model):
+            segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
+        elif parents is not None:
+            raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
+        rows = batch["supervised"]
+        once = batch.get("supervised_once", rows)  # a position may have several labels
+        with self._last_mlp.only(once):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # Mamba's residual stream is float32, whatever its head is.
         hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
-        return _select(hidden.flatten(0, 1), batch["supervised"])
+        return _select(hidden.flatten(0, 1), rows, is_distinct=once is rows)
 
     def head(self) -> Head:
         """The head's present parameters (whole only while gathered)."""
@@ -129,10 +133,12 @@ class Student(_Split):
         if probe:
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
+        counts = batch.get("supervised_counts")
+        counted = {} if counts is None else {"counts": counts}
         return output_head(
             self.hidden(batch),
             loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output
+                States(h, self.head()), batch["supervised_labels"], teacher_output, **counted
             ),
         )
 
@@ -153,9 +159,10 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
 
 
-def _select(hidden: Tensor, rows: Tensor) -> Tensor:
-    """`hidden[rows]`, rows rising and different: without a copy where they are all there are."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:
+    """`hidden[rows]`, rows rising: without a copy where they are all there are."""
+    is_whole = is_distinct and len(rows) == len(hidden)
+    return hidden if is_whole else hidden.index_select(0, rows)
 
 
 class _RowsOfLastMLP:
