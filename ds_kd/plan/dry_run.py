@@ -11,6 +11,7 @@ from ds_kd.config.components import Component, ConfigError, config_error, proble
 from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.packing import pack
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
@@ -291,7 +292,12 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     total, some = load_first(cfg, _SAMPLES)
     if some is None:
         return total, 1.0, None
-    lengths = sorted(len(row["input_ids"]) for row in some)
+    lengths = [len(row["input_ids"]) for row in some]
+    if size := cfg.packed_sequence.packed_sequence_size:
+        expected = f"room for every sample of {cfg.dataset.key}"
+        with config_error("packed_sequence.packed_sequence_size", size, expected):
+            pack(lengths, size, cfg.rng.seed)
+    lengths.sort()
     taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
     return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import re
 
+from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
-from ds_kd.config.names import ALIASES, COLLATER
+from ds_kd.config.names import COLLATER
+from ds_kd.config.permissions import translate
 from ds_kd.config.schema import RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 
@@ -122,7 +124,7 @@ def _check_sharing(cfg: RunConfig, problems: list[str]) -> None:
     # A model's own attention is only known when it is loaded; see `models.probes.check_sharing`.
     for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         given = loader.kwargs.get("collate_fn")
-        if given is not None and ALIASES.get(str(given), given) != COLLATER:
+        if given is not None and translate(str(given)) != COLLATER:
             problems.append(
                 f"{key}: {loader.key}.collate_fn: {given} does not know shared beginnings; remove "
                 "one of the two keys"
@@ -147,6 +149,8 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
     given = [name for name in names if getattr(peft, name)]
     if len(given) > 1:
         problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+    elif cfg.model is not None and (unknown := find_unknown_map(cfg.model, peft)):
+        problems.append(unknown)
 
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
