@@ -85,9 +85,10 @@ def describe_sharing(cfg: RunConfig) -> list[str]:
     # The packs are those of a run on these samples alone.
     computed = sum(len(packs[k]["input_ids"]) for k in range(len(packs)))
     saved = sum(packs.lengths) / max(1, computed)
-    told = f"{saved:.2f} tokens of its first {len(some):,} samples for one that is computed"
+    told = f"1 token for {saved:.2f} of its first {len(some):,} samples"
     if packing.share_prefixes:
-        return [f"  shared beginnings: {told}; a pack holds {len(some) / len(packs):.1f} samples"]
+        held = len(some) / len(packs)
+        return [f"  shared beginnings: computes {told}; a pack holds {held:.1f} samples"]
     if saved < _WORTH_TELLING:
         return []
-    return [f"  {key}.share_prefixes: true would have {told}, in packs of {size:,}"]
+    return [f"  shared beginnings: {key}.share_prefixes: true would compute {told}"]
