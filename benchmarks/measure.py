@@ -192,7 +192,7 @@ def chat_samples(tokenizer: Any, count: int) -> list[dict[str, Any]]:
     from ds_kd.data.labels import shift
 
     names = list(topics_of_python())
-    rules = tokenizer(" ".join(topics_of_python().values()))["input_ids"][:400]
+    rules = tokenizer(" ".join(topics_of_python().values())[:4000])["input_ids"][:400]
     made = []
     for k in range(count):
         name = names[k % len(names)]

@@ -21,7 +21,7 @@ from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import States
-from ds_kd.models import attention, causal_lm, probes
+from ds_kd.models import attention, causal_lm, lora, probes
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.tree import Tree
 from ds_kd.plan.samples import describe_sharing
@@ -242,6 +242,26 @@ def test_with_activation_checkpointing_gradients_stay_the_same(pairs):
     student.model.gradient_checkpointing_disable()
     student.eval()
     assert all(torch.allclose(got[n], g, atol=1e-6) for n, g in expected.items())
+
+
+def test_gradients_of_adapters_equal_those_of_single_samples():
+    model = architecture("llama")
+    names = lora.linear_maps(model, ["*_proj"], [])
+    lora.add_adapter(model, names, 4, 8.0, 0.0, False, "xavier", 0, "base")
+    student = causal_lm.Student(model, DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5))
+    student.teacher = causal_lm.FrozenModel(architecture("llama"))
+    for n, parameter in model.named_parameters():
+        if "lora_B" in n:  # it starts at zero, and A would have no gradient
+            parameter.data.normal_()
+    samples = make_samples([([5, 6, 6, 5], 15), ([5, 6, 6, 6], 15), ([5, 6], 2), ([6, 5], 3)])
+    _, expected = run(student, [default_collater([each]) for each in samples])
+    for each in (model, student.teacher.model):
+        attend_by_sample(each)
+    _, got = run(student, [default_collater([SharedDataset(samples, PACK)[0]])])
+    assert expected and all("lora" in n for n in expected)
+    scale = max(g.abs().max().item() for g in expected.values())
+    for n, g in expected.items():
+        assert (got[n] - g).abs().max().item() <= 1e-5 * scale, n
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "mistral", "gemma3", "mixtral"])
