@@ -80,7 +80,7 @@ def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
         if not cfg.packed_sequence.share_prefixes:
             return PackedDataset(samples, size, cfg.rng.seed)
         # A user's own loss of whole logits has no value for each token to count several times.
-        losses = [resolve(part.name) for part in (cfg.loss_fn, cfg.kd_loss_fn)]
+        losses = [resolve(part.name) for part in (cfg.loss_fn, *cfg.kd_losses)]
         counts = all(hasattr(loss, "of_chunk") for loss in losses)
         return SharedDataset(samples, size, cfg.rng.seed, counts)
 

@@ -249,7 +249,7 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
 
 
-def test_torchrun_starts_a_run_of_shared_beginnings_with_a_divergence_from_outside(
+def test_torchrun_starts_the_same_run_sharing_beginnings_with_a_divergence_from_outside(
     overrides, root, tmp_path
 ):
     text = " ".join(f"w{k}" for k in range(20))

@@ -246,7 +246,7 @@ def test_with_activation_checkpointing_gradients_stay_the_same(pairs):
 
 def test_gradients_of_adapters_equal_those_of_single_samples():
     model = architecture("llama")
-    names = lora.linear_maps(model, ["*_proj"], [])
+    names = lora.find_linear_maps(model, ["*_proj"], [])
     lora.add_adapter(model, names, 4, 8.0, 0.0, False, "xavier", 0, "base")
     student = causal_lm.Student(model, DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5))
     student.teacher = causal_lm.FrozenModel(architecture("llama"))
