@@ -56,7 +56,7 @@ def summed(weight):
 steps = ["step_scheduler.max_steps=1", "step_scheduler.val_at_start=true"]
 runs.append(run("four", summed(0.1), *steps))
 try:
-    ds_kd.build(config("four", summed(0.2)))
+    ds_kd.build(config("four", summed(0.2), *steps))
 except ds_kd.errors.UserError as error:
     runs.append(str(error))
 
