@@ -151,6 +151,7 @@ _OF_VALIDATION = (
     "kd_loss_fn",
     "loss_fn.",
     "teacher_model.",
+    "teacher.",
 )
 
 

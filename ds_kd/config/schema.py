@@ -29,10 +29,12 @@ from ds_kd.config.sections import (
     Rng,
     Slurm,
     StepScheduler,
+    Teacher,
     TensorBoard,
 )  # fmt: skip
 from ds_kd.config.text.yaml_source import Source
 
+SHARED_BASE = "shared_base"  # a value of teacher.kind
 _KEPT_BY_TIME = 2  # newest checkpoints, where no steps are named to save after
 
 
@@ -49,6 +51,7 @@ class RunConfig:
         "validation uses it, and it may be absent.",
         component=OF_MODEL,
     )
+    teacher: Teacher = key(Teacher, "Says where the teacher's distribution comes from.")
     offload_teacher_model: bool = key(False, "Keeps the teacher's shards in the host's memory.")
     dataset: Component = key(
         None, "Names the training data.", component=replace(OF_DATA, required=True)
@@ -141,10 +144,16 @@ class RunConfig:
         return [part for _, part in self.kd_loss_fn.parts] or [self.kd_loss_fn]
 
     @property
-    def loads_teacher(self) -> bool:
-        """Return whether a teacher is loaded, for training or for validation alone."""
+    def asks_teacher(self) -> bool:
+        """Return whether there is a teacher, for training or for validation alone."""
         measures = self.step_scheduler.validate_teacher and self.validates
-        return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
+        is_there = self.teacher_model is not None or self.teacher.kind == SHARED_BASE
+        return is_there and (self.kd_ratio > 0 or measures)
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Return whether a teacher is loaded beside the student."""
+        return self.asks_teacher and self.teacher_model is not None
 
     @property
     def keep_last(self) -> int | None:

@@ -41,6 +41,7 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.teachers.shared_base import SharedBaseTeacher
 from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
@@ -107,7 +108,10 @@ def _build_models(
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    return teacher, _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
+    if cfg.asks_teacher and teacher is None:
+        return SharedBaseTeacher(student), student
+    return teacher, student
 
 
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -255,6 +259,8 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
+    if packs(cfg) and cfg.packed_sequence.share_prefixes:
+        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

@@ -12,7 +12,7 @@ from ds_kd.checkpoint.state import TrainState
 from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import Component
 from ds_kd.config.load import fingerprint
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.config.text.secrets import blank_secrets
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import SHOWN, read_lines
@@ -81,6 +81,7 @@ def write_card(cfg: RunConfig, ranks: int, state: TrainState) -> str:
     """
     student = _name_short(cfg.model)
     teacher = "its data" if cfg.teacher_model is None else _name_short(cfg.teacher_model)
+    teacher = student if cfg.teacher.kind == SHARED_BASE else teacher
     training = _describe_training(cfg, ranks, state)
     body = _BODY.format(
         student=student,
@@ -135,6 +136,8 @@ def _describe_training(cfg: RunConfig, ranks: int, state: TrainState) -> dict[st
     told: dict[str, Any] = {"started from": name_of(cfg.model)}
     if cfg.teacher_model is not None and cfg.kd_ratio > 0:
         told["teacher"] = name_of(cfg.teacher_model)
+    elif cfg.teacher.kind == SHARED_BASE and cfg.kd_ratio > 0:
+        told["teacher"] = "the model it started from, without the adapter"
     if cfg.peft is not None:
         told["adapter, merged"] = f"LoRA, rank {cfg.peft.dim}, alpha {cfg.peft.alpha}"
 
