@@ -132,13 +132,12 @@ def evaluate(
     Raises:
         EvaluationError: something that the command names does not exist or fit.
     """
-    # What can be refused without a model is refused first.
     if options.output is not None:
         with _blame("--output", str(options.output)):
             on_rank0(lambda: _check_output(options), world)
-    with _blame("--data", options.data):
-        if task.name == PLAIN_TEXT.name and not task.columns and is_plain_text(options.data):
-            task = PLAIN_TEXT
+    task = _fit_task(task, options, world)
+
+    # A teacher stays in memory for all models, which come one after the other.
     against = None
     if task.needs_teacher and teacher is not None:
         against = Loaded("--teacher", teacher, options.dtype, world)
@@ -147,6 +146,7 @@ def evaluate(
     about = {
         "data": options.data,
         "limit": options.limit,
+        "dtype": options.dtype,
         "teacher": teacher if task.needs_teacher else None,
         "versions": {"ds_kd": __version__, "torch": str(torch.__version__)},
     }
@@ -155,6 +155,16 @@ def evaluate(
         with _blame("--output", str(options.output)):
             write_json(options.output, results)
     return format_table(results, task.metrics)
+
+
+def _fit_task(task: Task, options: Options, world: World) -> Task:
+    """Return the task for these rows: of plain text all tokens are predicted, of samples the
+    supervised ones."""
+    if task is not BUILTIN["perplexity"]:
+        return task
+    with _blame("--data", options.data):
+        is_plain = rank0_first(lambda: is_plain_text(options.data), world)
+    return PLAIN_TEXT if is_plain else task
 
 
 def _evaluate_one(

@@ -485,9 +485,9 @@ def without_head(place: Path) -> Path:
         ("--data {place}/empty.jsonl", "empty.jsonl"),
         ("--data {place}/unlabelled.jsonl", "line 2: label '' names none of 4 endings"),
         ("--model {place}/absent", "--model: got '{place}/absent', expected a Hugging Face model"),
-        ("--model {pickled}", "--model: got '{pickled}': "),
+        ("--model {pickled}", "--model: Error no file named model.safetensors"),
         ("--model {headless}", "--model: got '{headless}': "),
-        ("--task kl --teacher {other}", "--teacher: got '{other}': the student's tokenizer"),
+        ("--task kl --teacher {other}", "--teacher: the student's tokenizer"),
         ("--output {place}/one/config.json/x.json", "--output: got '{place}/one/config.json"),
     ],
 )
