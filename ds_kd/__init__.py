@@ -5,6 +5,8 @@
     cfg = ds_kd.load_config("cfg.yaml", ["kd_ratio=0.3"])     # or a mapping in place of the file
     with ds_kd.build(cfg) as trainer:                         # on every rank; resumes
         finished = trainer.train()
+    student = ds_kd.load_student("checkpoints/final")         # on one process
+    print(student("Translate to French: I love coding!").text)
 
 `import ds_kd` imports neither torch nor DeepSpeed; each function imports what it needs.
 """
@@ -14,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["build", "load_config"]
+__all__ = ["build", "load_config", "load_student"]
 
 
 def load_config(
@@ -53,3 +55,18 @@ def build(cfg: Any, listens: bool = False) -> Any:
     from ds_kd.recipe.run import open_run
 
     return open_run(cfg, listens)
+
+
+def load_student(directory: Any, device: str | None = None) -> Any:
+    """Return a student that writes text: `load_student("checkpoints/final")("A prompt").text`.
+
+    Args:
+        directory: written by a run (`checkpoint_dir/final`), by `launch/export.py` or transformers.
+        device: of torch; a GPU by default, if there is one.
+
+    Raises:
+        ds_kd.errors.UserError: the directory holds no whole model with its tokenizer.
+    """
+    from ds_kd.models.generate import load_student
+
+    return load_student(directory, device)

@@ -1,126 +1,15 @@
-"""Distil a student under a teacher, as one YAML describes it.
-
-    deepspeed launch/kd.py --config cfg.yaml [key.sub=value …]     every GPU of this machine
-    python launch/kd.py --config cfg.yaml …                        one rank
-    torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
-    python launch/kd.py --config cfg.yaml --check       tell what is wrong with it, run nothing
-    python launch/kd.py --config cfg.yaml --dry-run --ranks 8   its plan (launch/plan.py has more)
-    python launch/kd.py --config cfg.yaml --show-samples 3  what is supervised of its first samples
-    python launch/kd.py --list-keys [prefix]                            every key of the YAML
-
-Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at any rank: all finish their step, save and end; the same
-command goes on. A second one ends the process at once, with nothing saved.
-
-Exit code: 0 done or stopped so, 1 the run failed, 2 the config, the command or the environment is
-wrong, 130 ended by Ctrl-C at once: by the second, or before there was anything to save.
-"""
+"""Distil a student under a teacher, as one YAML describes it; see `ds_kd/__main__.py`."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import ds_kd
-from ds_kd.command_line import parse_run, positive, run_parser
-from ds_kd.config.checks.machine import notes_on_machine
-from ds_kd.config.components import ConfigError
-from ds_kd.config.load import check_world, load
-from ds_kd.config.reference.keys import hint_at_keys, list_keys
-from ds_kd.config.schema import RunConfig
-from ds_kd.process import prepare
-from ds_kd.quiet import quiet
-from ds_kd.script import run_script
+from ds_kd.__main__ import OF_PLAN, main, parse, start
 
-#: Options of launch/plan.py that a user may give here.
-OF_PLAN = ("--gpu-memory", "--host-memory", "--ranks-per-node", "--length", "--mfu", "--tflops")
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = run_parser("kd.py", __doc__)
-    option = parser.add_argument
-    option("--check", action="store_true", help="check the config, run nothing")
-    option("--dry-run", action="store_true", help="check, print the plan of the run, run nothing")
-    option("--ranks", type=positive(int), metavar="N", help="of the plan, or to check for")
-    option(
-        "--show-samples",
-        type=positive(int),
-        metavar="N",
-        help="print the first N training samples, supervised tokens marked; loads no model",
-    )
-    option(
-        "--list-keys",
-        nargs="?",
-        const="",
-        metavar="PREFIX",
-        help="print the YAML's keys, their meaning and defaults",
-    )
-    option("--verbose", action="store_true", help="show DeepSpeed's and transformers' messages")
-    option("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it
-    return parse_run(parser, argv, without_config=("list_keys",), of_plan=OF_PLAN)
-
-
-def run(args: argparse.Namespace) -> None:
-    if args.list_keys is not None:
-        print_keys(args.list_keys)
-        return
-    only_plan = args.dry_run and not args.check
-    cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=only_plan)
-    with cfg.source.add_places():
-        if args.check:
-            check(cfg, args)
-            return
-        if not args.verbose:
-            quiet()
-        if args.show_samples is not None:
-            show_samples(cfg, args)
-        elif args.dry_run:
-            show_plan(cfg, args)
-        else:
-            train(cfg, args)
-
-
-def print_keys(prefix: str) -> None:
-    lines = list_keys(prefix)
-    if not lines:
-        raise ConfigError([hint_at_keys(prefix)])
-    print("\n".join(lines))
-
-
-def check(cfg: RunConfig, args: argparse.Namespace) -> None:
-    if args.ranks is not None:
-        check_world(cfg, args.ranks)
-    print(*cfg.notes, *notes_on_machine(cfg), f"{args.config}: nothing wrong with it", sep="\n")
-
-
-def show_samples(cfg: RunConfig, args: argparse.Namespace) -> None:
-    from ds_kd.recipe import data
-
-    print("\n".join(data.show_samples(cfg, args.show_samples, sys.stdout.isatty())))
-
-
-def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
-    from ds_kd.plan.dry_run import plan_of
-
-    print(plan_of(cfg, args.ranks))
-
-
-def train(cfg: RunConfig, args: argparse.Namespace) -> None:
-    from ds_kd.recipe.build import closing_message
-
-    with ds_kd.build(cfg, listens=True) as trainer:
-        finished = trainer.train()
-        if trainer.world.is_main:
-            print(closing_message(cfg, trainer.state.step, finished))
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse(sys.argv[1:] if argv is None else argv)
-    return run_script(lambda: run(args))
-
+__all__ = ["OF_PLAN", "main", "parse", "start"]
 
 if __name__ == "__main__":
-    prepare()
-    sys.exit(main())
+    sys.exit(start())

@@ -6,7 +6,8 @@
             state.json          TrainState, world size, fingerprint of the run
             config.yaml         the run's YAML with its overrides, secrets blanked
             rng_rank0.pt …      random-number generators of each rank
-            model/              Hugging Face config and tokenizer; the weights too, if consolidated
+            model/              Hugging Face config, tokenizer and model card (README.md); the
+                                weights too, if consolidated
             adapter/            LoRA weights as peft writes them, if the run trains such
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
@@ -39,6 +40,7 @@ from ds_kd.checkpoint import engine_files, manifest, publication, restore
 from ds_kd.checkpoint.export import export_adapter, export_student
 from ds_kd.checkpoint.manifest import (
     ADAPTER,
+    CARD,
     CONFIG,
     ENGINE,
     FINAL,
@@ -53,6 +55,7 @@ from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.state import TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
+from ds_kd.models.file_names import write_config, write_tokenizer
 from ds_kd.models.model_files import FILES
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
@@ -89,6 +92,7 @@ class Checkpointer:
         fingerprint: what the course of the run depends on, by name; plain values.
         validation: what the validation loss of given weights depends on, likewise.
         config_text: the run's YAML, kept beside each checkpoint.
+        card: returns the student's model card, given the counters; None writes none.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
         patience: seconds that the launcher leaves a run after SIGTERM, if it is not patient.
         say: prints on rank 0.
@@ -104,6 +108,7 @@ class Checkpointer:
     retention: Retention = Retention()
     fingerprint: dict[str, Any] = field(default_factory=dict)
     config_text: str = ""
+    card: Callable[[TrainState], str] | None = None
     stops_on_failed_save: bool = False
     patience: float | None = None
     say: Callable[[str], None] = print
@@ -304,11 +309,15 @@ class Checkpointer:
         }
         (aside / STATE).write_text(json.dumps(saved))
         (aside / CONFIG).write_text(self.config_text)
+
+        # All that a student has besides its weights, so that any checkpoint can be exported.
         model = engine.module.model
-        model.config.save_pretrained(aside / MODEL)
+        write_config(model.config, aside / MODEL)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(aside / MODEL)
-        self.tokenizer.save_pretrained(aside / MODEL)
+        write_tokenizer(self.tokenizer, aside / MODEL)
+        if self.card is not None:
+            (aside / MODEL / CARD).write_text(self.card(state), encoding="utf-8")
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
         """Return size and hash of every file, whole on rank 0; the ranks share the work."""

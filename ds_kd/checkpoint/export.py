@@ -24,8 +24,8 @@ from ds_kd.checkpoint.manifest import (
 from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.errors import UserError, first_line
 from ds_kd.models import lora
+from ds_kd.models.file_names import FileNames, write_config
 from ds_kd.models.weight_files import empty_model
-from ds_kd.models.weight_names import FileNames
 from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
 
@@ -147,6 +147,7 @@ def _export_merged(checkpoint: Path, out: Path) -> None:
     merged: Any = PeftModel.from_pretrained(model, str(checkpoint / ADAPTER)).merge_and_unload()
     shutil.copytree(checkpoint / MODEL, out, ignore=shutil.ignore_patterns("*safetensors*"))
     merged.save_pretrained(out)
+    write_config(merged.config, out)
     shutil.copytree(checkpoint / ADAPTER, out / ADAPTER)
 
 

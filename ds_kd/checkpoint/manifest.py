@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from ds_kd.errors import UserError
 
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
-STATE, CONFIG = "state.json", "config.yaml"
+STATE, CONFIG, CARD = "state.json", "config.yaml", "README.md"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 #: Of torch and safetensors, besides the system's own, where a disk is full.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ds_kd.checkpoint import manifest
-from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST, MODEL, CheckpointError
+from ds_kd.checkpoint.manifest import BEST, CARD, FINAL, LATEST, MODEL, CheckpointError
 from ds_kd.checkpoint.retention import Retention, best_in, leftovers_in, prune, superfluous
 
 FRESH_FINAL, _OLD_FINAL, _REPLACED = ".final.new", ".final.old", ".replaced."
@@ -141,7 +141,8 @@ def _is_student_of(final: Path, checkpoint: Path) -> bool:
     if final.is_symlink() or not final.is_dir():
         return False
     for name, want in manifest.read_files_of(checkpoint).items():
-        if not name.startswith(f"{MODEL}/"):
+        # The card has fields for its user to fill, which stay while the student is the same.
+        if not name.startswith(f"{MODEL}/") or name == f"{MODEL}/{CARD}":
             continue
         mine, theirs = final / name.removeprefix(f"{MODEL}/"), checkpoint / name
         if not mine.is_file():

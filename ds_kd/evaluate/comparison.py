@@ -110,20 +110,14 @@ def _find_answer_header(tokenizer: Any) -> list[int]:
 
 
 def generate_answer(directory: Path, prompt: list[int]) -> str:
-    """Return the greedy answer of a model to the prompt's tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    """Return the greedy answer of a model to the prompt's tokens.
 
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    ids = torch.tensor([prompt])
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-    )
-    return str(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True)).strip()
+    Raises:
+        UserError: the directory holds no whole model with its tokenizer, or the prompt is too long.
+    """
+    from ds_kd.models.generate import load_student
+
+    return load_student(directory).write_after(prompt, NEW_TOKENS).text.strip()
 
 
 def compare(

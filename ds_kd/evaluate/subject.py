@@ -159,8 +159,10 @@ class Subject:
         """Return the greedy continuation of each prompt, up to EOS or one of the texts `stop`."""
         from transformers import GenerationConfig, StoppingCriteriaList
 
+        from ds_kd.models.generate import find_ends
+
         length = max(map(len, prompts))
-        ends = self._find_ends()
+        ends = find_ends(self.model, self.tokenizer)
         padding = ends[0] if ends else 0
         left = [length - len(prompt) for prompt in prompts]
         ids = [[padding] * n + prompt for n, prompt in zip(left, prompts, strict=True)]
@@ -180,16 +182,6 @@ class Subject:
             stopping_criteria=StoppingCriteriaList([self._stop_at(stop, length)] if stop else []),
         )
         return [self._read_answer(row[length:], ends, stop) for row in out.tolist()]
-
-    def _find_ends(self) -> list[int]:
-        """Return the tokens that end an answer, by the tokenizer and both of the model's configs;
-        of a chat model the token that ends a turn is often in one of them alone."""
-        found: list[int] = []
-        configs = (getattr(self.model, "generation_config", None), self.model.config)
-        named = [getattr(config, "eos_token_id", None) for config in configs]
-        for value in (self.tokenizer.eos_token_id, *named):
-            found += value if isinstance(value, list) else [value]
-        return [int(token) for token in dict.fromkeys(found) if token is not None]
 
     def _stop_at(self, stop: list[str], length: int) -> Any:
         """Return a criterion of transformers: the rows in which one of the texts has appeared."""

@@ -23,6 +23,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
+from ds_kd.models.file_names import write_config, write_tokenizer
 
 #: Rows that `divergences_without` looks at. Each costs half a forward per layer of the model.
 CALIBRATION_SAMPLES = 3
@@ -318,7 +319,8 @@ def _prune_into(
     prune(model, keep)
 
     model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    write_config(model.config, directory)
+    write_tokenizer(tokenizer, directory)
     verify(directory, logits(model))
     after = model.num_parameters()
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from ds_kd.models import causal_lm, lora, probes
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
+from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.models import (
@@ -306,6 +308,7 @@ def _make_checkpointer(
         Retention(cfg.keep_last, wanted.keep_best),
         fingerprint(cfg) | hash_samples("training", loader.dataset.dataset),
         cfg.text,
+        functools.partial(write_card, cfg, world.size),
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
         validation=fingerprint_validations(cfg, held_out),

@@ -191,6 +191,18 @@ def test_final_loads_as_the_guide_shows(finished, root):
     assert (root / "run/LATEST").resolve().name == "step_0000006"
 
 
+def test_final_is_ready_to_be_pushed(finished, root):
+    here = root / "run/final"
+    names = {path.name for path in here.iterdir()}
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= names
+    card = (here / "README.md").read_text()
+    assert "| steps | 6 |" in card and "| ranks | 2 |" in card
+    assert "--local_rank" not in card and f"python launch/kd.py --config {GUIDE} model." in card
+    # The guide validates every few steps, and before the checkpoint that the card lies in.
+    last = json.loads((root / "run/tensorboard/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and f"{last['val_ce_loss']:.4f} |" in card
+
+
 def test_final_is_real_files_and_the_runs_yaml_lies_beside_each_checkpoint(finished, root):
     assert not any(
         path.is_symlink() for path in [root / "run/final", *(root / "run/final").iterdir()]

@@ -72,10 +72,13 @@ RUN_BY = {
     "python launch/compare.py": "unit/test_quickstart_pieces.py::test_the_config_of_a_run_says",
     "python launch/evaluate.py": "unit/test_evaluate.py::test_hellaswag_agrees_with_lm",
     "torchrun --nproc-per-node 8 launch/evaluate.py": "unit/test_evaluate.py::test_two_ranks_give",
+    "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
     "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",
     "python -m ds_kd.config.reference.json_schema": "unit/test_config.py::test_the_json_schema",
     "python -m ds_kd.config.reference.keys": "unit/test_docs.py::test_the_table_of_keys_is",
     "python -OO": "unit/test_environment.py::test_what_no_run_could_work_in_is_refused",
+    "ds-kd": "e2e/test_wheel.py::test_the_wheel_has_all_and_runs",
+    "python -m ds_kd": "e2e/test_wheel.py::test_the_wheel_has_all_and_runs",
     "PYTHONPATH=. python launch/kd.py": "unit/test_declaration.py::test_a_data_set_from_outside",
     "PYTHONPATH=. deepspeed launch/kd.py": "e2e/test_run.py::test_torchrun_starts_the_same_run",
 }
@@ -89,6 +92,7 @@ NOT_RUN = {
     "mypy": "it is run before every commit",
     "deepspeed --hostfile hosts launch/kd.py": "it needs ssh; the command without ssh is run",
     "python benchmarks/": "it takes hours, or a GPU",
+    "deepspeed --module ds_kd": "the launcher with launch/kd.py is run, and so is python -m ds_kd",
     "pip install": "it needs a package index",
     "tensorboard": "it serves a page until it is stopped",
 }

@@ -9,6 +9,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[2] / "ds_kd"
 #: Rooms from the top of the house to its ground; an import may only lead down.
 LEVELS = (
+    ("__main__",),
     ("plan",),
     ("recipe",),
     ("train",),
@@ -22,7 +23,7 @@ LEVELS = (
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-READS_CONFIG = {"config", "recipe", "plan"}
+READS_CONFIG = {"__main__", "config", "recipe", "plan"}
 HAS_ENGINES = {"parallel", "checkpoint"}
 #: Names of functions that return the noun they name, though its first word looks like a participle.
 NOUNS = {"ending_of", "closing_message", "training_dtype", "scaled_logits_error"}
@@ -121,6 +122,18 @@ def test_rooms_files_and_functions_stay_small():
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 50, f"{path}:{node.lineno} {node.name} has {lines} lines"
     assert max(rooms.values()) <= 11
+
+
+def test_scripts_and_benchmarks_have_short_functions_too():
+    root = PACKAGE.parent
+    long = [
+        f"{path.relative_to(root)}:{node.lineno} {node.name}"
+        for path in [*(root / "launch").glob("*.py"), *(root / "benchmarks").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        if (node.end_lineno or 0) - node.lineno >= 50
+    ]
+    assert not long
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun_not_with_a_question_word():

@@ -9,6 +9,7 @@ import torch
 
 from ds_kd.models.causal_lm import common_vocab_size
 from tests import tiny
+from tests.parity.architectures import all_architectures, config_of
 from tests.ranks import run_ranks
 
 
@@ -186,23 +187,33 @@ def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
     assert torch.allclose(long, short, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["Mixtral", "Qwen2Moe", "GPTNeoX", "Llama"])
+#: A weight's name in files that transformers 4 writes and vLLM reads.
+NAMED_IN_FILES = {
+    "Mixtral": "model.layers.1.block_sparse_moe.experts.3.w2.weight",
+    "Qwen2Moe": "model.layers.1.mlp.experts.3.down_proj.weight",
+    "Olmoe": "model.layers.1.mlp.experts.3.gate_proj.weight",
+    "GPTNeoX": "gpt_neox.layers.1.attention.dense.weight",
+    "Llama": "model.layers.1.mlp.down_proj.weight",
+}
+
+
+@pytest.mark.parametrize("kind", NAMED_IN_FILES)
 def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_from(
     kind, tmp_path
 ):
     import transformers as hf
     from safetensors.torch import load_file
 
-    from ds_kd.models.weight_names import FileNames
+    from ds_kd.models.file_names import FileNames
 
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
-    experts = {"Mixtral": {"num_local_experts": 4}, "Qwen2Moe": {"num_experts": 4}}.get(kind, {})
+    experts = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}
+    experts = experts if kind in ("Mixtral", "Qwen2Moe", "Olmoe") else {}
     config = getattr(hf, f"{kind}Config")(vocab_size=96, **sizes, **experts)
     made = hf.AutoModelForCausalLM.from_config(config)
     made.save_pretrained(tmp_path)
     original = load_file(tmp_path / "model.safetensors")
-    if kind == "Mixtral":
-        assert "model.layers.1.block_sparse_moe.experts.3.w2.weight" in original
+    assert NAMED_IN_FILES[kind] in original
     loaded = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     for model in (loaded, made):
         written = {}
@@ -212,3 +223,82 @@ def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_
         names.flush()
         assert written.keys() == original.keys()
         assert all(torch.equal(written[name], original[name]) for name in original)
+
+
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 64}
+#: rope_parameters of transformers 5 → keys that transformers 4 reads.
+ROPE_KEYS = [
+    ("llama", {"rope_type": "default", "rope_theta": 100.0}, {"rope_theta": 100.0}),
+    ("llama", {**_LLAMA3, "rope_theta": 5e5}, {"rope_theta": 5e5, "rope_scaling": _LLAMA3}),
+    (
+        "gpt_neox",
+        {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        {"rotary_emb_base": 100.0, "rotary_pct": 0.5},
+    ),
+    (
+        "gemma3_text",
+        {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 100.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 200.0},
+        },
+        {
+            "rope_theta": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "rope_local_base_freq": 200.0,
+        },
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "parameters", "earlier"), ROPE_KEYS)
+def test_rotary_settings_are_written_for_both_transformers_4_and_5(
+    kind, parameters, earlier, tmp_path
+):
+    from transformers import AutoConfig
+
+    from ds_kd.models.file_names import write_config
+
+    config = AutoConfig.for_model(kind, rope_parameters=parameters)
+    write_config(config, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert {key: written.get(key) for key in earlier} == earlier
+    assert AutoConfig.from_pretrained(tmp_path).rope_parameters == config.rope_parameters
+
+
+def test_every_written_config_reads_back_with_the_same_rotary_settings(tmp_path):
+    from transformers import AutoConfig
+
+    from ds_kd.models.file_names import write_config
+
+    compared, differ = 0, []
+    for kind in all_architectures():
+        try:
+            config = config_of(kind)
+        except Exception:  # of a configuration that cannot be this small
+            continue
+        if getattr(config.get_text_config(decoder=True), "rope_parameters", None):
+            write_config(config, tmp_path / kind)
+            back = AutoConfig.from_pretrained(tmp_path / kind).get_text_config(decoder=True)
+            same = back.rope_parameters == config.get_text_config(decoder=True).rope_parameters
+            differ += [] if same else [kind]
+            compared += 1
+    assert compared > 100
+    assert not differ
+
+
+def test_a_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_path):
+    from transformers import AutoTokenizer
+
+    from ds_kd.models.file_names import write_tokenizer
+
+    tiny.llama(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<tool>"]})
+    write_tokenizer(tokenizer, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert written["additional_special_tokens"] == ["<tool>"]
+    back = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert back.get_vocab() == tokenizer.get_vocab()
+    assert back.all_special_tokens == tokenizer.all_special_tokens
