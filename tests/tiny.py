@@ -81,6 +81,23 @@ def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dic
     return made
 
 
+def branches(rows: list[dict]) -> list[dict]:
+    """The samples behind common beginnings: one of all, one of every three, and one sample twice.
+
+    What three have in common is supervised in two of them.
+    """
+    made = []
+    for k, row in enumerate(rows):
+        near = rows[k - k % 3]
+        begin = rows[0]["input_ids"][:3] + near["input_ids"][:4]
+        ids = begin + row["input_ids"]
+        labels = [-100] * 4 + ids[5 : len(begin) + 1] + row["labels"]
+        if k % 3 == 1 or all(label == -100 for label in row["labels"]):
+            labels = [-100] * len(begin) + row["labels"]
+        made.append({"input_ids": ids, "labels": labels, "sample_id": row["sample_id"]})
+    return [*made[:-1], {**made[0], "sample_id": made[-1]["sample_id"]}]
+
+
 def reference_means(student, teacher, rows: list[dict], alpha: float, temperature: float):
     """The step's loss as the formula says it, one sample at a time, full logits, plain PyTorch.
 

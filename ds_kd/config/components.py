@@ -88,12 +88,15 @@ class Component:
         kwargs: its keyword arguments.
         key: the section's name in the YAML.
         declaration: a data set's own, if it has one; see `ds_kd.data.rows.declaration`.
+        parts: weight and component of each part of a weighted sum of losses, which has no callable
+            of its own.
     """
 
     name: str
     kwargs: dict[str, Any]
     key: str
     declaration: DataSet | None = None
+    parts: tuple[tuple[float, Component], ...] = ()
 
 
 def resolve(dotted: str) -> Any:
@@ -173,7 +176,7 @@ def find_wrong_arguments(
     given: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return what is wrong with a component's arguments, one line each.
+    """Return the problems of a component's arguments, one line each.
 
     Args:
         annotations: argument → its annotation, an object or text.

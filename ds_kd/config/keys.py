@@ -1,7 +1,7 @@
 """The keys of the YAML and the kinds of value that they hold.
 
 A key is a field of a dataclass in `ds_kd.config.schema` or `sections`. Its annotation names its
-kind. A kind converts a value to its own type, and describes what it takes in words and as JSON
+kind. A kind converts a value to its own type, and describes its values in words and as JSON
 Schema. A new kind is one entry in this file.
 """
 
@@ -208,7 +208,9 @@ class ComponentRules:
         words: keys of the section that ds_kd takes, with the words that each may be.
         kwargs: the arguments if the section is absent; None leaves the component out.
         required: whether the section must be there.
-        may_be_named: whether there may be several, each under a name of its own.
+        may_be_named: whether the section may hold several components by name.
+        has_names: whether `name` may choose one of the project's own, and a list of sections, each
+            with a `weight`, is a weighted sum of them.
         example: an example of the section, for messages.
     """
 
@@ -220,6 +222,7 @@ class ComponentRules:
     kwargs: Mapping[str, Any] | None = None
     required: bool = False
     may_be_named: bool = False
+    has_names: bool = False
     example: str = ""
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_kd.config.components import problem
 from ds_kd.config.names import (
+    COLLATER,
     NEMO_COLLATERS,
     NEMO_KERNELS,
     NEMO_LOSSES,
@@ -21,7 +22,6 @@ from ds_kd.config.names import (
 from ds_kd.config.permissions import Permitted, translate
 from ds_kd.config.text.origins import decode
 
-_COLLATER = "ds_kd.data.collate.default_collater"
 _NAME = "pretrained_model_name_or_path"
 _MODELS = ("model", "teacher_model")
 #: Keys of a data set's section that say how rows are padded, shuffled or read in advance.
@@ -38,11 +38,11 @@ class Translation:
     """The values of a YAML, translated when this object is made.
 
     Args:
-        data: the YAML's values; they are copied.
+        data: the YAML's values, which are changed in place.
     """
 
     def __init__(self, data: dict[str, Any]):
-        self.data: dict[str, Any] = _copy(data)
+        self.data = data
         self.notes: list[str] = []
         self.problems: list[str] = []
         steps: tuple[Callable[[], None], ...] = (
@@ -166,12 +166,12 @@ class Translation:
             if not isinstance(dotted, str):
                 continue
             if dotted in NEMO_COLLATERS:
-                loader["collate_fn"] = _COLLATER
+                loader["collate_fn"] = COLLATER
                 self.notes.append(
                     f"{key}: accepted; default_collater takes its place and lays packs end to end"
                 )
-            elif isinstance(given, dict) and translate(dotted) == _COLLATER:
-                loader["collate_fn"] = _COLLATER
+            elif isinstance(given, dict) and translate(dotted) == COLLATER:
+                loader["collate_fn"] = COLLATER
                 self.notes += [
                     f"{key}.{part}: accepted; padding changes no result"
                     for part in sorted(set(given) - {"_target_"})
@@ -234,13 +234,6 @@ class Translation:
             self.notes.append(
                 "distributed.dp_size: accepted; all ranks that are started share the data"
             )
-
-
-def _copy(tree: Any) -> Any:
-    """Return a deep copy of nested mappings and lists."""
-    if isinstance(tree, dict):
-        return {name: _copy(value) for name, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 #: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one

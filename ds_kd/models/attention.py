@@ -1,8 +1,12 @@
-"""Attention that stays inside the samples of a pack, without a mask and without wasted products.
+"""Attention that stays inside the samples of a pack, without wasted products.
 
-transformers answers packs under SDPA with a `[length, length]` block mask, most of whose products
-are computed to be thrown away. Here every sample is one causal call of SDPA: on a pack of n samples
-an n-th of the work, exact, and on GPUs with the flash kernels that an explicit mask rules out.
+For packs under SDPA, transformers builds a `[length, length]` block mask and discards most of the
+products. Here SDPA is called once for each sample with its causal flag. On a pack of n samples this
+does 1/n of the work, gives the same result, and can use the flash kernels of GPUs, which do not
+take an explicit mask.
+
+Where samples share their beginnings (`ds_kd.data.prefixes`), a call has the queries of one or more
+neighbouring subtrees, the keys of these and of all nodes above, and a mask of that size.
 """
 
 from __future__ import annotations
@@ -14,22 +18,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.models.tree import Tree
+
 NAME = "sdpa_by_sample"
 
 
 class Segments:
-    """The tokens of each sample of a pack, in an object: torch.compile would make a version of the
-    layers for every length of a list."""
+    """The number of tokens of each sample of a pack.
 
-    def __init__(self, lengths: list[int]):
+    They are wrapped in an object because torch.compile would specialise on the length of a list.
+
+    Args:
+        lengths: of each sample, or of each node of the tree of shared beginnings.
+        parents: of the nodes; None where samples share nothing.
+    """
+
+    def __init__(self, lengths: list[int], parents: list[int] | None = None):
         self.lengths = lengths
+        self.tree = None if parents is None else Tree(lengths, parents)
 
 
-#: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
+#: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-#: The window each call was given, while `recording`.
+#: The sliding window of each call, inside `record_windows`.
 _recorded: list[int | None] | None = None
 
 
@@ -44,13 +57,13 @@ def sdpa_by_sample(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers.
+    """Compute attention inside each sample of a pack, with the interface of transformers.
 
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
-        segments: None means one sample a row, right-padded.
-        sliding_window: how many tokens back a token may look, itself included.
+        segments: what the tokens belong to; None means one right-padded sample in each row.
+        sliding_window: the number of tokens that a token attends to, itself included.
 
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
@@ -61,9 +74,15 @@ def sdpa_by_sample(
         _recorded.append(sliding_window)
     if attention_mask is not None:
         raise ValueError("its attention has a mask of its own; remove packed_sequence")
-    lengths = segments.lengths if segments else [query.shape[2]]
+
+    # Shared beginnings make calls of their own; otherwise every sample is one.
     kwargs["is_causal"] = True
     out = []
+    if segments and segments.tree is not None:
+        calls = segments.tree.split(query, key, value, sliding_window)
+        out = [sdpa_attention_forward(module, *call, **kwargs)[0] for call in calls]
+        return torch.cat(out, dim=1), None
+    lengths = segments.lengths if segments else [query.shape[2]]
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:
@@ -75,8 +94,12 @@ def sdpa_by_sample(
 
 
 def attend_by_sample(model: Any, wanted: bool = True) -> None:
-    """Let a model that uses SDPA use `sdpa_by_sample`, where that computes the same; with `wanted`
-    False, let it use SDPA again."""
+    """Switch a model from SDPA to `sdpa_by_sample` if both compute the same, or back to SDPA.
+
+    Args:
+        model: a Hugging Face model; one with another attention is left as it is.
+        wanted: False switches back.
+    """
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
@@ -94,7 +117,7 @@ def is_by_sample(model: Any) -> bool:
 
 @contextmanager
 def record_windows() -> Iterator[list[int | None]]:
-    """Collect the window that every call of `sdpa_by_sample` is given, layer by layer."""
+    """Record the sliding window of every call of `sdpa_by_sample`, in the order of the layers."""
     global _recorded
     made: list[int | None] = []
     _recorded = made
@@ -105,8 +128,8 @@ def record_windows() -> Iterator[list[int | None]]:
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Return the sliding window of each layer by the configuration, None where it looks back
-    without end."""
+    """Return the sliding window of each layer according to the configuration; None for a layer
+    without one."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:

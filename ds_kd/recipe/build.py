@@ -20,6 +20,7 @@ from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
@@ -40,6 +41,7 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.teachers.shared_base import SharedBaseTeacher
 from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
@@ -57,7 +59,7 @@ def build(
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
     Raises:
-        ConfigError: something that the config names does not exist or fit; names the key.
+        ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
@@ -71,7 +73,7 @@ def build(
     batches = LoaderBatches(loader)
     schedule = _make_schedule(cfg, batches.steps_per_epoch)
 
-    # Parts that may be refused come before the models, which take minutes to load.
+    # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
@@ -106,7 +108,10 @@ def _build_models(
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    return teacher, _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
+    if cfg.asks_teacher and teacher is None:
+        return SharedBaseTeacher(student), student
+    return teacher, student
 
 
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -135,15 +140,25 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
     ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, shared or rows[0], world)
+    divergence = _build_divergence(cfg, shared or rows[0], world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
+
+
+def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
+    """Return the distillation loss over so many ids, or the weighted sum of several."""
+    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
+    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
+    try:
+        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
+    except ValueError as error:
+        raise ConfigError([f"kd_loss_fn: {error}"]) from error
 
 
 def _build_part_of_loss(
     component: Component, check: Callable[[Any, int], None], vocab: int, world: World
 ) -> Any:
-    """Return the loss of a section on this rank's device, after a check of its contract with
-    logits of so many ids."""
+    """Return the loss of a section on this rank's device, after checking its contract with logits
+    of `vocab` ids."""
     try:
         loss = instantiate(component)
         check(loss, vocab)
@@ -189,7 +204,7 @@ def _build_student(
         with config_error("distributed.activation_checkpointing", True, expected):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # On a CPU torch's own optimizer already works where offload would put its states.
+    # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
@@ -219,7 +234,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         chosen = wanted.target_modules, wanted.exclude_modules
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
-            names = lora.linear_maps(model, *chosen, wanted.match_all_linear)
+            names = lora.find_linear_maps(model, *chosen, wanted.match_all_linear)
         # Where the base model came from is written into the adapter's own config.
         lora.add_adapter(
             model,
@@ -244,13 +259,15 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
+    if packs(cfg) and cfg.packed_sequence.share_prefixes:
+        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
 
 
 def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that a model would not treat like the others."""
+    """Refuse samples that are too long for the table of a `longrope` model."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
     for component, loader in itertools.product(used, loaders):
         with config_error(component.key, name_of(component), "a model that treats samples alike"):
@@ -280,7 +297,7 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
             )
         )
 
-    # A ValueError of Weights & Biases is already about its own section.
+    # A ValueError of Weights & Biases already names its own section.
     def make_on_rank0() -> None:
         try:
             on_rank0(make, world)
