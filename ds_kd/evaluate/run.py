@@ -7,6 +7,7 @@ all of these give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +22,35 @@ from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Item, Record, Task
 from ds_kd.parallel.world import World, on_rank0
 
+_TOKENS, _TOKENS_ON_GPU = 2048, 16_384
+
+
+def tokens_of_batch(device: str) -> int:
+    """Return the most tokens of a batch on a type of device, padding included."""
+    return _TOKENS if device == "cpu" else _TOKENS_ON_GPU
+
 
 @dataclass(frozen=True)
 class Items:
     """The samples of a task, tokenised for one model.
 
     Args:
-        items: of them, those with something to score.
-        numbers: the place of each among all rows.
+        items: what there is to score.
+        rows: the row of each, from 0; a row may have several items, or none.
         total: number of rows.
     """
 
     items: list[Item]
-    numbers: list[int]
+    rows: list[int]
     total: int
+
+    def merge(self, records: list[Record]) -> list[Record]:
+        """Return one record for each row: the numbers of its items' records, added up."""
+        merged: dict[int, Record] = {}
+        for row, record in zip(self.rows, records, strict=True):
+            before = merged.get(row)
+            merged[row] = record if before is None else {k: before[k] + record[k] for k in record}
+        return [*merged.values()]
 
 
 def columns_of(source: str) -> list[str]:
@@ -56,7 +72,7 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
     Raises:
         ValueError: the rows cannot be read, lack columns, or none has anything to score.
     """
-    made: list[Item] = []
+    made: list[list[Item]] = []
     if task.columns:
         rows = load_rows(source, "train", task.columns, limit)
         prepare = name_bad_row(source, None, lambda row: task.prepare(row, encoder))
@@ -67,10 +83,10 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
         made = [task.prepare(sample, encoder) for sample in samples]
 
     # Of a sample without a supervised token nothing can be said.
-    numbers = [k for k, item in enumerate(made) if task.measure(item)[0]]
-    if not numbers:
+    if not any(made):
         raise ValueError(f"{source!r}: none of its {len(made)} rows has anything to score")
-    return Items([made[k] for k in numbers], numbers, len(made))
+    rows_of = [row for row, items in enumerate(made) for _ in items]
+    return Items([item for items in made for item in items], rows_of, len(made))
 
 
 def is_plain_text(source: str) -> bool:
@@ -91,33 +107,30 @@ def plan_batches(task: Task, items: list[Item], tokens: int, most: int) -> list[
         most: the most items of a batch.
     """
     sizes = [task.measure(item) for item in items]
-    order = sorted(range(len(items)), key=lambda k: (-sizes[k][1], k))
     batches: list[list[int]] = []
-    sequences = longest = 0
-    for k in order:
-        # The first item of a batch is its longest.
-        if batches and len(batches[-1]) < most and (sequences + sizes[k][0]) * longest <= tokens:
-            batches[-1].append(k)
-            sequences += sizes[k][0]
+    for k in sorted(range(len(items)), key=lambda k: (-sizes[k], k)):
+        # The first item of a batch is its longest, to which the others are padded.
+        last = batches[-1] if batches else []
+        if last and len(last) < most and (len(last) + 1) * sizes[last[0]] <= tokens:
+            last.append(k)
         else:
             batches.append([k])
-            sequences, longest = sizes[k]
     return batches
 
 
 def run_task(
     task: Task,
-    subject: Subject,
+    load: Callable[[], Subject],
     items: list[Item],
     batches: list[list[int]],
     world: World,
     journal: Journal,
     title: str,
 ) -> list[Record]:
-    """Return the record of every item, on every rank.
+    """Return the record of every item, on every rank. Items are counted as samples.
 
     Args:
-        subject: a plain model on each rank.
+        load: returns a plain model on each rank; called if there is anything left to do.
         batches: from `plan_batches`.
         journal: has the records of an earlier evaluation, and takes new ones.
         title: the beginning of the line of progress.
@@ -131,7 +144,9 @@ def run_task(
     progress = Progress(title, len(items), len(items) - sum(map(len, todo)), world.is_main)
     share = sum(map(len, todo)) / max(1, count)
     made: dict[int, Record] = {}
+    subject = load() if todo else None
     for number, batch in enumerate(mine, 1):
+        assert subject is not None
         found = dict(zip(batch, task.run(subject, [items[k] for k in batch]), strict=True))
         journal.add(found)
         made |= found

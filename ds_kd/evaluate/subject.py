@@ -18,6 +18,7 @@ from ds_kd.models import attention
 _PROBE = 8  # tokens
 _EXACT = 1e-5  # of a log-likelihood; rounding in float32 is ten times smaller
 _SHARE_OF_EFFECT = 0.3
+_LONGEST_MASK = 4096  # tokens; a mask takes the square of it
 _ALL, _PADDING = 0, -1  # groups of tokens: seen by all later ones, and seen by none
 
 
@@ -109,7 +110,7 @@ class Subject:
         """Return whether branches in a sequence of so many tokens are computed right: a window of
         attention counts places, not positions."""
         windows = [window for window in attention.windows_of(self.model) if window]
-        return self.shares_prefix and tokens <= min(windows, default=tokens)
+        return self.shares_prefix and tokens <= min([*windows, _LONGEST_MASK])
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], parts: int) -> list[list[float]]:
@@ -175,12 +176,15 @@ class Subject:
             eos_token_id=ends or None,
             pad_token_id=padding,
         )
-        out = self.model.generate(
-            input_ids=torch.tensor(ids, device=self.device),
-            attention_mask=torch.tensor(mask, device=self.device),
-            generation_config=plain,
-            stopping_criteria=StoppingCriteriaList([self._stop_at(stop, length)] if stop else []),
-        )
+        arguments = {
+            "input_ids": torch.tensor(ids, device=self.device),
+            "attention_mask": torch.tensor(mask, device=self.device),
+            "generation_config": plain,
+            "stopping_criteria": StoppingCriteriaList(
+                [self._stop_at(stop, length)] if stop else []
+            ),
+        }
+        out = self.engine({"arguments": arguments}, probe="generate")
         return [self._read_answer(row[length:], ends, stop) for row in out.tolist()]
 
     def _stop_at(self, stop: list[str], length: int) -> Any:
