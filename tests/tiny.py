@@ -107,9 +107,9 @@ def reference_means(student, teacher, rows: list[dict], alpha: float, temperatur
     n = sum(label != -100 for row in rows for label in row["labels"])
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        z_s = student(input_ids=ids).logits[0].float()
+        z_s = student(input_ids=ids, use_cache=False).logits[0].float()
         with torch.no_grad():
-            z_t = teacher(input_ids=ids).logits[0].float()
+            z_t = teacher(input_ids=ids, use_cache=False).logits[0].float()
         for i in (labels != -100).nonzero().flatten().tolist():
             ce = ce - torch.log_softmax(z_s[i], -1)[labels[i]]
             log_p, log_q = (torch.log_softmax(z[i] / temperature, -1) for z in (z_t, z_s))

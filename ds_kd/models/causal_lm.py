@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.head import Head, States
+from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 
 DTYPES = {
@@ -52,14 +53,21 @@ class _Split(nn.Module):
         self._last_mlp = _RowsOfLastMLP(model)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
-        """Return the hidden states at the supervised positions, `[rows, hidden]`."""
+        """Return the hidden states at the supervised positions, `[rows, hidden]`.
+
+        An `attention_mask` of the batch, `[rows, 1, length, length]`, is added to the attention's
+        logits in place of the causal mask.
+        """
         # Under a causal mask no real token attends to right padding, so no attention mask is built.
         # Positions are given explicitly, so that transformers does not derive them; in a pack they
         # restart with each sample, and attention stays inside it.
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        segments, parents = {}, batch.get("segment_parents")
+        segments: dict[str, Any] = {}
+        parents = batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        elif "attention_mask" in batch:
+            segments = {"attention_mask": batch["attention_mask"]}
         elif attention.is_by_sample(self.model):
             segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
         elif parents is not None:
@@ -77,6 +85,34 @@ class _Split(nn.Module):
         """Return the head with its current parameters, which are whole only while gathered."""
         module = self.model.get_output_embeddings()
         return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
+
+    def label_scores(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of `batch["label_ids"]`, `[rows, labels]`, at the supervised positions;
+        see `score_labels`."""
+        output_head = self.model.get_output_embeddings()
+        return output_head(
+            self.hidden(batch),
+            loss=lambda h: score_labels(States(h, self.head()), batch["label_ids"]),
+        )
+
+    def distances(self, batch: dict[str, Any]) -> Tensor:
+        """Distances to `batch["teacher_output"]` over the first `batch["vocab"]` ids at the
+        supervised positions, `[rows, 5]`; see `compare_models`."""
+        output_head = self.model.get_output_embeddings()
+        return output_head(
+            self.hidden(batch),
+            loss=lambda h: compare_models(
+                States(h, self.head()),
+                batch["teacher_output"],
+                batch["supervised_labels"],
+                batch["vocab"],
+            ),
+        )
+
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """Return the result of transformers' `generate` with `batch["arguments"]`."""
+        out: Tensor = self.model.generate(**batch["arguments"])
+        return out
 
     def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (largest difference between transformers' logits and ours, largest logit)."""
