@@ -72,6 +72,7 @@ RUN_BY = {
     "python launch/compare.py": "unit/test_quickstart_pieces.py::test_the_config_of_a_run_says",
     "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
     "python launch/sweep.py": "e2e/test_sweep.py::test_the_command_leaves_out_finished_runs",
+    "python launch/report.py": "unit/test_report.py::test_what_is_no_run_is_told",
     "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",
     "python -m ds_kd.config.reference.json_schema": "unit/test_config.py::test_the_json_schema",
     "python -m ds_kd.config.reference.keys": "unit/test_docs.py::test_the_table_of_keys_is",
