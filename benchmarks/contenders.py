@@ -57,51 +57,15 @@ def _chunks(items: list, size: int) -> list[list]:
 
 @contextlib.contextmanager
 def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> Iterator[Step]:
-    """The trainer's own step on its own engines, this process's rank of however many there are."""
+    """Take the trainer's own step on its own engines; this process is one rank of them."""
     from ds_kd.checkpoint.engine_files import state_bytes
-    from ds_kd.config.checks.zero_file import load_zero_config
-    from ds_kd.data.collate import default_collater
-    from ds_kd.data.packing import PackedDataset
-    from ds_kd.losses.chunked import DistillationLoss
-    from ds_kd.losses.cross_entropy import MaskedCrossEntropy
-    from ds_kd.losses.divergences import KDLoss
-    from ds_kd.models import causal_lm
-    from ds_kd.models.attention import attend_by_sample
-    from ds_kd.parallel import engines
     from ds_kd.parallel import world as distributed
-    from ds_kd.teachers.resident import ResidentTeacher
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
-    config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
-    with engines.zero3_init(config):
-        teacher_model = _load(job.teacher, job.dtype)
-    attend_by_sample(teacher_model)
-    teacher_engine = engines.build_teacher(causal_lm.FrozenModel(teacher_model), config)
-    teacher = ResidentTeacher(teacher_engine)
-    with engines.zero3_init(config):
-        student_model = _load(job.student, job.dtype)
-    attend_by_sample(student_model)
-    loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
-    student = engines.build_student(
-        causal_lm.Student(student_model, loss_fn),
-        config,
-        lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
-    )
-    student.train()
-    if compiled:
-        causal_lm.compile_layers(teacher_model)
-        causal_lm.compile_layers(student_model)
+    teacher, student = _build_engines(job, chunk_size, compiled)
 
     def step(samples: list[dict[str, Any]]) -> float:
-        if job.packs:
-            packed = PackedDataset(samples, job.pack_size)
-            mine = [packed[k] for k in range(len(packed))]
-            micro = 1
-        else:
-            mine, micro = samples, job.micro_batch
-        batches = [default_collater(part) for part in _chunks(mine, micro)][
-            world.rank :: world.size
-        ]
+        batches = _collate(job, samples)[world.rank :: world.size]
         labels = int(distributed.sum_over([sum(b["num_labels"] for b in batches)], world.data)[0])
         total = torch.zeros((), device=world.device)
         for batch in batches:
@@ -119,17 +83,63 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
         student.step()
         return float(distributed.sum_over(total[None], world.data)[0]) / labels
 
-    step.state_bytes = state_bytes(teacher_engine) + state_bytes(student)  # type: ignore[attr-defined]
+    # What a rank keeps between steps, for the row of the table.
+    step.state_bytes = state_bytes(teacher.engine) + state_bytes(student)  # type: ignore[attr-defined]
     yield step
-    for engine in (student, teacher_engine):
+    for engine in (student, teacher.engine):
         engine.destroy()
+
+
+def _build_engines(job: Job, chunk_size: int | None, compiled: bool) -> tuple[Any, Any]:
+    """Return the teacher and the student's engine, built as a run builds them."""
+    from ds_kd.config.checks.zero_file import load_zero_config
+    from ds_kd.losses.chunked import DistillationLoss
+    from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+    from ds_kd.losses.divergences import KDLoss
+    from ds_kd.models import causal_lm
+    from ds_kd.models.attention import attend_by_sample
+    from ds_kd.parallel import engines
+    from ds_kd.teachers.resident import ResidentTeacher
+
+    config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
+    with engines.zero3_init(config):
+        teacher_model = _load(job.teacher, job.dtype)
+    attend_by_sample(teacher_model)
+    teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), config))
+    with engines.zero3_init(config):
+        student_model = _load(job.student, job.dtype)
+    attend_by_sample(student_model)
+    loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
+    student = engines.build_student(
+        causal_lm.Student(student_model, loss_fn),
+        config,
+        lambda parameters: torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True),
+    )
+    student.train()
+
+    # Layers are compiled last, as in a run.
+    if compiled:
+        causal_lm.compile_layers(teacher_model)
+        causal_lm.compile_layers(student_model)
+    return teacher, student
+
+
+def _collate(job: Job, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the micro-batches of a step, packed if the job says so."""
+    from ds_kd.data.collate import default_collater
+    from ds_kd.data.packing import PackedDataset
+
+    if not job.packs:
+        return [default_collater(part) for part in _chunks(samples, job.micro_batch)]
+    packed = PackedDataset(samples, job.pack_size)
+    return [default_collater([packed[k]]) for k in range(len(packed))]
 
 
 # ---- the field -----------------------------------------------------------------------------------
 
 
 def _padded(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
-    """(input ids, attention mask, shifted labels), padded on the right as every collater does."""
+    """Return (input ids, attention mask, shifted labels), padded on the right."""
     length = max(len(s["input_ids"]) for s in samples)
     ids, mask, labels = [], [], []
     for s in samples:
@@ -142,8 +152,12 @@ def _padded(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.
 
 @contextlib.contextmanager
 def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
-    """A plain Hugging Face loop with AdamW; `loss_of(student, teacher, inputs, labels)` is a sum
-    over supervised tokens, with labels `[tokens]`."""
+    """Take the steps of a plain Hugging Face loop with AdamW.
+
+    Args:
+        loss_of: `loss_of(student, teacher, inputs, labels)` returns a sum over supervised tokens;
+            labels are `[tokens]`.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = _load(job.teacher, job.dtype).to(device).eval().requires_grad_(False)
     student = _load(job.student, job.dtype).to(device).train()
@@ -166,8 +180,12 @@ def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
 
 
 def _of_logits(job: Job, ce_of: Callable, kd_of: Callable) -> Any:
-    """`_loop` with `ce_of(student logits, labels)` and `kd_of(student logits, teacher logits,
-    labels)` of whole logits `[tokens, vocab]`."""
+    """Return a `_loop` whose losses take whole logits `[tokens, vocab]`.
+
+    Args:
+        ce_of: `ce_of(student logits, labels)`.
+        kd_of: `kd_of(student logits, teacher logits, labels)`.
+    """
 
     def loss_of(student, teacher, inputs, labels):
         with torch.no_grad():
@@ -183,7 +201,7 @@ def _cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def plain(job: Job) -> Any:
-    """CE and KL of whole logits, as a careful user writes them."""
+    """Return a loop with CE and KL of whole logits, as a careful user writes them."""
 
     def kd_of(logits, target, labels):
         valid = labels != -100
@@ -195,7 +213,8 @@ def plain(job: Job) -> Any:
 
 
 def trl_gkd(job: Job) -> Any:
-    """TRL's GKDTrainer: its generalised JSD at beta 0 (forward KL), plus CE."""
+    """Return a loop with the loss of TRL's GKDTrainer, a generalised JSD at beta 0 (forward KL),
+    plus CE."""
     from trl.experimental.gkd import GKDTrainer
 
     def kd_of(logits, target, labels):
@@ -212,7 +231,7 @@ def trl_gkd(job: Job) -> Any:
 
 
 def nemo(job: Job) -> Any:
-    """NeMo-AutoModel's own KDLoss and MaskedCrossEntropy."""
+    """Return a loop with NeMo-AutoModel's own KDLoss and MaskedCrossEntropy."""
     from nemo_automodel.components.loss.kd_loss import KDLoss
     from nemo_automodel.components.loss.masked_ce import MaskedCrossEntropy
 
@@ -225,8 +244,8 @@ def nemo(job: Job) -> Any:
 
 
 def liger(job: Job) -> Any:
-    """Liger Kernel's fused heads: linear cross-entropy and linear JSD at beta 0 (forward KL). GPU
-    only."""
+    """Return a loop with Liger Kernel's fused heads, linear cross-entropy and linear JSD at beta 0
+    (forward KL). It needs a GPU."""
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss, LigerFusedLinearJSD
 
     ce_of = LigerFusedLinearCrossEntropyLoss(reduction="sum")
@@ -255,7 +274,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
 
 
 def available(names: list[str] | None = None) -> dict[str, Callable[..., Any]]:
-    """The contenders whose package is installed, ds_kd first."""
+    """Return the contenders whose package is installed, ds_kd first."""
     return {
         name: make
         for name, (make, package) in CONTENDERS.items()

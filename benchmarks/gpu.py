@@ -30,7 +30,7 @@ HEADS = {"student": 32, "teacher": 24}
 
 
 def make(name: str, directory: Path) -> Path:
-    """Random weights at the shapes of Llama 3.2, saved."""
+    """Save a model of random weights at the shapes of Llama 3.2, and return its directory."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -62,7 +62,21 @@ def flops(path: Path, tokens: int, length: int, passes: int) -> float:
     return passes * tokens * (2.0 * weights + attention)
 
 
-def main() -> int:
+def make_steps(count: int, samples: int, length: int) -> list[list[dict[str, Any]]]:
+    """Return the samples of each step: random ids, all of them supervised."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    steps: list[list[dict[str, Any]]] = []
+    for _ in range(count):
+        steps.append([])
+        for k in range(samples):
+            ids = torch.randint(128256, (length + 1,), generator=generator).tolist()
+            steps[-1].append({"input_ids": ids[:-1], "labels": ids[1:], "sample_id": str(k)})
+    return steps
+
+
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -72,56 +86,63 @@ def main() -> int:
     parser.add_argument("--peak", type=float, default=989.0, help="of the GPU, dense bf16 TFLOP/s")
     parser.add_argument("--contenders", nargs="+", metavar="NAME")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def time_contenders(args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
+    """Return a row for each contender: seconds of a step, MFU and peak memory."""
+    import measure
+    import torch
+    from contenders import Job, available
+
+    teacher, student = (make(name, directory) for name in ("teacher", "student"))
+    torch.cuda.empty_cache()
+    tokens = args.length * args.samples
+    work = flops(teacher, tokens, args.length, 1) + flops(student, tokens, args.length, 3)
+    job = Job(teacher, student, torch.bfloat16, micro_batch=1)
+    steps = make_steps(args.rounds + 1, args.samples, args.length)
+
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        contenders = {
+            name: stack.enter_context(make_one(job))
+            for name, make_one in available(args.contenders).items()
+        }
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for samples in steps:  # A B A B
+            for name, step in contenders.items():
+                times[name].append(measure.seconds(lambda: step(samples)))  # noqa: B023
+
+        # The first round is thrown away.
+        for name, step in contenders.items():
+            taken = statistics.median(times[name][1:])
+            rows.append(
+                {
+                    "contender": name,
+                    "step s": taken,
+                    "tokens/s": tokens / taken,
+                    "MFU": work / taken / (args.peak * 1e12),
+                    "peak GiB": measure.peak_bytes(lambda: step(steps[-1])) / measure.GIB,  # noqa: B023
+                    "device": torch.cuda.get_device_name(),
+                }
+            )
+    return rows
+
+
+def main() -> int:
+    args = parse()
     import torch
 
     if not torch.cuda.is_available():
         print("benchmarks/gpu.py needs an NVIDIA GPU; kd_step.py runs on a CPU", file=sys.stderr)
         return 2
     import measure
-    from contenders import Job, available
 
     from ds_kd.quiet import quiet
 
     quiet()
-    generator = torch.Generator().manual_seed(0)
-
-    def step_samples() -> list[dict[str, Any]]:
-        made = []
-        for k in range(args.samples):
-            ids = torch.randint(128256, (args.length + 1,), generator=generator).tolist()
-            made.append({"input_ids": ids[:-1], "labels": ids[1:], "sample_id": str(k)})
-        return made
-
-    rows: list[dict[str, Any]] = []
-    tokens = args.length * args.samples
     with tempfile.TemporaryDirectory() as directory:
-        teacher, student = (make(name, Path(directory)) for name in ("teacher", "student"))
-        torch.cuda.empty_cache()
-        work = flops(teacher, tokens, args.length, 1) + flops(student, tokens, args.length, 3)
-        job = Job(teacher, student, torch.bfloat16, micro_batch=1)
-        steps = [step_samples() for _ in range(args.rounds + 1)]
-        with contextlib.ExitStack() as stack:
-            contenders = {
-                name: stack.enter_context(make_one(job))
-                for name, make_one in available(args.contenders).items()
-            }
-            times: dict[str, list[float]] = {name: [] for name in contenders}
-            for samples in steps:  # A B A B
-                for name, step in contenders.items():
-                    times[name].append(measure.seconds(lambda: step(samples)))  # noqa: B023
-            for name, step in contenders.items():
-                taken = statistics.median(times[name][1:])
-                rows.append(
-                    {
-                        "contender": name,
-                        "step s": taken,
-                        "tokens/s": tokens / taken,
-                        "MFU": work / taken / (args.peak * 1e12),
-                        "peak GiB": measure.peak_bytes(lambda: step(steps[-1])) / measure.GIB,  # noqa: B023
-                        "device": torch.cuda.get_device_name(),
-                    }
-                )
+        rows = time_contenders(args, Path(directory))
     measure.write(rows, args.output)
     return 0
 

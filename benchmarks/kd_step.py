@@ -78,7 +78,7 @@ DEFAULT = [
 
 
 def full() -> list[Cell]:
-    """Every mask × length × vocabulary × dtype."""
+    """Return the default cells, and one for every mask × length × vocabulary × dtype."""
     cells = [
         Cell(
             f"{length}-{masked:.0%}-{vocab // 1000}k-{dtype}",
@@ -126,7 +126,7 @@ class Worker:
         self._answers = self._open(pipes[1], os.O_RDONLY, "r")
 
     def _open(self, pipe: Path, flag: int, mode: str) -> Any:
-        """A pipe opens when both ends do; a worker that died never opens its own."""
+        """Open a pipe, which waits for the other end; a worker that died never opens its own."""
         while True:
             try:
                 # A reader may open early; the first line then has to be waited for anyway.
@@ -137,7 +137,8 @@ class Worker:
                 time.sleep(0.2)
 
     def ask(self, order: str, step: int = 0) -> Any:
-        """`step`: seconds and loss of that step; `peak`: bytes; `about`: what else a row says."""
+        """Return the answer to an order: seconds and loss of a `step`, bytes of its `peak`, or the
+        rest of a row, `about` it."""
         self._orders.write(json.dumps([order, step]) + "\n")
         self._orders.flush()
         answer = self._answers.readline()
@@ -159,31 +160,24 @@ class WorkerError(Exception):
 
 
 def work(args: argparse.Namespace) -> None:
-    """Be the worker: this process is one rank of it."""
-    import measure
+    """Answer the orders of a `Worker`: this process is one rank of it."""
     import torch
     import torch.distributed as dist
-    from contenders import CONTENDERS, Job
-    from transformers import AutoTokenizer
+    from contenders import CONTENDERS
 
     from ds_kd.quiet import quiet
 
     quiet()
-    rank = int(os.environ.get("RANK", "0"))
     orders = answers = None
-    if rank == 0:
+    if int(os.environ.get("RANK", "0")) == 0:
         orders = (args.directory / f"{args.worker}.orders").open()
         answers = (args.directory / f"{args.worker}.answers").open("w", buffering=1)
     cell = Cell(**json.loads(args.cell))
     if not torch.cuda.is_available():
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    dtype = getattr(torch, DTYPES[cell.dtype])
-    steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
-    paths = [
-        measure.with_vocabulary(p, cell.vocab, args.directory) if cell.vocab else p
-        for p in (args.teacher, args.student)
-    ]
-    job = Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048)
+    job, steps = _make_job(cell, args)
+
+    # Rank 0 reads an order, and all ranks take the step.
     with CONTENDERS[args.worker.partition("-")[2]][0](job) as step:
         while True:
             box = [json.loads(line) if orders and (line := orders.readline()) else None]
@@ -192,27 +186,49 @@ def work(args: argparse.Namespace) -> None:
             if box[0] is None:
                 return
             order, k = box[0]
-            answer: Any
-            if order == "step":
-                losses: list[float] = []
-                taken = measure.seconds(lambda: losses.append(step(steps[k])))  # noqa: B023
-                answer = [taken, losses[0]]
-            elif order == "peak":
-                answer = measure.peak_bytes(lambda: step(steps[k]))  # noqa: B023
-            else:
-                lengths = [len(sample["input_ids"]) for sample in steps[k]]
-                _, labels = measure.tokens_in(steps[k])
-                micro = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
-                answer = {
-                    "ideal": measure.Ideal(*paths, dtype).seconds(lengths, labels, micro),
-                    "states": getattr(step, "state_bytes", 0),
-                }
+            answer = _carry_out(order, step, steps[k], cell, job)
             if answers:
                 answers.write(json.dumps(answer) + "\n")
 
 
+def _make_job(cell: Cell, args: argparse.Namespace) -> tuple[Any, list[list[dict[str, Any]]]]:
+    """Return the job of a cell's contenders, and the samples of each step."""
+    import measure
+    import torch
+    from contenders import Job
+    from transformers import AutoTokenizer
+
+    steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
+    paths = [
+        measure.with_vocabulary(p, cell.vocab, args.directory) if cell.vocab else p
+        for p in (args.teacher, args.student)
+    ]
+    dtype = getattr(torch, DTYPES[cell.dtype])
+    return Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048), steps
+
+
+def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell, job: Any) -> Any:
+    """Return the answer to an order, as `Worker.ask` describes it."""
+    import measure
+
+    if order == "step":
+        losses: list[float] = []
+        taken = measure.seconds(lambda: losses.append(step(samples)))
+        return [taken, losses[0]]
+    if order == "peak":
+        return measure.peak_bytes(lambda: step(samples))
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    _, labels = measure.tokens_in(samples)
+    micro = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
+    ideal = measure.Ideal(job.teacher, job.student, job.dtype)
+    return {
+        "ideal": ideal.seconds(lengths, labels, micro),
+        "states": getattr(step, "state_bytes", 0),
+    }
+
+
 def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[dict[str, Any]]]:
-    """The samples of each step; the first is thrown away."""
+    """Return the samples of each step; the first step is thrown away."""
     import measure
 
     count = cell.samples * (args.rounds + 1)
@@ -224,7 +240,7 @@ def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[
 
 
 def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """One cell's contenders, step by step in turn."""
+    """Return a row for each contender of a cell; they take their steps in turn."""
     from contenders import available
 
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
@@ -240,8 +256,8 @@ def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[
 def in_turn(
     entries: list[tuple[Cell, str, argparse.Namespace]], directory: Path
 ) -> list[dict[str, Any]]:
-    """A row for each (cell, contender, arguments): one step of each, then the next of each, so that
-    a slow minute of the machine meets all."""
+    """Return a row for each (cell, contender, arguments): one step of each, then the next of each,
+    so that a slow minute of the machine meets all."""
     import measure
     from transformers import AutoTokenizer
 
@@ -276,7 +292,7 @@ def in_turn(
 
 
 def workspace(cell: Cell) -> list[dict[str, Any]]:
-    """Peak memory of the loss alone, its gradients of hidden states and head left out."""
+    """Return the peak memory of the loss alone, without its gradients of hidden states and head."""
     import measure
     import torch
 
@@ -315,7 +331,7 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
 
 
 def run_cell(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """The rows of one cell, or one that says why there are none."""
+    """Return the rows of a cell, or one that says why there are none."""
     if cell.kind == "workspace":
         return workspace(cell)
     try:

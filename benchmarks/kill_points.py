@@ -53,6 +53,7 @@ class Countdown:
         sys.setprofile(self.profile)
 
     def audit(self, event: str, arguments: tuple) -> None:
+        """Count an operation of Python's own."""
         if event not in _EVENTS or threading.get_ident() != self.main:
             return
         if event == "open" and not (isinstance(arguments[2], int) and arguments[2] & _WRITING):
@@ -60,10 +61,12 @@ class Countdown:
         self.step()
 
     def profile(self, frame: Any, event: str, argument: Any) -> None:
+        """Count a call into a writer that tells no event."""
         if event == "c_call" and getattr(argument, "__name__", "") in _WRITERS:
             self.step()
 
     def step(self) -> None:
+        """Count one operation, or kill this process before it."""
         if self.count == 0 and not self.begins.exists():
             return
         if self.count == self.at:
@@ -77,7 +80,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR
 
 
 def overrides(root: Path, directory: Path, consolidated: str) -> list[str]:
-    """The run: two saves, of which the second replaces the first."""
+    """Return the overrides of a run with two saves, of which the second replaces the first."""
     from tests import tiny
 
     if not (root / "rows.jsonl").exists():
@@ -105,7 +108,7 @@ def overrides(root: Path, directory: Path, consolidated: str) -> list[str]:
 
 
 def _rank(rank: int, port: int, log: str, words: list[str], directory: Path, at: int) -> None:
-    """One rank, in a process of its own that has just been forked."""
+    """Run one rank, in a process of its own that has just been forked."""
     from tests.scripts import script
 
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
@@ -124,6 +127,7 @@ def _rank(rank: int, port: int, log: str, words: list[str], directory: Path, at:
 
 @functools.cache
 def _context() -> Any:
+    """Return the server of processes, which has imported what a run needs."""
     # As `quiet` sets them; here torch and DeepSpeed are there before.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -148,6 +152,8 @@ def attempt(
     port = free_port()
     paths = [logs / f"rank{rank}.log" for rank in range(RANKS)]
     ranks = []
+
+    # Both ranks are started before either is waited for; one that hangs fails the attempt.
     for rank in range(RANKS):
         at = kill[1] if kill is not None and kill[0] == rank else -1
         arguments = (rank, port, str(paths[rank]), words, directory, at)
@@ -165,7 +171,7 @@ def attempt(
 
 
 class Points:
-    """A run, and what it must end with wherever it was killed."""
+    """A run that must end with the same files wherever it was killed."""
 
     def __init__(self, root: Path, consolidated: str):
         self.root, self.consolidated = root, consolidated
@@ -202,6 +208,8 @@ class Points:
         return state
 
     def _kill_and_look(self, directory: Path, rank: int, at: int) -> str:
+        """Kill a rank before its operation `at`, check how the other ends, and return what is
+        left."""
         words = overrides(self.root, directory, self.consolidated)
         codes, texts = attempt(words, directory, self.root, (rank, at))
         told = f"rank {rank}, operation {at}: exit codes {codes}\n" + "\n".join(texts)
@@ -216,6 +224,7 @@ class Points:
 
 
 def _names(directory: Path) -> list[str]:
+    """Return the entries of a checkpoint directory, links with where they lead."""
     return sorted(
         f"{path.name} → {path.readlink()}" if path.is_symlink() else path.name
         for path in directory.iterdir()

@@ -18,6 +18,7 @@ GIB = 2**30
 
 
 def device() -> torch.device:
+    """Return the accelerator, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -33,7 +34,7 @@ def seconds(function: Callable[[], Any]) -> float:
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """Highest memory while `function` runs, above what there was before: the allocator's on a GPU,
+    """Return the highest memory while `function` runs, above that before: the allocator's on a GPU,
     the process's resident set on a CPU."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -50,6 +51,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
 
 def _status(name: str) -> int:
+    """Return a size that the kernel tells of this process, in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
@@ -60,7 +62,7 @@ def _status(name: str) -> int:
 
 
 def linear_shapes(path: Path) -> tuple[Counter, tuple[int, int]]:
-    """((in, out) of every linear layer but the head → how many, (hidden, vocabulary))."""
+    """Return ((in, out) of each linear layer but the head → their number, (hidden, vocabulary))."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -87,8 +89,8 @@ class Ideal:
         self._measured: dict[tuple[int, int, int, str], float] = {}
 
     def seconds(self, lengths: list[int], rows: int, micro_batches: int) -> float:
-        """Return the seconds of a step on samples of these lengths, with
-        so many supervised rows and micro-batches."""
+        """Return the seconds of a step on samples of these lengths, with so many supervised tokens
+        and micro-batches."""
         total, tokens = 0.0, sum(lengths)
         for path, kinds in ((self.teacher, ("forward",)), (self.student, _STUDENT)):
             shapes, (hidden, vocab) = linear_shapes(path)
@@ -110,10 +112,11 @@ class Ideal:
         return total
 
     def _best_rate(self) -> float:
-        """Floating-point operations per second."""
+        """Return the most floating-point operations per second among those measured."""
         return max(2 * m * i * o / taken for (m, i, o, _), taken in self._measured.items())
 
     def _product(self, rows: int, n_in: int, n_out: int, kind: str) -> float:
+        """Return the seconds of one product, measured once for each shape and kind."""
         key = (rows, n_in, n_out, kind)
         if key not in self._measured:
             x = torch.randn(rows, n_in, dtype=self.dtype, device=device())
@@ -143,7 +146,7 @@ _STUDENT = ("forward", "input", "weight")
 
 
 def with_vocabulary(path: Path, vocab: int, directory: Path) -> Path:
-    """The model with a random head (and embedding) of another size."""
+    """Save the model with a head and embedding of another size, and return its directory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if AutoConfig.from_pretrained(path).vocab_size == vocab:
@@ -158,7 +161,7 @@ def with_vocabulary(path: Path, vocab: int, directory: Path) -> Path:
 
 
 def text_samples(tokenizer: Any, count: int, length: int, masked: float) -> list[dict[str, Any]]:
-    """Consecutive pieces of Python's own documentation; the first part of each is not
+    """Return consecutive pieces of Python's own documentation; the first part of each is not
     supervised."""
     from pydoc_data import topics
 
@@ -179,7 +182,7 @@ def text_samples(tokenizer: Any, count: int, length: int, masked: float) -> list
 
 
 def squad_samples(tokenizer: Any, file: Path, count: int) -> list[dict[str, Any]]:
-    """Real rows, in the file's order."""
+    """Return samples of real rows, in the file's order."""
     from ds_kd.data.squad import make_squad_dataset
 
     rows = make_squad_dataset(tokenizer, dataset_name=str(file), limit_dataset_samples=count)
@@ -187,7 +190,7 @@ def squad_samples(tokenizer: Any, file: Path, count: int) -> list[dict[str, Any]
 
 
 def tokens_in(samples: list[dict[str, Any]]) -> tuple[int, int]:
-    """(tokens, supervised tokens)."""
+    """Return (tokens, supervised tokens)."""
     return (
         sum(len(s["input_ids"]) for s in samples),
         sum(label != -100 for s in samples for label in s["labels"]),
@@ -195,7 +198,7 @@ def tokens_in(samples: list[dict[str, Any]]) -> tuple[int, int]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """Tables, one for each run of rows that have the same keys."""
+    """Return tables, one for each sequence of rows that have the same keys."""
     tables = []
     for names, same in itertools.groupby(rows, key=list):
         lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]

@@ -30,7 +30,7 @@ RANKS = (1, 2, 4)
 
 
 def cells(axis: str, teacher: Path, directory: Path) -> Iterator[tuple[float, Cell, Path]]:
-    """(x, what to measure, its teacher)."""
+    """Yield (x, the cell to measure, its teacher) for each point of an axis."""
     one = replace(BASE, samples=1, micro_batch=1)
     if axis == "tokens":
         for tokens in TOKENS:
@@ -51,7 +51,7 @@ def cells(axis: str, teacher: Path, directory: Path) -> Iterator[tuple[float, Ce
 
 
 def slope(xs: list[float], ys: list[float]) -> float:
-    """Least squares on the logarithms."""
+    """Return the slope of the logarithms, by least squares."""
     lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
     mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
     return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum(

@@ -34,7 +34,7 @@ MOMENTS = {"start": 1, "step": 4, "saving": 5}
 
 
 def config(root: Path, steps: int, directory: Path) -> list[str]:
-    """Models, rows and the overrides of the run."""
+    """Make models and rows, if there are none, and return the overrides of the run."""
     from tests import tiny
 
     if not (root / "rows.jsonl").exists():
@@ -110,11 +110,6 @@ def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dic
     Raises:
         AssertionError: something was lost; the message says what.
     """
-    import torch
-    from safetensors.torch import load_file
-
-    from ds_kd.checkpoint.manifest import verify
-
     dice = random.Random(seed)
     steps = 8 * kills + 8
     straight, disturbed = root / "straight", root / "disturbed"
@@ -124,49 +119,76 @@ def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dic
     done: Counter[str] = Counter()
     repeated = attempts = 0
     expected = 0  # the step that the next attempt must start from
+
+    # The same command is given until it is left alone and ends by itself.
     while True:
         attempts += 1
         attempt = Attempt(overrides, ranks, root / f"attempt{attempts}.log")
         if sum(done.values()) < kills:
-            moment = dice.choices([*MOMENTS], [*MOMENTS.values()])[0]
-            line = f"step {expected + dice.randint(1, 4):>{len(str(steps))}}/"
-            alive = attempt.until(
-                {
-                    "start": lambda: True,
-                    "step": functools.partial(attempt.has_said, line),
-                    "saving": lambda: any(disturbed.glob(".saving.*/*")),
-                }[moment]
-            )
-            time.sleep(dice.uniform(0, 8) if moment == "start" else dice.uniform(0, 0.4))
-            if alive and attempt.process.poll() is None:
-                attempt.kill()
-                done[moment] += 1
+            done.update(_kill_at_random(attempt, dice, disturbed, expected, len(str(steps))))
         else:
             attempt.process.wait()
-        over = attempt.process.returncode == 0
         _check_start(attempt.text(), expected)
-        seen = [int(line.split()[1].partition("/")[0]) for line in attempt.text().splitlines()
-                if line.startswith("step ")]  # fmt: skip
-        for checkpoint in disturbed.glob("step_*"):
-            verify(checkpoint)
-        link = disturbed / "LATEST"
-        before, expected = expected, int(link.resolve().name[-7:]) if link.exists() else 0
+        before, expected = expected, _find_latest(disturbed)
         assert expected >= before, f"LATEST went from {before} back to {expected}"
-        repeated += max(0, max(seen, default=expected) - expected)
+        repeated += max(0, max(_steps_in(attempt.text()), default=expected) - expected)
         say(f"attempt {attempts}: {dict(done)}, LATEST at {expected} of {steps}")
-        if over:
+        if attempt.process.returncode == 0:
             assert sum(done.values()) == kills, f"the run was over after {dict(done)} kills"
             break
         assert attempt.process.returncode == -signal.SIGKILL, attempt.text()
-    got, want = (load_file(d / "final" / "model.safetensors") for d in (disturbed, straight))
-    unequal = [name for name in want if not torch.equal(want[name], got[name])]
-    assert not unequal, f"weights differ from the undisturbed run's: {unequal}"
+    _compare_weights(disturbed, straight)
     return {"kills": sum(done.values()), "by moment": dict(done), "attempts": attempts,
             "steps": steps, "steps done again": repeated}  # fmt: skip
 
 
+def _kill_at_random(
+    attempt: Attempt, dice: random.Random, directory: Path, expected: int, digits: int
+) -> list[str]:
+    """Kill an attempt at a random moment, and return that moment; none if it was over before."""
+    moment = dice.choices([*MOMENTS], [*MOMENTS.values()])[0]
+    line = f"step {expected + dice.randint(1, 4):>{digits}}/"
+    alive = attempt.until(
+        {
+            "start": lambda: True,
+            "step": functools.partial(attempt.has_said, line),
+            "saving": lambda: any(directory.glob(".saving.*/*")),
+        }[moment]
+    )
+    time.sleep(dice.uniform(0, 8) if moment == "start" else dice.uniform(0, 0.4))
+    if not alive or attempt.process.poll() is not None:
+        return []
+    attempt.kill()
+    return [moment]
+
+
+def _steps_in(text: str) -> list[int]:
+    """Return the numbers of the steps that a log tells."""
+    lines = [line for line in text.splitlines() if line.startswith("step ")]
+    return [int(line.split()[1].partition("/")[0]) for line in lines]
+
+
+def _find_latest(directory: Path) -> int:
+    """Verify every published checkpoint, and return the step of LATEST, 0 if there is none."""
+    from ds_kd.checkpoint.manifest import verify
+
+    for checkpoint in directory.glob("step_*"):
+        verify(checkpoint)
+    link = directory / "LATEST"
+    return int(link.resolve().name[-7:]) if link.exists() else 0
+
+
+def _compare_weights(disturbed: Path, straight: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    got, want = (load_file(d / "final" / "model.safetensors") for d in (disturbed, straight))
+    unequal = [name for name in want if not torch.equal(want[name], got[name])]
+    assert not unequal, f"weights differ from the undisturbed run's: {unequal}"
+
+
 def _check_start(text: str, expected: int) -> None:
-    """That an attempt which got as far as its checkpoint took the right one."""
+    """Check that an attempt which got as far as its checkpoint took the right one."""
     if "ready in" not in text or "step " not in text:
         return
     told = f"at step {expected}\n" if expected else "step "

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import os
 import stat
+import sysconfig
+import traceback
 from pathlib import Path
+
+_FRAMES = 3  # lines of a user's code that a message names
 
 
 class UserError(Exception):
@@ -42,12 +46,28 @@ _EXHAUSTED = {
 }
 
 
-def describe_exhaustion(error: BaseException) -> UserError | None:
-    """Return what to tell of an error that means that the machine has no more of something; None
-    for all others."""
+#: Words of torch's data loader, and what to do.
+_WORKERS = {
+    "DataLoader worker (pid": (
+        "Workers that are killed have often used up the memory: lower dataloader.num_workers (0 "
+        "loads data in the rank itself) or dataloader.prefetch_factor"
+    ),
+    "DataLoader timed out": (
+        "A worker is stuck in the data set or the collate_fn: dataloader.num_workers=0 shows where "
+        "(Ctrl-C twice); a slow one needs a larger dataloader.timeout (seconds)"
+    ),
+}
+
+
+def explain(error: BaseException) -> UserError | None:
+    """Return what to tell of an error that means that the machine has no more of something, or that
+    a loader's worker is gone; None for all others."""
     text = f"{type(error).__name__}: {error}"
-    for what, words in _EXHAUSTED.items():
-        if any(word in text for word in words):
+    for words, remedy in _WORKERS.items():
+        if words in text:
+            return UserError(f"{first_line(error)}\n{remedy}")
+    for what, several in _EXHAUSTED.items():
+        if any(words in text for words in several):
             told = f"no more {what}: {first_line(error)}"
             if what == "memory":
                 told += (
@@ -62,6 +82,21 @@ def describe_exhaustion(error: BaseException) -> UserError | None:
 def first_line(error: BaseException) -> str:
     """Return the first line of its text, or its name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def describe_user_error(error: BaseException) -> str:
+    """Return an error of a user's own code in one line: its kind, its text, and the lines of that
+    code that led to it, the last one first. Lines of this package and of libraries are left out."""
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
+    libraries = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib")))
+    places = [
+        f"{frame.filename}:{frame.lineno} in {frame.name}"
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith((*libraries, "<"))
+    ]
+    # The script that was started is no code of the user's.
+    places = [place for place in places if not place.endswith(" in <module>")][-_FRAMES:]
+    return f"{text} ({', called at '.join(reversed(places))})" if places else text
 
 
 class NotPlainFileError(ValueError):

@@ -7,7 +7,7 @@ import sys
 import traceback
 from collections.abc import Callable
 
-from ds_kd.errors import UserError, describe_exhaustion
+from ds_kd.errors import UserError, explain
 from ds_kd.process import check_machine
 
 
@@ -21,27 +21,15 @@ def run_script(work: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        told = error if isinstance(error, UserError) else describe_exhaustion(error)
+        told = error if isinstance(error, UserError) else explain(error)
         if told is None:
             traceback.print_exception(error)
-        _let_go(error)
     if told is None:
         return 1
     if _is_first_to_fail():
         text = told.text(excerpts=sys.stderr.isatty())
         print(f"\n{_name_rank(told)}{text}", file=sys.stderr, flush=True)
     return told.exit_code
-
-
-def _let_go(error: BaseException | None) -> None:
-    """Free what the frames of an error and its causes hold.
-
-    The processes that load data end when their loader goes. They ignore SIGTERM, with which Python
-    would end them at its own exit, and it would wait for them for ever.
-    """
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 
 def _name_rank(told: UserError) -> str:

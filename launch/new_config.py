@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--teacher", required=True, metavar="MODEL")
     parser.add_argument("--data", required=True, metavar="ROWS")
     parser.add_argument("--validation", metavar="ROWS", help="held-out rows (a share of --data)")
+    parser.add_argument(
+        "--columns", metavar="NAMES", help="of the rows: QUESTION,ANSWER or CONTEXT,QUESTION,ANSWER"
+    )
+    parser.add_argument("--chat-template", metavar="FILE", help="Jinja, for a model without one")
     parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks")
     parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each (80GB)")
     parser.add_argument("--host-memory", metavar="SIZE", help="of one node, for what is offloaded")
@@ -43,13 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     quiet()
     from ds_kd.plan.dry_run import bytes_of
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import write_starter
+    from ds_kd.plan.starter import Rows, write_starter
 
     try:
         host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
         machine = Machine(bytes_of(args.gpu_memory), host, args.ranks_per_node)
-        models = args.student, args.teacher
-        text, warnings = write_starter(models, args.data, args.validation, args.gpus, machine)
+        rows = Rows(args.data, args.validation, args.columns, args.chat_template)
+        text, warnings = write_starter((args.student, args.teacher), rows, args.gpus, machine)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

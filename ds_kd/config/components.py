@@ -1,7 +1,7 @@
-"""Dotted names and the objects behind them: those a config may use, and how they are called.
+"""The objects behind the dotted names of a config, and how they are called.
 
-A `_target_` names code that will run, so only exact names are permitted. Each is checked twice: its
-text before anything is imported, and the object that it leads to.
+A name is checked twice: its text before anything is imported (`ds_kd.config.permissions`), and the
+object that it leads to.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.config.names import ALIASES, ALLOWED, UNSUPPORTED, home_of
+from ds_kd.config.names import home_of
+from ds_kd.config.permissions import Permitted, refuse, translate
 from ds_kd.config.text.secrets import BLANK, blank_known_secrets, blank_secrets, is_under_secret
 from ds_kd.data.rows.declaration import DataSet
-from ds_kd.errors import UserError, first_line
+from ds_kd.errors import UserError, describe_user_error, first_line
 
 _LONGEST = 1500  # characters of a problem
 
@@ -86,64 +87,25 @@ class Component:
         name: dotted name of the callable, after the translation of NeMo-AutoModel's names.
         kwargs: its keyword arguments.
         key: the section's name in the YAML.
-        allow: prefixes of names that the command line permits (`--allow-targets`).
         declaration: a data set's own, if it has one; see `ds_kd.data.rows.declaration`.
     """
 
     name: str
     kwargs: dict[str, Any]
     key: str
-    allow: tuple[str, ...] = ()
     declaration: DataSet | None = None
 
 
-def is_opened(name: str, allow: tuple[str, ...]) -> bool:
-    """Return whether a name lies under one of these prefixes."""
-    return any(name == prefix or name.startswith(prefix.rstrip(".") + ".") for prefix in allow)
-
-
-def refuse(dotted: str, allow: tuple[str, ...] = ()) -> str:
-    """Return why this name may not be used, or an empty text; imports nothing."""
-    name = ALIASES.get(dotted, dotted)
-    if not re.fullmatch(r"[A-Za-z]\w*(\.[A-Za-z]\w*)+", name):
-        whole = next((known for known in ALLOWED if known.endswith(f".{dotted}")), "")
-        hint = f"; did you mean {whole}?" if whole else ""
-        return f"{dotted!r} is not a dotted public name{hint}"
-    if name in UNSUPPORTED:
-        return f"{dotted}: {UNSUPPORTED[name]}"
-
-    # Of ds_kd itself only losses and data: a function of `ds_kd.config` could call anything.
-    if (
-        name in ALLOWED
-        or name.startswith(("ds_kd.losses.", "ds_kd.data."))
-        or is_opened(name, allow)
-    ):
-        return ""
-
-    # A refusal says what to type next: a name that was meant, or the option that permits this one.
-    if name.startswith("nemo_automodel."):
-        return f"{dotted} has no counterpart in ds_kd; known: {', '.join(ALIASES)}"
-    known = {known.lower(): known for known in [*ALIASES, *ALLOWED]}
-    near = [known[key]] if (key := dotted.lower()) in known else []
-    near = near or difflib.get_close_matches(dotted, [*ALLOWED, *ALIASES], n=1, cutoff=0.6)
-    hint = (
-        f"did you mean {near[0]}?"
-        if near
-        else f"if you trust it, add --allow-targets {dotted.rpartition('.')[0]}"
-    )
-    return f"{dotted!r} is not among the names a config may call; {hint}"
-
-
-def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
+def resolve(dotted: str) -> Any:
     """Return the object behind a permitted name.
 
     Raises:
         ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
             ds_kd.
     """
-    if refusal := refuse(dotted, allow):
+    if refusal := refuse(dotted):
         raise ConfigError([refusal])
-    name = home_of(ALIASES.get(dotted, dotted))
+    name = home_of(translate(dotted))
     parts = name.split(".")
 
     # The longest prefix that can be imported is the module; the rest are attributes.
@@ -174,9 +136,7 @@ def resolve(dotted: str, allow: tuple[str, ...] = ()) -> Any:
 def _resolve_functions(component: Component) -> dict[str, Any]:
     """Return the component's arguments, with each `…_fn` name replaced by its function."""
     return {
-        name: resolve(value, component.allow)
-        if name.endswith("_fn") and isinstance(value, str)
-        else value
+        name: resolve(value) if name.endswith("_fn") and isinstance(value, str) else value
         for name, value in component.kwargs.items()
     }
 
@@ -190,7 +150,7 @@ def bind(component: Component, also: tuple[str, ...] = (), **extra: Any) -> Any:
     Raises:
         ConfigError: an argument is unknown, of a wrong type, or missing.
     """
-    function = resolve(component.name, component.allow)
+    function = resolve(component.name)
     parameters = inspect.signature(function).parameters
     is_open = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     annotations = {name: p.annotation for name, p in parameters.items()}
@@ -251,7 +211,8 @@ def _find_mismatch(value: Any, annotation: Any) -> str:
     if not names & set(words) or not names <= {*words, *nothing, "Tensor"}:
         return ""
     allowed = names | ({"int"} if "float" in names else set())
-    if type(value).__name__ in allowed or (value is None and names & nothing):
+    kind = "str" if isinstance(value, str) else type(value).__name__
+    if kind in allowed or (value is None and names & nothing):
         return ""
     return " or ".join(word for name, word in words.items() if name in names)
 
@@ -267,4 +228,6 @@ def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) 
     try:
         return function(**_resolve_functions(component), **extra)
     except TypeError as error:
-        raise ConfigError([f"{component.key}: {error}"]) from error
+        is_own = isinstance(component.name, Permitted)  # code of the user's
+        told = describe_user_error(error) if is_own else error
+        raise ConfigError([f"{component.key}: {told}"]) from error

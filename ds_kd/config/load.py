@@ -24,6 +24,7 @@ from ds_kd.config.checks.tokenizers import find_other_tokenizer
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.keys import keys_of
 from ds_kd.config.nemo import Translation
+from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.schema import Rng, RunConfig
 from ds_kd.config.text.yaml_source import read
 
@@ -47,22 +48,22 @@ def load(
     """
     data, text, source = read(path, overrides or [])
     with source.add_places():
-        return replace(_check(data, allow, config_only), text=text, source=source)
+        return replace(_check(mark_permitted(data, allow), config_only), text=text, source=source)
 
 
-def _check(data: dict, allow: tuple[str, ...], config_only: bool) -> RunConfig:
+def _check(data: dict, config_only: bool) -> RunConfig:
     """Return the typed config of a YAML's values.
 
     Raises:
         ConfigError: lists all problems.
     """
-    translated = Translation(data, allow)
+    translated = Translation(data)
     written, data, problems = data.get("lr_scheduler"), translated.data, translated.problems
     values = check_section(RunConfig, data, "", problems)
     for name, key in keys_of(RunConfig).items():
         if key.component is not None:
             check = check_components if key.component.may_be_named else check_component
-            values[name] = check(data.get(name), key, allow, config_only, problems)
+            values[name] = check(data.get(name), key, config_only, problems)
     if values.get("seed") is not None:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
     cfg = RunConfig(**values, notes=translated.notes)

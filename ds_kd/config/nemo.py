@@ -12,13 +12,13 @@ from typing import Any
 
 from ds_kd.config.components import problem
 from ds_kd.config.names import (
-    ALIASES,
     NEMO_COLLATERS,
     NEMO_KERNELS,
     NEMO_LOSSES,
     NOT_WITH_ZERO,
     WITHOUT_EFFECT,
 )
+from ds_kd.config.permissions import Permitted, translate
 from ds_kd.config.text.origins import decode
 
 _COLLATER = "ds_kd.data.collate.default_collater"
@@ -39,12 +39,10 @@ class Translation:
 
     Args:
         data: the YAML's values; they are copied.
-        allow: prefixes of `_target_` names that the command line permits.
     """
 
-    def __init__(self, data: dict[str, Any], allow: tuple[str, ...] = ()):
+    def __init__(self, data: dict[str, Any]):
         self.data: dict[str, Any] = _copy(data)
-        self.allow = allow
         self.notes: list[str] = []
         self.problems: list[str] = []
         steps: tuple[Callable[[], None], ...] = (
@@ -140,7 +138,7 @@ class Translation:
         """Use transformers' own code: NeMo-AutoModel's recipes set trust_remote_code everywhere."""
         is_nemos = str(model.get("_target_")).startswith("nemo_automodel.")
         if is_nemos and model.get("trust_remote_code") is True and model.get(_NAME):
-            if model[_NAME] in self.allow:
+            if isinstance(model[_NAME], Permitted):
                 return
             model["trust_remote_code"] = False
             self.notes.append(
@@ -172,7 +170,7 @@ class Translation:
                 self.notes.append(
                     f"{key}: accepted; default_collater takes its place and lays packs end to end"
                 )
-            elif isinstance(given, dict) and ALIASES.get(dotted, dotted) == _COLLATER:
+            elif isinstance(given, dict) and translate(dotted) == _COLLATER:
                 loader["collate_fn"] = _COLLATER
                 self.notes += [
                     f"{key}.{part}: accepted; padding changes no result"

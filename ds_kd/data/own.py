@@ -9,18 +9,42 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch.utils.data import Dataset
 
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.errors import UserError, explain, describe_user_error
 
 SHIFTED, UNSHIFTED = "shifted", "unshifted"
 _FIRST_SAMPLES = 16  # enough to tell shifted from unshifted labels
 
 
-class DataError(ValueError):
+class DataError(UserError, ValueError):
     """A sample that cannot be trained on."""
+
+    def text(self, excerpts: bool = False) -> str:
+        # A loader's process hands on the error as a whole traceback, which ends in the message.
+        last = str(self).strip().splitlines()[-1]
+        return last.removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+
+
+@contextmanager
+def explain_failure(place: str = "") -> Iterator[None]:
+    """Turn every error of a user's code in this block into a `DataError` that names its lines.
+
+    Args:
+        place: the beginning of the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if explain(error) is not None:  # of memory, say: no mistake of that code
+            raise
+        raise DataError(f"{place}{describe_user_error(error)}") from error
 
 
 class OwnSamples(Dataset):
@@ -57,7 +81,10 @@ class OwnSamples(Dataset):
 
     def _read_sample(self, index: int) -> dict[str, Any]:
         """Return a checked sample with lists in place of tensors, and a `sample_id`."""
-        given = self.dataset[index]
+        if index >= len(self):  # Python ends an iteration by number so
+            raise IndexError(index)
+        with explain_failure(f"sample {index}: "):
+            given = self.dataset[index]
         try:
             return {"sample_id": str(index), **check_sample(given, self.vocab_size)}
         except DataError as error:

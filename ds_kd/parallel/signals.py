@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
 import os
 import signal
 import time
@@ -55,6 +58,23 @@ class StopRequest:
 
 def ignore_requests(worker: int) -> None:
     """Let a loader worker live on: terminals and schedulers signal every process of a job, and the
-    rank that is about to end its step may still need a batch. It ends with its rank."""
+    rank that is about to end its step may still need a batch. `end_workers_at_exit` ends it."""
     for number in _REQUESTS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@functools.cache
+def end_workers_at_exit() -> None:
+    """Kill this process's loader workers when it exits.
+
+    Python asks them to end by SIGTERM, which `ignore_requests` makes them ignore, and then waits:
+    one that is stuck in a user's data set would keep the rank for ever.
+    """
+    atexit.register(_kill_workers)
+
+
+def _kill_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises for one that was killed
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()

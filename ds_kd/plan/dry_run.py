@@ -13,6 +13,7 @@ from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.own import SHIFTED, OwnSamples
+from ds_kd.data.packing import pack
 from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import first_line
 from ds_kd.losses.chunked import default_chunk
@@ -320,7 +321,12 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
             return total, 1.0, None
         raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
 
-    lengths = sorted(len(row["input_ids"]) for row in some)
+    lengths = [len(row["input_ids"]) for row in some]
+    if size := cfg.packed_sequence.packed_sequence_size:
+        expected = f"room for every sample of {component.key}"
+        with config_error("packed_sequence.packed_sequence_size", size, expected):
+            pack(lengths, size, cfg.rng.seed)
+    lengths.sort()
     taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
     return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
 

@@ -3,10 +3,12 @@ validation that suit the number of rows."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import shlex
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ clip_grad_norm: 1.0
 dataset:{rows}
   _target_: {target}
   dataset_name: {data}
-{validation}dataloader:
+{reading}{validation}dataloader:
   shuffle: true
 step_scheduler:
   global_batch_size: {batch}         # samples per optimizer step, over all ranks
@@ -69,19 +71,31 @@ checkpoint:
 _OFFLOAD = "{zero_optimization: {stage: 3, offload_optimizer: {device: cpu, pin_memory: true}}}"
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The rows that a user names, and how they are read.
+
+    Args:
+        data: a hub id or local file; its first row tells which data set reads it.
+        validation: likewise; None holds out a share of the data's rows.
+        columns: names of the question's and the answer's column, perhaps with a context's in front.
+        chat_template: a Jinja file for rows that are conversations.
+    """
+
+    data: str
+    validation: str | None = None
+    columns: str | None = None
+    chat_template: str | None = None
+
+
 def write_starter(
-    models: tuple[str, str],
-    data: str,
-    validation: str | None,
-    gpus: int,
-    machine: memory.Machine,
+    models: tuple[str, str], given: Rows, gpus: int, machine: memory.Machine
 ) -> tuple[str, list[str]]:
     """Return a commented YAML, and warnings.
 
     Args:
         models: student and teacher, directories or hub ids.
-        data: a hub id or local file; its first row tells which data set reads it.
-        validation: likewise; None holds out a share of the data's rows.
+        given: the rows to train on and to validate with.
         gpus: number of ranks.
         machine: the memory of a rank and its node.
 
@@ -89,35 +103,42 @@ def write_starter(
         ConfigError: a model or file does not exist, or no batch size fits.
     """
     assert machine.room is not None
-    named = {"--student": models[0], "--teacher": models[1], "--data": data}
-    named |= {"--validation": validation} if validation is not None else {}
-    for option, name in named.items():
-        if "${" in name:
-            raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
+    _refuse_references(models, given)
 
     # The template is filled with the smallest batch first, so that its config can be planned.
-    found = _recognise_data("--data", data)
+    found = _recognise_data("--data", given.data, given)
+    validation = _write_held_out(_HELD_OUT[0])
+    if given.validation is not None:
+        validation = _write_validation(given.validation, given)
     values: dict[str, Any] = {
-        "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(data),
+        "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
         "local": 1, "batch": gpus, "offload_teacher": "false", "checkpointing": "false",
         "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
-        "validation": _write_validation(validation, _HELD_OUT[0]),
+        "reading": _write_reading(found, given), "validation": validation,
     }  # fmt: skip
     cfg = _load(values)
 
     rows, tokens, supervised, _ = _measure_data(cfg, models[0])
     if rows is not None and rows < 2:
-        raise ConfigError([problem("--data", data, "at least 2 rows", f"it has {rows}")])
-    if validation is None and rows is not None:
+        raise ConfigError([problem("--data", given.data, "at least 2 rows", f"it has {rows}")])
+    if given.validation is None and rows is not None:
         share, fewest, most = _HELD_OUT
         held_out = min(max(round(share * rows), fewest), most, rows // 2)
-        values["validation"] = _write_validation(None, float(f"{held_out / rows:.3g}"))
+        values["validation"] = _write_held_out(float(f"{held_out / rows:.3g}"))
         values["rows"] = f"                        # {rows:,} rows"
         rows -= held_out
     values |= _choose_sizes(cfg, tokens, supervised, gpus, machine, rows)
     warnings = _plan_steps(values, rows)
     return _TEMPLATE.format(**values), warnings
+
+
+def _refuse_references(models: tuple[str, str], given: Rows) -> None:
+    named = {"--student": models[0], "--teacher": models[1]}
+    options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
+    for option, name in (named | options).items():
+        if name is not None and (not name or "${" in name):
+            raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
 
 
 def _measure_data(cfg: RunConfig, student: str) -> tuple[int | None, int, float, str]:
@@ -128,7 +149,7 @@ def _measure_data(cfg: RunConfig, student: str) -> tuple[int | None, int, float,
         if "has no chat template" not in str(error):
             raise
         expected = "a model with a chat template, as the rows are conversations"
-        hint = "name an instruct model, or put a template into its directory: chat_template.jinja"
+        hint = "name an instruct model, or a template: --chat-template chat_template.jinja"
         raise ConfigError([problem("--student", student, expected, hint)]) from None
 
 
@@ -212,15 +233,37 @@ def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
     ]
 
 
-def _write_validation(data: str | None, share: float) -> str:
-    """Return the YAML's lines about validation data."""
-    if data is None:
-        return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
-    found = _recognise_data("--validation", data)
-    lines = [f"  _target_: {found.name}", f"  dataset_name: {_quote(data)}"]
+def _write_held_out(share: float) -> str:
+    return f"validation_share: {share:g}          # of the rows; they are not trained on\n"
+
+
+def _write_validation(data: str, given: Rows) -> str:
+    """Return the YAML's lines about a data set to validate with."""
+    found = _recognise_data("--validation", data, given)
+    lines = ["validation_dataset:", f"  _target_: {found.name}", f"  dataset_name: {_quote(data)}"]
     if not files_of(data):
         lines.append("  split: validation")
-    return "\n".join(["validation_dataset:", *lines, ""])
+    return "\n".join([*lines, _write_reading(found, given)])
+
+
+def _write_reading(data: DataSet, given: Rows) -> str:
+    """Return the YAML's lines that say how a data set reads its rows."""
+    lines = []
+    if given.columns is not None:
+        names = [name.strip() for name in given.columns.split(",")]
+        if len(names) not in (2, 3) or not all(names):
+            expected = "QUESTION,ANSWER or CONTEXT,QUESTION,ANSWER: names of columns"
+            raise ConfigError([problem("--columns", given.columns, expected)])
+        parts = ("context", "question", "answer")[-len(names) :]
+        pairs = ", ".join(f"{part}: {json.dumps(n)}" for part, n in zip(parts, names, strict=True))
+        lines.append(f"  column_mapping: {{{pairs}}}\n")
+
+    # Only rows that are conversations are rendered.
+    if given.chat_template is not None:
+        if "chat_template" not in inspect.signature(data.build).parameters:
+            raise ConfigError([f"--chat-template: {data.name} renders no conversations; remove it"])
+        lines.append(f"  chat_template: {_quote(given.chat_template)}\n")
+    return "".join(lines)
 
 
 def _quote(name: str) -> str:
@@ -228,8 +271,15 @@ def _quote(name: str) -> str:
     return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
 
 
-def _recognise_data(option: str, data: str) -> DataSet:
+def _find_data_set(function: str) -> DataSet:
+    """Return the data set of this package whose function has this name."""
+    return next(each for each in known_data_sets() if each.name.endswith(f".{function}"))
+
+
+def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
     """Return the data set that reads rows with these columns; that of SQuAD for a hub id."""
+    if given.columns is not None:
+        return _find_data_set("make_instruction_dataset")
     try:
         files = files_of(data)
         if files is not None:
@@ -237,20 +287,15 @@ def _recognise_data(option: str, data: str) -> DataSet:
         elif Path(data).is_dir():
             columns = load_rows(data, "train", ()).column_names
         else:
-            return next(each for each in known_data_sets() if each.name.endswith("squad_dataset"))
+            return _find_data_set("make_squad_dataset")
     except (OSError, ValueError, RecursionError) as error:
         expected = "rows of JSON, CSV or parquet"
         raise ConfigError([problem(option, data, expected, str(error))]) from None
 
-    # There is no option for the names of columns: a file with two is told the whole section.
+    # The user may name the columns, if no data set reads those that the file has.
     found = recognise(columns)
     if found is None:
-        pair = columns if len(columns) == 2 else ("…", "…")
-        hint = (
-            f"its first row has {', '.join(columns)}; rename two to prompt and completion, or make "
-            f"the YAML with other rows and write there: dataset: {{_target_: "
-            f"ds_kd.data.text.make_instruction_dataset, dataset_name: {data}, column_mapping: "
-            f"{{question: {pair[0]}, answer: {pair[1]}}}}}"
-        )
+        pair = shlex.quote(",".join(columns)) if len(columns) == 2 else "QUESTION,ANSWER"
+        hint = f"its first row has {', '.join(columns)}; name two of them with --columns {pair}"
         raise ConfigError([problem(option, data, columns_known(), hint)])
     return found

@@ -12,12 +12,12 @@ from ds_kd.config.components import Component, config_error, instantiate, resolv
 from ds_kd.config.names import LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import describe_unsupervised
-from ds_kd.data.own import SHIFTED, OwnSamples
+from ds_kd.data.own import SHIFTED, OwnSamples, explain_failure
 from ds_kd.data.packing import PackedDataset, lengths_of
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
-from ds_kd.parallel.signals import ignore_requests
+from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 
@@ -128,7 +128,7 @@ def show_samples(cfg: RunConfig, count: int, colour: bool) -> list[str]:
 
 def _name_source(dataset: Component) -> tuple[str, Any]:
     """Return the key that names a data set's rows, and its value, for messages."""
-    declared = declaration_of(resolve(dataset.name, dataset.allow))
+    declared = declaration_of(resolve(dataset.name))
     if declared is None or declared.source not in dataset.kwargs:
         return dataset.key, dataset.name
     return f"{dataset.key}.{declared.source}", dataset.kwargs[declared.source]
@@ -141,11 +141,19 @@ def _build(dataset: Component, tokenizer: Any, world: World) -> Any:
     wanted = replace(dataset, kwargs=kwargs)
     key, given = _name_source(dataset)
     with config_error(key, given, "a data set"):
-        rows = rank0_first(lambda: instantiate(wanted, tokenizer=tokenizer), world)
+        rows = rank0_first(lambda: _call(wanted, tokenizer), world)
     if not dataset.name.startswith("ds_kd.data."):
         with config_error(dataset.key, dataset.name, "a data set as docs/data.md says"):
             rows = OwnSamples(rows, len(tokenizer), labels)
     return rows
+
+
+def _call(dataset: Component, tokenizer: Any) -> Any:
+    """Call a data set's function; an error of a user's own names the lines of that code."""
+    if dataset.name.startswith("ds_kd.data."):
+        return instantiate(dataset, tokenizer=tokenizer)
+    with explain_failure():
+        return instantiate(dataset, tokenizer=tokenizer)
 
 
 def build_loader(
@@ -169,11 +177,7 @@ def build_loader(
     if not training:
         local = kwargs.pop("batch_size", None) or local
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
-    if kwargs.get("collate_fn") is None:
-        kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
-    init = {} if kwargs.get("worker_init_fn") else {"worker_init_fn": ignore_requests}
-    if init:
-        kwargs.pop("worker_init_fn", None)
+    kwargs |= _defaults_of(kwargs, cfg.dist_env.timeout_minutes * 60)
 
     with config_error(loader.key, loader.kwargs, "arguments that fit the data"):
         sampler = GlobalBatchSampler(
@@ -194,6 +198,21 @@ def build_loader(
             batch_sampler=sampler,
             # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
-            **init,
         )
     return built, sampler
+
+
+def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return the loader's arguments that its section leaves open.
+
+    Args:
+        seconds: the time that a worker without an answer is waited for, as long as a rank is.
+    """
+    found: dict[str, Any] = {}
+    if kwargs.get("collate_fn") is None:
+        found["collate_fn"] = "ds_kd.data.collate.default_collater"
+    if kwargs.get("num_workers"):
+        end_workers_at_exit()
+        found["timeout"] = kwargs.get("timeout") or seconds
+        found["worker_init_fn"] = kwargs.get("worker_init_fn") or ignore_requests
+    return found

@@ -47,6 +47,7 @@ class LoaderBatches:
             batches = iter(self.loader)
             for step_in_epoch in range(done, self.steps_per_epoch):
                 yield [next(batches) for _ in range(self._sampler.micro_batches(step_in_epoch))]
+            del batches  # its workers end before those of the next epoch start
             epoch, done = epoch + 1, 0
 
 

@@ -25,6 +25,7 @@ _NO_DROPOUT = dict.fromkeys(
 SIZES: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
     "hidden_size": 32,
+    "hidden_size_global": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,

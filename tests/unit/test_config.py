@@ -12,6 +12,7 @@ import torch
 from ds_kd.config.components import Component, ConfigError, bind, resolve
 from ds_kd.config.keys import keys_of
 from ds_kd.config.load import check_world, fingerprint, fingerprint_validation, load
+from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.reference.keys import list_keys
 from ds_kd.config.schema import RunConfig
 from tests import tiny
@@ -100,6 +101,11 @@ def test_an_override_reads_yaml_values_and_null_drops_a_section():
     assert cfg.clip_grad_norm == 2.0
 
 
+def test_a_key_may_be_written_with_dashes_as_options_are():
+    cfg = load(GUIDE, ["kd-ratio=0.3", "step_scheduler.max-steps=7"])
+    assert cfg.kd_ratio == 0.3 and cfg.step_scheduler.max_steps == 7
+
+
 @pytest.mark.parametrize("bad", ["no_equals", "=3", "a..b=1"])
 def test_a_malformed_override_is_refused(bad):
     with pytest.raises(ConfigError, match=r"key\.sub=value"):
@@ -144,13 +150,29 @@ def test_names_outside_the_list_are_refused(name):
         resolve(name)
 
 
+def permit(name, prefix):
+    """Return the name as `load` leaves it in a config, with `--allow-targets PREFIX`."""
+    return mark_permitted({"_target_": name}, (prefix,))["_target_"]
+
+
 def test_a_prefix_opened_on_the_command_line_resolves():
-    assert resolve("math.floor", allow=("math",))(2.5) == 2
+    assert resolve(permit("math.floor", "math"))(2.5) == 2
+
+
+def test_a_permission_is_given_to_one_config_and_not_to_a_text():
+    name = permit("math.floor", "math")
+    for other in (str(name), permit("mathematics.floor", "math")):
+        with pytest.raises(ConfigError, match="not among the names a config may call"):
+            resolve(other)
+    change = ["optimizer._target_=math.floor"]
+    assert load(GUIDE, change, allow=("math",)).optimizer.name == name
+    with pytest.raises(ConfigError, match="not among the names a config may call"):
+        load(GUIDE, change)
 
 
 def test_a_prefix_opened_on_the_command_line_does_not_open_what_its_modules_import():
     with pytest.raises(ConfigError, match="leads through the module"):
-        resolve("os.path.os.system", allow=("os.path",))
+        resolve(permit("os.path.os.system", "os.path"))
 
 
 def test_secrets_never_reach_the_text_that_is_logged():
@@ -404,6 +426,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("kd_loss_fn.temperature=.inf", "temperature: got inf, expected a number > 0"),
         ("dist_env.timeout_minutes=1e9", "expected a number > 0 and ≤ 10080"),
         (f"checkpoint.checkpoint_dir={__file__}/run", "expected a directory; .*py is a file"),
+        ("checkpoint.checkpoint_dir=/proc/run", "that can be written; /proc is the kernel's own"),
         ("model.attn_implementation=flash", "got 'flash', expected sdpa or eager or"),
         ("model.torch_dtype=null", "model.torch_dtype: got None, expected bf16"),
         ("lr_scheduler={lr_warmup_steps: abc}", "lr_scheduler.lr_warmup_steps: got 'abc'"),
@@ -519,7 +542,9 @@ HUGE = "1" + "0" * 400
         ("optimizer._target_=ds_kd.losses.KDLoss", "begins with torch.optim."),
         ("dataset._target_=ds_kd.losses.KDLoss", "begins with ds_kd.data."),
         ("optimizer._target_=torch.optim.Adamw", "did you mean torch.optim.AdamW?"),
-        ("kd-ratio=0.3", "got 'kd-ratio', expected key.sub=value; did you mean kd_ratio?"),
+        ("max-steps=3", "max_steps: unknown key; did you mean step_scheduler.max_steps?"),
+        ("max_step=3", "did you mean step_scheduler.max_steps?"),
+        ("temperature=3", "did you mean kd_loss_fn.temperature?"),
     ],
 )
 def test_what_a_newcomer_found_is_refused(override, words):
@@ -531,7 +556,7 @@ def test_what_a_newcomer_found_is_refused(override, words):
 @pytest.mark.parametrize(
     "override",
     [
-        "wandb.api-key=hunter2",
+        "wandb.api key=hunter2",
         'model.token="hunter2',
         "wandb=[{api_key: hunter2}]",
         "slurm.env_vars=[WANDB_API_KEY=hunter2]",
@@ -836,12 +861,27 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert "its first row has body" in capsys.readouterr().err
     rows.write_text('{"q": "a", "a": "b"}')
     assert new.main([*words, "--data", str(rows)]) == 2
-    assert "column_mapping: {question: q, answer: a}" in capsys.readouterr().err
+    assert "name two of them with --columns q,a" in capsys.readouterr().err
+    rows.write_text('{"q": "w5", "a": "w6 w7"}\n' * 20)
+    read_as = ["--columns", "q,a", "--validation", str(rows)]
+    assert new.main([*words, "--data", str(rows), *read_as]) == 0
+    path.write_text(capsys.readouterr().out)
+    for data in (load(path).dataset, load(path).validation_dataset[""]):
+        assert data.kwargs["column_mapping"] == {"question": "q", "answer": "a"}
+    assert new.main([*words, "--data", str(rows), "--columns", "q"]) == 2
+    assert "--columns: got 'q', expected QUESTION,ANSWER or" in capsys.readouterr().err
+    assert new.main([*words, "--data", str(rows), "--columns", "q,z"]) == 2
+    assert "dataset.column_mapping: got {'question': 'q', 'answer'" in capsys.readouterr().err
     talk = '[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]'
     rows.write_text(f'{{"conversations": {talk}}}\n' * 9)
     assert new.main([*words, "--data", str(rows)]) == 2
     told = capsys.readouterr().err
     assert "--student: got" in told and "chat_template.jinja" in told
+    template = tmp_path / "chat_template.jinja"
+    template.write_text("{% for turn in messages %}{{ turn.content }} {% endfor %}")
+    assert new.main([*words, "--data", str(rows), "--chat-template", str(template)]) == 0
+    path.write_text(capsys.readouterr().out)
+    assert load(path).dataset.kwargs["chat_template"] == str(template)
     assert new.main([*words, "--data", str(tmp_path / "notes.txt")]) == 2
     assert '{"text": …} lines' in capsys.readouterr().err
 

@@ -140,6 +140,28 @@ def test_merges_are_passed_over_and_a_list_of_scores_is_a_vocabulary(tmp_path):
     assert told is not None and "token 'merges' is 0 for the student and absent for the" in told
 
 
+def test_a_map_that_the_students_files_do_not_hold_is_told_by_the_check(tmp_path):
+    student = tiny.llama(tmp_path / "student")
+    with pytest.raises(ConfigError) as caught:
+        ds_kd.load_config(GUIDE, [f"{KEY}={student}", "peft={target_modules: [qproj, v_proj]}"])
+    assert "peft.target_modules: got ['qproj', 'v_proj'], expected names of" in str(caught.value)
+    assert str(caught.value).endswith(
+        "no linear map is called qproj; there are down_proj, gate_proj, k_proj, o_proj, q_proj, "
+        "up_proj, v_proj; did you mean q_proj?"
+    )
+    right = "peft={target_modules: [v_proj, '*.q_proj']}"
+    ds_kd.load_config(GUIDE, [f"{KEY}={student}", right])
+
+    # An index of several files names the weights; files that cannot be read are left to the run.
+    (student / "model.safetensors").write_bytes(b"\xff" * 8)
+    wrong = [f"{KEY}={student}", "peft={target_modules: [other]}"]
+    ds_kd.load_config(GUIDE, wrong)
+    index = {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "a.safetensors"}}
+    (student / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="no linear map is called other; there are q_proj"):
+        ds_kd.load_config(GUIDE, wrong)
+
+
 def test_importing_the_package_is_light():
     command = "import sys, ds_kd; print({'torch', 'deepspeed', 'transformers'} & set(sys.modules))"
     told = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)

@@ -125,6 +125,9 @@ def test_a_data_set_from_outside_that_takes_no_limit_is_planned(poems, tmp_path)
     # A sample that breaks the contract ends in its number.
     wrong = poems(rows, *plain, f"dataset={{{section}, labels: shifted}}")
     assert wrong.returncode == 2 and "dataset.path: " in wrong.err and "labels" in wrong.err
+    short = poems(rows, *plain, f"dataset={{{section}, labels: unshifted}}",
+                  "packed_sequence.packed_sequence_size=2")  # fmt: skip
+    assert "packed_sequence_size: got 2" in short.err and "size: 3 or more" in short.err
     bare = poems([{"title": "", "poem": "w5"}], *plain, f"dataset={{{section}, labels: unshifted}}")
     assert bare.returncode == 2 and "there is no token in its first samples" in bare.err
 

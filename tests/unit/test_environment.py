@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.errors import MachineError, describe_exhaustion
+from ds_kd.errors import MachineError, explain
 from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
 from ds_kd.script import run_script
@@ -114,7 +114,7 @@ def test_a_config_error_names_a_rank_only_where_another_machine_may_differ(local
 
 
 def test_every_other_error_keeps_its_traceback(capsys):
-    assert describe_exhaustion(RuntimeError("shape mismatch")) is None
+    assert explain(RuntimeError("shape mismatch")) is None
     assert run_script(lambda: (_ for _ in ()).throw(RuntimeError("shape"))) == 1
     told = capsys.readouterr().err
     assert told.startswith("Traceback") and "RuntimeError: shape" in told
@@ -230,3 +230,32 @@ def test_what_is_opened_first_does_not_become_standard_output(tmp_path):
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0 and kept.read_text() == "mine"
+
+
+LOADER = """
+import os, signal, sys, time
+from torchdata.stateful_dataloader import StatefulDataLoader
+from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
+from ds_kd.script import run_script
+
+class Rows(list):
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else time.sleep(3600)
+
+end_workers_at_exit()
+workers = dict(num_workers=2, timeout=5, worker_init_fn=ignore_requests)
+batches = iter(StatefulDataLoader(Rows([0]), **workers))
+sys.exit(run_script(lambda: next(batches)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "told"), [("killed", "is killed by signal|exited unexpectedly"), ("stuck", "timed out")]
+)
+def test_a_loader_worker_that_gives_no_batch_ends_the_run_with_a_message(how, told):
+    done = subprocess.run(
+        [sys.executable, "-c", LOADER, how], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1
+    assert re.search(told, done.stderr) and "dataloader.num_workers" in done.stderr
+    assert "Traceback" not in done.stderr

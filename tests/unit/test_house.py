@@ -124,6 +124,18 @@ def test_rooms_files_and_functions_stay_small():
     assert max(rooms.values()) <= 11
 
 
+def test_scripts_and_benchmarks_have_short_functions_too():
+    root = PACKAGE.parent
+    long = [
+        f"{path.relative_to(root)}:{node.lineno} {node.name}"
+        for path in [*(root / "launch").glob("*.py"), *(root / "benchmarks").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        if (node.end_lineno or 0) - node.lineno >= 50
+    ]
+    assert not long
+
+
 def test_docstrings_begin_with_a_verb_or_a_noun_not_with_a_question_word():
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
     guilty = [

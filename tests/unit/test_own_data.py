@@ -199,6 +199,19 @@ def unshifted(tokenizer, count: int = 4):
     return [{"input_ids": ids, "labels": torch.tensor(ids)}] * count
 def of_another_tokenizer(tokenizer):
     return [{"input_ids": [1, 2], "labels": [2, 9000]}]
+def read(row):
+    return row["poem"]
+def of_other_columns(tokenizer):
+    return [read({"title": 1})]
+def of_a_wrong_type(tokenizer):
+    return len(3)
+class Fails:
+    def __init__(self, tokenizer, after: int):
+        self.after = after
+    def __len__(self):
+        return 40
+    def __getitem__(self, k):
+        return read({}) if k >= self.after else {"input_ids": [5, 6], "labels": [6, 7]}
 """
 
 
@@ -236,6 +249,35 @@ def test_an_own_data_set_with_hugging_faces_labels_runs_once_its_section_says_so
 def test_ids_of_another_tokenizer_are_told_with_the_data_set(own):
     with pytest.raises(ConfigError, match=r"dataset: got .*sample 0: labels holds 9000.*0 to 95"):
         built(*own("of_another_tokenizer"))
+
+
+@pytest.mark.parametrize(
+    ("function", "said"),
+    [
+        ("of_other_columns", r"KeyError: 'poem' \(\S+.py:9 in read, called at \S+.py:11 in of_oth"),
+        (
+            "of_a_wrong_type",
+            r"dataset: TypeError: object of type 'int' .*py:13 in of_a_wrong",
+        ),
+        ("Fails", r"sample 3: KeyError: 'poem' \(\S+.py:9 in read, called at \S+:20 in __getitem"),
+    ],
+)
+def test_an_error_of_an_own_data_set_is_told_with_its_own_lines_alone(own, function, said):
+    arguments = {"after": 3} if function == "Fails" else {}
+    with pytest.raises(ConfigError, match=said) as caught:
+        built(*own(function, **arguments))
+    assert "ds_kd/" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_error_in_the_middle_of_training_data_is_one_sentence_too(own, workers, tmp_path):
+    path, allow, tokenizer = own("Fails", after=99)
+    data = built(path, allow, tokenizer)
+    data.dataset.after = 30
+    with pytest.raises(DataError) as caught:
+        [*torch.utils.data.DataLoader(data, batch_size=None, num_workers=workers)]
+    assert caught.value.text().startswith("sample 30: KeyError: 'poem' (")
+    assert "\n" not in caught.value.text()
 
 
 def test_the_check_knows_what_labels_may_be(own, tmp_path):

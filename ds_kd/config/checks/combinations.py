@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 
+from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
@@ -117,6 +118,8 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
     given = [name for name in names if getattr(peft, name)]
     if len(given) > 1:
         problems.append(f"peft: {' and '.join(given)} are both given; keep one")
+    elif cfg.model is not None and (unknown := find_unknown_map(cfg.model, peft)):
+        problems.append(unknown)
 
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:

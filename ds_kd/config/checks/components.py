@@ -15,12 +15,11 @@ from ds_kd.config.components import (
     Component,
     ConfigError,
     find_wrong_arguments,
-    is_opened,
     problem,
-    refuse,
 )
 from ds_kd.config.keys import ComponentRules, Key
-from ds_kd.config.names import ALIASES, DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
+from ds_kd.config.names import DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
+from ds_kd.config.permissions import Permitted, refuse, translate
 from ds_kd.config.signatures import divergences, explain_absence, signature_of
 from ds_kd.config.text.origins import decode
 from ds_kd.data.mixture import check_weights, data_set_of
@@ -29,17 +28,17 @@ from ds_kd.errors import first_line
 
 
 def check_components(
-    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
+    value: Any, key: Key, config_only: bool, problems: list[str]
 ) -> dict[str, Component]:
     """Return the components of a section that may hold several, by name; the name of a single one
     is empty.
 
     Args:
-        value, key, allow, config_only, problems: as for `check_component`.
+        value, key, config_only, problems: as for `check_component`.
     """
     has_names = isinstance(value, dict) and "_target_" not in value
     if not (has_names and any(isinstance(inner, dict) for inner in value.values())):
-        single = check_component(value, key, allow, config_only, problems)
+        single = check_component(value, key, config_only, problems)
         return {} if single is None else {"": single}
     found = {}
     for name, inner in value.items():
@@ -48,19 +47,18 @@ def check_components(
             problems.append(problem(key.name, name, expected))
         elif inner is not None:
             part = replace(key, name=f"{key.name}.{name}")
-            found[str(name)] = check_component(inner, part, allow, config_only, problems)
+            found[str(name)] = check_component(inner, part, config_only, problems)
     return {name: component for name, component in found.items() if component is not None}
 
 
 def check_component(
-    value: Any, key: Key, allow: tuple[str, ...], config_only: bool, problems: list[str]
+    value: Any, key: Key, config_only: bool, problems: list[str]
 ) -> Component | None:
     """Return the component of a `_target_` section, after adding its problems to `problems`.
 
     Args:
         value: the YAML's value of the section.
         key: the section's key, with its rules.
-        allow: prefixes of `_target_` names that the command line permits.
         config_only: a model needs only its config.json.
         problems: takes a line for each problem.
     """
@@ -77,12 +75,12 @@ def check_component(
 
     # A refused name still gets its arguments checked, so that all problems are reported together.
     is_model = rules.calls == MODEL
-    refusal = refuse(dotted, allow)
+    refusal = refuse(dotted)
     if refusal:
         problems.append(f"{path}._target_: {refusal}")
-    name = ALIASES.get(dotted, dotted)
-    declaration = None if refusal else _find_declaration(path, name, allow, problems)
-    component = Component(name, _kwargs_of(value), path, allow, declaration)
+    name = translate(dotted)
+    declaration = None if refusal else _find_declaration(path, name, problems)
+    component = Component(name, _kwargs_of(value), path, declaration)
     written = _translate_source(path, declaration, component.kwargs, problems)
     for name, inner in component.kwargs.items():
         if name not in rules.given and not (is_model and name in NOT_WITH_ZERO):  # reported below
@@ -92,7 +90,7 @@ def check_component(
 
     # Models judge their arguments themselves; all other callables have a signature to compare with.
     may_call = home_of(component.name).startswith(rules.may_call or rules.calls)
-    if not may_call and not is_opened(component.name, allow):
+    if not may_call and not isinstance(component.name, Permitted):
         problems.append(problem(f"{path}._target_", dotted, _describe_callables(rules)))
     elif is_model:
         _check_model(component, problems, config_only)
@@ -108,7 +106,7 @@ def note_on_absent_code(component: Component) -> str:
 
     It is no problem of the config, as the ranks may have another search path.
     """
-    if component.name.startswith("ds_kd.") or not is_opened(component.name, component.allow):
+    if component.name.startswith("ds_kd.") or not isinstance(component.name, Permitted):
         return ""
     why = explain_absence(component.name)
     return f"{component.key}._target_: {component.name} is not found here: {why}" if why else ""
@@ -205,7 +203,7 @@ def _check_parts(component: Component, source: str) -> list[str]:
     for number, given in enumerate(parts):
         part, name = {**given}, given.get("_target_")
         if name is not None:
-            part["_target_"] = ALIASES.get(str(name), name)
+            part["_target_"] = translate(str(name))
         weight = part.pop("weight", None)
         try:
             part["_target_"] = data_set_of(part).name
@@ -215,7 +213,7 @@ def _check_parts(component: Component, source: str) -> list[str]:
         words: dict[str, tuple] = {"weight": ()}  # for messages only, as it is taken out above
         rules = ComponentRules(may_call=("ds_kd.data.",), given=("tokenizer",), words=words)
         section = Key(f"{key}[{number}]", "", "", Component, None, {}, rules)
-        found = check_component(part, section, component.allow, False, problems)
+        found = check_component(part, section, False, problems)
         if found is not None:
             made.append({"_target_": found.name, **found.kwargs})
             made[-1] |= {"weight": weight} if weight is not None else {}
@@ -228,12 +226,10 @@ def _check_parts(component: Component, source: str) -> list[str]:
     return problems
 
 
-def _find_declaration(
-    path: str, dotted: str, allow: tuple[str, ...], problems: list[str]
-) -> DataSet | None:
+def _find_declaration(path: str, dotted: str, problems: list[str]) -> DataSet | None:
     """Return a data set's declaration, or None; a module that fails to import adds a problem."""
     try:
-        return find_declaration(dotted, allow)
+        return find_declaration(dotted)
     except ConfigError as error:
         problems += [f"{path}._target_: {line}" for line in error.problems]
         return None
@@ -260,7 +256,7 @@ def _check_argument(component: Component, name: str, value: Any, is_flag: bool) 
     """Return the problems of an argument that do not depend on the callable."""
     path, problems = f"{component.key}.{name}", []
     if name.endswith("_fn") and value is not None:
-        return _check_function(path, value, component.allow)
+        return _check_function(path, value)
     if isinstance(value, dict) and "_target_" in value:
         problems.append(f"{path}: a _target_ inside a _target_ is not called; give plain values")
     if is_flag and not isinstance(value, bool):
@@ -268,13 +264,13 @@ def _check_argument(component: Component, name: str, value: Any, is_flag: bool) 
     return problems
 
 
-def _check_function(path: str, name: Any, allow: tuple[str, ...]) -> list[str]:
+def _check_function(path: str, name: Any) -> list[str]:
     """Return the problems of the dotted name of a function."""
     if not isinstance(name, str):
         return [problem(path, name, "a dotted name")]
-    if refused := refuse(name, allow):
+    if refused := refuse(name):
         return [f"{path}: {refused}"]
-    dotted = ALIASES.get(name, name)
+    dotted = translate(name)
     if dotted.startswith("ds_kd.") and signature_of(dotted) is None:
         return [f"{path}: there is no {dotted}"]
     return []
@@ -304,7 +300,7 @@ def _check_model(component: Component, problems: list[str], config_only: bool) -
     is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
     if attention is not None and not is_kernel and attention not in _ATTENTION:
         problems.append(problem(f"{path}.attn_implementation", attention, " or ".join(_ATTENTION)))
-    if kwargs.get("trust_remote_code") and name not in component.allow:
+    if kwargs.get("trust_remote_code") and not isinstance(name, Permitted):
         problems.append(
             f"{path}.trust_remote_code: runs code of the model's author; add --allow-targets "
             f"{name} to permit it"

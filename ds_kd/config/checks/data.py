@@ -16,15 +16,14 @@ from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sample
 from ds_kd.errors import first_line
 
 
-@functools.cache
-def find_declaration(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None:
+@functools.lru_cache(maxsize=None, typed=True)  # a name and a permitted name compare equal
+def find_declaration(dotted: str) -> DataSet | None:
     """Return the declaration of a data set, or None if it has none.
 
     Only a module whose source holds a declaration for that name is imported.
 
     Args:
         dotted: its name, after the translation of NeMo-AutoModel's names.
-        allow: prefixes of `_target_` names that the command line permits.
 
     Raises:
         ConfigError: the name is refused, or its module cannot be imported.
@@ -33,7 +32,7 @@ def find_declaration(dotted: str, allow: tuple[str, ...] = ()) -> DataSet | None
     if signature is None or data_set.__name__ not in signature.decorators:
         return None
     try:
-        return declaration_of(resolve(dotted, allow))
+        return declaration_of(resolve(dotted))
     except ConfigError:
         raise
     except Exception as error:  # whatever a module from outside may raise

@@ -135,6 +135,8 @@ def check_directory(key: str, name: str) -> str | None:
         return problem(key, name, "the path of a directory")
     if not there.is_dir():
         return problem(key, name, "a directory", f"{there} is a file")
+    if any(there.resolve().is_relative_to(root) for root in ("/proc", "/sys")):
+        return problem(key, name, "a directory that can be written", f"{there} is the kernel's own")
     if there == Path(there.anchor):  # it may exist on the machine of the run
         return None
     if not os.access(there, os.W_OK | os.X_OK):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Any
 
 from ds_kd.config.components import problem
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.names import REFUSED_KEYS
+from ds_kd.config.signatures import signature_of
 from ds_kd.config.text.origins import decode
 
 
@@ -27,7 +29,7 @@ def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dic
             if not _is_off(value):
                 problems.append(f"{path}: {REFUSED_KEYS[path]}")
         elif name not in known:
-            problems.append(f"{path}: unknown key; {_suggest_key(name, prefix, [*known])}")
+            problems.append(f"{path}: unknown key; {_suggest_key(name, prefix, known)}")
         elif known[name].component is None:
             checked = _check_key(path, value, known[name], problems)
             if checked is not None:
@@ -57,10 +59,24 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
         return None
 
 
-def _suggest_key(name: str, prefix: str, known: list[str]) -> str:
-    """Return a hint at the key that was probably meant."""
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.75)
+def _suggest_key(name: Any, prefix: str, known: Mapping[str, Key]) -> str:
+    """Return a hint at the key that was probably meant: one of these, or one of their sections."""
+    near = difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.75)
+    for section, key in known.items():
+        inner = _names_in(key)
+        if name in inner:
+            near = [f"{section}.{name}"]
+        elif not near and (found := difflib.get_close_matches(str(name), inner, 1, 0.85)):
+            near = [f"{section}.{found[0]}"]
     return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+
+
+def _names_in(key: Key) -> list[str]:
+    """Return the names of the keys in a section; none for another key."""
+    if key.section is not None:
+        return [*keys_of(key.section)]
+    signature = signature_of(key.component.calls) if key.component is not None else None
+    return [] if signature is None else [*signature.annotations]
 
 
 def _is_off(value: Any) -> bool:

@@ -316,10 +316,9 @@ def _override(raw: Any, override: str) -> str:
     from yaml import YAMLError
 
     name, equals, value = override.partition("=")
+    name = name.replace("-", "_")  # as options are written: --step_scheduler.max-steps
     if not equals or not re.fullmatch(_KEY, name):
-        meant = name.replace("-", "_")
-        hint = f"did you mean {meant}?" if re.fullmatch(_KEY, meant) and meant != name else ""
-        raise ConfigError([problem("override", name, "key.sub=value", hint)])
+        raise ConfigError([problem("override", name, "key.sub=value")])
     if name.count(".") >= _MAX_DEPTH:
         raise ConfigError([problem("override", name, f"a key of at most {_MAX_DEPTH} parts")])
 
