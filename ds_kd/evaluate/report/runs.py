@@ -82,6 +82,8 @@ def read_run(directory: Path) -> Run:
     config = next((path for path in beside if path.is_file()), None)
     text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
     settings = _flatten(_load(text))
+
+    # The log may be where the YAML put it, or both were copied from elsewhere.
     logs = [directory / "tensorboard" / _LOG, directory / _LOG]
     if named := settings.get("tensorboard.log_dir"):
         logs.insert(0, Path(str(named)) / _LOG)
