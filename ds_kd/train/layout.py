@@ -90,5 +90,7 @@ def format_texts(texts: list[dict[str, str]]) -> str:
 def _escape(text: str) -> str:
     """Return a text as a cell of a Markdown table, a long one cut at its beginning."""
     text = text if len(text) <= _LONGEST else "… " + text[-_LONGEST:]
-    marks = re.sub(r"([\\`*_{}\[\]<>()#+!|~-])", r"\\\1", text)
+    # Markdown has no escape for what would begin a tag of HTML.
+    plain = text.replace("&", "&amp;").replace("<", "&lt;")
+    marks = re.sub(r"([\\`*_{}\[\]()#+!|>-])", r"\\\1", plain)
     return " ".join(marks.split()) or "(nothing)"

@@ -3,6 +3,7 @@ section."""
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -17,6 +18,7 @@ import torch
 
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.train.clock import Clock, Counts
+from ds_kd.train.layout import format_texts
 from ds_kd.train.metrics import Metrics
 from tests import tiny
 
@@ -235,3 +237,15 @@ def test_a_terminal_gets_a_progress_bar_and_a_log_the_same_lines_as_ever(monkeyp
     assert lines[0] == lines[1] and "step 4/6" in lines[0] and "validation after" in lines[0]
     assert told[io.StringIO][1] == ""
     assert "3/6" in told[_Terminal][1] and "loss=1.0000" in told[_Terminal][1]
+
+
+def test_answers_are_shown_as_they_are_whatever_marks_they_hold():
+    import markdown  # with which TensorBoard renders texts
+
+    answer = "a * b * c | `d` <b>e</b> & [f](g) # h _i_\\nj"
+    shown = markdown.markdown(format_texts([{"student": answer}]), extensions=["tables"])
+    (cell,) = re.findall(r"<td>student</td>\s*<td>(.*?)</td>", shown, flags=re.DOTALL)
+    assert html.unescape(cell) == answer
+    assert "<td>(nothing)</td>" in markdown.markdown(
+        format_texts([{"student": ""}]), extensions=["tables"]
+    ).replace("\\", "")
