@@ -82,7 +82,7 @@ def _name_best(directory: Path) -> list[str]:
 
 
 def held_out_samples(cfg: RunConfig) -> Any:
-    """Return the samples that a run validates with, of several sets those of the first.
+    """Return the samples that a run validates with; with several sets, those of the first.
 
     Raises:
         ConfigError: there are none, or they cannot be loaded.
