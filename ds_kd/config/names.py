@@ -9,6 +9,7 @@ _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
+NAMED = f"{LOSSES}named."  # divergences that kd_loss_fn.name chooses, beside KDLoss
 
 
 def home_of(dotted: str) -> str:
@@ -202,11 +203,9 @@ OF_OPTIMIZER = ComponentRules(
 )
 
 
-def of_loss(name: str, home: str) -> ComponentRules:
-    """Return the rules of a loss's section.
-
-    Args:
-        name: the loss that it calls by default.
-        home: prefix of the losses that it may call.
-    """
-    return ComponentRules(calls=name, may_call=(home,), kwargs={})
+OF_CROSS_ENTROPY = ComponentRules(
+    calls=f"{LOSSES}MaskedCrossEntropy", may_call=(f"{LOSSES}cross_entropy.",), kwargs={}
+)
+OF_DIVERGENCE = ComponentRules(
+    calls=f"{LOSSES}KDLoss", may_call=(DIVERGENCES, NAMED), kwargs={}, has_names=True
+)

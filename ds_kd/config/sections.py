@@ -191,6 +191,15 @@ class LRScheduler:
 
 
 @dataclass
+class Teacher:
+    kind: Literal["resident", "shared_base"] = key(
+        "resident",
+        "Chooses the teacher: resident runs teacher_model in an engine of its own; shared_base is "
+        "the student's own base, its adapter (peft) off, without a second set of weights.",
+    )
+
+
+@dataclass
 class DeepSpeed:
     student: Any = key(
         None,

@@ -175,12 +175,12 @@ class DistillationLoss:
             for part in logits:
                 part.div_(t)
         pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
-        entropy = pair.teacher_entropy
         if join is not None:
+            entropy = pair.teacher_entropy
             kd, gradient = join(pair, alpha)
             ce = pair.student_lse - label_logit
         else:
-            kd, kd_gradient = divergence.of_chunk(pair)
+            kd, kd_gradient, entropy = _evaluate(divergence, pair)
             gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
             if t != 1.0 and not is_padded:
                 student.mul_(t)
@@ -266,15 +266,38 @@ class _Chunked(torch.autograd.Function):
         return *(None if g is None else g.mul_(grad) for g in found), *[None] * 6
 
 
+def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, gradient and the teacher's entropy of a chunk: `[tokens, 1]`,
+    `[tokens, shared vocab]` and `[tokens, 1]`."""
+    if divergence.takes_whole_chunks:
+        entropy = pair.teacher_entropy
+        return *divergence.of_chunk(pair), entropy
+    values, entropies, teacher = [], [], pair.teacher
+    for rows, block in pair.blocks():
+        entropies.append(block.teacher_entropy.to(teacher.dtype))
+        value, gradient = divergence.of_chunk(block)
+        values.append(value.to(teacher.dtype))
+        teacher[rows] = gradient  # the block has its own logits no longer
+    return torch.cat(values), teacher, torch.cat(entropies)
+
+
 def _measure(pair: Pair) -> dict[str, Tensor]:
-    """Return KL and both entropies at T = 1, `[tokens, 1]` each, for any T of the run."""
-    kl, entropy, student_lse = pair.forward_kl, pair.teacher_entropy, pair.student_lse
-    student_mean = pair.q.mul_(pair.student).sum(-1, keepdim=True)
-    return {
-        "kl_at_t1": kl,
-        "teacher_entropy_at_t1": entropy,
-        "student_entropy_at_t1": student_lse - student_mean,
-    }
+    """Return what is logged of a chunk at T = 1 whatever loss and T of the run are, `[tokens, 1]`
+    each: both KLs, both entropies, and the acceptance rate Σ min(p, q) of speculative decoding."""
+    found: dict[str, list[Tensor]] = {}
+    for _, block in pair.blocks():
+        p, q = block.p, block.q
+        mean = (q * block.student).sum(-1, keepdim=True)
+        measured = {
+            "kl_at_t1": block.forward_kl,
+            "reverse_kl_at_t1": (q * block.log_ratio).sum(-1, keepdim=True),
+            "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
+            "teacher_entropy_at_t1": block.teacher_entropy,
+            "student_entropy_at_t1": block.student_lse - mean,
+        }
+        for name, values in measured.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:

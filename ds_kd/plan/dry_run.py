@@ -10,6 +10,7 @@ from typing import Any
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
+from ds_kd.config.names import OF_DIVERGENCE, home_of
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.own import SHIFTED, OwnSamples
@@ -127,7 +128,8 @@ def describe(
     # Memory on this number of ranks by part, then in one line each for other numbers.
     lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
     lines += _describe_worlds(student, teacher, work, machine)
-    flops = memory.count_operations(student, teacher, work)
+    asked = student if teacher is None and cfg.asks_teacher else teacher  # its own base
+    flops = memory.count_operations(student, asked, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
@@ -341,7 +343,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     """
     import torch
 
-    steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs
+    steps = cfg.step_scheduler
     zero = {
         name: load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", (0, 3))[
             "zero_optimization"
@@ -356,16 +358,16 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     local = steps.local_batch_size
     packed = cfg.packed_sequence.packed_sequence_size
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
-    chunk = kwargs.get("chunk_size")  # 0 takes all tokens of a micro-batch at once
-    if chunk is None:
-        chunk = default_chunk("cuda" if cuda else "cpu")
+    sizes = (loss.kwargs.get("chunk_size") for loss in cfg.kd_losses)
+    default = default_chunk("cuda" if cuda else "cpu")
+    chunk = next((size for size in sizes if size is not None), default)  # 0 is all tokens at once
     values: dict[str, Any] = {
         "tokens": packed * local if packed else tokens,
         "length": max(1, (packed * local if packed else tokens) // local),
         "supervised": supervised,
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
         "chunk": chunk or (packed * local if packed else tokens),
-        "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
+        "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
@@ -379,6 +381,12 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         if key in zero["student"]:
             values[name] = int(float(zero["student"][key]))
     return memory.Work(**values)
+
+
+def _shares_softmax(loss: Component) -> bool:
+    """Return whether CE and the distillation loss read one softmax."""
+    is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
+    return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
 
 
 def _format_size(size: int) -> str:

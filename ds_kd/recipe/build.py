@@ -20,6 +20,7 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
@@ -40,10 +41,14 @@ from ds_kd.recipe.models import (
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.teachers.shared_base import SharedBaseTeacher
 from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
+
+#: Kinds of teacher that are models on the ranks, and can answer questions.
+_WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 
 
 def build(
@@ -112,14 +117,17 @@ def _build_models(
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    return teacher, _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
+    if cfg.asks_teacher and teacher is None:
+        return SharedBaseTeacher(student), student
+    return teacher, student
 
 
 def _count_operations(
     cfg: RunConfig, student: Any, teacher: Teacher | None, world: World
 ) -> Operations | None:
     """Return the operations of a training step's models."""
-    guide = teacher.engine.module.model if isinstance(teacher, ResidentTeacher) else None
+    guide = teacher.engine.module.model if isinstance(teacher, _WITH_ENGINE) else None
     return count_operations(student.module.model, guide if cfg.kd_ratio else None, world.device)
 
 
@@ -138,7 +146,7 @@ def _make_generations(
     longest = getattr(config_of(cfg.model).get_text_config(), "max_position_embeddings", None)
     questions = choose_questions(next(iter(held_out.values())), tokenizer, count, longest)
     models: dict[str, Next] = {}
-    if isinstance(teacher, ResidentTeacher):
+    if isinstance(teacher, _WITH_ENGINE):
         models["teacher"] = teacher.next_tokens
     models["student"] = functools.partial(student, probe="next_tokens")
     return Generations(models, tokenizer, questions, world) if questions else None
@@ -170,8 +178,18 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
     ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, shared or rows[0], world)
+    divergence = _build_divergence(cfg, shared or rows[0], world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
+
+
+def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
+    """Return the distillation loss over so many ids, or the weighted sum of several."""
+    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
+    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
+    try:
+        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
+    except ValueError as error:
+        raise ConfigError([f"kd_loss_fn: {error}"]) from error
 
 
 def _build_part_of_loss(

@@ -20,7 +20,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Is the student near its teacher?": {
         "agreement": ("top1_agreement", "val_top[15]_agreement"),
-        "acceptance": ("val_acceptance",),
+        "acceptance": ("val_acceptance_at_t1",),
         "KL at T = 1": ("val_kl_at_t1", "val_reverse_kl_at_t1"),
         "entropy": ("teacher_entropy", "val_(teacher|student)_entropy_at_t1"),
     },

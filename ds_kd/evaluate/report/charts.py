@@ -15,7 +15,7 @@ CHARTS = {
     "Distillation loss, nats per token": ("kd_loss", "val_kd_loss"),
     "Top-1 agreement with the teacher": ("top1_agreement", "val_top1_agreement"),
     "KL(teacher ‖ student) at T = 1": ("", "val_kl_at_t1"),
-    "Acceptance": ("", "val_acceptance"),
+    "Acceptance": ("", "val_acceptance_at_t1"),
     "Learning rate": ("learning_rate", ""),
     "Gradient norm": ("grad_norm", ""),
     "Tokens per second": ("tokens_per_sec", ""),

@@ -1,0 +1,44 @@
+"""The student's own base as its teacher: its weights without the adapter, in the same engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ds_kd.losses.head import States
+from ds_kd.models import lora
+
+
+class SharedBaseTeacher:
+    """Runs the base of a student that trains an adapter, with the adapter off and without dropout.
+
+    No second set of weights exists, and no second engine. The head is the student's own, which
+    never has an adapter, and which ZeRO-3 has gathered while the loss reads it.
+
+    Args:
+        engine: DeepSpeed engine of a `Student` whose model has an adapter.
+    """
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    def __call__(self, batch: dict[str, Any]) -> States:
+        return States(self._ask(batch, "hidden"), self.engine.module.head())
+
+    def next_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Return the likeliest next token at each supervised position, `[rows]` (a collective)."""
+        return self._ask(batch, "next_tokens")
+
+    @torch.no_grad()
+    def _ask(self, batch: dict[str, Any], probe: str) -> Tensor:
+        student = self.engine.module
+        was_training = student.training
+        student.train(False)
+        try:
+            with lora.switch_off(student.model):
+                answer: Tensor = self.engine(batch, probe=probe)
+        finally:
+            student.train(was_training)
+        return answer
