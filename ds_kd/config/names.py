@@ -6,6 +6,7 @@ from ds_kd.config.keys import ComponentRules
 _NEMO = "nemo_automodel.components."
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
+COLLATER = "ds_kd.data.collate.default_collater"
 
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
@@ -36,7 +37,7 @@ ALIASES = {
     _NEMO + "datasets.llm.chat_dataset.ChatDataset": "ds_kd.data.chat.ChatDataset",
     _NEMO + "datasets.llm.column_mapped_text_instruction_dataset."
     "ColumnMappedTextInstructionDataset": "ds_kd.data.text.make_instruction_dataset",
-    _NEMO + "datasets.utils.default_collater": "ds_kd.data.collate.default_collater",
+    _NEMO + "datasets.utils.default_collater": COLLATER,
 }
 
 #: Names outside ds_kd that a run needs. Exact: a whole `torch.*` would admit `torch.hub.load`.
@@ -193,7 +194,7 @@ OF_LOADER = ComponentRules(
     may_call=(_LOADER,),
     given=("dataset", "batch_sampler", "generator"),
     flags=LOADER_FLAGS,
-    kwargs={"collate_fn": "ds_kd.data.collate.default_collater"},
+    kwargs={"collate_fn": COLLATER},
 )
 OF_OPTIMIZER = ComponentRules(
     calls="torch.optim.AdamW",

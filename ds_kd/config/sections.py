@@ -221,6 +221,11 @@ class PackedSequence:
         low=0,
     )
     split_across_pack: Literal[False] = key(False, "Only false is accepted: samples stay whole.")
+    share_prefixes: bool = key(
+        False,
+        "Puts samples that begin alike into one pack, in which their beginning is computed once; a "
+        "pack then holds this many different tokens. Results stay the same for the same samples.",
+    )
 
 
 @dataclass

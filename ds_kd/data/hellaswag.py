@@ -13,23 +13,33 @@ _COLUMNS = ("ctx", "endings", "label")
 _CLOSE_UP = tuple(" ,.;:!?'")  # an ending that begins so takes no space before it
 
 
-def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
-    """Return the context and the right ending.
+def label_of(row: dict[str, Any]) -> int:
+    """Return the number of the right ending.
 
     Raises:
-        ValueError: one of them is not text, or the label names no ending.
+        ValueError: the label names no ending.
     """
     try:
         label = int(row["label"])
         # A test split may carry -1, which Python would read as the last ending; 1.5 is none.
         if label < 0 or (isinstance(row["label"], float) and label != row["label"]):
             raise IndexError
-        ending = row["endings"][label]
+        row["endings"][label]
     except (ValueError, TypeError, IndexError):
         count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
         raise ValueError(
             f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
         ) from None
+    return label
+
+
+def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str]:
+    """Return the context and the right ending.
+
+    Raises:
+        ValueError: one of them is not text, or the label names no ending.
+    """
+    ending = row["endings"][label_of(row)]
     return text_of(row, "ctx"), text_of({"ending": ending}, "ending")
 
 

@@ -18,14 +18,29 @@ def _read_texts(row: dict[str, Any], _: Any = None) -> tuple[str, str, str]:
     Raises:
         ValueError: one of them is not text.
     """
-    context, question, answers = text_of(row, "context"), text_of(row, "question"), row["answers"]
+    texts = answers_of(row)
+    return text_of(row, "context"), text_of(row, "question"), texts[0] if texts else ""
+
+
+def answers_of(row: dict[str, Any]) -> list[str]:
+    """Return all answers of a row, stripped; none for a question without one.
+
+    Raises:
+        ValueError: they are not a list of texts under `text`.
+    """
+    answers = row["answers"]
     try:
         texts = answers["text"]
         if isinstance(texts, str):  # its first item would be a letter
             raise TypeError
-        return context, question, str(texts[0].strip()) if texts else ""
+        return [str(text.strip()) for text in texts or ()]
     except (TypeError, KeyError, AttributeError):
         raise ValueError(f"answers is {answers!r:.80}, expected {{'text': [text, …]}}") from None
+
+
+def prompt_of(context: str, question: str) -> str:
+    """Return the text that asks for an answer."""
+    return f"Context: {context} Question: {question} Answer: "
 
 
 @data_set("dataset_name", _COLUMNS, _read_texts)
@@ -68,7 +83,7 @@ def make_squad_dataset(
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
         context, question, answer = _read_texts(row)
-        prompt = f"Context: {context} Question: {question} Answer: "
+        prompt = prompt_of(context, question)
         if tokenizer.chat_template is None:
             made: dict[str, Any] = shift(*tokenize_prompt_answer(tokenizer, prompt, answer), length)
         else:

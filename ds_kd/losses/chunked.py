@@ -68,7 +68,11 @@ class DistillationLoss:
         self._kept: Buffers | None = None
 
     def __call__(
-        self, student: States, labels: Tensor, teacher: Any | None = None
+        self,
+        student: States,
+        labels: Tensor,
+        teacher: Any | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the sums of its parts.
 
@@ -77,6 +81,8 @@ class DistillationLoss:
             labels: `[tokens]` int64, shifted.
             teacher: a teacher's output for the same tokens (`ds_kd.teachers.base`); may be None at
                 `kd_ratio` 0.
+            counts: `[tokens]`, how often each token counts; once by default. Not for a user's own
+                loss of whole logits, which returns a chunk's sum.
 
         Returns:
             The differentiable scalar (nats, summed over valid tokens), whose backward can be run
@@ -93,6 +99,7 @@ class DistillationLoss:
             head.bias,
             student,
             labels,
+            counts,
             teacher,
             self,
             is_training,
@@ -225,6 +232,7 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         student: States,
         labels: Tensor,
+        counts: Tensor | None,
         teacher: Any | None,
         loss: DistillationLoss,
         is_training: bool,
@@ -238,6 +246,8 @@ class _Chunked(torch.autograd.Function):
         # Inside a Function these tensors have no graph, so that the products are not recorded.
         grads = Gradients(States(hidden, student.head), dtype, wanted)
         valid = (labels != IGNORE_INDEX).to(dtype)
+        if counts is not None:
+            valid = valid * counts
 
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
@@ -263,7 +273,7 @@ class _Chunked(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         if found is None:
             raise RuntimeError("the chunked loss can be differentiated once only")
-        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 6
+        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 7
 
 
 def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

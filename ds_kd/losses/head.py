@@ -110,7 +110,7 @@ class Gradients:
         Args:
             rows: the chunk's tokens; the first chunk begins at 0.
             gradient: with respect to `logits`, `[tokens, vocab]`; both are overwritten.
-            valid: 1 for a token that counts, else 0, `[tokens]`.
+            valid: how often a token counts, 0 for none, `[tokens]`.
         """
         head, hidden = self.states.head, self.states.hidden[rows]
         to_hidden, to_weight, to_bias = self.found

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.head import Head, States
+from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 
 DTYPES = {
@@ -52,22 +53,33 @@ class _Split(nn.Module):
         self._last_mlp = _RowsOfLastMLP(model)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
-        """Return the hidden states at the supervised positions, `[rows, hidden]`."""
+        """Return the hidden states at the supervised positions, `[rows, hidden]`.
+
+        An `attention_mask` of the batch, `[rows, 1, length, length]`, is added to the attention's
+        logits in place of the causal mask.
+        """
         # Under a causal mask no real token attends to right padding, so no attention mask is built.
         # Positions are given explicitly, so that transformers does not derive them; in a pack they
         # restart with each sample, and attention stays inside it.
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        segments = {}
+        segments: dict[str, Any] = {}
+        parents = batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
-            segments = {"segments": attention.Segments(batch["segment_lengths"])}
-        with self._last_mlp.only(batch["supervised"]):
+        elif "attention_mask" in batch:
+            segments = {"attention_mask": batch["attention_mask"]}
+        elif attention.is_by_sample(self.model):
+            segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
+        elif parents is not None:
+            raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
+        rows = batch["supervised"]
+        once = batch.get("supervised_once", rows)  # a position may have several labels
+        with self._last_mlp.only(once):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
         hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
-        return _select(hidden.flatten(0, 1), batch["supervised"])
+        return _select(hidden.flatten(0, 1), rows, is_distinct=once is rows)
 
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
@@ -79,6 +91,34 @@ class _Split(nn.Module):
         output_head = self.model.get_output_embeddings()
         logits = lambda hidden: self.head().logits(hidden)  # noqa: E731
         return output_head(self.hidden(batch), loss=logits).argmax(-1)
+
+    def label_scores(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities of `batch["label_ids"]`, `[rows, labels]`, at the supervised positions;
+        see `score_labels`."""
+        output_head = self.model.get_output_embeddings()
+        return output_head(
+            self.hidden(batch),
+            loss=lambda h: score_labels(States(h, self.head()), batch["label_ids"]),
+        )
+
+    def distances(self, batch: dict[str, Any]) -> Tensor:
+        """Distances to `batch["teacher_output"]` over the first `batch["vocab"]` ids at the
+        supervised positions, `[rows, 5]`; see `compare_models`."""
+        output_head = self.model.get_output_embeddings()
+        return output_head(
+            self.hidden(batch),
+            loss=lambda h: compare_models(
+                States(h, self.head()),
+                batch["teacher_output"],
+                batch["supervised_labels"],
+                batch["vocab"],
+            ),
+        )
+
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """Return the result of transformers' `generate` with `batch["arguments"]`."""
+        out: Tensor = self.model.generate(**batch["arguments"])
+        return out
 
     def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return (largest difference between transformers' logits and ours, largest logit)."""
@@ -138,10 +178,12 @@ class Student(_Split):
         if probe:
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
+        counts = batch.get("supervised_counts")
+        counted = {} if counts is None else {"counts": counts}
         return output_head(
             self.hidden(batch),
             loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output
+                States(h, self.head()), batch["supervised_labels"], teacher_output, **counted
             ),
         )
 
@@ -162,9 +204,10 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
 
 
-def _select(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Return `hidden[rows]`, without a copy if `rows`, which are in order, name every row."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:
+    """Return `hidden[rows]`, without a copy if `rows`, which are in order, name every row once."""
+    is_whole = is_distinct and len(rows) == len(hidden)
+    return hidden if is_whole else hidden.index_select(0, rows)
 
 
 class _RowsOfLastMLP:

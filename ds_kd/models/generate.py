@@ -126,7 +126,7 @@ class LoadedStudent:
             StudentError: the prompt is empty, or the model has no room after it.
         """
         limit = min(max_new_tokens, self._count_room(prompt))
-        ends = self._find_ends()
+        ends = find_ends(self.model, self.tokenizer)
         ids = torch.tensor([prompt], device=self.model.device)
         pad = self.tokenizer.pad_token_id
         given: dict[str, Any] = {"do_sample": False}
@@ -152,13 +152,6 @@ class LoadedStudent:
     def _decode(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _find_ends(self) -> list[int]:
-        """Return the tokens that end a text: the model's, and the tokenizer's, with which it was
-        trained."""
-        named = self.model.generation_config.eos_token_id
-        ends = named if isinstance(named, list) else [named]
-        return sorted({end for end in (*ends, self.tokenizer.eos_token_id) if end is not None})
-
     def _count_room(self, prompt: list[int]) -> int:
         """Return the number of tokens that the model can write after the prompt.
 
@@ -175,6 +168,14 @@ class LoadedStudent:
                 f"answer; give a shorter one"
             )
         return room
+
+
+def find_ends(model: Any, tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the model's, and the tokenizer's, with which it was
+    trained."""
+    named = getattr(model.generation_config, "eos_token_id", None)
+    ends = named if isinstance(named, list) else [named]
+    return sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None})
 
 
 class _Pieces(BaseStreamer):

@@ -23,6 +23,7 @@ from ds_kd.parallel.rendezvous import (
     fill_environment,
     free_master_port,
     is_first_here,
+    job_of,
     name_meeting_place,
 )
 from ds_kd.process import choose_accelerator
@@ -95,6 +96,21 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     fill_environment()
     with free_master_port():
         return _join(backend, timeout_minutes)
+
+
+def start_or_alone() -> World:
+    """Return this process's `World` in the job of a launcher, or a world of one without any.
+
+    It is for work without collectives on the device, whose ranks may finish far apart.
+
+    Raises:
+        MachineError: as `start`.
+    """
+    if job_of(os.environ)["WORLD_SIZE"] != "1":
+        return start("gloo", _PATIENCE.total_seconds() / 60)
+    choose_accelerator()
+    cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    return World(0, 1, torch.device("cuda" if cuda else "cpu"), "gloo")
 
 
 def _join(backend: str, timeout_minutes: float) -> World:

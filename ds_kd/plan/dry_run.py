@@ -4,7 +4,6 @@ samples. No weights are loaded."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from ds_kd.config.checks.zero_file import load_zero_config
@@ -13,17 +12,14 @@ from ds_kd.config.load import check_world
 from ds_kd.config.names import OF_DIVERGENCE, home_of
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import pack
-from ds_kd.data.rows.source import load_rows
-from ds_kd.errors import first_line
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
-from ds_kd.parallel.world import World
 from ds_kd.plan import memory
+from ds_kd.plan.samples import describe_sharing, load_first
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
-from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
+from ds_kd.recipe.models import config_of, name_of, training_dtype
 
 _GB = {
     "TB": 1e12,
@@ -123,7 +119,7 @@ def describe(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
-    lines += _describe_steps(cfg, rows)
+    lines += _describe_steps(cfg, rows) + describe_sharing(cfg)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
     lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
@@ -295,37 +291,12 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     Raises:
         ConfigError: a local file is wrong.
     """
-    import torch
-
-    component = cfg.dataset
-    data, kwargs = component.declaration, component.kwargs
-    assert data is not None
-    argument, limit = data.source, data.limit
-    columns = data.columns_wanted(kwargs)
-    source, split = data.source_of(kwargs), kwargs.get("split") or "train"
-
-    # Without a network a plan is still possible, but a local file that is wrong is a problem.
-    total = None
-    try:
-        total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = {**kwargs, limit: min(total, _SAMPLES)} if data.takes_limit else {**kwargs}
-        labels = few.pop("labels", SHIFTED)
-        alone = World(0, 1, torch.device("cpu"), "gloo")
-        tokenizer = tokenizer_of(cfg.model, alone)
-        rows = data.build(tokenizer=tokenizer, **few)
-        if not component.name.startswith("ds_kd.data."):
-            rows = OwnSamples(rows, len(tokenizer), labels)
-        some = [rows[k] for k in range(min(len(rows), _SAMPLES))]
-        if not any(len(row["input_ids"]) for row in some):
-            raise ValueError("there is no token in its first samples")
-    except (ConfigError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError) or not Path(str(source)).exists():
-            return total, 1.0, None
-        raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
-
+    total, some = load_first(cfg, _SAMPLES)
+    if some is None:
+        return total, 1.0, None
     lengths = [len(row["input_ids"]) for row in some]
     if size := cfg.packed_sequence.packed_sequence_size:
-        expected = f"room for every sample of {component.key}"
+        expected = f"room for every sample of {cfg.dataset.key}"
         with config_error("packed_sequence.packed_sequence_size", size, expected):
             pack(lengths, size, cfg.rng.seed)
     lengths.sort()

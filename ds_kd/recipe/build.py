@@ -297,6 +297,8 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
+    if packs(cfg) and cfg.packed_sequence.share_prefixes:
+        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

@@ -79,14 +79,14 @@ def load_model(
         expected = "a Hugging Face causal language model: a directory, or a hub id and " + _NETWORK
         key = f"{component.key}.pretrained_model_name_or_path"
         with config_error(key, name_of(component), expected):
-            return _refuse_damage(load)
+            return refuse_damage(load)
 
     # transformers would tie weights for which the files hold different values.
-    ties = load_or_refuse(lambda: _check_files(component)) if extra.get("use_safetensors") else []
+    ties = load_or_refuse(lambda: check_files(component)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
     with engines.zero3_init(zero):
-        model = load_or_refuse(lambda: _check_whole(instantiate(component, **extra), ties))
+        model = load_or_refuse(lambda: check_whole(instantiate(component, **extra), ties))
         if adapt is not None:
             adapt(model)
     if packs:
@@ -94,7 +94,7 @@ def load_model(
     return model
 
 
-def _refuse_damage(load: Callable[[], Any]) -> Any:
+def refuse_damage(load: Callable[[], Any]) -> Any:
     """Return `load()`.
 
     Raises:
@@ -108,7 +108,7 @@ def _refuse_damage(load: Callable[[], Any]) -> Any:
         raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
 
 
-def _check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
+def check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
     """Return the model if its files held all weights, as transformers would initialise missing
     ones.
 
@@ -135,7 +135,7 @@ def _check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
     return model
 
 
-def _check_files(component: Component) -> list[tuple[str, str]]:
+def check_files(component: Component) -> list[tuple[str, str]]:
     """Compare the files with the configuration, alike on every rank, and return the pairs of
     weights that the configuration ties although the files hold different values."""
     from transformers import AutoConfig

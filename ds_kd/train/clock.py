@@ -71,6 +71,7 @@ class Counts:
         tokens: tokens.
         slots: tokens and padding.
         samples: samples, those of packs one by one.
+        shared: tokens that another sample's computation served.
         memory: peak of each data rank before the step, GiB.
     """
 
@@ -78,6 +79,7 @@ class Counts:
     tokens: int
     slots: int
     samples: int
+    shared: int
     memory: tuple[float, ...]
 
     @classmethod
@@ -89,13 +91,14 @@ class Counts:
         """
         names = ("num_labels", "num_tokens", "num_slots")
         here = [float(sum(b[name] for b in micro_batches)) for name in names]
+        here += [sum(b.get("num_shared", 0) for b in micro_batches)]
         here += [sum(i != "" for batch in micro_batches for i in batch["sample_ids"])]
         # Every rank adds its memory in a place of its own, so that this costs no exchange.
         peaks = [0.0] * world.data.size
         peaks[world.data.rank] = memory
         sums = sum_over([*here, *peaks], world.data).tolist()
-        labels, tokens, slots, samples = (int(total) for total in sums[:4])
-        return cls(labels, tokens, slots, samples, tuple(sums[4:]))
+        labels, tokens, slots, shared, samples = (int(total) for total in sums[:5])
+        return cls(labels, tokens, slots, samples, shared, tuple(sums[5:]))
 
     def describe(
         self, seconds: float, parts: dict[str, float], operations: Operations | None
@@ -109,13 +112,16 @@ class Counts:
         """
         found = {
             "tokens_per_sec": self.tokens / seconds,
-            "padding": 1.0 - self.tokens / self.slots,
+            "padding": 1.0 - (self.tokens - self.shared) / self.slots,
             "supervised": self.labels / self.tokens,
             "throughput/samples_per_sec": self.samples / seconds,
             "time/step": seconds,
         }
+        if self.shared:
+            found["shared"] = self.shared / self.tokens
         if operations is not None:
-            rate = operations.count(self.tokens, self.labels) / seconds / len(self.memory)
+            computed = self.tokens - self.shared
+            rate = operations.count(computed, self.labels) / seconds / len(self.memory)
             found["throughput/tflops_per_rank"] = rate / 1e12
             if operations.peak is not None:
                 found["throughput/mfu"] = rate / operations.peak

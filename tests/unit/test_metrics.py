@@ -205,7 +205,7 @@ def test_rates_are_those_of_the_formula(tmp_path):
     small.requires_grad_(False)  # as under LoRA
     assert count_operations(small, None, torch.device("cpu")).per_token == 4 * layers(2, 32)
 
-    counts = Counts(labels=10, tokens=40, slots=50, samples=4, memory=(1.0, 2.0))
+    counts = Counts(labels=10, tokens=40, slots=50, samples=4, shared=0, memory=(1.0, 2.0))
     told = counts.describe(2.0, {"teacher": 0.5}, Operations(1e12, 2e12, 1e14))
     # 40 + 2·10 = 60 · 10¹² operations in 2 s on 2 ranks: 15 TFLOP/s each, of a peak of 100.
     assert told == {

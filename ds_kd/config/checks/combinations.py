@@ -9,6 +9,8 @@ from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
+from ds_kd.config.names import COLLATER
+from ds_kd.config.permissions import translate
 from ds_kd.config.schema import SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 
@@ -69,6 +71,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
 
+    _check_sharing(cfg, problems)
     _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
@@ -123,6 +126,34 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
     up = -(-steps.global_batch_size // width) * width
     key = "step_scheduler.global_batch_size"
     return problem(key, steps.global_batch_size, expected, f"write {up}")
+
+
+def _check_sharing(cfg: RunConfig, problems: list[str]) -> None:
+    """Check that what computes shared beginnings is there: packs, their collater, plain SDPA."""
+    if not cfg.packed_sequence.share_prefixes:
+        return
+    key = "packed_sequence.share_prefixes"
+    if cfg.packed_sequence.packed_sequence_size == 0:
+        problems.append(
+            f"{key}: samples share their beginnings in packs; write "
+            "packed_sequence.packed_sequence_size: 2048, or remove it"
+        )
+
+    # A model's own attention is only known when it is loaded; see `models.probes.check_sharing`.
+    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        given = loader.kwargs.get("collate_fn")
+        if given is not None and translate(str(given)) != COLLATER:
+            problems.append(
+                f"{key}: {loader.key}.collate_fn: {given} does not know shared beginnings; remove "
+                "one of the two keys"
+            )
+    for model in filter(None, (cfg.model, cfg.teacher_model)):
+        given = model.kwargs.get("attn_implementation")
+        if given not in (None, "sdpa"):
+            problems.append(
+                f"{key}: {model.key}.attn_implementation: {given} cannot compute shared "
+                "beginnings; write sdpa, or remove share_prefixes"
+            )
 
 
 def _check_peft(cfg: RunConfig, problems: list[str]) -> None:

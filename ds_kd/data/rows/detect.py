@@ -40,13 +40,13 @@ def columns_known() -> str:
     return " or ".join(", ".join(each.columns) for each in known_data_sets() if each.columns)
 
 
-def samples_of(source: str, tokenizer: Any, limit: int) -> Any:
+def samples_of(source: str, tokenizer: Any, limit: int | None) -> Any:
     """Return the first rows of a file as tokenised samples.
 
     Args:
         source: see `load_rows`.
         tokenizer: the tokenizer of the model that reads them.
-        limit: number of rows.
+        limit: number of rows; None takes all.
 
     Raises:
         ValueError: the rows cannot be read, or no data set has their columns.
@@ -57,5 +57,5 @@ def samples_of(source: str, tokenizer: Any, limit: int) -> Any:
         raise ValueError(
             f"{source!r} has the columns {', '.join(sorted(columns))}, expected {columns_known()}"
         )
-    arguments = {found.source: source, found.limit: limit, "split": "train"}
+    arguments: dict[str, Any] = {found.source: source, found.limit: limit, "split": "train"}
     return found.build(tokenizer=tokenizer, **arguments)

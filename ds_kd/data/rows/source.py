@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ds_kd.data.rows.files import (
     ENDINGS,
@@ -19,6 +20,8 @@ from ds_kd.data.rows.files import (
     find_wrong_line,
 )
 from ds_kd.errors import first_line
+
+T = TypeVar("T")
 
 _FIRST = 16  # rows tokenised before all others, and as many random ones
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
@@ -155,19 +158,35 @@ def make_samples(
         ValueError: the rows cannot be read, or one is wrong; then names its file and number.
     """
     rows = load_rows(source, split or "train", columns, limit)
+    with name_bad_text(source):
+        return tokenize(rows, name_bad_row(source, split, make))
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+
+def name_bad_row(
+    source: str | list[str], split: str | None, make: Callable[[dict[str, Any]], T]
+) -> Callable[[dict[str, Any], int], T]:
+    """Return a function of a row and its number that calls `make(row)`, and adds the row's place
+    to its ValueError."""
+
+    def made(row: dict[str, Any], index: int) -> T:
         try:
             return make(row)
-        except UnicodeDecodeError:  # handled below
+        except UnicodeDecodeError:  # see `name_bad_text`
             raise
         except ValueError as error:
             place = _locate_row(source, split or "train", index)
             raise ValueError(f"{place}: {error}") from None
 
+    return made
+
+
+@contextmanager
+def name_bad_text(source: str | list[str]) -> Iterator[None]:
+    """Turn the error of a text that is not UTF-8 into one that names its line; only a row's text is
+    decoded, long after it was read."""
     try:
-        return tokenize(rows, sample)
-    except UnicodeDecodeError as error:  # only a row's text is decoded, long after it was read
+        yield
+    except UnicodeDecodeError as error:
         for name in files_of(source) or ():
             if FORMATS[ending_of(name)] == "json" and (wrong := find_wrong_line(name)):
                 raise ValueError(f"{name!r}, {wrong}") from error

@@ -75,14 +75,17 @@ class AdaptiveKL(Divergence):
 def _find_least(p: Tensor, head: float) -> Tensor:
     """Return the least probability of each token's head, `[tokens, 1]`.
 
-    A head has few ids as a rule, so that sorting the whole vocabulary is put off until it is not.
+    A head has few ids as a rule, so that more are looked at for those tokens only that need them.
     """
-    vocab = p.shape[1]
-    count = min(_FIRST, vocab)
-    while True:
-        top = p.topk(count).values
+    vocab, count = p.shape[1], min(_FIRST, p.shape[1])
+    least = torch.empty_like(p[:, :1])
+    rows = torch.arange(len(p), device=p.device)
+    while len(rows):
+        top = p[rows].topk(count).values
         inside = top.cumsum(-1) <= head
         inside[:, 0] = True
-        if count == vocab or not inside[:, -1].any():
-            return top.gather(1, inside.sum(-1, keepdim=True) - 1)
-        count = min(_TIMES * count, vocab)
+        is_done = ~inside[:, -1] | (count == vocab)
+        last = top.gather(1, inside.sum(-1, keepdim=True) - 1)
+        least[rows[is_done]] = last[is_done]
+        rows, count = rows[~is_done], min(_TIMES * count, vocab)
+    return least

@@ -1,0 +1,120 @@
+"""A user's own task: the keys of its YAML, each with its sentence, and their check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ds_kd.config.checks.sections import check_section
+from ds_kd.config.components import ConfigError, problem
+from ds_kd.config.keys import key
+from ds_kd.config.text.yaml_source import read
+
+KINDS = ("multiple_choice", "generation", "perplexity")
+METRICS = ("exact_match", "f1")
+
+
+@dataclass
+class TaskFile:
+    """The keys of a task. A value of a row is written as an expression of Jinja, such as a column's
+    name, and a text as a template, such as `Question: {{question}}`."""
+
+    kind: Literal["multiple_choice", "generation", "perplexity"] | None = key(
+        None, "Choose the likeliest of several endings, generate an answer, or predict a text."
+    )
+    prompt: str | None = key(
+        None, "The text before the ending, the answer or the text; a template."
+    )
+    choices: Any = key(None, "The endings: the column of a list of texts, or a list of templates.")
+    reference: str | None = key(
+        None,
+        "The number of the right choice, counted from 0, or its text; the right answer, or a list "
+        "of them; the text to predict.",
+    )
+    columns: dict = key(dict, "Other names for columns, as name: column.")
+    delimiter: str = key(" ", "Text between the prompt and each choice.")
+    metrics: list = key(list, "`exact_match` and `f1`, in the wording of SQuAD; both by default.")
+    regex: str | None = key(
+        None,
+        "Compare only what this expression finds first in the answer, its group if it has one.",
+    )
+    stop: list = key(list, "Texts that end an answer; by default a line break.")
+    max_new_tokens: int = key(64, "The most tokens of an answer.", unit="tokens", low=1)
+    chat: bool = key(False, "Ask with the tokenizer's chat template, the prompt as user's turn.")
+
+
+_NEEDED = {
+    "multiple_choice": ("prompt", "choices", "reference"),
+    "generation": ("prompt", "reference"),
+    "perplexity": ("reference",),
+}
+_OPTIONAL = {
+    "multiple_choice": ("delimiter",),
+    "generation": ("metrics", "regex", "stop", "max_new_tokens", "chat"),
+    "perplexity": ("prompt",),
+}
+
+
+def load_task(path: str | Path) -> TaskFile:
+    """Return the checked keys of a task's YAML.
+
+    Raises:
+        ConfigError: lists all problems.
+    """
+    data, _, source = read(path, [])
+    with source.add_places():
+        problems: list[str] = []
+        task = TaskFile(**check_section(TaskFile, data, "", problems))
+        if not any(line.startswith("kind:") for line in problems):
+            problems += _find_contradictions(task, data)
+        if problems:
+            raise ConfigError(problems)
+        return task
+
+
+def _find_contradictions(task: TaskFile, data: dict[str, Any]) -> list[str]:
+    """Return what is wrong with keys that are right one by one."""
+    if task.kind is None:
+        return [f"kind: missing; write one of {', '.join(KINDS)}"]
+    needed, optional = _NEEDED[task.kind], _OPTIONAL[task.kind]
+    found = [
+        f"{name}: missing; kind: {task.kind} needs {', '.join(needed)}"
+        for name in needed
+        if name not in data
+    ]
+
+    # A key of another kind would have no effect without a word.
+    takes = ("kind", "columns", *needed, *optional)
+    known = set(TaskFile.__dataclass_fields__)
+    found += [
+        f"{name}: kind: {task.kind} does not take it (it takes {', '.join(takes)}); remove it"
+        for name in data
+        if name in known and name not in takes
+    ]
+
+    return found + _find_wrong_values(task)
+
+
+def _find_wrong_values(task: TaskFile) -> list[str]:
+    """Return what is wrong inside lists and mappings."""
+    choices, found = task.choices, []
+    if isinstance(choices, list):
+        found += [
+            problem(f"choices[{k}]", each, "text", "put it in quotes")
+            for k, each in enumerate(choices)
+            if not isinstance(each, str)
+        ]
+        if len(choices) < 2:
+            found.append(problem("choices", choices, "two choices or more"))
+    elif choices is not None and not isinstance(choices, str):
+        found.append(problem("choices", choices, "a column's name or a list of texts"))
+
+    # Names of metrics and of columns are checked one by one, as each is a mistake of its own.
+    for name in task.metrics:
+        if name not in METRICS:
+            found.append(problem("metrics", name, " or ".join(METRICS)))
+    for name, column in task.columns.items():
+        if not isinstance(column, str):
+            found.append(problem(f"columns.{name}", column, "the name of a column"))
+    return found
