@@ -112,12 +112,12 @@ def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
 
 
 def train(cfg: RunConfig, args: argparse.Namespace) -> None:
-    from ds_kd.recipe.build import closing_message
+    from ds_kd.recipe.results import closing_message
 
     with ds_kd.build(cfg, listens=True) as trainer:
         finished = trainer.train()
-        if trainer.world.is_main:
-            print(closing_message(cfg, trainer.state.step, finished))
+        if trainer.metrics is not None:  # on rank 0
+            trainer.metrics.say(closing_message(cfg, trainer.state.step, finished))
 
 
 def main(argv: list[str] | None = None) -> int:

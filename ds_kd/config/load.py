@@ -168,6 +168,24 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
     return flat | {"ds_kd": __version__} | versions
 
 
+#: Keys by which runs differ in their results, and are compared.
+_SETTINGS = (
+    "model.pretrained", "teacher_model.pretrained", "kd_ratio", "kd_loss_fn.", "optimizer.",
+    "lr_scheduler.", "clip_grad_norm", "step_scheduler.global_batch_size",
+    "step_scheduler.max_steps", "step_scheduler.num_epochs", "peft.", "rng.seed", "seed",
+)  # fmt: skip
+
+
+def settings_of(cfg: RunConfig) -> dict[str, Any]:
+    """Return the settings by which runs are compared, secrets blanked: numbers and texts by dotted
+    name."""
+    flat = {name: value for name, value in _flatten(cfg).items() if name.startswith(_SETTINGS)}
+    return {
+        name: value if isinstance(value, (bool, int, float, str)) else str(value)
+        for name, value in flat.items()
+    }
+
+
 def fingerprint_validation(cfg: RunConfig) -> dict[str, Any]:
     """Return the settings that decide the validation loss of given weights, by name; none for a run
     that does not validate."""

@@ -60,6 +60,13 @@ class StepScheduler:
         low=0,
     )
     val_at_start: bool = key(False, "Validates before the first step too.")
+    val_samples: int = key(
+        0,
+        "Has teacher and student answer this many held-out samples at every validation, shown side "
+        "by side in TensorBoard and metrics.jsonl. An answer takes up to 40 forwards.",
+        "samples",
+        low=0,
+    )
     validate_teacher: bool = key(
         True,
         "Loads a named teacher at kd_ratio 0 too, so that validation measures the student against "

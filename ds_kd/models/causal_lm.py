@@ -86,6 +86,12 @@ class _Split(nn.Module):
         module = self.model.get_output_embeddings()
         return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
 
+    def next_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Return the likeliest next token at each supervised position, `[rows]`."""
+        output_head = self.model.get_output_embeddings()
+        logits = lambda hidden: self.head().logits(hidden)  # noqa: E731
+        return output_head(self.hidden(batch), loss=logits).argmax(-1)
+
     def label_scores(self, batch: dict[str, Any]) -> Tensor:
         """Log-probabilities of `batch["label_ids"]`, `[rows, labels]`, at the supervised positions;
         see `score_labels`."""

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
-from ds_kd.checkpoint.manifest import FINAL, LATEST
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate
-from ds_kd.config.load import check_world, fingerprint
+from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
+from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
 from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
+from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
@@ -38,7 +39,6 @@ from ds_kd.recipe.models import (
     training_dtype,
 )
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
-from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.teachers.shared_base import SharedBaseTeacher
@@ -46,6 +46,9 @@ from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
+
+#: Kinds of teacher that are models on the ranks, and can answer questions.
+_WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 
 
 def build(
@@ -66,10 +69,7 @@ def build(
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
-    validation = {
-        name: build_loader(cfg, part, cfg.validation_dataloader, world, False)[0]
-        for name, part in held_out.items()
-    }
+    validation = _build_validation(cfg, held_out, world)
     batches = LoaderBatches(loader)
     schedule = _make_schedule(cfg, batches.steps_per_epoch)
 
@@ -78,7 +78,6 @@ def build(
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
     _check_lengths(cfg, [loader, *validation.values()])
-
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
@@ -97,7 +96,17 @@ def build(
         max_skipped=cfg.step_scheduler.max_skipped_steps,
         validation_teacher=teacher,
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
+        generations=_make_generations(cfg, tokenizer, held_out, student, teacher, world),
+        operations=_count_operations(cfg, student, teacher, world),
     )
+
+
+def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) -> dict[str, Any]:
+    """Return a loader for each validation set."""
+    return {
+        name: build_loader(cfg, part, cfg.validation_dataloader, world, False)[0]
+        for name, part in held_out.items()
+    }
 
 
 def _build_models(
@@ -112,6 +121,35 @@ def _build_models(
     if cfg.asks_teacher and teacher is None:
         return SharedBaseTeacher(student), student
     return teacher, student
+
+
+def _count_operations(
+    cfg: RunConfig, student: Any, teacher: Teacher | None, world: World
+) -> Operations | None:
+    """Return the operations of a training step's models."""
+    guide = teacher.engine.module.model if isinstance(teacher, _WITH_ENGINE) else None
+    return count_operations(student.module.model, guide if cfg.kd_ratio else None, world.device)
+
+
+def _make_generations(
+    cfg: RunConfig,
+    tokenizer: Any,
+    held_out: dict[str, Any],
+    student: Any,
+    teacher: Teacher | None,
+    world: World,
+) -> Generations | None:
+    """Return the questions of `val_samples`, of the first validation set, or None."""
+    count = cfg.step_scheduler.val_samples
+    if not (count and held_out):
+        return None
+    longest = getattr(config_of(cfg.model).get_text_config(), "max_position_embeddings", None)
+    questions = choose_questions(next(iter(held_out.values())), tokenizer, count, longest)
+    models: dict[str, Next] = {}
+    if isinstance(teacher, _WITH_ENGINE):
+        models["teacher"] = teacher.next_tokens
+    models["student"] = functools.partial(student, probe="next_tokens")
+    return Generations(models, tokenizer, questions, world) if questions else None
 
 
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -294,6 +332,7 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
                 cfg.text,
                 cfg.wandb,
                 schedule.total_steps,
+                settings=settings_of(cfg),
             )
         )
 
@@ -330,20 +369,3 @@ def _make_checkpointer(
         patience=seconds_after_sigterm(),
         validation=fingerprint_validations(cfg, held_out),
     )
-
-
-def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
-    """Return the last message of a run: the place of the result and what to type next."""
-    directory = Path(cfg.checkpoint.checkpoint_dir)
-    if cfg.step_scheduler.max_steps == 0:
-        return f"validated after step {step}; nothing was trained or saved"
-    if not finished:
-        onward = f"the same command goes on from {directory / LATEST}"
-        kept = onward if cfg.checkpoint.enabled else "nothing is kept, as checkpoints are off"
-        return f"preempted at step {step}; {kept}"
-    if not cfg.checkpoint.enabled:
-        return "done; nothing is kept, as checkpoints are off"
-    student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
-    if cfg.checkpoint.save_consolidated != "false" and (directory / FINAL).exists():
-        student = f"student: {directory / FINAL} (AutoModelForCausalLM.from_pretrained loads it)"
-    return f"checkpoint: {directory / LATEST}\n{student}{name_best(directory)}"

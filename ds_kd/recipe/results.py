@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST
 from ds_kd.config.components import ConfigError
 from ds_kd.config.schema import RunConfig
+from ds_kd.errors import UserError
+from ds_kd.evaluate.comparison import read_lines
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_samples
 from ds_kd.recipe.models import name_of, tokenizer_of
@@ -27,14 +30,55 @@ def log_of(cfg: RunConfig) -> Path:
     return Path(cfg.tensorboard_dir) / "metrics.jsonl"
 
 
-def name_best(directory: Path) -> str:
-    """Return a line of a run's last message about the checkpoint of the lowest validation loss, or
-    an empty text if that is the last one."""
+def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
+    """Return the last message of a run: its best validation, the place of the result and what to
+    type next."""
+    directory = Path(cfg.checkpoint.checkpoint_dir)
+    if cfg.step_scheduler.max_steps == 0:
+        return f"validated after step {step}; nothing was trained or saved"
+    if not finished:
+        onward = f"the same command goes on from {directory / LATEST}"
+        kept = onward if cfg.checkpoint.enabled else "nothing is kept, as checkpoints are off"
+        return f"preempted at step {step}; {kept}"
+    best = _describe_validation(cfg, step)
+    if not cfg.checkpoint.enabled:
+        return "\n".join(["done; nothing is kept, as checkpoints are off", *best])
+
+    # The commands that use the student come last, to be copied.
+    final = directory / FINAL
+    hints: list[str] = []
+    student = f"python launch/export.py {directory / LATEST} OUT writes it for transformers"
+    if cfg.checkpoint.save_consolidated != "false" and final.exists():
+        student = f"student: {final} (AutoModelForCausalLM.from_pretrained loads it)"
+        how = "--chat" if (final / "chat_template.jinja").exists() else '--prompt "…"'
+        hints = [f"try it: python launch/generate.py --model {final} {how}"]
+    if cfg.tensorboard.enabled:
+        hints.append(f"curves: tensorboard --logdir {cfg.tensorboard_dir}")
+    lines = [*best, f"checkpoint: {directory / LATEST}", student, *_name_best(directory), *hints]
+    return "\n".join(lines)
+
+
+def _describe_validation(cfg: RunConfig, step: int) -> list[str]:
+    """Return a line on the lowest validation loss of a run's log up to a step, if there is one."""
+    try:
+        records = read_lines(log_of(cfg))
+    except (UserError, UnicodeDecodeError):  # no log, or a damaged one
+        return []
+    found = {r["step"]: r["val_loss"] for r in records if "val_loss" in r and r["step"] <= step}
+    if not found:
+        return []
+    best = min(found, key=lambda at: (not math.isfinite(found[at]), found[at], at))
+    first = f", {found[0]:.4f} before the first" if 0 in found and best else ""
+    return [f"best validation: loss {found[best]:.4f} after step {best}{first}"]
+
+
+def _name_best(directory: Path) -> list[str]:
+    """Return a line on the checkpoint of the lowest validation loss, if that is not the last."""
     best = (directory / BEST).resolve()
     if not best.is_dir() or best == (directory / LATEST).resolve():
-        return ""
+        return []
     command = f"python launch/export.py {directory / BEST} OUT"
-    return f"\nlowest validation loss: {best.name}; {command} writes its student"
+    return [f"lowest validation loss: {best.name}; {command} writes its student"]
 
 
 def held_out_samples(cfg: RunConfig) -> Any:

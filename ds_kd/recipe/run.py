@@ -93,6 +93,8 @@ def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
     if listens:
         stop.listen()
     trainer = build(cfg, world, stop)
+    if trainer.metrics is not None and trainer.checkpointer is not None:
+        trainer.checkpointer.say = trainer.metrics.say  # which knows of the progress bar
 
     # Only the data tell how many steps an epoch has.
     if unreached := trainer.schedule.describe_unreached():

@@ -24,6 +24,10 @@ class ResidentTeacher:
     def __init__(self, engine: Any):
         self.engine = engine
 
+    def next_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Return the likeliest next token at each supervised position, `[rows]` (a collective)."""
+        return self.engine(batch, probe="next_tokens")
+
     def __call__(self, batch: dict[str, Any]) -> ResidentOutput:
         return ResidentOutput(self.engine(batch), self.engine.module)
 

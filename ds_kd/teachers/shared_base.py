@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ds_kd.losses.head import States
 from ds_kd.models import lora
@@ -23,14 +24,21 @@ class SharedBaseTeacher:
     def __init__(self, engine: Any):
         self.engine = engine
 
-    @torch.no_grad()
     def __call__(self, batch: dict[str, Any]) -> States:
+        return States(self._ask(batch, "hidden"), self.engine.module.head())
+
+    def next_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Return the likeliest next token at each supervised position, `[rows]` (a collective)."""
+        return self._ask(batch, "next_tokens")
+
+    @torch.no_grad()
+    def _ask(self, batch: dict[str, Any], probe: str) -> Tensor:
         student = self.engine.module
         was_training = student.training
         student.train(False)
         try:
             with lora.switch_off(student.model):
-                hidden = self.engine(batch, probe="hidden")
+                answer: Tensor = self.engine(batch, probe=probe)
         finally:
             student.train(was_training)
-        return States(hidden, student.head())
+        return answer

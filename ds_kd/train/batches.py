@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
+
 Batch = dict[str, Any]
 
 
@@ -47,3 +49,23 @@ class LoaderBatches:
                 yield [next(batches) for _ in range(self._sampler.micro_batches(step_in_epoch))]
             del batches  # its workers end before those of the next epoch start
             epoch, done = epoch + 1, 0
+
+
+def move_batch(batch: Batch, device: torch.device) -> Batch:
+    """Return the batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def add_up(sums: dict[str, Any], parts: dict[str, Any]) -> None:
+    """Add named values to the sums of the same names."""
+    for name, part in parts.items():
+        sums[name] = sums[name] + part if name in sums else part
+
+
+def list_samples(micro_batches: list[Batch]) -> str:
+    """Return the names of the samples of micro-batches, for a message."""
+    ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
+    return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from ds_kd.errors import first_line
+from ds_kd.train.layout import choose_charts, format_texts, write_settings
 
 _GIB = 2**30
 _EVENTS = "TensorBoard's events"
@@ -44,6 +45,7 @@ class Metrics:
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
         total_steps: number of steps of the run, for the console.
+        settings: numbers and texts by name, by which TensorBoard compares runs.
         out: the console; standard output by default.
 
     Raises:
@@ -58,12 +60,15 @@ class Metrics:
         wandb: dict[str, Any] | None = None,
         total_steps: int = 0,
         out: TextIO | None = None,
+        settings: dict[str, Any] | None = None,
     ):
         self.total_steps, self.out = total_steps, out or sys.stdout
         self._path = None if directory is None else directory / "metrics.jsonl"
         self._events, self._config_text = tensorboard, config_text
         self._file: TextIO | None = None
         self._writer: Any = None
+        self._bar: Any = None
+        self._settings, self._tags = settings or {}, set[str]()
         self._wandb: Any = None
         self._reported: set[Any] = set()  # destinations that could not be written
         self._started = time.monotonic()
@@ -86,11 +91,17 @@ class Metrics:
                 raise ValueError(f"wandb: wandb.init says: {first_line(error)}") from error
 
     def say(self, text: str) -> None:
-        print(text, file=self.out, flush=True)
+        """Print a line, above the progress bar if there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.out)
+            self.out.flush()
+        else:
+            print(text, file=self.out, flush=True)
 
     def train(self, step: int, values: dict[str, float]) -> None:
         """Record a training step, with its values by tag."""
         self._record(step, values)
+        self._show_progress(step, values)
         self.say(self._format_line(step, values))
 
     def validation(
@@ -98,13 +109,17 @@ class Metrics:
         step: int,
         values: dict[str, float],
         sets: dict[str, dict[str, float]] | None = None,
+        texts: list[dict[str, str]] | None = None,
     ) -> None:
         """Record a validation; tags get the prefix `val_`, and `val_<name>/` of a named set.
 
         Args:
             values: values by tag, over all sets.
             sets: the same for each named set.
+            texts: prompts, references and the models' answers by name.
         """
+        if texts:
+            self._record(step, {"val_samples": texts})
         record = {f"val_{tag}": value for tag, value in values.items()}
         for name, part in (sets or {}).items():
             # Names hold no slash, so that no set can take the tags of another or of the mean.
@@ -115,6 +130,10 @@ class Metrics:
             self.say(f"  {name}: {_show(part)}")
 
     def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._writer is not None and self._settings:
+            self._try(_EVENTS, write_settings, self._writer, self._settings, True)
         for name, sink in ((self._path, self._file), (_EVENTS, self._writer)):
             if sink is not None:
                 self._try(name, sink.close)
@@ -135,8 +154,10 @@ class Metrics:
             )
             threading.excepthook = functools.partial(_ignore_writer_thread, threading.excepthook)
             self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
+            if self._settings:
+                write_settings(self._writer, self._settings, has_ended=False)
 
-    def _record(self, step: int, values: dict[str, float]) -> None:
+    def _record(self, step: int, values: dict[str, Any]) -> None:
         path, line = self._path, json.dumps({"step": step, **values}) + "\n"
         if self._file is None and path is not None:
             self._try(path, lambda: self._open(path, step, _place_record(step, values)))
@@ -145,11 +166,18 @@ class Metrics:
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
             self._writer = None  # its writing thread has ended
         if self._wandb is not None:
-            self._wandb.log(values, step=step)
+            told = {tag: str(v) if isinstance(v, list) else v for tag, v in values.items()}
+            self._wandb.log(told, step=step)
 
-    def _draw(self, step: int, values: dict[str, float]) -> None:
+    def _draw(self, step: int, values: dict[str, Any]) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            if isinstance(value, list):
+                self._writer.add_text(tag, format_texts(value), step)
+            else:
+                self._writer.add_scalar(tag, value, step)
+        if not self._tags.issuperset(values):  # the first step, the first validation
+            self._tags.update(values)
+            self._writer.add_custom_scalars(choose_charts(self._tags))
 
     def _try(self, name: Any, write: Callable[..., Any], *arguments: Any) -> bool:
         """Call `write` and return whether it succeeded. A full disk does not end a run: the first
@@ -162,6 +190,19 @@ class Metrics:
             self._reported.add(name)
             return False
         return True
+
+    def _show_progress(self, step: int, values: dict[str, float]) -> None:
+        """Move the progress bar to a step, on a terminal alone."""
+        if self._bar is None and self._first_step is None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total_steps, initial=step - 1, unit="step", leave=False,
+                dynamic_ncols=True, file=sys.stderr,
+            )  # fmt: skip
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{values['train_loss']:.4f}", refresh=False)
+            self._bar.update(step - self._bar.n)
 
     def _format_line(self, step: int, v: dict[str, float]) -> str:
         width = len(str(self.total_steps))

@@ -23,9 +23,12 @@ import torch
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import UserError
+from ds_kd.evaluate.samples import Generations
+from ds_kd.models.operations import Operations
 from ds_kd.parallel.world import World, lost_ranks, sum_over
 from ds_kd.teachers.base import Teacher
-from ds_kd.train.batches import Batch, Batches
+from ds_kd.train.batches import Batch, Batches, add_up, list_samples, move_batch
+from ds_kd.train.clock import Clock, Counts
 from ds_kd.train.metrics import Metrics, memory_gib
 from ds_kd.train.schedule import Schedule
 
@@ -54,6 +57,8 @@ class Trainer:
         max_skipped: number of steps that may be skipped because loss or gradient is not finite.
         validation_teacher: the teacher of validation, if training has none.
         save_every_seconds: save when the last save is this old; None does not save by time.
+        generations: held-out questions that the models answer at every validation, or None.
+        operations: of both models, to log the rate of; None if they cannot be counted.
         held: resources that `close` releases.
     """
 
@@ -71,6 +76,8 @@ class Trainer:
     max_skipped: int = 0
     validation_teacher: Teacher | None = None
     save_every_seconds: float | None = None
+    generations: Generations | None = None
+    operations: Operations | None = None
     held: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trainer:
@@ -87,6 +94,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self._saved_at = time.monotonic()
+        self._clock = Clock(self.world.device)
 
     def train(self) -> bool:
         """Run the schedule from the present state to its end, or to the end of the step in which a
@@ -105,7 +113,9 @@ class Trainer:
             while not (stops or self.is_done):
                 # The time of a step includes loading its data, but not validation and checkpoints.
                 started = time.perf_counter()
-                self._step(next(batches), started)
+                with self._clock.wait("data"):
+                    micro_batches = next(batches)
+                self._step(micro_batches, started)
                 stops = self._validate_and_save()
             finished = self.is_done and not (self.state.step and self._owes_validation())
             if self.checkpointer is not None and self.schedule.total_steps:
@@ -157,34 +167,41 @@ class Trainer:
 
     def _step(self, micro_batches: list[Batch], started: float) -> None:
         """Take one optimizer step and log it."""
-        labels, tokens, shares = self._count(micro_batches)
+        counts, clock = self._count(micro_batches), self._clock
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            batch = self._to_device(batch)
+            batch = move_batch(batch, self.world.device)
             # The teacher goes first, so that its activations and the student's graph, which lives
             # until backward, are never in memory together.
-            teacher_output = self.teacher(batch) if self.teacher is not None else None
-            loss, parts = self.student(batch, teacher_output)
+            teacher_output = None
+            if self.teacher is not None:
+                with clock.part("teacher"):
+                    teacher_output = self.teacher(batch)
+            with clock.part("student_forward"):
+                loss, parts = self.student(batch, teacher_output)
             del teacher_output
-            _add(sums, {"loss": loss.detach(), **parts})
+            add_up(sums, {"loss": loss.detach(), **parts})
             # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step on
             # every rank.
             loss = loss * (1.0 + 0.0 * loss.detach())
             # ZeRO averages gradients over data ranks. Multiplying by their number undoes this, and
             # dividing by n gives the mean over all tokens of the step.
-            self.student.backward(loss * (self.world.data.size / labels), scale_wrt_gas=False)
+            weight = self.world.data.size / counts.labels
+            with clock.part("backward"):
+                self.student.backward(loss * weight, scale_wrt_gas=False)
 
-        means = {name: total / labels for name, total in self._sum_over_ranks(sums).items()}
+        means = {name: total / counts.labels for name, total in self._sum_over_ranks(sums).items()}
         if self.state.skipped >= self.max_skipped:
             self._check_finite(means["loss"], "loss", micro_batches)
         lr = self.student.get_lr()[0]
-        self.student.step()
+        with clock.part("optimizer"):
+            self.student.step()
         norm = self._read_gradient_norm()
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
-        self._advance(labels, tokens)
+        self._advance(counts)
+        seconds, times = time.perf_counter() - started, clock.read()
         if not skipped:
-            speed = tokens / (time.perf_counter() - started)
-            self._log(means, lr, norm, speed, shares)
+            self._log(means, lr, norm, counts.describe(seconds, times, self.operations))
 
     def _validate_and_save(self) -> bool:
         """Validate and save if either is due, and return whether the run stops here."""
@@ -192,7 +209,8 @@ class Trainer:
         stops, saves = (False, False) if is_last else self._should_stop_or_save()
         validated = None
         if self.schedule.validates(self.state.step) and not stops:
-            validated = self.validate()
+            with self._clock.wait("validation"):
+                validated = self.validate()
             if validated is None and not is_last:  # a signal may have broken it off
                 stops, _ = self._should_stop_or_save()
 
@@ -206,7 +224,8 @@ class Trainer:
         saves = saves or stops or is_last or self.schedule.saves(self.state.step)
         if self.checkpointer is not None and saves:
             loss = None if validated is None else validated["loss"]
-            self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
+            with self._clock.wait("checkpoint"):
+                self.checkpointer.save(self.student, self.state, is_last, loss, must=stops)
             self._saved_at = time.monotonic()
         return stops
 
@@ -244,6 +263,7 @@ class Trainer:
                 self.student.train()
                 return None
             found[name] = measured
+        texts = None if self.generations is None else self.generations.write()
         self.student.train()
 
         # One division by the global count over all sets, as in a training step.
@@ -251,7 +271,7 @@ class Trainer:
         tokens = sum(count for *_, count in found.values())
         sums: dict[str, float] = {}
         for totals, *_ in found.values():
-            _add(sums, totals)
+            add_up(sums, totals)
         means = {name: total / labels for name, total in sums.items()}
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
         means["memory"] = memory_gib(self.world.device)
@@ -262,7 +282,7 @@ class Trainer:
                 for name, (totals, count, _) in found.items()
                 if name
             }
-            self.metrics.validation(self.state.step, means, each)
+            self.metrics.validation(self.state.step, means, each, texts)
         return means
 
     def _measure(self, name: str, loader: Any) -> tuple[dict[str, float], int, int] | None:
@@ -279,10 +299,10 @@ class Trainer:
             if self._should_stop_or_save()[0]:
                 return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
-            batch = self._to_device(batch)
+            batch = move_batch(batch, self.world.device)
             teacher_output = teacher(batch) if teacher is not None else None
             loss, parts = self.student(batch, teacher_output)
-            _add(sums, {"loss": loss, **parts})
+            add_up(sums, {"loss": loss, **parts})
         labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
         if labels == 0:
             raise TrainingError(
@@ -291,23 +311,20 @@ class Trainer:
             )
         return self._sum_over_ranks(sums), labels, tokens
 
-    def _count(self, micro_batches: list[Batch]) -> tuple[int, int, dict[str, float]]:
-        """Return (supervised tokens, tokens, what to log of them) of a step over all ranks.
+    def _count(self, micro_batches: list[Batch]) -> Counts:
+        """Return what a step works on, over all ranks.
 
         Raises:
             TrainingError: no token is supervised.
         """
-        names = ("num_labels", "num_tokens", "num_slots", "num_shared")
-        here = [sum({"num_shared": 0, **b}[name] for b in micro_batches) for name in names]
-        labels, tokens, slots, shared = (int(x) for x in sum_over(here, self.world.data))
-        if labels == 0:
+        counts = Counts.of(micro_batches, self.world, memory_gib(self.world.device))
+        if counts.labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
-                f"{_list_samples(micro_batches)}); look at seq_length, truncation and the answers "
+                f"{list_samples(micro_batches)}); look at seq_length, truncation and the answers "
                 f"of these samples"
             )
-        shares = {"padding": 1.0 - (tokens - shared) / slots}
-        return labels, tokens, shares | ({"shared": shared / tokens} if shared else {})
+        return counts
 
     def _should_stop_or_save(self) -> tuple[bool, bool]:
         """Return whether a rank was asked to stop, and whether a save is due by rank 0's clock;
@@ -317,13 +334,6 @@ class Trainer:
         here = [float(self.asked_to_stop()), float(is_time and self.world.is_main)]
         stops, saves = sum_over(here, self.world.everyone).tolist()
         return stops > 0, saves > 0
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.world.device
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
 
     def _sum_over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return sums over all data ranks by name; `loss` is the optimised quantity."""
@@ -342,7 +352,7 @@ class Trainer:
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by "
-                f"this step. Samples here: {_list_samples(micro_batches)}. Lower optimizer.lr, set "
+                f"this step. Samples here: {list_samples(micro_batches)}. Lower optimizer.lr, set "
                 f"clip_grad_norm, or look at these samples."
             )
 
@@ -358,7 +368,7 @@ class Trainer:
             self._say(
                 f"step {self.state.step + 1} left out, number {self.state.skipped} of "
                 f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
-                f"{_list_samples(micro_batches)}"
+                f"{list_samples(micro_batches)}"
             )
             return True
         self._check_finite(norm, "gradient norm", micro_batches)
@@ -369,28 +379,17 @@ class Trainer:
         if self.metrics is not None:
             self.metrics.say(text)
 
-    def _advance(self, labels: int, tokens: int) -> None:
+    def _advance(self, counts: Counts) -> None:
         self.state.step += 1
-        self.state.labels += labels
-        self.state.tokens += tokens
+        self.state.labels += counts.labels
+        self.state.tokens += counts.tokens
 
     def _log(
-        self, means: dict[str, float], lr: float, norm: float, speed: float, shares: dict
+        self, means: dict[str, float], lr: float, norm: float, speed: dict[str, float]
     ) -> None:
         if self.metrics is None:
             return
         values = {("train_loss" if name == "loss" else name): mean for name, mean in means.items()}
-        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed, **shares}
+        values |= {"learning_rate": lr, "grad_norm": norm, **speed}
         values["memory"] = memory_gib(self.world.device)
         self.metrics.train(self.state.step, values)
-
-
-def _add(sums: dict[str, Any], parts: dict[str, Any]) -> None:
-    """Add named values to the sums of the same names."""
-    for name, part in parts.items():
-        sums[name] = sums[name] + part if name in sums else part
-
-
-def _list_samples(micro_batches: list[Batch]) -> str:
-    ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
-    return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

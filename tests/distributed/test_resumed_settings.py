@@ -71,9 +71,10 @@ def speeds_of_a_slow_loader(made):
         time.sleep(SLOW)
         return collate(samples)
 
-    def note(means, rate, norm, speed, padding):
-        speeds.append([speed, made.state.tokens / len([*speeds, None]) / SLOW])
-        return log(means, rate, norm, speed, padding)
+    def note(means, rate, norm, speed):
+        possible = made.state.tokens / len([*speeds, None]) / SLOW
+        speeds.append([speed["tokens_per_sec"], possible])
+        return log(means, rate, norm, speed)
 
     made.batches.loader.collate_fn, made._log = load, note
     assert made.train()

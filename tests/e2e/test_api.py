@@ -37,6 +37,7 @@ words = [word for word in overrides if not word.startswith("teacher_model")]
 place = f"checkpoint.checkpoint_dir={root / 'shared'}"
 small = ["packed_sequence.packed_sequence_size=96", "step_scheduler.local_batch_size=2"]
 small += ["step_scheduler.num_epochs=2", "step_scheduler.val_every_steps=null"]
+small += ["step_scheduler.val_samples=1"]
 shared = ds_kd.load_config("ds_configs/runs/shared_base_lora.yaml", [*words, place, *small])
 with ds_kd.build(shared) as trainer:
     trainer.train()
@@ -98,6 +99,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     kl = [each["kd_loss"] for each in map(json.loads, records) if "kd_loss" in each]
     assert shared[0] == 2 and shared[1] > 1e-4, shared  # the adapter has moved away from the base
     assert kl[0] < 1e-6 < kl[1], kl  # at first it changes nothing
+    shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
+    assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
     assert "kd_ratio was 0.5 and is 0.1" in refused
     assert summed[1:3] == [1, True] and "kd_loss_fn was [{" in other
     log = tmp_path / "four" / "tensorboard" / "metrics.jsonl"

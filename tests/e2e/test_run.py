@@ -165,6 +165,11 @@ def test_metrics_and_events_are_complete(finished, root):
         "top1_agreement",
         "teacher_entropy",
         "memory",
+        "memory/rank_1",
+        "throughput/samples_per_sec",
+        "throughput/tflops_per_rank",
+        *(f"time/{part}" for part in ("data", "teacher", "student_forward")),
+        *("time/backward", "time/optimizer"),
     }
     assert tags <= set(train[0])
     assert {"val_loss", "val_kd_loss", "val_ce_loss", "val_top1_agreement"} <= set(records[-1])
@@ -178,7 +183,11 @@ def test_metrics_and_events_are_complete(finished, root):
     events = EventAccumulator(str(root / "run/tensorboard"))
     events.Reload()
     assert tags <= set(events.Tags()["scalars"])
-    assert "config/text_summary" in events.Tags()["tensors"]
+    assert {"config/text_summary", "custom_scalars__config__"} <= set(events.Tags()["tensors"])
+    # A step has 8 samples, the last of an epoch 6; a part is not longer than the whole.
+    for record in train:
+        seconds = 8 / record["throughput/samples_per_sec"]
+        assert 0 < record["time/backward"] < seconds
 
 
 def test_final_loads_as_the_guide_shows(finished, root):

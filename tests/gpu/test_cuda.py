@@ -81,3 +81,21 @@ def test_the_real_command_on_one_gpu(tmp_path, packs):
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "1 rank(s) on cuda" in result.stdout and "step 3/3" in result.stdout
+
+
+def test_the_clock_times_the_device_without_waiting_for_it():
+    from ds_kd.train.clock import Clock
+
+    clock, work = Clock(torch.device("cuda")), torch.ones(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with clock.part("teacher"):
+            for _ in range(20):
+                work = work @ work
+        first = clock.read()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    # What had not passed when it was first read is told the second time.
+    assert first.get("teacher", 0) + clock.read().get("teacher", 0) > 0

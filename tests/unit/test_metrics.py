@@ -3,16 +3,24 @@ section."""
 
 from __future__ import annotations
 
+import html
 import io
 import json
+import re
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
 import pytest
+import torch
 
+from ds_kd.models.operations import Operations, count_operations
+from ds_kd.train.clock import Clock, Counts
+from ds_kd.train.layout import format_texts
 from ds_kd.train.metrics import Metrics
+from tests import tiny
 
 
 def test_wandb_that_is_not_installed_is_told(monkeypatch):
@@ -129,3 +137,115 @@ def test_a_log_that_cannot_be_written_is_said_once_and_costs_no_step(tmp_path):
     assert done.stdout.count("metrics.jsonl cannot be written (") == 1, done.stdout
     assert done.stdout.count("TensorBoard's events cannot be written (") == 1
     assert "step 99/99" in done.stdout
+
+
+def test_tensorboard_lays_out_the_tags_there_are_and_lists_settings_with_results(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+    from tensorboard.plugins.hparams import plugin_data_pb2
+
+    settings = {"kd_ratio": 0.5, "optimizer._target_": "torch.optim.AdamW", "fused": True}
+    for steps in ((1, 2), (3,)):  # a resumed run writes a file of its own
+        metrics = Metrics(tmp_path, out=io.StringIO(), settings=settings)
+        for step in steps:
+            metrics.train(step, {**VALUES, "memory/rank_0": 1.0, "memory/rank_1": 2.0})
+        metrics.validation(steps[-1], {"loss": 2.0}, {"squad": {"loss": 3.0}})
+        metrics.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+
+    # The layout written last has the validation's curves, and none of what is not logged.
+    (text,) = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
+    charts = {
+        c.title: [*c.multiline.tag] for g in Layout.FromString(text).category for c in g.chart
+    }
+    assert charts["optimised loss, training and validation"] == [
+        "^train_loss$", "^val_loss$", "^val_[^/]+/loss$"
+    ]  # fmt: skip
+    assert charts["peak memory of each rank, GiB"] == [r"^memory/rank_\d+$"]
+    assert "cross-entropy" not in charts and "share of the peak (MFU)" not in charts
+
+    def read(tag):
+        plugin = events.SummaryMetadata(f"_hparams_/{tag}").plugin_data.content
+        return plugin_data_pb2.HParamsPluginData.FromString(plugin)
+
+    found = read("session_start_info").session_start_info.hparams
+    assert found["kd_ratio"].number_value == 0.5 and found["fused"].number_value == 1
+    results = {info.name.tag for info in read("experiment").experiment.metric_infos}
+    assert "val_loss" in results and events.Scalars("val_loss")[-1].value == 2.0
+    assert read("session_end_info").session_end_info.status  # SUCCESS
+
+
+def test_the_clock_adds_up_parts_and_begins_anew_when_read():
+    clock = Clock(torch.device("cpu"))
+    for _ in range(2):
+        with clock.part("teacher"):
+            time.sleep(0.01)
+    with clock.wait("data"):
+        pass
+    seconds = clock.read()
+    assert seconds["teacher"] >= 0.02 > seconds["data"] >= 0 and clock.read() == {}
+
+
+def test_rates_are_those_of_the_formula(tmp_path):
+    """Weights of a Llama of width w, MLP m, k/v of half the width, tied head over v words."""
+    from transformers import AutoModelForCausalLM
+
+    small = AutoModelForCausalLM.from_pretrained(tiny.llama(tmp_path / "small"))
+    large = AutoModelForCausalLM.from_pretrained(
+        tiny.llama(tmp_path / "large", layers=3, hidden=64, tie=False)
+    )
+
+    def layers(count, w):  # q and o, k and v, the MLP's three, two norms; and a last norm
+        return count * (2 * w * w + 2 * w * w // 2 + 3 * w * 2 * w + 2 * w) + w
+
+    operations = count_operations(small, large, torch.device("cpu"))
+    assert operations.per_token == 6 * layers(2, 32) + 2 * layers(3, 64)
+    assert operations.per_label == 6 * 96 * 32 + 2 * 96 * 64 and operations.peak is None
+    small.requires_grad_(False)  # as under LoRA
+    assert count_operations(small, None, torch.device("cpu")).per_token == 4 * layers(2, 32)
+
+    counts = Counts(labels=10, tokens=40, slots=50, samples=4, shared=0, memory=(1.0, 2.0))
+    told = counts.describe(2.0, {"teacher": 0.5}, Operations(1e12, 2e12, 1e14))
+    # 40 + 2·10 = 60 · 10¹² operations in 2 s on 2 ranks: 15 TFLOP/s each, of a peak of 100.
+    assert told == {
+        "tokens_per_sec": 20.0, "padding": pytest.approx(0.2), "supervised": 0.25,
+        "throughput/samples_per_sec": 2.0, "throughput/tflops_per_rank": 15.0,
+        "throughput/mfu": pytest.approx(0.15), "time/step": 2.0, "time/teacher": 0.5,
+        "memory/rank_0": 1.0, "memory/rank_1": 2.0,
+    }  # fmt: skip
+
+
+class _Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_gets_a_progress_bar_and_a_log_the_same_lines_as_ever(monkeypatch):
+    told = {}
+    for kind in (io.StringIO, _Terminal):
+        out, err = io.StringIO(), kind()
+        monkeypatch.setattr(sys, "stderr", err)
+        monkeypatch.setattr(sys, "stdout", out)  # one terminal: each line is written above the bar
+        metrics = Metrics(None, total_steps=6)
+        for step in (3, 4):  # resumed
+            metrics.train(step, VALUES)
+        metrics.validation(4, {"loss": 1.0})
+        metrics.close()
+        told[kind] = out.getvalue(), err.getvalue()
+    lines = [re.sub("left.*", "", out) for out, _ in told.values()]
+    assert lines[0] == lines[1] and "step 4/6" in lines[0] and "validation after" in lines[0]
+    assert told[io.StringIO][1] == ""
+    assert "3/6" in told[_Terminal][1] and "loss=1.0000" in told[_Terminal][1]
+
+
+def test_answers_are_shown_as_they_are_whatever_marks_they_hold():
+    import markdown  # with which TensorBoard renders texts
+
+    answer = "a * b * c | `d` <b>e</b> & [f](g) # h _i_\\nj"
+    shown = markdown.markdown(format_texts([{"student": answer}]), extensions=["tables"])
+    (cell,) = re.findall(r"<td>student</td>\s*<td>(.*?)</td>", shown, flags=re.DOTALL)
+    assert html.unescape(cell) == answer
+    assert "<td>(nothing)</td>" in markdown.markdown(
+        format_texts([{"student": ""}]), extensions=["tables"]
+    ).replace("\\", "")

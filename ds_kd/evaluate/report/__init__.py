@@ -1,0 +1,1 @@
+"""Show runs on one page: their curves, results, settings, answers and cost."""

@@ -1,0 +1,105 @@
+"""Write the page of runs: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_kd.evaluate.comparison import SHOWN
+from ds_kd.evaluate.report.charts import COLOURS, draw_charts
+from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_run
+
+_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>ds_kd: {{ runs | map(attribute="name") | join(", ") }}</title>
+<style>
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 1150px; padding: 0 1em }
+table { border-collapse: collapse; margin: 1em 0 }
+th, td { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: left; vertical-align: top }
+td.n { font-variant-numeric: tabular-nums; text-align: right }
+td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
+.charts { display: flex; flex-wrap: wrap; gap: 1em } .charts svg { width: 540px; height: auto }
+.mark { display: inline-block; width: .8em; height: .8em; margin-right: .5em }
+</style></head><body>
+{% macro label(k) %}<span class="mark" style="background:{{ colours[k % colours|length] }}"></span>
+{{- runs[k].name }}{% endmacro %}
+<h1>Distillation runs</h1>
+
+<h2>Results</h2>
+<table><tr><th>validation</th>{% for tag, name in shown %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for run in runs %}<tr><td>{{ label(loop.index0) }}</td>
+{% for tag, name in shown %}<td class="n">{{ number(run.first(tag)) }} →
+{{ number(run.last(tag)) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+
+<h2>Curves</h2>
+<p>Training is thin, validation thick with points.
+{% for run in runs %} {{ label(loop.index0) }}{% endfor %}</p>
+<div class="charts">{% for chart in charts %}{{ chart | safe }}{% endfor %}</div>
+
+<h2>Settings</h2>
+{% if runs|length > 1 %}{% if differences %}
+<table><tr><th></th>{% for run in runs %}<th>{{ label(loop.index0) }}</th>{% endfor %}</tr>
+{% for name, values in differences.items() %}<tr><td>{{ name }}</td>
+{% for value in values %}<td class="t">{{ value }}</td>{% endfor %}</tr>{% endfor %}</table>
+{% else %}<p>The runs have the same settings.</p>{% endif %}{% endif %}
+{% for run in runs if run.config %}<details><summary>the YAML of {{ run.name }}</summary>
+<pre>{{ run.config }}</pre></details>{% endfor %}
+
+<h2>Cost</h2>
+<table><tr><th></th>{% for run in runs %}<th>{{ label(loop.index0) }}</th>{% endfor %}</tr>
+{% for name in costs[0] %}<tr><td>{{ name }}</td>
+{% for cost in costs %}<td class="n">{{ amount(cost.get(name)) }}</td>{% endfor %}</tr>
+{% endfor %}</table>
+
+<h2>Answers to held-out rows</h2>
+{% for run in runs %}{% for each in run.last("val_samples") or [] %}
+<table><tr><th colspan="2">{{ run.name }}, number {{ loop.index }}</th></tr>
+{% for name, text in each.items() %}<tr><td>{{ name }}</td><td class="t">{{ text }}</td></tr>
+{% endfor %}</table>{% else %}<p>{{ run.name }}: none (step_scheduler.val_samples).</p>
+{% endfor %}{% endfor %}
+</body></html>
+"""
+
+
+def write_report(directories: list[Path], output: Path) -> None:
+    """Write the page of the runs in some directories, replacing the one that is there.
+
+    Raises:
+        ReportError: a directory holds no run, or `output` cannot be written.
+    """
+    text = render([read_run(directory) for directory in directories])
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ReportError(f"--output {output}: cannot be written ({error.strerror})") from error
+
+
+def render(runs: list[Run]) -> str:
+    """Return the page. Text of runs is escaped, and the page runs no script and loads nothing."""
+    from jinja2 import Environment
+
+    tags = [(tag, name) for tag, name in SHOWN if any(run.last(tag) is not None for run in runs)]
+    costs = [run.measure_cost() for run in runs]
+    longest = max(costs, key=len)
+    return (
+        Environment(autoescape=True)
+        .from_string(_PAGE)
+        .render(
+            runs=runs,
+            shown=tags,
+            charts=[*draw_charts(runs).values()],
+            differences=find_differences(runs),
+            costs=[{**dict.fromkeys(longest), **cost} for cost in costs],
+            colours=COLOURS,
+            number=lambda value: "—" if value is None else f"{value:.4f}",
+            amount=_format_amount,
+        )
+    )
+
+
+def _format_amount(value: Any) -> str:
+    if value is None:
+        return "—"
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"
