@@ -44,10 +44,10 @@ def time_harness(model: str, data: str, limit: int | None, batch_size: int) -> d
 def time_ours(model: str, data: str, limit: int | None) -> dict[str, Any]:
     """Return the same of this package."""
     from ds_kd.evaluate.journal import Journal
-    from ds_kd.evaluate.run import load_items, plan_batches, run_task
+    from ds_kd.evaluate.run import load_items, plan_batches, run_task, tokens_of_batch
     from ds_kd.evaluate.tasks.builtin import BUILTIN
     from ds_kd.parallel.world import World
-    from ds_kd.recipe.evaluation import TOKENS, Loaded
+    from ds_kd.recipe.evaluation import Loaded
 
     world = World(0, 1, torch.device("cpu"), "gloo")
     task = BUILTIN["hellaswag"]
@@ -55,7 +55,7 @@ def time_ours(model: str, data: str, limit: int | None) -> dict[str, Any]:
     subject = loaded.load(None, 0)
     read = start_clocks()
     items = load_items(task, data, limit, loaded.encoder).items
-    batches = plan_batches(task, items, TOKENS, len(items))
+    batches = plan_batches(task, items, tokens_of_batch("cpu"), len(items))
     journal = Journal(None, "", {}, 0)
     records = run_task(task, subject, items, batches, world, journal, "ours")
     return read() | {

@@ -21,6 +21,7 @@ class TrainState:
         skipped: steps left out, as their loss or gradient was not finite.
         validated: step of the last validation; -1 before the first.
         lowest_loss: of all validations.
+        evaluated: step of the last evaluation; -1 before the first.
         not_lower: validations in a row that have not lowered it.
     """
 
@@ -31,6 +32,13 @@ class TrainState:
     validated: int = -1
     lowest_loss: float | None = None
     not_lower: int = 0
+    evaluated: int = -1
+
+    def advance(self, labels: int, tokens: int) -> None:
+        """Count a step, with the supervised and all tokens that it took on all ranks."""
+        self.step += 1
+        self.labels += labels
+        self.tokens += tokens
 
     def note_validation(self, loss: float) -> None:
         """Note the loss of a validation after the present step."""

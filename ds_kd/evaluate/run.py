@@ -7,6 +7,7 @@ all of these give the same numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,13 @@ from ds_kd.evaluate.subject import Subject
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Item, Record, Task
 from ds_kd.parallel.world import World, on_rank0
+
+_TOKENS, _TOKENS_ON_GPU = 2048, 16_384
+
+
+def tokens_of_batch(device: str) -> int:
+    """Return the most tokens of a batch on a type of device, padding included."""
+    return _TOKENS if device == "cpu" else _TOKENS_ON_GPU
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,35 @@ def run_task(
         made |= found
         progress.advance(progress.total if number == len(mine) else round(len(batch) * share))
     journal.close()
+    for part in _gather(made, world):
+        records |= part
+    return [records[k] for k in range(len(items))]
+
+
+def run_task_together(
+    task: Task,
+    subject: Subject,
+    items: list[Item],
+    world: World,
+    should_stop: Callable[[], bool],
+) -> list[Record] | None:
+    """Return the record of every item, on every rank, from a model that is sharded over the ranks:
+    all of them run equally many batches.
+
+    Args:
+        should_stop: asked before every batch, on all ranks at once; True ends with None.
+    """
+    batches = plan_batches(task, items, tokens_of_batch(world.device.type), len(items))
+    size, made = world.data.size, dict[int, Record]()
+    for start in range(0, len(batches), size):
+        if should_stop():
+            return None
+        # Without a batch of its own a rank runs the last one, the shortest, and drops the records.
+        number = start + world.data.rank
+        batch = batches[min(number, len(batches) - 1)]
+        found = dict(zip(batch, task.run(subject, [items[k] for k in batch]), strict=True))
+        made |= found if number < len(batches) else {}
+    records: dict[int, Record] = {}
     for part in _gather(made, world):
         records |= part
     return [records[k] for k in range(len(items))]

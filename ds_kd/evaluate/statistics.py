@@ -55,7 +55,7 @@ class Estimate:
 
 def estimate(metric: Metric, records: Sequence[dict[str, Any]]) -> Estimate:
     """Return a metric of a model's records, one for each sample."""
-    return _describe(_compute(metric, records), _resample(metric, records))
+    return _describe(compute(metric, records), _resample(metric, records))
 
 
 def estimate_difference(
@@ -63,11 +63,12 @@ def estimate_difference(
 ) -> Estimate:
     """Return by how much a metric of the first records exceeds that of others of the same
     samples."""
-    value = _compute(metric, records) - _compute(metric, others)
+    value = compute(metric, records) - compute(metric, others)
     return _describe(value, _resample(metric, records) - _resample(metric, others))
 
 
-def _compute(metric: Metric, records: Sequence[dict[str, Any]]) -> float:
+def compute(metric: Metric, records: Sequence[dict[str, Any]]) -> float:
+    """Return a metric of records, one for each sample."""
     total, per = metric.read(records)
     return float(metric.finish(total.sum() / per.sum()))
 

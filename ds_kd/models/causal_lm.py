@@ -104,6 +104,11 @@ class _Split(nn.Module):
             ),
         )
 
+    def generate(self, batch: dict[str, Any]) -> Tensor:
+        """Result of transformers' `generate` with `batch["arguments"]`."""
+        out: Tensor = self.model.generate(**batch["arguments"])
+        return out
+
     def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """(largest difference between transformers' logits and ours, largest logit)."""
         expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)

@@ -27,6 +27,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
+from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.models import (
     check_lengths,
     config_of,
@@ -68,15 +69,14 @@ def build(
         name: build_loader(cfg, part, cfg.validation_dataloader, world, False)[0]
         for name, part in held_out.items()
     }
-    batches = LoaderBatches(loader)
-    schedule = _make_schedule(cfg, batches.steps_per_epoch)
+    schedule = _make_schedule(cfg, (batches := LoaderBatches(loader)).steps_per_epoch)
 
     # Parts that may be refused come before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
     _check_lengths(cfg, [loader, *validation.values()])
-
+    evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
@@ -95,6 +95,7 @@ def build(
         max_skipped=cfg.step_scheduler.max_skipped_steps,
         validation_teacher=teacher,
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
+        evaluation=evaluation,
     )
 
 

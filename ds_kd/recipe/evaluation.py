@@ -22,7 +22,14 @@ from ds_kd.config.task import METRICS, TaskFile, load_task
 from ds_kd.errors import UserError, first_line
 from ds_kd.evaluate.journal import Journal, fingerprint
 from ds_kd.evaluate.results import Evaluated, format_table, summarize, write_json
-from ds_kd.evaluate.run import Items, is_plain_text, load_items, plan_batches, run_task
+from ds_kd.evaluate.run import (
+    Items,
+    is_plain_text,
+    load_items,
+    plan_batches,
+    run_task,
+    tokens_of_batch,
+)
 from ds_kd.evaluate.subject import Subject, can_branch
 from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
@@ -41,7 +48,6 @@ from ds_kd.recipe.models import (
     training_dtype,
 )
 
-TOKENS, _TOKENS_ON_GPU = 2048, 16_384  # of a batch, padding included
 _NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
 
@@ -71,30 +77,40 @@ class Options:
 
 
 def find_task(name: str) -> Task:
-    """Return a task of the package by its name, or a user's own by its YAML.
+    """Return the task that `--task` names.
 
     Raises:
         EvaluationError: there is none of that name, or the YAML describes none.
         ConfigError: keys of the YAML are wrong.
     """
-    if name in BUILTIN:
-        return BUILTIN[name]
-    if not name.endswith((".yaml", ".yml")):
+    if name not in BUILTIN and not name.endswith((".yaml", ".yml")):
         known = ", ".join(BUILTIN)
         near = difflib.get_close_matches(name, BUILTIN, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise EvaluationError(f"--task: got {name!r}, expected {known} or a task's .yaml{hint}")
-    given = load_task(name)
     with _blame("--task", name):
-        return make_task(
-            Path(name).stem,
-            str(given.kind),
-            given.prompt,
-            given.choices,
-            str(given.reference),
-            given.columns,
-            **_select_options(given),
-        )
+        return make_named_task(name)
+
+
+def make_named_task(name: str) -> Task:
+    """Return a task of the package by its name, or a user's own by its YAML.
+
+    Raises:
+        ValueError: a text of the YAML is not of Jinja's language.
+        ConfigError: keys of the YAML are wrong.
+    """
+    if name in BUILTIN:
+        return BUILTIN[name]
+    given = load_task(name)
+    return make_task(
+        Path(name).stem,
+        str(given.kind),
+        given.prompt,
+        given.choices,
+        str(given.reference),
+        given.columns,
+        **_select_options(given),
+    )
 
 
 def _select_options(given: TaskFile) -> dict[str, Any]:
@@ -135,7 +151,8 @@ def evaluate(
     if options.output is not None:
         with _blame("--output", str(options.output)):
             on_rank0(lambda: _check_output(options), world)
-    task = _fit_task(task, options, world)
+    with _blame("--data", options.data):
+        task = rank0_first(lambda: fit_task(task, options.data), world)
 
     # A teacher stays in memory for all models, which come one after the other.
     against = None
@@ -157,14 +174,15 @@ def evaluate(
     return format_table(results, task.metrics)
 
 
-def _fit_task(task: Task, options: Options, world: World) -> Task:
+def fit_task(task: Task, data: str) -> Task:
     """Return the task for these rows: of plain text all tokens are predicted, of samples the
-    supervised ones."""
-    if task is not BUILTIN["perplexity"]:
-        return task
-    with _blame("--data", options.data):
-        is_plain = rank0_first(lambda: is_plain_text(options.data), world)
-    return PLAIN_TEXT if is_plain else task
+    supervised ones.
+
+    Raises:
+        ValueError: the rows cannot be read.
+    """
+    is_perplexity = task is BUILTIN["perplexity"]
+    return PLAIN_TEXT if is_perplexity and is_plain_text(data) else task
 
 
 def _evaluate_one(
@@ -181,7 +199,7 @@ def _evaluate_one(
     journal = Journal(_folder_of(options), key, title, world.rank)
 
     # The model is loaded only now: rows are refused without it.
-    tokens = TOKENS if world.device.type == "cpu" else _TOKENS_ON_GPU
+    tokens = tokens_of_batch(world.device.type)
     batches = plan_batches(task, items.items, tokens, options.batch_size or len(items.items))
     subject = loaded.load(against, vocab)
     with _blame("--output", str(options.output)):
@@ -248,7 +266,7 @@ class Loaded:
             self.tokenizer = tokenizer_of(self.component, world)
             self.config = config_of(self.component)
             self.dtype = self._choose_dtype(dtype)
-        self.encoder = Encoder(self.tokenizer, _find_longest(self.config, self.tokenizer))
+        self.encoder = Encoder(self.tokenizer, find_longest(self.config, self.tokenizer))
         self.identity = identity_of(name, {}) or name
         self._engine: _Alone | None = None
 
@@ -326,7 +344,7 @@ def _as_teacher(engine: _Alone) -> Any:
     return lambda batch: States(engine(batch), engine.module.head())
 
 
-def _find_longest(config: Any, tokenizer: Any) -> int | None:
+def find_longest(config: Any, tokenizer: Any) -> int | None:
     """Return the most tokens that a model reads at once, or None if nothing names a limit."""
     named = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [named, tokenizer.model_max_length]

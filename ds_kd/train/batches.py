@@ -5,7 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+import torch
+
 Batch = dict[str, Any]
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Return a batch with its tensors on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
+
+
+def list_samples(micro_batches: list[Batch]) -> str:
+    """Return the ids of the samples in a step, for a message."""
+    ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
+    return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
 
 
 class Batches(Protocol):

@@ -23,9 +23,11 @@ import torch
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import UserError
+from ds_kd.parallel.engines import read_gradient_norm
 from ds_kd.parallel.world import World, lost_ranks, sum_over
 from ds_kd.teachers.base import Teacher
-from ds_kd.train.batches import Batch, Batches
+from ds_kd.train.batches import Batch, Batches, list_samples, to_device
+from ds_kd.train.evaluation import Evaluation
 from ds_kd.train.metrics import Metrics, memory_gib
 from ds_kd.train.schedule import Schedule
 
@@ -54,6 +56,7 @@ class Trainer:
         max_skipped: number of steps that may be skipped because loss or gradient is not finite.
         validation_teacher: the teacher of validation, if training has none.
         save_every_seconds: save when the last save is this old; None does not save by time.
+        evaluation: tasks that are put to the student, or None.
         held: resources that `close` releases.
     """
 
@@ -71,6 +74,7 @@ class Trainer:
     max_skipped: int = 0
     validation_teacher: Teacher | None = None
     save_every_seconds: float | None = None
+    evaluation: Evaluation | None = None
     held: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trainer:
@@ -107,7 +111,8 @@ class Trainer:
                 started = time.perf_counter()
                 self._step(next(batches), started)
                 stops = self._validate_and_save()
-            finished = self.is_done and not (self.state.step and self._owes_validation())
+            owes = self.state.step and (self._owes_validation() or self._owes_evaluation())
+            finished = self.is_done and not owes
             if self.checkpointer is not None and self.schedule.total_steps:
                 self.checkpointer.mark(self.state.step, finished)
             return finished
@@ -133,16 +138,38 @@ class Trainer:
         is_due = self.schedule.validates(step) if step else self.validate_first
         return is_due and self.state.validated < step and bool(self.validation_loaders)
 
-    def _validate_first(self) -> bool:
-        """Validate before the first step if that is due, and return whether the run stops here."""
-        if not (self._owes_validation() or self.schedule.max_steps == 0):
+    def _owes_evaluation(self) -> bool:
+        """Return whether an evaluation is still to be made after the present step."""
+        step = self.state.step
+        is_due = self.evaluation is not None and self.evaluation.is_due(step, self.is_done)
+        return is_due and self.state.evaluated < step
+
+    def _evaluate(self) -> bool:
+        """Evaluate if that is due, and return False if a rank was asked to stop meanwhile."""
+        if self.evaluation is None or not self._owes_evaluation():
+            return True
+        teacher = self.validation_teacher if self.teacher is None else self.teacher
+        found = self.evaluation.run(self.student, teacher, lambda: self._should_stop_or_save()[0])
+        if found is None:
             return False
+        self.state.evaluated = self.state.step
+        if self.metrics is not None:
+            self.metrics.evaluation(self.state.step, found)
+        return True
+
+    def _validate_first(self) -> bool:
+        """Validate and evaluate before the first step if that is due, and return whether the run
+        stops here."""
+        if not (self._owes_validation() or self.schedule.max_steps == 0):
+            return not self._evaluate()
         validated = self.validate()
         if self._ends_early:  # its last checkpoint was saved as one of many
             self._say_that_it_ends()
             if self.checkpointer is not None:
                 self.checkpointer.export_final(self.student)
         # Nothing is lost by stopping at a step that a checkpoint holds.
+        if not self._evaluate():
+            return True
         return validated is None and self.state.step > 0 and self._should_stop_or_save()[0]
 
     def _say_that_it_ends(self) -> None:
@@ -160,7 +187,7 @@ class Trainer:
         labels, tokens, slots = self._count(micro_batches)
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
-            batch = self._to_device(batch)
+            batch = to_device(batch, self.world.device)
             # The teacher goes first, so that its activations and the student's graph, which lives
             # until backward, are never in memory together.
             teacher_output = self.teacher(batch) if self.teacher is not None else None
@@ -179,9 +206,9 @@ class Trainer:
             self._check_finite(means["loss"], "loss", micro_batches)
         lr = self.student.get_lr()[0]
         self.student.step()
-        norm = self._read_gradient_norm()
+        norm = read_gradient_norm(self.student)
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
-        self._advance(labels, tokens)
+        self.state.advance(labels, tokens)
         if not skipped:
             speed = tokens / (time.perf_counter() - started)
             self._log(means, lr, norm, speed, 1.0 - tokens / slots)
@@ -200,6 +227,7 @@ class Trainer:
         if self._ends_early and not is_last:
             is_last = True
             self._say_that_it_ends()
+        stops = stops or not self._evaluate()
         # With patience the best weights are those of an earlier validation: they are kept too.
         is_best = validated is not None and self.state.not_lower == 0
         saves = saves or (is_best and self.schedule.patience is not None)
@@ -279,7 +307,7 @@ class Trainer:
             if self._should_stop_or_save()[0]:
                 return None
             labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
-            batch = self._to_device(batch)
+            batch = to_device(batch, self.world.device)
             teacher_output = teacher(batch) if teacher is not None else None
             loss, parts = self.student(batch, teacher_output)
             _add(sums, {"loss": loss, **parts})
@@ -303,7 +331,7 @@ class Trainer:
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
-                f"{_list_samples(micro_batches)}); look at seq_length, truncation and the answers "
+                f"{list_samples(micro_batches)}); look at seq_length, truncation and the answers "
                 f"of these samples"
             )
         return labels, tokens, slots
@@ -317,31 +345,17 @@ class Trainer:
         stops, saves = sum_over(here, self.world.everyone).tolist()
         return stops > 0, saves > 0
 
-    def _to_device(self, batch: Batch) -> Batch:
-        device = self.world.device
-        return {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
-
     def _sum_over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
         """Return sums over all data ranks by name; `loss` is the optimised quantity."""
         here = torch.stack([part.float() for part in sums.values()])
         return dict(zip(sums, sum_over(here, self.world.data).tolist(), strict=True))
-
-    def _read_gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient, NaN for one that is not finite: DeepSpeed
-        skips such a step and keeps the norm of the step before."""
-        if getattr(self.student.optimizer, "overflow", False):
-            return math.nan
-        return float(self.student.get_global_grad_norm() or 0.0)
 
     def _check_finite(self, value: float, what: str, micro_batches: list[Batch]) -> None:
         # The value is a sum over ranks, so every rank sees the same one and raises together.
         if not math.isfinite(value):
             raise TrainingError(
                 f"the {what} of step {self.state.step + 1} is {value}; no weight was changed by "
-                f"this step. Samples here: {_list_samples(micro_batches)}. Lower optimizer.lr, set "
+                f"this step. Samples here: {list_samples(micro_batches)}. Lower optimizer.lr, set "
                 f"clip_grad_norm, or look at these samples."
             )
 
@@ -357,7 +371,7 @@ class Trainer:
             self._say(
                 f"step {self.state.step + 1} left out, number {self.state.skipped} of "
                 f"{self.max_skipped} allowed: loss {loss}, gradient not finite; samples here: "
-                f"{_list_samples(micro_batches)}"
+                f"{list_samples(micro_batches)}"
             )
             return True
         self._check_finite(norm, "gradient norm", micro_batches)
@@ -367,11 +381,6 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.metrics is not None:
             self.metrics.say(text)
-
-    def _advance(self, labels: int, tokens: int) -> None:
-        self.state.step += 1
-        self.state.labels += labels
-        self.state.tokens += tokens
 
     def _log(
         self, means: dict[str, float], lr: float, norm: float, speed: float, padding: float
@@ -389,8 +398,3 @@ def _add(sums: dict[str, Any], parts: dict[str, Any]) -> None:
     """Add named values to the sums of the same names."""
     for name, part in parts.items():
         sums[name] = sums[name] + part if name in sums else part
-
-
-def _list_samples(micro_batches: list[Batch]) -> str:
-    ids = [str(i) for batch in micro_batches for i in batch["sample_ids"] if i != ""]
-    return ", ".join(ids[:16]) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")

@@ -1,0 +1,113 @@
+"""Evaluation in a run: the numbers of launch/evaluate.py, and no bit of training changed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import run_ranks
+from tests.scripts import script
+from tests.unit.test_evaluate import (
+    choice_rows,
+    make_model,
+    question_rows,
+    text_rows,
+    write_rows,
+)
+
+TASKS = {
+    "hellaswag": "choices.jsonl",
+    "squad": "questions.jsonl",
+    "perplexity": "texts.jsonl",
+    "kl": "questions.jsonl",
+}
+
+
+def make_run(root: Path, name: str) -> dict:
+    """A run of three steps with dropout, shuffled and packed, without an evaluation."""
+    model = {"_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained"}
+    return {
+        "model": {**model, "pretrained_model_name_or_path": str(root / "student")},
+        "teacher_model": {**model, "pretrained_model_name_or_path": str(root / "teacher")},
+        "dataset": {
+            "_target_": "ds_kd.data.squad.make_squad_dataset",
+            "dataset_name": str(root / "questions.jsonl"),
+        },
+        "dataloader": {"shuffle": True},
+        "packed_sequence": {"packed_sequence_size": 200},
+        "step_scheduler": {"global_batch_size": 2, "local_batch_size": 1, "max_steps": 3,
+                           "num_epochs": 3},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.01},
+        "checkpoint": {"checkpoint_dir": str(root / name)},
+        "dist_env": {"backend": "gloo"},
+    }  # fmt: skip
+
+
+def train(world, root: Path, name: str, evaluation: dict | None) -> None:
+    import ds_kd
+
+    given = make_run(root, name) | ({"evaluation": evaluation} if evaluation else {})
+    with ds_kd.build(ds_kd.load_config(given)) as trainer:
+        assert trainer.train()
+
+
+def train_both(world, root: Path) -> None:
+    tasks = [{"task": task, "data": str(root / data)} for task, data in TASKS.items()]
+    train(world, root, "with", {"tasks": tasks, "every": 2})
+    train(world, root, "without", None)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    make_model(root / "student", 0, attention_dropout=0.2, max_position_embeddings=512)
+    make_model(root / "teacher", 1, max_position_embeddings=512)
+    write_rows(root / "choices.jsonl", choice_rows(13))
+    write_rows(root / "questions.jsonl", question_rows(9))
+    write_rows(root / "texts.jsonl", text_rows())
+    run_ranks(train_both, 2, root)
+    return root
+
+
+def records(root: Path, name: str) -> list[dict]:
+    path = root / name / "tensorboard" / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_evaluates_when_it_is_told_to(root):
+    evaluated = [
+        record["step"]
+        for record in records(root, "with")
+        if any(name.startswith("eval_") for name in record)
+    ]
+    assert evaluated == [2, 3]
+
+
+def test_evaluation_changes_no_bit_of_training(root):
+    kept = [
+        [
+            {name: v for name, v in record.items() if name.endswith(("loss", "norm"))}
+            for record in records(root, name)
+            if "train_loss" in record
+        ]
+        for name in ("with", "without")
+    ]
+    assert len(kept[0]) == 3 and kept[0] == kept[1]
+    first, second = (
+        (root / name / "final" / "model.safetensors").read_bytes() for name in ("with", "without")
+    )
+    assert first == second
+
+
+def test_the_run_finds_the_numbers_of_the_command(root):
+    (last,) = [r for r in records(root, "with") if r["step"] == 3 and "eval_kl/forward_kl" in r]
+    for task, data in TASKS.items():
+        output = root / f"{task}.json"
+        words = ("--model", root / "with" / "final", "--teacher", root / "teacher")
+        rows = ("--task", task, "--data", root / data, "--output", output)
+        assert script("evaluate").main([*map(str, (*words, *rows))]) == 0
+        (model,) = json.loads(output.read_text())["models"]
+        for name, found in model["metrics"].items():
+            assert last[f"eval_{task}/{name}"] == pytest.approx(found["value"], abs=1e-5)
