@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.errors import UserError, describe_exhaustion, describe_user_error
+from ds_kd.errors import UserError, explain, describe_user_error
 
 SHIFTED, UNSHIFTED = "shifted", "unshifted"
 _FIRST_SAMPLES = 16  # enough to tell shifted from unshifted labels
@@ -42,7 +42,7 @@ def explain_failure(place: str = "") -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        if describe_exhaustion(error) is not None:  # of memory, say: no mistake of that code
+        if explain(error) is not None:  # of memory, say: no mistake of that code
             raise
         raise DataError(f"{place}{describe_user_error(error)}") from error
 

@@ -177,15 +177,7 @@ def build_loader(
     if not training:
         local = kwargs.pop("batch_size", None) or local
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
-    if kwargs.get("collate_fn") is None:
-        kwargs["collate_fn"] = "ds_kd.data.collate.default_collater"
-    if kwargs.get("num_workers"):
-        # A worker that is stuck is waited for as long as a rank that is.
-        kwargs.setdefault("timeout", cfg.dist_env.timeout_minutes * 60)
-        end_workers_at_exit()
-    init = {} if kwargs.get("worker_init_fn") else {"worker_init_fn": ignore_requests}
-    if init:
-        kwargs.pop("worker_init_fn", None)
+    kwargs |= _defaults_of(kwargs, cfg.dist_env.timeout_minutes * 60)
 
     with config_error(loader.key, loader.kwargs, "arguments that fit the data"):
         sampler = GlobalBatchSampler(
@@ -206,6 +198,21 @@ def build_loader(
             batch_sampler=sampler,
             # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
-            **init,
         )
     return built, sampler
+
+
+def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:
+    """Return the loader's arguments that its section leaves open.
+
+    Args:
+        seconds: the time that a worker without an answer is waited for, as long as a rank is.
+    """
+    found: dict[str, Any] = {}
+    if kwargs.get("collate_fn") is None:
+        found["collate_fn"] = "ds_kd.data.collate.default_collater"
+    if kwargs.get("num_workers"):
+        end_workers_at_exit()
+        found["timeout"] = kwargs.get("timeout") or seconds
+        found["worker_init_fn"] = kwargs.get("worker_init_fn") or ignore_requests
+    return found
