@@ -45,18 +45,25 @@ def make_run(root: Path, name: str) -> dict:
     }  # fmt: skip
 
 
-def train(world, root: Path, name: str, evaluation: dict | None) -> None:
+def train(world, root: Path, name: str, evaluation: dict | None, stop_at: int = 0) -> None:
     import ds_kd
 
     given = make_run(root, name) | ({"evaluation": evaluation} if evaluation else {})
     with ds_kd.build(ds_kd.load_config(given)) as trainer:
-        assert trainer.train()
+        # Before the last step is validated or saved nobody asks; an evaluation does.
+        if stop_at:
+            trainer.asked_to_stop = lambda: trainer.state.step == stop_at
+        assert trainer.train() == (not stop_at)
 
 
-def train_both(world, root: Path) -> None:
+def train_all(world, root: Path) -> None:
+    """Run with an evaluation, without one, and with one that a signal breaks off at the end."""
     tasks = [{"task": task, "data": str(root / data)} for task, data in TASKS.items()]
     train(world, root, "with", {"tasks": tasks, "every": 2})
     train(world, root, "without", None)
+    train(world, root, "stopped", {"tasks": tasks[:1]}, stop_at=3)
+    assert "eval_hellaswag/acc" not in records(root, "stopped")[-1]
+    train(world, root, "stopped", {"tasks": tasks[:1]})
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +74,12 @@ def root(tmp_path_factory) -> Path:
     write_rows(root / "choices.jsonl", choice_rows(13))
     write_rows(root / "questions.jsonl", question_rows(9))
     write_rows(root / "texts.jsonl", text_rows())
-    run_ranks(train_both, 2, root)
+    run_ranks(train_all, 2, root)
     return root
+
+
+def evaluations(root: Path, name: str) -> list[dict]:
+    return [r for r in records(root, name) if any(tag.startswith("eval_") for tag in r)]
 
 
 def records(root: Path, name: str) -> list[dict]:
@@ -77,12 +88,13 @@ def records(root: Path, name: str) -> list[dict]:
 
 
 def test_a_run_evaluates_when_it_is_told_to(root):
-    evaluated = [
-        record["step"]
-        for record in records(root, "with")
-        if any(name.startswith("eval_") for name in record)
-    ]
-    assert evaluated == [2, 3]
+    assert [record["step"] for record in evaluations(root, "with")] == [2, 3]
+
+
+def test_an_evaluation_that_a_signal_broke_off_is_made_when_the_run_goes_on(root):
+    (found,) = evaluations(root, "stopped")
+    assert found["step"] == 3
+    assert found["eval_hellaswag/acc"] == evaluations(root, "with")[-1]["eval_hellaswag/acc"]
 
 
 def test_evaluation_changes_no_bit_of_training(root):
@@ -102,7 +114,7 @@ def test_evaluation_changes_no_bit_of_training(root):
 
 
 def test_the_run_finds_the_numbers_of_the_command(root):
-    (last,) = [r for r in records(root, "with") if r["step"] == 3 and "eval_kl/forward_kl" in r]
+    last = evaluations(root, "with")[-1]
     for task, data in TASKS.items():
         output = root / f"{task}.json"
         words = ("--model", root / "with" / "final", "--teacher", root / "teacher")

@@ -510,6 +510,48 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
 
 
 @pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"tasks": []}, "evaluation.tasks: got [], expected a list such as"),
+        ({"tasks": [{"task": "squad"}]}, "its keys are task, data, limit"),
+        ({"tasks": [{"task": "squad", "data": "x", "limit": 0}]}, "its limit is 0"),
+        ({"tasks": [{"task": "sqad", "data": "{rows}"}]}, "did you mean squad?"),
+        ({"tasks": [{"task": "squad", "data": "no.jsonl"}]}, "no such file: no.jsonl"),
+        ({"tasks": [{"task": "no.yaml", "data": "{rows}"}]}, "tasks[0]: no.yaml: cannot be read"),
+        ({"tasks": [{"task": "kl", "data": "{rows}"}]}, "kl compares with a teacher"),
+        ({"tasks": [{"task": "squad", "data": "{rows}"}] * 2}, "squad is there twice"),
+        ({"every": 0}, "evaluation.every: got 0, expected an integer ≥ 1, or end"),
+    ],
+)
+def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expected):
+    from ds_kd.config.components import ConfigError
+    from ds_kd.config.load import load
+
+    filled = json.loads(json.dumps(section).replace("{rows}", str(place / "questions.jsonl")))
+    data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
+    given = {
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": str(place / "one"),
+        },
+        "dataset": {**data, "dataset_name": str(place / "questions.jsonl")},
+        "kd_ratio": 0,
+        "evaluation": filled,
+    }
+    with pytest.raises(ConfigError) as error:
+        load(given)
+    assert any(expected in line for line in error.value.problems), error.value.problems
+
+
+def test_the_schema_and_the_package_know_the_same_tasks():
+    from ds_kd.config import task
+    from ds_kd.evaluate.tasks.builtin import BUILTIN
+
+    assert tuple(BUILTIN) == task.BUILTIN
+    assert [name for name, each in BUILTIN.items() if each.needs_teacher] == [task.WITH_TEACHER]
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ("kind: choice\n", "kind: got 'choice', expected multiple_choice or generation"),
