@@ -29,21 +29,25 @@ class Journal:
         folder: where they are kept; None keeps none.
         key: their fingerprint.
         title: told in each file's first line, for whoever reads it.
+        rows: the row of each item.
         rank: this process.
     """
 
-    def __init__(self, folder: Path | None, key: str, title: dict[str, Any], rank: int):
+    def __init__(
+        self, folder: Path | None, key: str, title: dict[str, Any], rows: list[int], rank: int
+    ):
         self.folder, self.key, self.title, self.rank = folder, key, title, rank
+        self.rows = rows
         self._file: TextIO | None = None
 
     def read(self) -> dict[int, dict[str, Any]]:
-        """Return the records that any earlier evaluation of this fingerprint left, by sample."""
+        """Return the records that any earlier evaluation of this fingerprint left, by item."""
         found: dict[int, dict[str, Any]] = {}
         for path in sorted(self.folder.glob(f"{self.key}.*.jsonl")) if self.folder else ():
             for line in path.read_text("utf-8", errors="replace").splitlines():
                 try:
-                    record = json.loads(line)
-                    found[int(record.pop("sample"))] = record
+                    read = json.loads(line)
+                    found[int(read["item"])] = dict(read["record"])
                 except (ValueError, KeyError, TypeError, AttributeError):
                     continue  # the first line, or one that a kill has torn
         return found
@@ -57,8 +61,9 @@ class Journal:
         if self.folder is None:
             return
         file = self._open(self.folder) if self._file is None else self._file
-        for sample, record in records.items():
-            file.write(json.dumps({"sample": sample, **record}) + "\n")
+        for item, record in records.items():
+            line = {"row": self.rows[item], "item": item, "record": record}
+            file.write(json.dumps(line) + "\n")
         file.flush()
         os.fsync(file.fileno())
 

@@ -23,13 +23,13 @@ class Evaluated:
     Args:
         model: its directory or hub id.
         records: one for each sample that has something to score.
-        numbers: the row of each.
+        rows: the row of each, from 0.
         total: number of rows.
     """
 
     model: str
     records: list[Record]
-    numbers: list[int]
+    rows: list[int]
     total: int
 
 
@@ -51,7 +51,7 @@ def summarize(
 
     # A paired difference needs the same samples.
     for first, second in itertools.combinations(evaluated, 2):
-        if first.numbers == second.numbers:
+        if first.rows == second.rows:
             pair = second.records, first.records
             found = {metric.name: asdict(estimate_difference(metric, *pair)) for metric in metrics}
             names = {"model": second.model, "minus": first.model}

@@ -35,14 +35,22 @@ class Items:
     """The samples of a task, tokenised for one model.
 
     Args:
-        items: of them, those with something to score.
-        numbers: the place of each among all rows.
+        items: what there is to score.
+        rows: the row of each, from 0; a row may have several items, or none.
         total: number of rows.
     """
 
     items: list[Item]
-    numbers: list[int]
+    rows: list[int]
     total: int
+
+    def merge(self, records: list[Record]) -> list[Record]:
+        """Return one record for each row: the numbers of its items' records, added up."""
+        merged: dict[int, Record] = {}
+        for row, record in zip(self.rows, records, strict=True):
+            before = merged.get(row)
+            merged[row] = record if before is None else {k: before[k] + record[k] for k in record}
+        return [*merged.values()]
 
 
 def columns_of(source: str) -> list[str]:
@@ -64,7 +72,7 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
     Raises:
         ValueError: the rows cannot be read, lack columns, or none has anything to score.
     """
-    made: list[Item] = []
+    made: list[list[Item]] = []
     if task.columns:
         rows = load_rows(source, "train", task.columns, limit)
         prepare = name_bad_row(source, None, lambda row: task.prepare(row, encoder))
@@ -75,10 +83,10 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
         made = [task.prepare(sample, encoder) for sample in samples]
 
     # Of a sample without a supervised token nothing can be said.
-    numbers = [k for k, item in enumerate(made) if task.measure(item)[0]]
-    if not numbers:
+    if not any(made):
         raise ValueError(f"{source!r}: none of its {len(made)} rows has anything to score")
-    return Items([made[k] for k in numbers], numbers, len(made))
+    rows_of = [row for row, items in enumerate(made) for _ in items]
+    return Items([item for items in made for item in items], rows_of, len(made))
 
 
 def is_plain_text(source: str) -> bool:
@@ -99,17 +107,14 @@ def plan_batches(task: Task, items: list[Item], tokens: int, most: int) -> list[
         most: the most items of a batch.
     """
     sizes = [task.measure(item) for item in items]
-    order = sorted(range(len(items)), key=lambda k: (-sizes[k][1], k))
     batches: list[list[int]] = []
-    sequences = longest = 0
-    for k in order:
-        # The first item of a batch is its longest.
-        if batches and len(batches[-1]) < most and (sequences + sizes[k][0]) * longest <= tokens:
-            batches[-1].append(k)
-            sequences += sizes[k][0]
+    for k in sorted(range(len(items)), key=lambda k: (-sizes[k], k)):
+        # The first item of a batch is its longest, to which the others are padded.
+        last = batches[-1] if batches else []
+        if last and len(last) < most and (len(last) + 1) * sizes[last[0]] <= tokens:
+            last.append(k)
         else:
             batches.append([k])
-            sequences, longest = sizes[k]
     return batches
 
 
@@ -122,7 +127,7 @@ def run_task(
     journal: Journal,
     title: str,
 ) -> list[Record]:
-    """Return the record of every item, on every rank.
+    """Return the record of every item, on every rank. Items are counted as samples.
 
     Args:
         subject: a plain model on each rank.

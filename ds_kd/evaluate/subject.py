@@ -18,6 +18,7 @@ from ds_kd.models import attention
 _PROBE = 8  # tokens
 _EXACT = 1e-5  # of a log-likelihood; rounding in float32 is ten times smaller
 _SHARE_OF_EFFECT = 0.3
+_LONGEST_MASK = 4096  # tokens; a mask takes the square of it
 _ALL, _PADDING = 0, -1  # groups of tokens: seen by all later ones, and seen by none
 
 
@@ -112,7 +113,7 @@ class Subject:
         """Return whether branches in a sequence of so many tokens are computed right: a window of
         attention counts places, not positions."""
         windows = [window for window in attention.windows_of(self.model) if window]
-        return self.shares_prefix and tokens <= min(windows, default=tokens)
+        return self.shares_prefix and tokens <= min([*windows, _LONGEST_MASK])
 
     @torch.no_grad()
     def score(self, sequences: list[Sequence], parts: int) -> list[list[float]]:

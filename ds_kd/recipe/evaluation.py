@@ -88,8 +88,10 @@ def find_task(name: str) -> Task:
         near = difflib.get_close_matches(name, BUILTIN, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise EvaluationError(f"--task: got {name!r}, expected {known} or a task's .yaml{hint}")
-    with _blame("--task", name):
+    try:
         return make_named_task(name)
+    except ValueError as error:
+        raise EvaluationError(f"--task {name}: {error}") from error
 
 
 def make_named_task(name: str) -> Task:
@@ -196,19 +198,16 @@ def _evaluate_one(
         )
     key = _identify(loaded, against, task, items)
     title = {"model": name, "task": task.name, "data": options.data, "limit": options.limit}
-    journal = Journal(_folder_of(options), key, title, world.rank)
+    journal = Journal(_folder_of(options), key, title, items.rows, world.rank)
 
     # The model is loaded only now: rows are refused without it.
     tokens = tokens_of_batch(world.device.type)
     batches = plan_batches(task, items.items, tokens, options.batch_size or len(items.items))
     subject = loaded.load(against, vocab)
-    with _blame("--output", str(options.output)):
-        records = run_task(task, subject, items.items, batches, world, journal, _tell(task, name))
-    return Evaluated(name, records, items.numbers, items.total)
-
-
-def _tell(task: Task, model: str) -> str:
-    return f"{task.name} of {model}"
+    told = f"{task.name} of {name}"
+    records = run_task(task, subject, items.items, batches, world, journal, told)
+    rows = [*dict.fromkeys(items.rows)]
+    return Evaluated(name, items.merge(records), rows, items.total)
 
 
 def _folder_of(options: Options) -> Path | None:
@@ -236,7 +235,7 @@ def _check_output(options: Options) -> None:
 def _identify(loaded: Loaded, against: Loaded | None, task: Task, items: Items) -> str:
     """Return the fingerprint of everything that decides the records."""
     models = [(each.identity, str(each.dtype)) for each in (loaded, against) if each is not None]
-    return fingerprint(__version__, task.rules, models, items.numbers, items.items)
+    return fingerprint(__version__, task.rules, models, items.rows, items.items)
 
 
 class _Alone(nn.Module):

@@ -6,9 +6,9 @@ from typing import Any
 
 from ds_kd.config.components import config_error
 from ds_kd.config.schema import RunConfig
-from ds_kd.evaluate.run import load_items
+from ds_kd.evaluate.run import Items, load_items
 from ds_kd.evaluate.tasks.encoding import Encoder
-from ds_kd.evaluate.tasks.kinds import Item, Task
+from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.evaluation import find_longest, fit_task, make_named_task
 from ds_kd.recipe.models import config_of
@@ -32,16 +32,16 @@ def build_evaluation(
         return None
     config = config_of(cfg.model)
     encoder = Encoder(tokenizer, find_longest(config, tokenizer))
-    tasks: list[tuple[Task, list[Item]]] = []
+    tasks: list[tuple[Task, Items]] = []
     for k, entry in enumerate(wanted.tasks):
         key = f"evaluation.tasks[{k}]"
         with config_error(f"{key}.task", entry["task"], "a task"):
             named = make_named_task(entry["task"])
 
         # Samples are tokenised before models are loaded, so that a wrong row is told at once.
-        def load(named: Task = named, entry: dict[str, Any] = entry) -> tuple[Task, list[Item]]:
+        def load(named: Task = named, entry: dict[str, Any] = entry) -> tuple[Task, Items]:
             task = fit_task(named, entry["data"])
-            return task, load_items(task, entry["data"], entry.get("limit"), encoder).items
+            return task, load_items(task, entry["data"], entry.get("limit"), encoder)
 
         with config_error(f"{key}.data", entry["data"], f"rows for {entry['task']}"):
             tasks.append(rank0_first(load, world))

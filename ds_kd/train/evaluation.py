@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.evaluate.run import run_task_together
+from ds_kd.evaluate.run import Items, run_task_together
 from ds_kd.evaluate.statistics import compute
 from ds_kd.evaluate.subject import Subject, can_branch
-from ds_kd.evaluate.tasks.kinds import Item, Task
+from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.models import attention
 from ds_kd.parallel.world import World
 from ds_kd.teachers.base import Teacher
@@ -28,7 +28,7 @@ class Evaluation:
         world: the ranks of the job.
     """
 
-    tasks: list[tuple[Task, list[Item]]]
+    tasks: list[tuple[Task, Items]]
     every: int | None
     tokenizer: Any
     vocab: int
@@ -63,9 +63,10 @@ class Evaluation:
         with _in_plain_attention(student):
             subject.shares_prefix = can_branch(subject)
             for task, items in self.tasks:
-                records = run_task_together(task, subject, items, self.world, should_stop)
-                if records is None:
+                made = run_task_together(task, subject, items.items, self.world, should_stop)
+                if made is None:
                     return None
+                records = items.merge(made)
                 found[task.name] = {m.name: compute(m, records) for m in task.metrics}
         return found
 

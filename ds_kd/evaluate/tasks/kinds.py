@@ -50,15 +50,16 @@ class Task(Protocol):
     def rules(self) -> list[Any]:
         """Return what decides a record beside its item, as JSON."""
 
-    def prepare(self, row: Row, encoder: Encoder) -> Item:
-        """Return the tokens of a row, or of a sample.
+    def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
+        """Return the tokens of a row, or of a sample: one item, or several whose records add up.
+        What has nothing to score makes none.
 
         Raises:
             ValueError: the row lacks something.
         """
 
-    def measure(self, item: Item) -> tuple[int, int]:
-        """Return (sequences, tokens of the longest) that an item takes in a batch."""
+    def measure(self, item: Item) -> int:
+        """Return the tokens that an item takes in a batch."""
 
     def run(self, subject: Subject, items: list[Item]) -> list[Record]:
         """Return the record of each item of a batch; collective, if the model is sharded."""
@@ -87,26 +88,26 @@ class MultipleChoice:
     def rules(self) -> list[Any]:
         return ["multiple choice"]
 
-    def prepare(self, row: Row, encoder: Encoder) -> Item:
+    def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
         prompt, choices, right = self.read(row)
         pairs = [encoder.encode_pair(prompt, self.gap + choice) for choice in choices]
         if not all(ending and choice for choice, (_, ending) in zip(choices, pairs, strict=True)):
             raise ValueError(f"an ending is empty: {choices!r:.80}")
         contexts = [encoder.cut(context, ending) for context, ending in pairs]
-        return {
+        item = {
             "contexts": contexts[:1] if all(c == contexts[0] for c in contexts) else contexts,
             "endings": [ending for _, ending in pairs],
             "characters": [len(choice) for choice in choices],
             "right": right,
         }
+        return [item]
 
-    def measure(self, item: Item) -> tuple[int, int]:
-        longest = len(item["contexts"][0]) + sum(len(ending) - 1 for ending in item["endings"])
-        return 1, longest
+    def measure(self, item: Item) -> int:
+        return len(item["contexts"][0]) + sum(len(ending) - 1 for ending in item["endings"])
 
     def run(self, subject: Subject, items: list[Item]) -> list[Record]:
         # All endings of an item are one sequence, in which its context is computed once.
-        most = max(self.measure(item)[1] for item in items)
+        most = max(map(self.measure, items))
         shares = subject.can_share(most) and all(len(item["contexts"]) == 1 for item in items)
         if shares:
             sequences = [branch(item["contexts"][0], item["endings"]) for item in items]
@@ -165,19 +166,20 @@ class Generation:
     def rules(self) -> list[Any]:
         return ["generation", self.scores, self.new_tokens, self.pattern]
 
-    def prepare(self, row: Row, encoder: Encoder) -> Item:
+    def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
         prompt, references = self.read(row)
         is_chat = self.uses_chat and encoder.tokenizer.chat_template is not None
         ids = encoder.encode_prompt(prompt, is_chat)
         room = [0] * self.new_tokens
-        return {
+        item = {
             "prompt": encoder.cut(ids, room),
             "references": references or [""],
             "stop": [] if is_chat else list(self.stop),
         }
+        return [item]
 
-    def measure(self, item: Item) -> tuple[int, int]:
-        return 1, len(item["prompt"]) + self.new_tokens
+    def measure(self, item: Item) -> int:
+        return len(item["prompt"]) + self.new_tokens
 
     def run(self, subject: Subject, items: list[Item]) -> list[Record]:
         prompts = [item["prompt"] for item in items]
@@ -192,7 +194,8 @@ class Generation:
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Predict every token of a text, or of the supervised part of a sample.
+    """Predict every token of a text, or of the supervised part of a sample. A text that is longer
+    than the model reads at once makes several items.
 
     Args:
         read: returns a row's context, which is not scored, and its text; None takes samples of a
@@ -219,38 +222,44 @@ class Perplexity:
     def rules(self) -> list[Any]:
         return ["perplexity"]
 
-    def prepare(self, row: Row, encoder: Encoder) -> Item:
+    def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
+        windows, text = self._cut(row, encoder)
+        scored = [(tokens, labels) for tokens, labels in windows if _count_labels(labels)]
+        sizes = [len(text.encode("utf-8")), *[0] * len(scored)]
+        return [
+            {"tokens": tokens, "labels": labels, "bytes": size}
+            for (tokens, labels), size in zip(scored, sizes, strict=False)
+        ]
+
+    def _cut(self, row: Row, encoder: Encoder) -> tuple[list[tuple[list[int], list[int]]], str]:
+        """Return (tokens, labels) of a row's windows, and the text that is scored in them."""
         if self.read is None:
             ids = [label for label in row["labels"] if label != IGNORE_INDEX]
             text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-            return {"windows": [[row["input_ids"], row["labels"]]], "bytes": _count_bytes(text)}
+            return [(row["input_ids"], row["labels"])], text
         context, text = self.read(row)
         if not context:
-            windows = encoder.make_windows(encoder.encode(text))
-            return {"windows": [list(each) for each in windows], "bytes": _count_bytes(text)}
+            return encoder.make_windows(encoder.encode(text)), text
         before, following = encoder.encode_pair(context, text)
         tokens = [*encoder.cut(before, following), *following]
         labels = [IGNORE_INDEX] * (len(tokens) - len(following)) + following
-        return {"windows": [[tokens[:-1], labels[1:]]], "bytes": _count_bytes(text)}
+        return [(tokens[:-1], labels[1:])], text
 
-    def measure(self, item: Item) -> tuple[int, int]:
-        windows = item["windows"]
-        return len(windows), max((len(tokens) for tokens, _ in windows), default=0)
+    def measure(self, item: Item) -> int:
+        return len(item["tokens"])
 
     def run(self, subject: Subject, items: list[Item]) -> list[Record]:
         sequences = [
-            Sequence(tokens, [(k, y, 0) for k, y in enumerate(labels) if y != IGNORE_INDEX])
+            Sequence(
+                item["tokens"],
+                [(k, y, 0) for k, y in enumerate(item["labels"]) if y != IGNORE_INDEX],
+            )
             for item in items
-            for tokens, labels in item["windows"]
         ]
-        scores = iter(subject.score(sequences, 1))
+        scores = subject.score(sequences, 1)
         return [
-            {
-                "loss": -sum(next(scores)[0] for _ in item["windows"]),
-                "tokens": sum(_count_labels(labels) for _, labels in item["windows"]),
-                "bytes": item["bytes"],
-            }
-            for item in items
+            {"loss": -score, "tokens": _count_labels(item["labels"]), "bytes": item["bytes"]}
+            for item, (score,) in zip(items, scores, strict=True)
         ]
 
 
@@ -272,11 +281,12 @@ class Distances:
     def rules(self) -> list[Any]:
         return ["distances"]
 
-    def prepare(self, row: Row, encoder: Encoder) -> Item:
-        return {"input_ids": row["input_ids"], "labels": row["labels"]}
+    def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
+        item = {"input_ids": row["input_ids"], "labels": row["labels"]}
+        return [item] if _count_labels(row["labels"]) else []
 
-    def measure(self, item: Item) -> tuple[int, int]:
-        return 1, len(item["input_ids"])
+    def measure(self, item: Item) -> int:
+        return len(item["input_ids"])
 
     def run(self, subject: Subject, items: list[Item]) -> list[Record]:
         sums = subject.measure_distances(items)
@@ -292,10 +302,6 @@ def _find(pattern: str, text: str) -> str:
     if found is None:
         return ""
     return found.group(1 if found.re.groups else 0) or ""
-
-
-def _count_bytes(text: str) -> int:
-    return len(text.encode("utf-8"))
 
 
 def _count_labels(labels: list[int]) -> int:
