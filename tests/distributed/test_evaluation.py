@@ -1,4 +1,5 @@
-"""Evaluation in a run: the numbers of launch/evaluate.py, and no bit of training changed."""
+"""Evaluation on two ranks: the command's numbers are those of one, a run's are the command's, and
+no bit of training is changed."""
 
 from __future__ import annotations
 
@@ -56,8 +57,17 @@ def train(world, root: Path, name: str, evaluation: dict | None, stop_at: int = 
         assert trainer.train() == (not stop_at)
 
 
-def train_all(world, root: Path) -> None:
-    """Run with an evaluation, without one, and with one that a signal breaks off at the end."""
+def evaluate_on_ranks(world, root: Path) -> None:
+    from ds_kd.recipe.evaluation import Options, evaluate, find_task
+
+    for task, data in TASKS.items():
+        options = Options(str(root / data), batch_size=3, output=root / f"{task}-ranks.json")
+        evaluate([str(root / "student")], str(root / "teacher"), find_task(task), options, world)
+
+
+def use_both_ranks(world, root: Path) -> None:
+    """Evaluate; run with an evaluation, without one, and with one that a signal breaks off."""
+    evaluate_on_ranks(world, root)
     tasks = [{"task": task, "data": str(root / data)} for task, data in TASKS.items()]
     train(world, root, "with", {"tasks": tasks, "every": 2})
     train(world, root, "without", None)
@@ -74,7 +84,7 @@ def root(tmp_path_factory) -> Path:
     write_rows(root / "choices.jsonl", choice_rows(13))
     write_rows(root / "questions.jsonl", question_rows(9))
     write_rows(root / "texts.jsonl", text_rows())
-    run_ranks(train_all, 2, root)
+    run_ranks(use_both_ranks, 2, root)
     return root
 
 
@@ -113,13 +123,28 @@ def test_evaluation_changes_no_bit_of_training(root):
     assert first == second
 
 
+def run_command(root: Path, model: Path, task: str, *words: str) -> dict:
+    """What launch/evaluate.py says of a model on one rank."""
+    output = root / f"{task}-{model.name}.json"
+    models = ("--model", model, "--teacher", root / "teacher", "--output", output)
+    rows = ("--task", task, "--data", root / TASKS[task])
+    assert script("evaluate").main([*map(str, (*models, *rows, *words))]) == 0
+    (found,) = json.loads(output.read_text())["models"]
+    return found
+
+
+def test_two_ranks_give_the_numbers_of_one(root):
+    for task in TASKS:
+        alone = run_command(root, root / "student", task, "--batch-size", "3")
+        together = json.loads((root / f"{task}-ranks.json").read_text())
+        assert together["models"] == [alone], task
+        # Each rank has scored a part.
+        assert len(list((root / f"{task}-ranks.samples").iterdir())) == 2
+
+
 def test_the_run_finds_the_numbers_of_the_command(root):
     last = evaluations(root, "with")[-1]
-    for task, data in TASKS.items():
-        output = root / f"{task}.json"
-        words = ("--model", root / "with" / "final", "--teacher", root / "teacher")
-        rows = ("--task", task, "--data", root / data, "--output", output)
-        assert script("evaluate").main([*map(str, (*words, *rows))]) == 0
-        (model,) = json.loads(output.read_text())["models"]
-        for name, found in model["metrics"].items():
-            assert last[f"eval_{task}/{name}"] == pytest.approx(found["value"], abs=1e-5)
+    for task in TASKS:
+        found = run_command(root, root / "with" / "final", task)
+        for name, metric in found["metrics"].items():
+            assert last[f"eval_{task}/{name}"] == pytest.approx(metric["value"], abs=1e-5)

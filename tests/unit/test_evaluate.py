@@ -15,7 +15,6 @@ import torch
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.scores import exact_match, f1, normalize
 from tests import harness, tiny
-from tests.ranks import run_ranks
 from tests.scripts import script
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -334,7 +333,7 @@ def test_a_mean_over_tokens_divides_sums_by_sums():
     assert estimate(metric, records).value == pytest.approx(math.e)
 
 
-# --------------------------------------------------------------------------------- ranks and resume
+# ------------------------------------------------------------------------------------------ resume
 
 
 def test_a_stopped_evaluation_goes_on_and_gives_the_same_numbers(place, capfd):
@@ -356,33 +355,6 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same_numbers(place, capfd):
     assert run_command("--model", place / "two", *again) == 0
     assert run_command("--model", place / "one", *again, "--limit", 8) == 0
     assert len(list(output.with_suffix(".samples").iterdir())) == 3
-
-
-TASKS = {
-    "hellaswag": "choices.jsonl",
-    "squad": "questions.jsonl",
-    "perplexity": "texts.jsonl",
-    "kl": "questions.jsonl",
-}
-
-
-def evaluate_on_ranks(world, place: Path) -> dict:
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
-
-    for task, data in TASKS.items():
-        options = Options(str(place / data), batch_size=3, output=place / f"{task}-ranks.json")
-        evaluate([str(place / "one")], str(place / "two"), find_task(task), options, world)
-    return {}
-
-
-def test_two_ranks_give_the_numbers_of_one(place):
-    run_ranks(evaluate_on_ranks, 2, place)
-    for task, data in TASKS.items():
-        alone = evaluate(place, task, data, "--teacher", place / "two", "--batch-size", 3)
-        together = json.loads((place / f"{task}-ranks.json").read_text())
-        assert together["models"] == alone["models"], task
-        # Each rank has scored a part.
-        assert len(list((place / f"{task}-ranks.samples").iterdir())) == 2
 
 
 # ----------------------------------------------------------------------------------- own tasks
