@@ -57,7 +57,7 @@ def time_ours(model: str, data: str, limit: int | None) -> dict[str, Any]:
     items = load_items(task, data, limit, loaded.encoder).items
     batches = plan_batches(task, items, tokens_of_batch("cpu"), len(items))
     journal = Journal(None, "", {}, [], 0)
-    records = run_task(task, subject, items, batches, world, journal, "ours")
+    records = run_task(task, lambda: subject, items, batches, world, journal, "ours")
     return read() | {
         "acc": sum(record["acc"] for record in records) / len(records),
         "acc_norm": sum(record["acc_norm"] for record in records) / len(records),

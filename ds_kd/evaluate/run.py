@@ -120,7 +120,7 @@ def plan_batches(task: Task, items: list[Item], tokens: int, most: int) -> list[
 
 def run_task(
     task: Task,
-    subject: Subject,
+    load: Callable[[], Subject],
     items: list[Item],
     batches: list[list[int]],
     world: World,
@@ -130,7 +130,7 @@ def run_task(
     """Return the record of every item, on every rank. Items are counted as samples.
 
     Args:
-        subject: a plain model on each rank.
+        load: returns a plain model on each rank; called if there is anything left to do.
         batches: from `plan_batches`.
         journal: has the records of an earlier evaluation, and takes new ones.
         title: the beginning of the line of progress.
@@ -144,7 +144,9 @@ def run_task(
     progress = Progress(title, len(items), len(items) - sum(map(len, todo)), world.is_main)
     share = sum(map(len, todo)) / max(1, count)
     made: dict[int, Record] = {}
+    subject = load() if todo else None
     for number, batch in enumerate(mine, 1):
+        assert subject is not None
         found = dict(zip(batch, task.run(subject, [items[k] for k in batch]), strict=True))
         journal.add(found)
         made |= found

@@ -200,12 +200,12 @@ def _evaluate_one(
     title = {"model": name, "task": task.name, "data": options.data, "limit": options.limit}
     journal = Journal(_folder_of(options), key, title, items.rows, world.rank)
 
-    # The model is loaded only now: rows are refused without it.
+    # The model is loaded last: rows are refused without it.
     tokens = tokens_of_batch(world.device.type)
     batches = plan_batches(task, items.items, tokens, options.batch_size or len(items.items))
-    subject = loaded.load(against, vocab)
     told = f"{task.name} of {name}"
-    records = run_task(task, subject, items.items, batches, world, journal, told)
+    load = lambda: loaded.load(against, vocab)  # noqa: E731
+    records = run_task(task, load, items.items, batches, world, journal, told)
     rows = [*dict.fromkeys(items.rows)]
     return Evaluated(name, items.merge(records), rows, items.total)
 
