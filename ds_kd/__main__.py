@@ -3,19 +3,19 @@
     deepspeed launch/kd.py --config cfg.yaml [key.sub=value …]     every GPU of this machine
     python launch/kd.py --config cfg.yaml …                        one rank
     torchrun --nproc-per-node N launch/kd.py … / srun python launch/kd.py …
-    python launch/kd.py --config cfg.yaml --check       tell what is wrong with it, run nothing
+    python launch/kd.py --config cfg.yaml --check               list its problems, run nothing
     python launch/kd.py --config cfg.yaml --dry-run --ranks 8   its plan (launch/plan.py has more)
-    python launch/kd.py --config cfg.yaml --show-samples 3  what is supervised of its first samples
-    python launch/kd.py --list-keys [prefix]                            every key of the YAML
+    python launch/kd.py --config cfg.yaml --show-samples 3      samples, supervised tokens marked
+    python launch/kd.py --list-keys [prefix]                    every key of the YAML
 
 Where the package is installed, `ds-kd` is the same as `python launch/kd.py`, `torchrun -m ds_kd` as
 `torchrun launch/kd.py`, and `deepspeed --module ds_kd` as `deepspeed launch/kd.py`.
 
-Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at any rank: all finish their step, save and end; the same
-command goes on. A second one ends the process at once, with nothing saved.
+On Ctrl-C, SIGTERM, SIGUSR1 or SIGHUP at any rank all ranks finish their step, save and end, and the
+same command resumes. A second signal ends the process at once, without saving.
 
-Exit code: 0 done or stopped so, 1 the run failed, 2 the config, the command or the environment is
-wrong, 130 ended by Ctrl-C at once: by the second, or before there was anything to save.
+Exit code: 0 done or stopped by a signal, 1 the run failed, 2 the config, the command or the
+environment is wrong, 130 ended at once by Ctrl-C, by a second one or before the first step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     option("--verbose", action="store_true", help="show DeepSpeed's and transformers' messages")
 
-    # The deepspeed launcher passes it of its own accord; it is no word for a user.
+    # The deepspeed launcher passes this option; it is not for users.
     option("--local_rank", type=int, help=argparse.SUPPRESS)
     return parse_run(parser, argv, without_config=("list_keys",), of_plan=OF_PLAN)
 

@@ -1,5 +1,5 @@
-"""The part of a command line that every script that takes a run has: the YAML, values that take
-the place of its own, and what its `_target_` sections may name."""
+"""Parse the options that all scripts of a run share: the YAML, overrides of its values, and the
+code that its `_target_` sections may name."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def parse_run(
     without_config: tuple[str, ...] = (),
     of_plan: Collection[str] = (),
 ) -> argparse.Namespace:
-    """Parse the words of a command; what the parser has no option for is an override.
+    """Parse the words of a command; a word that is no option is an override.
 
     Args:
         without_config: options, by the name of their value, that need no `--config`.
-        of_plan: options that launch/plan.py has and this script has not.
+        of_plan: options that only launch/plan.py has.
     """
     _refuse_misplaced(argv, parser, of_plan)
     args = parser.parse_intermixed_args(_as_overrides(argv, parser))
@@ -71,8 +71,8 @@ def _refuse_misplaced(
 
 
 def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]:
-    """`--a.b value` and `--a.b=value` as `a.b=value`; the parser's options stay, shortened ones
-    too."""
+    """Rewrite `--a.b value` and `--a.b=value` as `a.b=value`; options of the parser, abbreviated
+    ones too, stay."""
     own = parser._option_string_actions
     words, rest = [], iter(argv)
     for word in rest:
@@ -87,7 +87,7 @@ def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]
 
 
 def positive(kind: Callable[[str], Number], most: float = math.inf) -> Callable[[str], Number]:
-    """Return what reads an option's value as a finite number of this kind above 0."""
+    """Return a function that reads an option's value as a finite number of this kind above 0."""
 
     def read(text: str) -> Number:
         try:

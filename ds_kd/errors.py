@@ -25,19 +25,19 @@ class UserError(Exception):
         """Return the message.
 
         Args:
-            excerpts: with the lines of a file that it is about.
+            excerpts: add the lines of the file that it is about.
         """
         return str(self)
 
 
 class MachineError(UserError):
-    """The environment of the process keeps the run from starting: an environment variable, a limit
-    of the shell, the working directory, or the network between ranks."""
+    """A run cannot start because of an environment variable, a limit of the shell, the working
+    directory, or the network between ranks."""
 
     exit_code = 2
 
 
-#: Words of the system, of torch and of CUDA for memory, files, threads that are used up.
+#: Words with which the system, torch and CUDA report that memory, files or threads are used up.
 _EXHAUSTED = {
     "memory": ("out of memory", "allocate memory", "failed to map segment", "MemoryError"),
     "open files (ulimit -n)": ("Too many open files",),
@@ -60,8 +60,8 @@ _WORKERS = {
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Return what to tell of an error that means that the machine has no more of something, or that
-    a loader's worker is gone; None for all others."""
+    """Return the message for an error that means that a resource of the machine is used up or that
+    a loader's worker has ended, or None for any other error."""
     text = f"{type(error).__name__}: {error}"
     for words, remedy in _WORKERS.items():
         if words in text:
@@ -80,7 +80,7 @@ def explain(error: BaseException) -> UserError | None:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of its text, or its name where it has none."""
+    """Return the first line of an error's text, or its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -100,18 +100,18 @@ def describe_user_error(error: BaseException) -> str:
 
 
 class NotPlainFileError(ValueError):
-    """A path leads to a device, a pipe or a directory, or to a file that is too large."""
+    """A path names a device, a pipe, a directory, or a file that is too large."""
 
 
 def read_plain_file(path: str | Path, most: int) -> bytes:
-    """Return the bytes of a regular file; a pipe is not waited for.
+    """Return the bytes of a regular file, without waiting for a pipe.
 
     Args:
-        most: bytes it may have.
+        most: largest size in bytes.
 
     Raises:
-        OSError: it cannot be read.
-        NotPlainFileError: it is no regular file, or has more bytes.
+        OSError: the file cannot be read.
+        NotPlainFileError: it is not a regular file, or is larger.
     """
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(handle).st_mode):
@@ -119,7 +119,7 @@ def read_plain_file(path: str | Path, most: int) -> bytes:
         raise NotPlainFileError("not a regular file")
     with open(handle, "rb") as file:
         content = file.read(most + 1)
-    if content is None:  # one of the kernel's, which waits for something to say
+    if content is None:  # a file of the kernel that has no content yet
         raise NotPlainFileError("not a regular file")
     if len(content) > most:
         size = f"{most // 1024} KiB" if most < 1_000_000 else f"{most // 1_000_000} MB"

@@ -1,8 +1,8 @@
-"""This process as its shell and launcher left it: output, limits, directory, accelerator.
+"""Prepare and check the process that a shell or launcher has started: output, limits, directory,
+accelerator.
 
-`prepare` makes good what can be made good and is called first of all by a script; `check_machine`
-refuses the rest in a sentence, where it would end in a traceback of some library minutes later.
-Neither imports torch.
+Every script calls `prepare` first, which repairs what it can. `check_machine` refuses the rest in
+one sentence before a library fails on it minutes later. Neither imports torch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from typing import TextIO
 from ds_kd.errors import MachineError
 
 _WANTED_FILES = 4096
-#: What a rank needs at the least, measured with `ulimit`: the libraries alone take most of it.
+#: The least that a rank needs, measured with `ulimit`; the libraries take most of it.
 _LEAST_FILES = 128
 _LEAST_ADDRESSES = 4 << 30
 
 
 class _LastingOutput(io.RawIOBase):
-    """A descriptor that may be lost: its reader gone (`| head`, a closed terminal), its disk full.
+    """A file descriptor that ignores failed writes (`| head`, a closed terminal, a full disk).
 
-    What cannot be written is dropped, and the run goes on: its log is in a file besides.
+    The run goes on without this output, as its metrics are also in a file.
     """
 
     def __init__(self, descriptor: int):
@@ -50,24 +50,24 @@ class _LastingOutput(io.RawIOBase):
 
 
 def prepare() -> None:
-    """Make standard output and error such as nothing that is printed can fail on, and let Ctrl-C
-    end the process without a traceback, until a run listens to it."""
+    """Make printing never fail, and let Ctrl-C end the process without a traceback until a run
+    handles it."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     for descriptor in range(3):
         try:
             os.fstat(descriptor)
-        except OSError:  # closed: the next file that is opened would get its number, and its text
+        except OSError:  # closed, so the next opened file would get its number and its output
             os.dup2(os.open(os.devnull, os.O_RDWR), descriptor)
             os.set_inheritable(descriptor, True)
     sys.stdout = _make_lasting(sys.stdout, 1)
     sys.stderr = _make_lasting(sys.stderr, 2)
     if any(action == "error" for action, *_ in warnings.filters):
-        warnings.simplefilter("default")  # -W error: other libraries' are shown, not raised
+        warnings.simplefilter("default")  # with -W error, warnings of libraries are shown only
 
 
 def _make_lasting(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A text stream on `descriptor` in the encoding of `stream`; what that lacks (α on an ASCII
-    terminal) is written as its number."""
+    """Return a text stream on `descriptor` in the encoding of `stream`; characters that it lacks (α
+    on an ASCII terminal) are written as escapes."""
     if stream is not None:
         stream.flush()
     return io.TextIOWrapper(
@@ -79,10 +79,10 @@ def _make_lasting(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def check_machine() -> None:
-    """Refuse what no run could work in, and raise the limit of open files where that is low.
+    """Refuse an environment in which no run could work, and raise a low limit of open files.
 
     Raises:
-        MachineError: with what to type.
+        MachineError: says what to type.
     """
     try:
         os.getcwd()
@@ -121,11 +121,11 @@ def _check_limits() -> None:
 
 
 def check_caches() -> None:
-    """Refuse a cache of Hugging Face's `datasets`, through which all rows go, where nothing can be
-    written; by itself that is told as a fault of the rows.
+    """Refuse a cache of Hugging Face's `datasets` that cannot be written. All rows pass through it,
+    and the library would blame the rows.
 
     Raises:
-        MachineError: with what to set.
+        MachineError: says what to set.
     """
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     home = os.environ.get("HF_HOME") or f"{home}/huggingface"
@@ -141,7 +141,7 @@ def check_caches() -> None:
 
 
 def choose_accelerator() -> None:
-    """Tell DeepSpeed which accelerator there is; left alone it searches, and says so.
+    """Set DeepSpeed's accelerator, so that it does not search for one and print messages.
 
     Raises:
         MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none.

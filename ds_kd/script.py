@@ -12,8 +12,10 @@ from ds_kd.process import check_machine
 
 
 def run_script(work: Callable[[], int | None]) -> int:
-    """Run `work` and return the exit code: its own, or that of the `UserError` it ends in, which is
-    printed on standard error by one rank. Every other error is a bug and keeps its traceback.
+    """Run `work`, and return its exit code or that of the `UserError` it raises.
+
+    One rank prints a `UserError` on standard error. Any other error is a bug and keeps its
+    traceback.
     """
     try:
         check_machine()
@@ -33,9 +35,9 @@ def run_script(work: Callable[[], int | None]) -> int:
 
 
 def _name_rank(told: UserError) -> str:
-    """Return the beginning of a message that is this rank's own."""
+    """Return the prefix `rank N: ` for a message of one rank, or an empty text."""
     rank = os.environ.get("RANK", "0")
-    # Before the ranks meet, all those of a machine have read the same config.
+    # Before the ranks meet, all ranks of a machine report the same problems of the config.
     is_on_first = os.environ.get("LOCAL_RANK") == rank
     if told.is_of_config and is_on_first and "torch" not in sys.modules:
         return ""

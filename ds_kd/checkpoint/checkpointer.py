@@ -11,15 +11,15 @@
             adapter/            LoRA weights as peft writes them, if the run trains such
             manifest.json       size and SHA-256 of every file above
         LATEST -> step_0000200          switched after the rename
-        BEST   -> step_0000150          lowest validation loss of those that are there
-        final/                          the newest consolidated student: real files
-        RUNNING                         there while a run has the directory (`run_lock`)
-        PREEMPTED                       there while a run waits to be started again after a signal
+        BEST   -> step_0000150          the checkpoint of the lowest validation loss
+        final/                          the newest consolidated student, as real files
+        RUNNING                         exists while a run uses the directory (`run_lock`)
+        PREEMPTED                       exists while a run that a signal stopped is to go on
 
-The list of what is saved is `Checkpointer.save`: engine (weights, optimizer, LR schedule),
-`TrainState` (from which the position in the data follows) and every rank's RNG. DeepSpeed alone
-would write its `latest` before other ranks have finished, load flipped bytes without a word, and
-start from step 0 when `latest` is missing, so a manifest is written and a whole directory renamed.
+A checkpoint holds the engine (weights, optimizer, LR schedule), `TrainState` (from which the
+position in the data follows) and the RNG of each rank. DeepSpeed alone would write its `latest`
+before other ranks have finished, load flipped bytes without noticing, and start from step 0 if
+`latest` is missing. So a manifest is written, and the whole directory is renamed.
 """
 
 from __future__ import annotations
@@ -61,14 +61,13 @@ from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
 LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
-_BYTES_PER_SECOND = 3e8  # of a disk, hashing included, before a first save has told
+_BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
-    """Return what differs between two fingerprints, by name, a line each.
+    """Return a line for each difference between two fingerprints, by name.
 
-    Model files and labels of which a checkpoint made before they were told says nothing are no
-    difference.
+    Earlier versions saved no identity of model files and labels; its absence is no difference.
     """
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     return {
@@ -84,21 +83,21 @@ class Checkpointer:
 
     Args:
         directory: `checkpoint.checkpoint_dir`.
-        world: ranks; all methods are collective.
-        tokenizer: saved beside the model.
+        world: the ranks; all methods are collective.
+        tokenizer: saved with the model.
         save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
             `false` with none.
-        retention: how many checkpoints stay.
-        fingerprint: what the course of the run depends on, by name; plain values.
-        validation: what the validation loss of given weights depends on, likewise.
-        config_text: the run's YAML, kept beside each checkpoint.
+        retention: the number of checkpoints that are kept.
+        fingerprint: settings that decide the weights of each step, by name, as plain values.
+        config_text: the run's YAML, saved in each checkpoint.
         card: returns the student's model card, given the counters; None writes none.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
-        patience: seconds that the launcher leaves a run after SIGTERM, if it is not patient.
-        say: prints on rank 0.
-        lock: held by this run on rank 0; nothing is published once another run has it.
-        changes: what `resume` found changed in the fingerprint, by name, a line each.
-        validation_changes: what it found changed in `validation`, likewise.
+        patience: seconds between the launcher's SIGTERM and SIGKILL; None if it sends no SIGKILL.
+        say: prints a line on rank 0.
+        lock: this run's lock of the directory, on rank 0; without it nothing is published.
+        changes: the differences that `resume` found in the fingerprint, a line each, by name.
+        validation: settings that decide the validation loss of given weights, like `fingerprint`.
+        validation_changes: the differences in `validation`, like `changes`.
     """
 
     directory: Path
@@ -125,25 +124,25 @@ class Checkpointer:
         validation_loss: float | None = None,
         must: bool = False,
     ) -> Path | None:
-        """Write one checkpoint; when this returns, it is whole and `LATEST` names it.
+        """Write a checkpoint, and return its path once it is whole and `LATEST` names it.
 
-        Where it cannot be written (a full disk, a directory without rights), nothing of it stays,
-        the checkpoints before it do, and None is returned.
+        If it cannot be written (a full disk, a directory without rights), its files are removed,
+        earlier checkpoints stay, and None is returned.
 
         Args:
-            is_last: of the run's steps; such a one is consolidated if any is.
-            validation_loss: of exactly these weights, if known; `keep_best` goes by it.
-            must: raise where it cannot be written, whatever `on_failed_save` says.
+            is_last: whether this is the run's last step, whose checkpoint `final` consolidates.
+            validation_loss: the validation loss of these weights, if known; `keep_best` uses it.
+            must: raise if it cannot be written, even if the run would go on without it.
 
         Raises:
-            CheckpointError: it cannot be written, and the run is to stop then.
+            CheckpointError: it cannot be written, and the run must stop.
         """
         started = time.monotonic()
         try:
             target = self._save(engine, state, is_last, validation_loss)
             self._warn(time.monotonic() - started, "took")
             return target
-        except (OSError, SafetensorError) as error:  # on every rank, see `_raise_everywhere`
+        except (OSError, SafetensorError) as error:  # `_raise_everywhere` raised it on all ranks
             on_rank0(lambda: error_of(lambda: publication.repair(self.directory)), self.world)
             kept = on_rank0(lambda: [p.name for p in steps_in(self.directory)[:1]], self.world)
             message = (
@@ -157,10 +156,10 @@ class Checkpointer:
             return None
 
     def check_room(self, engine: Any) -> None:
-        """Refuse to start where not even one checkpoint has room (a collective).
+        """Refuse to start a run if the disk has no room for one checkpoint (a collective).
 
         Raises:
-            CheckpointError: with what is needed and what there is.
+            CheckpointError: names the bytes that are needed and free.
         """
         needed = self._estimate_bytes(engine, self.save_consolidated != "false")
 
@@ -218,7 +217,7 @@ class Checkpointer:
             (aside / MODEL).mkdir(parents=True)
             _check_free(self.directory, needed)
 
-        # An error on one rank is raised on all of them after each part, so that none waits in vain.
+        # After each part an error of one rank is raised on all ranks, so that none waits in vain.
         on_rank0(prepare, self.world)
         self._raise_everywhere(engine_files.save_engine(engine, aside, ENGINE))
         rng = aside / f"rng_rank{self.world.rank}.pt"
@@ -233,15 +232,15 @@ class Checkpointer:
         return target
 
     def resume(self, engine: Any, state: TrainState) -> Path | None:
-        """Restore the checkpoint that `LATEST` names, or the one that takes its place; None when
-        there is none at all.
+        """Restore the checkpoint that `LATEST` names, or the one that takes its place, and return
+        its path; None if there is no checkpoint.
 
-        What a killed save left undone is done. What has changed since the checkpoint was saved is
-        named and kept in `changes`. Another number of ranks sees the same global batches in the
+        A save that was interrupted is completed. Settings that differ from the checkpoint's are
+        printed and kept in `changes`. Another number of ranks sees the same global batches in the
         same order.
 
         Raises:
-            CheckpointError: checkpoints exist and none is good, or this one holds another model.
+            CheckpointError: no checkpoint is whole, or this one holds another model.
         """
 
         def find() -> Path | None:
@@ -257,11 +256,11 @@ class Checkpointer:
                 )
             return None
 
-        # Shards are cut anew in `scratch` if the number of ranks has changed.
-        scratch = self.directory / ".cut_anew"
+        # For another number of ranks the shards are converted in `scratch`.
+        scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
-        if "validation" in saved:  # else of a checkpoint made before it was told
+        if "validation" in saved:  # earlier versions did not save it
             self.validation_changes = differences(saved["validation"], self.validation)
         if self.world.is_main:
             for line in self.changes.values():
@@ -270,8 +269,8 @@ class Checkpointer:
         return found
 
     def export_final(self, engine: Any) -> None:
-        """Write `final` from a run whose steps are all done, where its last checkpoint came
-        without the student's weights (a collective)."""
+        """Write `final` for a finished run whose last checkpoint lacks the student's weights (a
+        collective)."""
         found = self.newest()
         if self.save_consolidated == "false" or found is None:
             return
@@ -283,12 +282,13 @@ class Checkpointer:
         on_rank0(lambda: publication.swap_final(self.directory), self.world)
 
     def newest(self) -> Path | None:
-        """Return the checkpoint that `LATEST` names, without asking other ranks."""
+        """Return the checkpoint that `LATEST` names, without communication."""
         link = self.directory / LATEST
         return link.resolve() if link.exists() else None
 
     def mark(self, step: int, finished: bool) -> None:
-        """Leave or remove the marker of a run that was stopped before its end."""
+        """Write the marker of a run that was stopped before its end, or remove it if it
+        finished."""
         if not self.world.is_main:
             return
         marker = self.directory / PREEMPTED
@@ -310,7 +310,7 @@ class Checkpointer:
         (aside / STATE).write_text(json.dumps(saved))
         (aside / CONFIG).write_text(self.config_text)
 
-        # All that a student has besides its weights, so that any checkpoint can be exported.
+        # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model
         write_config(model.config, aside / MODEL)
         if getattr(model, "generation_config", None) is not None:
@@ -320,11 +320,11 @@ class Checkpointer:
             (aside / MODEL / CARD).write_text(self.card(state), encoding="utf-8")
 
     def _manifest(self, aside: Path) -> dict[str, Any]:
-        """Return size and hash of every file, whole on rank 0; the ranks share the work."""
+        """Return size and hash of every file; the ranks share the work."""
         mine = manifest.files_of(aside)[self.world.rank :: self.world.size]
         part: dict[str, Any] = {}
 
-        def add_up() -> None:  # where the disk is full, syncing may be what tells
+        def add_up() -> None:  # on a full disk syncing may be the first call that fails
             part.update({str(p.relative_to(aside)): manifest.digest(p) for p in mine})
 
         self._raise_everywhere(error_of(add_up))

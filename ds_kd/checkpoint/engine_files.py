@@ -1,5 +1,7 @@
-"""DeepSpeed's own files in a checkpoint: they are written so that no rank waits in vain when a disk
-is full, read without running code in them, and cut anew for another number of ranks."""
+"""Write, read and reshard DeepSpeed's own files in a checkpoint.
+
+If a disk is full, no rank waits in vain for another; reading runs no code of the files.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,11 @@ from ds_kd.checkpoint.optimizer_settings import apply_settings, settings_of, sta
 from ds_kd.parallel.engines import optimizer_numbers
 
 
-class _NotesErrors:
+class _RecordingWriter:
     """DeepSpeed's writer, which records an error instead of raising it.
 
-    Saving an engine is full of collectives: a rank that left it with an error would leave the
-    others waiting in them.
+    Saving an engine calls many collectives. A rank that left it with an error would leave the
+    others waiting.
     """
 
     def __init__(self, writer: Any):
@@ -38,37 +40,38 @@ class _NotesErrors:
             return
         try:
             self._writer.save(state_dict, path)
-        except (OSError, RuntimeError) as error:  # torch's own where the disk is full
+        except (OSError, RuntimeError) as error:  # torch raises the latter on a full disk
             self.error = error
 
 
 def save_engine(engine: Any, directory: Path, tag: str) -> Exception | None:
-    """Write the engine's weights, optimizer and schedule below `directory/tag` (a collective);
-    frozen weights stay where they came from.
+    """Write the engine's weights, optimizer and schedule into `directory/tag` (a collective).
+    Frozen weights are not written.
 
     Returns:
-        What went wrong on this rank.
+        The error of this rank, or None.
     """
     _pickle_stage_by_value()
     plain = engine.checkpoint_engine
-    engine.checkpoint_engine = noting = _NotesErrors(plain)
+    engine.checkpoint_engine = recording = _RecordingWriter(plain)
     try:
         engine.save_checkpoint(
             str(directory), tag=tag, save_latest=False, exclude_frozen_parameters=_is_frozen(engine)
         )
     finally:
         engine.checkpoint_engine = plain
-    return noting.error
+    return recording.error
 
 
 def load_engine(engine: Any, directory: Path, tag: str) -> bool:
-    """Load what `save_engine` wrote, on the same number of ranks; False where there is nothing.
+    """Load the files of `save_engine` on the same number of ranks, and return whether there are
+    any.
 
-    Weights and the optimizer's states are the checkpoint's. The optimizer's settings and its
-    schedule stay those of the present run, at the step that the checkpoint has come to.
+    Weights and optimizer states are loaded. The settings of the optimizer and its schedule stay
+    those of this run, at the checkpoint's step.
 
     Raises:
-        CheckpointError: the states are those of another optimizer.
+        CheckpointError: the states belong to another optimizer.
         RuntimeError: the files belong to another model.
     """
     optimizer = engine.optimizer.optimizer
@@ -83,7 +86,7 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
                 load_module_strict=not _is_frozen(engine),
                 load_lr_scheduler_states=False,
             )
-    except KeyError as error:  # torch's optimizers, of a state that they look for
+    except KeyError as error:  # torch's optimizers raise it for a missing state
         raise _of_another(optimizer, directory, str(error.args[0])) from error
     if loaded is None:
         return False
@@ -106,8 +109,11 @@ def _of_another(optimizer: torch.optim.Optimizer, directory: Path, missing: str)
 
 
 def complete_states(optimizer: torch.optim.Optimizer) -> None:
-    """Complete loaded states that another class of Adam may have saved (offload switched on or
-    off): torch replaces a group whole, and DeepSpeed's counts steps in a plain number."""
+    """Complete loaded states that another class of Adam saved, as after offload was switched on or
+    off.
+
+    torch replaces whole parameter groups, and DeepSpeed's CPU Adam counts steps in a plain number.
+    """
     for group in optimizer.param_groups:
         for name, value in optimizer.defaults.items():
             group.setdefault(name, value)
@@ -116,23 +122,23 @@ def complete_states(optimizer: torch.optim.Optimizer) -> None:
         if is_host_adam:
             state["step"] = int(state["step"])
         elif isinstance(state.get("step"), torch.Tensor):
-            # A universal checkpoint gives all parts one counter, which each of them would advance.
+            # After a universal checkpoint all parts share one counter, which each would advance.
             state["step"] = state["step"].clone()
 
 
-def states_not_cut(engine: Any) -> list[str]:
-    """Return which of the optimizer's states `cut_anew` would lose."""
+def find_lost_states(engine: Any) -> list[str]:
+    """Return the names of the optimizer's states that `reshard` would lose."""
     return sorted(states_of(engine.optimizer.optimizer) - {"exp_avg", "exp_avg_sq"})
 
 
-def cut_anew(directory: Path, tag: str, out: Path) -> None:
-    """Write `directory/tag` as DeepSpeed's universal checkpoint, which any number of ranks reads
-    (one rank, no collective)."""
+def reshard(directory: Path, tag: str, out: Path) -> None:
+    """Write `directory/tag` as DeepSpeed's universal checkpoint, which any number of ranks can
+    read. Call it on one rank."""
     from deepspeed.checkpoint import ds_to_universal
 
     _pickle_stage_by_value()
 
-    # DeepSpeed's script prints progress bars; its errors are raised.
+    # DeepSpeed's script prints progress bars; its errors are exceptions.
     silence = io.StringIO()
     with (
         trust_pickles(),
@@ -152,8 +158,8 @@ def cut_anew(directory: Path, tag: str, out: Path) -> None:
         )
 
 
-def load_cut_anew(engine: Any, out: Path, tag: str) -> bool:
-    """Load the files that `cut_anew` wrote, as `load_engine` does."""
+def load_resharded(engine: Any, out: Path, tag: str) -> bool:
+    """Load the files of `reshard`, as `load_engine` does."""
     config = engine._config
     before = config.load_universal_checkpoint
     config.load_universal_checkpoint = True
@@ -169,8 +175,8 @@ def _is_frozen(engine: Any) -> bool:
 
 
 def state_bytes(engine: Any) -> int:
-    """Return the bytes that a ZeRO-3 engine keeps on this rank between steps: shards of weights and
-    whole ones, fp32 weights, optimizer states and gradients."""
+    """Return the bytes that a ZeRO-3 engine keeps on this rank between steps: sharded and whole
+    weights, fp32 weights, optimizer states and gradients."""
     parameters = [*engine.module.parameters()]
     tensors = [p.ds_tensor for p in parameters]
     tensors += [p.data for p in parameters if p.data.numel() == p.ds_numel]
@@ -181,7 +187,7 @@ def state_bytes(engine: Any) -> int:
 
 def written_bytes(engine: Any) -> int:
     """Return the bytes that this rank writes into a checkpoint: fp32 weights and optimizer states,
-    which are counted before the first step too, when they do not exist yet."""
+    which before the first step are estimated."""
     trained = _find_trained_tensors(engine)
     optimizer = engine.optimizer.optimizer
     if optimizer.state:
@@ -204,10 +210,10 @@ def _bytes_of(tensors: list[torch.Tensor]) -> int:
 
 
 def _pickle_stage_by_value() -> None:
-    """Have DeepSpeed's one stored enum pickled as `ZeroStageEnum(3)` by every Python.
+    """Make every Python pickle the one enum that DeepSpeed stores as `ZeroStageEnum(3)`.
 
-    Early releases of Python 3.11, Debian 12's among them, write `getattr(ZeroStageEnum, "weights")`
-    instead, and `getattr` is nothing that a reader should allow.
+    Early releases of Python 3.11, Debian 12's among them, write `getattr(ZeroStageEnum,
+    "weights")`, and a safe reader must not allow `getattr`.
     """
     from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -216,10 +222,10 @@ def _pickle_stage_by_value() -> None:
 
 @contextlib.contextmanager
 def trust_pickles() -> Iterator[None]:
-    """Let DeepSpeed read its own files with `weights_only=True`, the two classes it stores allowed.
+    """Make DeepSpeed read its own files with `weights_only=True`, and allow the two classes in
+    them.
 
-    DeepSpeed calls `torch.load(weights_only=False)` everywhere; torch's environment switch
-    overrules it.
+    DeepSpeed calls `torch.load(weights_only=False)`; an environment variable of torch overrides it.
     """
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum

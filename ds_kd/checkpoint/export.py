@@ -33,15 +33,15 @@ _PREFIX = "model."  # models.Student holds the HF model as `.model`
 
 
 def export_student(engine: Any, directory: Path, world: World) -> None:
-    """Write the engine's student as Hugging Face safetensors, parameter by parameter (a
+    """Write the engine's student as Hugging Face safetensors, one parameter at a time (a
     collective).
 
-    Weights get the names of the files the model came from. Rank 0 holds one shard and one layer
-    above its training memory. Tied weights are written once; transformers ties them on loading.
+    Weights get the names of the original files. Rank 0 needs memory for one shard and one layer in
+    addition to training. Tied weights are written once, as transformers ties them on loading.
     Adapters are merged.
 
     Raises:
-        OSError, SafetensorError: on every rank, where rank 0 cannot write.
+        OSError, SafetensorError: rank 0 cannot write; raised on every rank.
     """
     model = engine.module.model
     writer = ShardWriter(directory) if world.is_main else None
@@ -50,7 +50,7 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
     error = None
     for name, parameters, value in lora.plain_weights(model):
         with gather(parameters):
-            # After an error too, every rank gathers to the end.
+            # After an error every rank still takes part in the remaining collectives.
             if names is not None and error is None:
                 copied = value().to("cpu", copy=True)
                 error = error_of(functools.partial(names.add, name, copied))
@@ -69,10 +69,10 @@ def export_student(engine: Any, directory: Path, world: World) -> None:
 
 
 def export_adapter(engine: Any, directory: Path, world: World) -> None:
-    """Write the engine's adapter in peft's format (a collective); rank 0 holds all of it.
+    """Write the engine's adapter in peft's format (a collective); rank 0 holds it whole.
 
     Raises:
-        OSError, SafetensorError: on every rank, where rank 0 cannot write.
+        OSError, SafetensorError: rank 0 cannot write; raised on every rank.
     """
     model = engine.module.model
     parameters = lora.adapter_parameters(model)
@@ -82,7 +82,7 @@ def export_adapter(engine: Any, directory: Path, world: World) -> None:
 
 
 class ExportError(UserError):
-    """A path that cannot be exported, or exported to; the message says why."""
+    """A checkpoint cannot be exported, or the output cannot be written; the message says why."""
 
     exit_code = 2
 
@@ -91,7 +91,7 @@ def export_to(checkpoint: Path, out: Path) -> None:
     """Write a saved checkpoint's student at `out`, which appears whole or not at all.
 
     Raises:
-        ExportError: not a whole checkpoint, or `out` is there or cannot be written.
+        ExportError: the checkpoint is not whole, or `out` exists or cannot be written.
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists; remove it or give another name")
@@ -109,15 +109,14 @@ def export_to(checkpoint: Path, out: Path) -> None:
 
 
 def export_checkpoint(checkpoint: Path, out: Path) -> None:
-    """Write a saved checkpoint's student as a Hugging Face model, without a job or a GPU.
+    """Write a saved checkpoint's student as a Hugging Face model, without ranks or a GPU.
 
-    The weights are DeepSpeed's fp32 master copies in the model's own dtype. A checkpoint that holds
-    an adapter gives the merged model, and the adapter beside it in `out/adapter`.
+    The weights are DeepSpeed's fp32 copies in the dtype of the model. From a checkpoint with an
+    adapter the merged model is written, and the adapter into `out/adapter`.
 
     Raises:
-        CheckpointError: not a checkpoint of ds_kd, damaged, or of an adapter whose model is gone.
+        CheckpointError: it is no whole checkpoint of ds_kd, or the model of its adapter is missing.
     """
-
     if not (checkpoint / MANIFEST).is_file():
         raise CheckpointError(
             f"{checkpoint}: no {MANIFEST} here; give a step_… directory or LATEST inside "

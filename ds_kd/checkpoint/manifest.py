@@ -1,4 +1,5 @@
-"""The manifest of a checkpoint: size and hash of every file; and links that switch atomically."""
+"""Write and verify a checkpoint's manifest (size and hash of every file), and switch links
+atomically."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from ds_kd.errors import UserError
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
 STATE, CONFIG, CARD = "state.json", "config.yaml", "README.md"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
-#: Of torch and safetensors, besides the system's own, where a disk is full.
+#: Errors of the system, torch and safetensors on a full disk.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
@@ -25,8 +26,7 @@ class CheckpointError(UserError):
 
 
 def error_of(function: Callable[[], Any]) -> Exception | None:
-    """Return the error of a function that writes a file, or None. On a full disk safetensors and
-    torch raise errors of their own."""
+    """Call a function that writes files, and return its error, or None."""
     try:
         function()
     except WRITE_ERRORS as error:
@@ -54,10 +54,10 @@ def write(directory: Path, files: dict[str, Any]) -> None:
 
 
 def read_files_of(checkpoint: Path) -> dict[str, Any]:
-    """Return size and hash of every file, as the manifest has them.
+    """Return size and hash of every file according to the manifest.
 
     Raises:
-        CheckpointError: there is none, or it cannot be read.
+        CheckpointError: the manifest is missing or unreadable.
     """
     try:
         return json.loads((checkpoint / MANIFEST).read_text())["files"]

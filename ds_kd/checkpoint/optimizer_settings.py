@@ -1,5 +1,4 @@
-"""An optimizer's settings and states: what a resumed run takes from its YAML, and what it
-must find."""
+"""Apply a run's optimizer settings to loaded states, and name the states that must be there."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ from typing import Any
 
 import torch
 
-#: Which kernel computes: no matter of the result, and loaded states lie where theirs wants them.
+#: Settings that choose kernels, which do not change results.
 _KERNELS = {"fused", "foreach", "capturable", "differentiable"}
 
 
@@ -25,14 +24,14 @@ def apply_settings(
     scheduler: Any | None,
     steps: int,
 ) -> None:
-    """Give a loaded optimizer the hyper-parameters of the present run, and the learning rate that
-    its schedule has for the coming step.
+    """Give a loaded optimizer the hyper-parameters of this run, and the schedule's learning rate
+    for the next step.
 
     Args:
-        optimizer: loaded, with the settings of the run that saved it.
-        settings: from `settings_of`, before it was loaded.
-        scheduler: the present run's `LambdaLR`, if any.
-        steps: optimizer steps that have been applied.
+        optimizer: the loaded optimizer, with the settings of the run that saved it.
+        settings: the result of `settings_of` before loading.
+        scheduler: this run's `LambdaLR`, if any.
+        steps: number of optimizer steps that were applied.
     """
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         group.update(wanted)
@@ -47,9 +46,9 @@ def apply_settings(
 
 
 def states_of(optimizer: torch.optim.Optimizer) -> set[str]:
-    """Return the names of the tensors that this optimizer cannot go on without."""
+    """Return the names of the state tensors that an optimizer needs to resume."""
     always = {
-        "SGD": set[str](),  # makes its momentum when it is missing
+        "SGD": set[str](),  # it creates a missing momentum
         "NAdam": {"exp_avg", "exp_avg_sq", "mu_product"},
         "Adamax": {"exp_avg", "exp_inf"},
         "RMSprop": {"square_avg"},

@@ -1,14 +1,15 @@
-"""Publish a finished checkpoint as the newest one, and repair what a killed run left.
+"""Publish a finished checkpoint as the newest one, and repair a directory that a killed run left.
 
-`publish` is a row of single steps, each of which leaves a directory that a reader understands:
+`publish` takes single steps, and the directory is valid after each of them:
 
     .saving.step_N → step_N     the checkpoint is there
     LATEST → step_N             a started run goes on from it
     final                       its student, for transformers
     BEST, retention
 
-Killed before `LATEST`, a run goes on from the one before and makes the same checkpoint again;
-killed after, `repair` and `complete` do what was left. Both may be called at any time.
+A run that is killed before `LATEST` is switched resumes from the checkpoint before and makes this
+one again. After that, `repair` and `complete` do the remaining steps. Both may be called at any
+time.
 """
 
 from __future__ import annotations
@@ -21,18 +22,19 @@ from pathlib import Path
 
 from ds_kd.checkpoint import manifest
 from ds_kd.checkpoint.manifest import BEST, CARD, FINAL, LATEST, MODEL, CheckpointError
-from ds_kd.checkpoint.retention import Retention, best_in, leftovers_in, prune, superfluous
+from ds_kd.checkpoint.retention import Retention, best_in, find_superfluous, leftovers_in, prune
 
 FRESH_FINAL, _OLD_FINAL, _REPLACED = ".final.new", ".final.old", ".replaced."
 
 
 def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], None]) -> None:
-    """Make `aside`, whose manifest is written, the checkpoint `target` and the newest one.
+    """Rename `aside`, whose manifest is written, to the checkpoint `target`, and make it the newest
+    one.
 
-    What an earlier course of the run left at `target` is replaced.
+    A checkpoint that is already at `target` is replaced.
 
     Raises:
-        OSError: it cannot be done; `repair` brings the directory in order.
+        OSError: a step failed; `repair` restores the directory.
     """
     directory = target.parent
     replaced = directory / f"{_REPLACED}{target.name}"
@@ -53,7 +55,7 @@ def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], Non
 
 
 def complete(checkpoint: Path, directory: Path) -> None:
-    """Have `LATEST`, `final` and `BEST` say what follows from `checkpoint` being the newest."""
+    """Make `LATEST`, `final` and `BEST` agree with `checkpoint` as the newest one."""
     if (directory / LATEST).resolve() != checkpoint.resolve():
         manifest.switch_link(directory / LATEST, checkpoint.name)
     if holds_student(checkpoint) and not _is_student_of(directory / FINAL, checkpoint):
@@ -62,18 +64,19 @@ def complete(checkpoint: Path, directory: Path) -> None:
 
 
 def retain(directory: Path, keep: Retention) -> None:
-    """Remove the checkpoints that need not stay, `BEST` never naming one of them."""
-    doomed = superfluous(directory, keep)
+    """Remove the checkpoints that are not kept, after `BEST` no longer names one of them."""
+    doomed = find_superfluous(directory, keep)
     _point_best(directory, {*doomed})
     for checkpoint in doomed:
         prune(checkpoint)
 
 
 def repair(directory: Path) -> None:
-    """Undo or end what a killed run was in the middle of; what it was writing is thrown away.
+    """Undo or complete the interrupted step of a killed run; a checkpoint that was being written is
+    removed.
 
     Raises:
-        CheckpointError: `LATEST` or `BEST` is something else than a symbolic link.
+        CheckpointError: `LATEST` or `BEST` is not a symbolic link.
     """
     for name in (LATEST, BEST):
         link = directory / name
@@ -93,12 +96,12 @@ def repair(directory: Path) -> None:
 
 
 def holds_student(checkpoint: Path) -> bool:
-    """Return whether a checkpoint has its student's weights for transformers."""
+    """Return whether a checkpoint holds the student's consolidated weights."""
     return any((checkpoint / MODEL).glob("*.safetensors"))
 
 
 def swap_final(directory: Path) -> None:
-    """Put the whole student that lies aside at `final`, in place of what is there."""
+    """Replace `final` by the student that was written to `FRESH_FINAL`."""
     final, fresh, old = (directory / name for name in (FINAL, FRESH_FINAL, _OLD_FINAL))
     manifest.fsync(fresh)
     if os.path.lexists(final):
@@ -110,13 +113,13 @@ def swap_final(directory: Path) -> None:
 
 
 def copy_small_files(checkpoint: Path, out: Path) -> None:
-    """Copy what a student has besides weights (configuration, tokenizer) into a new `out`."""
+    """Copy the student's configuration and tokenizer into a new directory `out`."""
     remove(out)
     shutil.copytree(checkpoint / MODEL, out, ignore=shutil.ignore_patterns("*.safetensors"))
 
 
 def remove(path: Path) -> None:
-    """Remove whatever stands there; of a symbolic link, the link."""
+    """Remove a file, a directory or a symbolic link itself, if there is one."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -125,7 +128,7 @@ def remove(path: Path) -> None:
 
 def _put_final(checkpoint: Path, directory: Path) -> None:
     out = directory / FRESH_FINAL
-    # Small files are edited in place, and an edit must not reach the checkpoint: no links to them.
+    # Users edit the small files in place, so they are copied and not linked to the checkpoint's.
     copy_small_files(checkpoint, out)
     for source in (checkpoint / MODEL).glob("*.safetensors"):
         try:

@@ -21,18 +21,18 @@ from ds_kd.parallel.world import World, barrier, on_rank0
 def find(directory: Path, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that `LATEST` names, if it is whole.
 
-    A damaged one is set aside, and the newest whole one before it takes its place; then those
-    after it. Without `LATEST` it is the newest whole one. None where there is none at all.
+    A damaged one is set aside, and the newest whole one before it takes its place, or else one
+    after it. Without `LATEST` the newest whole one is returned, and None if there is no checkpoint.
 
     Raises:
-        CheckpointError: checkpoints exist and none is whole, or `LATEST` names something else that
-            is no whole checkpoint.
+        CheckpointError: no checkpoint is whole, or `LATEST` names something outside this directory
+            that is not a whole checkpoint.
     """
     named, known = _read_latest(directory), steps_in(directory)
     if named is not None and named not in known:
         return _whole_elsewhere(directory, named)
 
-    # Older checkpoints are tried first: a user who points LATEST back gives up the newer ones.
+    # Older checkpoints are tried first, as a user who points LATEST back abandons the newer ones.
     newer = known[: known.index(named)] if named is not None else []
     for checkpoint in [*known[len(newer) :], *newer]:
         try:
@@ -57,7 +57,8 @@ def find(directory: Path, say: Callable[[str], None]) -> Path | None:
 
 
 def _read_latest(directory: Path) -> Path | None:
-    """Return the path that `LATEST` names, or None; one of this directory by its path here."""
+    """Return the path that `LATEST` names, or None; a checkpoint of this directory gets its path
+    inside it."""
     link = directory / LATEST
     if not link.exists():
         return None
@@ -87,20 +88,20 @@ def load(
     """Read a checkpoint into the engine, `state` and this rank's generators (a collective).
 
     Args:
-        scratch: a directory to write, where the number of ranks is another.
+        scratch: a temporary directory for a checkpoint of another number of ranks.
 
     Returns:
-        What `state.json` says.
+        The content of `state.json`.
 
     Raises:
-        CheckpointError: it holds another model, or cannot be cut for so many ranks.
+        CheckpointError: it holds another model, or cannot be resharded for this number of ranks.
     """
     saved = json.loads((found / STATE).read_text())
     try:
         if saved["world_size"] == world.size:
             loaded = engine_files.load_engine(engine, found, ENGINE)
         else:
-            loaded = _load_cut_anew(engine, found, saved["world_size"], scratch, world, say)
+            loaded = _load_resharded(engine, found, saved["world_size"], scratch, world, say)
     except RuntimeError as error:
         raise CheckpointError(
             f"{found} does not fit this model ({first_line(error)}); give "
@@ -110,28 +111,30 @@ def load(
         raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
     state.load_state_dict(saved["train_state"])
     rng = found / f"rng_rank{world.rank}.pt"
-    if rng.is_file():  # a rank more than there were draws from its own seed
+    if rng.is_file():  # a rank beyond the saved number keeps its own seed
         set_rng_state(torch.load(rng, weights_only=True))
     return saved
 
 
-def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any) -> bool:
+def _load_resharded(
+    engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any
+) -> bool:
     """Load a checkpoint of another number of ranks (a collective)."""
-    if lost := engine_files.states_not_cut(engine):
+    if lost := engine_files.find_lost_states(engine):
         raise CheckpointError(
             f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
-            f"cannot be cut for another number; start {ranks} again"
+            f"cannot be resharded for another number; start {ranks} again"
         )
     if world.is_main:
         say(
-            f"{found.name} was saved by {ranks} ranks and is cut anew for {world.size}: "
-            f"the same batches in the same order, rounded otherwise"
+            f"{found.name} was saved by {ranks} ranks and is resharded for {world.size}: the "
+            f"batches and their order stay, sums are rounded differently"
         )
 
     def cut() -> None:
         shutil.rmtree(out, ignore_errors=True)
         try:
-            engine_files.cut_anew(found, ENGINE, out)
+            engine_files.reshard(found, ENGINE, out)
         except KeyError:
             raise CheckpointError(
                 f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
@@ -141,7 +144,7 @@ def _load_cut_anew(engine: Any, found: Path, ranks: int, out: Path, world: World
     # The copy is removed only after every rank has read it.
     try:
         on_rank0(cut, world)
-        return engine_files.load_cut_anew(engine, out, ENGINE)
+        return engine_files.load_resharded(engine, out, ENGINE)
     finally:
         barrier(world)
         on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), world)

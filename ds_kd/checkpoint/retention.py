@@ -1,8 +1,7 @@
-"""List the checkpoints of a directory, and decide which of them stay.
+"""List the checkpoints of a directory, and decide which of them are kept.
 
-A checkpoint is a real directory called `step_` and its number, as `step_name` writes it. Whatever
-else lies beside them, `step_0000004.keep` or a symbolic link of that name, belongs to somebody and
-is left alone.
+A checkpoint is a real directory with a name from `step_name`. Anything else, such as
+`step_0000004.keep` or a symbolic link, belongs to the user and is never removed.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ from pathlib import Path
 
 from ds_kd.checkpoint.manifest import LATEST, STATE, fsync
 
-_OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.cut_anew|\.final\.(new|old)")
+_OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.resharded|\.final\.(new|old)")
 _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")
 
 
 @dataclass(frozen=True)
 class Retention:
-    """The numbers of checkpoints that stay.
+    """The numbers of checkpoints that are kept.
 
     Args:
-        last: the newest ones; None keeps all.
-        best: those of the lowest validation loss, besides.
+        last: number of the newest; None keeps all.
+        best: number of those with the lowest validation loss, in addition.
     """
 
     last: int | None = None
@@ -37,7 +36,7 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int | None:
-    """Return the step that a path's name stands for; None for any other name."""
+    """Return the step in the name of a checkpoint's path, or None for another name."""
     found = re.fullmatch(r"step_(\d{7,})", path.name)
     step = int(found[1]) if found else -1
     return step if path.name == step_name(step) else None
@@ -66,16 +65,16 @@ def set_aside(checkpoint: Path) -> Path:
 
 
 def leftovers_in(directory: Path) -> list[Path]:
-    """Return what a run killed between two file operations leaves under names of its own."""
+    """Return the working files and directories that a killed run has left."""
     return [p for p in directory.glob(".*") if _OURS.fullmatch(p.name) and _is_real(p)]
 
 
 def best_in(directory: Path) -> list[Path]:
-    """Return the checkpoints whose validation loss is known, the lowest first.
+    """Return the checkpoints whose validation loss is known, the lowest loss first.
 
-    Losses over other validation data or with another `kd_ratio` are of another scale: only those
-    are compared that were measured as the newest one up to `LATEST` was. A checkpoint that does
-    not tell how it was measured is compared with all.
+    Losses over other validation data or with another `kd_ratio` have another scale. Only those are
+    compared that were measured as the newest checkpoint up to `LATEST` was, and those that do not
+    say how they were measured.
     """
     told = {path: _read_validation(path) for path in steps_in(directory)}
     known = {path: each for path, each in told.items() if each is not None}
@@ -88,8 +87,8 @@ def best_in(directory: Path) -> list[Path]:
 
 
 def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
-    """Return the validation loss of a checkpoint's weights and what it was measured with; None
-    where they were not validated."""
+    """Return the validation loss of a checkpoint and the settings it was measured with, or None if
+    it was not validated."""
     try:
         saved = json.loads((checkpoint / STATE).read_text())
     except (OSError, ValueError):
@@ -98,11 +97,11 @@ def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
     return None if loss is None else (loss, saved.get("validation"))
 
 
-def superfluous(directory: Path, keep: Retention) -> list[Path]:
-    """Return the checkpoints that need not stay.
+def find_superfluous(directory: Path, keep: Retention) -> list[Path]:
+    """Return the checkpoints that are not kept.
 
-    Those after `LATEST` are of a course that its user gave up by pointing it back: they are
-    neither counted nor named here, and stay until the run comes to their step again.
+    A user who points `LATEST` back abandons the checkpoints after it. They are neither counted nor
+    returned, and stay until the run reaches their steps again.
     """
     if keep.last is None:
         return []
@@ -114,7 +113,7 @@ def superfluous(directory: Path, keep: Retention) -> list[Path]:
 
 
 def prune(checkpoint: Path) -> None:
-    """Remove a checkpoint; one that is half gone has lost its name."""
+    """Remove a checkpoint; it is renamed first, so that no partial one has a checkpoint's name."""
     aside = checkpoint.with_name(f".pruned.{checkpoint.name}")
     checkpoint.rename(aside)
     fsync(aside.parent)

@@ -1,10 +1,10 @@
-"""One run per checkpoint directory: a file says which process has it.
+"""Lock a checkpoint directory for one run, by a file that names the process.
 
-The file appears whole and at one stroke (a hard link), and its holder refreshes its time of change
-every few seconds. On one machine the process's own existence tells whether a holder lives, so that
-a killed run's successor starts at once. A holder on another machine is watched: it lives if the
-time of change moves on, and is gone after `STALE_SECONDS` without. Times are compared with that of
-a file written just now, by the file system's clock and nobody else's.
+The file is created atomically (by a hard link), and its holder refreshes its time of change every
+few seconds. A holder on the same machine is alive if its process exists, so a run can start
+directly after another was killed. A holder on another machine is alive if the time of change
+advances, and is taken for dead after `STALE_SECONDS`. Times are compared with that of a file
+written just now, so that only the clock of the file system counts.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from typing import Any
 NAME = "RUNNING"
 HEARTBEAT_SECONDS = 6.0
 STALE_SECONDS = 10 * HEARTBEAT_SECONDS
-_PF_EXITING = 0x4  # of the kernel's flags of a process
+_PF_EXITING = 0x4  # one of the kernel's flags of a process
 
 
 class DirectoryInUse(ValueError):
-    """Another run has the directory; the message names its host and process."""
+    """Another run uses the directory; the message names its host and process."""
 
 
 class RunLock:
-    """The right to write into a checkpoint directory, from `take` to `release`.
+    """An exclusive lock of a checkpoint directory, from `take` to `release`.
 
     Args:
-        directory: an existing one.
-        heartbeat: seconds between two signs of life.
-        stale: seconds without one, after which a holder on another machine is taken for dead.
+        directory: an existing directory.
+        heartbeat: seconds between two refreshes of the file.
+        stale: seconds without a refresh after which a holder on another machine is taken for dead.
     """
 
     def __init__(
@@ -53,13 +53,14 @@ class RunLock:
         self._thread: threading.Thread | None = None
 
     def take(self) -> None:
-        """Become the directory's only run, or wait until it is known whether another lives.
+        """Take the lock; if another machine holds it, wait until its holder refreshes it or is
+        stale.
 
         Raises:
-            DirectoryInUse: it does.
-            OSError: nothing can be written here.
+            DirectoryInUse: another run is alive.
+            OSError: the directory cannot be written.
         """
-        seen: float | None = None  # when the holder on another machine last gave a sign
+        seen: float | None = None  # time of change of the file of a holder on another machine
         while True:
             with _one_at_a_time(self.path):
                 holder = _read(self.path)
@@ -67,7 +68,7 @@ class RunLock:
                     self.path.unlink(missing_ok=True)
                     if self._create():
                         break
-                    continue  # a file system without locks, and somebody was quicker
+                    continue  # on a file system without locks another run was faster
             if _is_here(holder) or (seen is not None and holder["beat"] != seen):
                 raise DirectoryInUse(_refusal(holder))
             seen = holder["beat"]
@@ -76,29 +77,29 @@ class RunLock:
         self._thread.start()
 
     def check(self) -> None:
-        """Raise where the directory was taken by another run meanwhile, as happens to one that
-        stood still for longer than `stale`.
+        """Check that this run still has the lock, which it loses if it stands still for `stale`
+        seconds.
 
         Raises:
-            DirectoryInUse: with that run's host and process.
+            DirectoryInUse: another run has it; names its host and process.
         """
         holder = _read(self.path)
         if holder is not None and holder.get("token") != self._token:
             raise DirectoryInUse(_refusal(holder))
 
     def release(self) -> None:
-        """Leave the directory to others; nothing happens where it was never taken."""
+        """Release the lock, if it was taken."""
         if self._thread is None:
             return
         self._over.set()
         self._thread.join()
         self._thread = None
-        with contextlib.suppress(OSError):  # the run's own error, if any, says more
+        with contextlib.suppress(OSError):  # an error here must not hide the run's own
             if self._is_ours():
                 self.path.unlink()
 
     def _create(self) -> bool:
-        """Put our file there, whole; False if there is one."""
+        """Create the lock file atomically, and return False if there is one."""
         aside = self.path.with_name(f".{NAME}.{self._token}")
         aside.write_text(json.dumps({"token": self._token, **_this_process()}))
         try:
@@ -122,7 +123,7 @@ class RunLock:
         return self._now() - holder["beat"] > self.stale
 
     def _now(self) -> float:
-        """The file system's time."""
+        """Return the present time of the file system's clock."""
         probe = self.path.with_name(f".{NAME}.{self._token}")
         probe.write_text("")
         try:
@@ -136,15 +137,15 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._over.wait(self.heartbeat):
-            with contextlib.suppress(OSError):  # a file system that is away for a while
+            with contextlib.suppress(OSError):  # a network file system may be away for a while
                 if self._is_ours():
                     os.utime(self.path)
 
 
 @contextlib.contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
-    """Keep two starting runs from judging one stale file at the same moment, where the file system
-    has locks; they end with the process that holds them."""
+    """Keep two starting runs from examining one stale file at the same time, if the file system has
+    locks. A lock ends with its process."""
     guard = os.open(path.with_name(f".{NAME}.guard"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     try:
         with contextlib.suppress(OSError):
@@ -157,7 +158,7 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a lock file and its time of change (`beat`), or None without one."""
     try:
-        with path.open() as file:  # opening it asks a network file system for its present state
+        with path.open() as file:  # opening makes a network file system refresh the file's state
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
@@ -192,7 +193,7 @@ def _read_start(pid: int) -> int | None:
     """Return the start of a process in the kernel's ticks, or None for one that has ended or is
     ending."""
     try:
-        # The name in brackets may hold anything.
+        # The process's name, in brackets, may hold any character.
         words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,4 +1,4 @@
-"""Hugging Face's safetensors shards, written a tensor at a time."""
+"""Write Hugging Face's safetensors shards, one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ class ShardWriter:
     """Writes tensors one at a time into Hugging Face safetensors shards, holding at most one shard.
 
     Args:
-        directory: where `model.safetensors`, or `model-0000i-of-0000n.safetensors` and its index,
-            go.
-        shard_bytes: a shard is closed before it would grow beyond this.
+        directory: takes `model.safetensors`, or `model-0000i-of-0000n.safetensors` and the index.
+        shard_bytes: largest size of a shard of several tensors.
     """
 
     def __init__(self, directory: Path, shard_bytes: int = _SHARD_BYTES):

@@ -18,11 +18,11 @@ class TrainState:
         step: optimizer steps done.
         tokens: real (unpadded) tokens seen, all ranks.
         labels: supervised tokens seen, all ranks.
-        skipped: steps left out, as their loss or gradient was not finite.
+        skipped: steps that were skipped, as their loss or gradient was not finite.
         validated: step of the last validation; -1 before the first.
-        lowest_loss: of all validations.
+        lowest_loss: lowest validation loss.
+        not_lower: number of validations since the lowest loss.
         evaluated: step of the last evaluation; -1 before the first.
-        not_lower: validations in a row that have not lowered it.
     """
 
     step: int = 0
@@ -41,17 +41,16 @@ class TrainState:
         self.tokens += tokens
 
     def note_validation(self, loss: float) -> None:
-        """Note the loss of a validation after the present step."""
+        """Record the loss of a validation after the present step."""
         self.validated = self.step
-        # A lowest loss that is not a number is beaten by any number.
+        # Any number is lower than a lowest loss that is not a number.
         if math.isfinite(loss) and (self.lowest_loss is None or not loss >= self.lowest_loss):
             self.lowest_loss, self.not_lower = loss, 0
         else:
             self.not_lower += 1
 
     def forget_validations(self) -> None:
-        """Forget what the losses of the validations so far were, as those to come are not to be
-        compared with them."""
+        """Discard the lowest loss, if later losses cannot be compared with it."""
         self.lowest_loss, self.not_lower = None, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -63,15 +62,15 @@ class TrainState:
 
 
 def seed_rank(seed: int, rank: int, ranked: bool) -> None:
-    """Seed Python's and torch's generators; with `ranked` each rank draws its own dropout masks."""
+    """Seed Python's and torch's generators; with `ranked` each rank has its own dropout masks."""
     value = seed + rank if ranked else seed
     random.seed(value)
     torch.manual_seed(value)
 
 
 def rng_state() -> dict[str, Any]:
-    """Every generator of this rank, as tensors and plain numbers (loadable with
-    `weights_only=True`)."""
+    """Return the state of this rank's generators as tensors and plain numbers, which
+    `weights_only=True` can load."""
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
@@ -83,7 +82,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Undo `rng_state`; a CUDA state is left out on a machine without CUDA."""
+    """Restore a state of `rng_state`; the CUDA state is ignored on a machine without CUDA."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     torch.set_rng_state(state["torch"])

@@ -173,7 +173,7 @@ def find_wrong_arguments(
     given: tuple[str, ...] = (),
     also: tuple[str, ...] = (),
 ) -> list[str]:
-    """Return what is wrong with a component's arguments, one line each.
+    """Return the problems of a component's arguments, one line each.
 
     Args:
         annotations: argument → its annotation, an object or text.

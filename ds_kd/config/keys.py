@@ -1,7 +1,7 @@
 """The keys of the YAML and the kinds of value that they hold.
 
 A key is a field of a dataclass in `ds_kd.config.schema` or `sections`. Its annotation names its
-kind. A kind converts a value to its own type, and describes what it takes in words and as JSON
+kind. A kind converts a value to its own type, and describes its values in words and as JSON
 Schema. A new kind is one entry in this file.
 """
 
@@ -258,7 +258,7 @@ class ComponentRules:
         words: keys of the section that ds_kd takes, with the words that each may be.
         kwargs: the arguments if the section is absent; None leaves the component out.
         required: whether the section must be there.
-        may_be_named: whether there may be several, each under a name of its own.
+        may_be_named: whether the section may hold several components by name.
         example: an example of the section, for messages.
     """
 

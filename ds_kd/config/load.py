@@ -57,8 +57,9 @@ def _check(data: dict, config_only: bool) -> RunConfig:
     Raises:
         ConfigError: lists all problems.
     """
+    written = data.get("lr_scheduler")
     translated = Translation(data)
-    written, data, problems = data.get("lr_scheduler"), translated.data, translated.problems
+    problems = translated.problems
     values = check_section(RunConfig, data, "", problems)
     for name, key in keys_of(RunConfig).items():
         if key.component is not None:

@@ -38,11 +38,11 @@ class Translation:
     """The values of a YAML, translated when this object is made.
 
     Args:
-        data: the YAML's values; they are copied.
+        data: the YAML's values, which are changed in place.
     """
 
     def __init__(self, data: dict[str, Any]):
-        self.data: dict[str, Any] = _copy(data)
+        self.data = data
         self.notes: list[str] = []
         self.problems: list[str] = []
         steps: tuple[Callable[[], None], ...] = (
@@ -234,13 +234,6 @@ class Translation:
             self.notes.append(
                 "distributed.dp_size: accepted; all ranks that are started share the data"
             )
-
-
-def _copy(tree: Any) -> Any:
-    """Return a deep copy of nested mappings and lists."""
-    if isinstance(tree, dict):
-        return {name: _copy(value) for name, value in tree.items()}
-    return [_copy(value) for value in tree] if isinstance(tree, list) else tree
 
 
 #: NeMo-AutoModel's lr_decay_style → transformers' name without and with a min_lr, and how that one

@@ -6,7 +6,8 @@ import ast
 import difflib
 import functools
 import importlib.util
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ds_kd.config.names import DIVERGENCES, LOSSES, home_of
@@ -23,12 +24,16 @@ class Signature:
         required: arguments without a default.
         is_open: whether it takes other arguments too.
         decorators: names of the functions that decorate it.
+        defaults: argument → its default as text.
+        sentences: argument → its text in the docstring.
     """
 
     annotations: dict[str, str]
     required: tuple[str, ...]
     is_open: bool
     decorators: tuple[str, ...] = ()
+    defaults: dict[str, str] = field(default_factory=dict)
+    sentences: dict[str, str] = field(default_factory=dict)
 
 
 @functools.cache
@@ -49,11 +54,11 @@ def signature_of(dotted: str) -> Signature | None:
             if isinstance(node, ast.ClassDef) and node.name == name:
                 init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
                 if init:
-                    return _read_signature(init[0], 1, _find_decorators(node))
+                    return _read_signature(init[0], 1, node)
                 bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
                 return signature_of(f"{module}.{bases[0]}") if bases else None
             if isinstance(node, ast.FunctionDef) and node.name == name:
-                return _read_signature(node, 0, _find_decorators(node))
+                return _read_signature(node, 0, node)
         hop = _import_of(tree, name, module, path.name == "__init__.py")
         if hop is None:
             return None
@@ -163,14 +168,44 @@ def _find_decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
 
 
-def _read_signature(node: ast.stmt, skip: int, decorators: tuple[str, ...]) -> Signature | None:
+def _read_signature(
+    node: ast.stmt, skip: int, definition: ast.FunctionDef | ast.ClassDef
+) -> Signature | None:
+    """Return the signature of a function, without its first `skip` arguments.
+
+    Args:
+        definition: the function, or its class; has the decorators and the docstring.
+    """
     if not isinstance(node, ast.FunctionDef):
         return None
     positional = [*node.args.posonlyargs, *node.args.args]
-    optional = {a.arg for a in positional[len(positional) - len(node.args.defaults) :]}
-    pairs = zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
-    optional |= {a.arg for a, default in pairs if default is not None}
+    optional = positional[len(positional) - len(node.args.defaults) :]
+    given: list[ast.expr | None] = [*node.args.defaults, *node.args.kw_defaults]
+    pairs = zip([*optional, *node.args.kwonlyargs], given, strict=True)
+    defaults = {a.arg: ast.unparse(default) for a, default in pairs if default is not None}
     arguments = [*positional[skip:], *node.args.kwonlyargs]
     texts = {a.arg: ast.unparse(a.annotation) if a.annotation else "" for a in arguments}
-    required = tuple(name for name in texts if name not in optional)
-    return Signature(texts, required, node.args.kwarg is not None, decorators)
+
+    # The sentences are for `--list-keys`.
+    return Signature(
+        texts,
+        tuple(name for name in texts if name not in defaults),
+        node.args.kwarg is not None,
+        _find_decorators(definition),
+        defaults,
+        _read_sentences(ast.get_docstring(definition) or ""),
+    )
+
+
+def _read_sentences(docstring: str) -> dict[str, str]:
+    """Return the texts on arguments in the section `Args:` of a docstring."""
+    _, _, section = docstring.partition("\nArgs:\n")
+    found: dict[str, str] = {}
+    names: list[str] = []
+    for line in section.partition("\n\n")[0].splitlines():
+        entry = re.fullmatch(r" {4}([\w, ]+): (.*)", line)
+        names = entry[1].split(", ") if entry else names
+        text = entry[2] if entry else line.strip()
+        for name in names:
+            found[name] = f"{found[name]} {text}" if name in found and not entry else text
+    return found

@@ -15,7 +15,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.errors import UserError, explain, describe_user_error
+from ds_kd.errors import UserError, describe_user_error, explain
 
 SHIFTED, UNSHIFTED = "shifted", "unshifted"
 _FIRST_SAMPLES = 16  # enough to tell shifted from unshifted labels

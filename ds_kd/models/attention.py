@@ -1,8 +1,9 @@
 """Attention that stays inside the samples of a pack, without a mask and without wasted products.
 
-transformers answers packs under SDPA with a `[length, length]` block mask, most of whose products
-are computed to be thrown away. Here every sample is one causal call of SDPA: on a pack of n samples
-an n-th of the work, exact, and on GPUs with the flash kernels that an explicit mask rules out.
+For packs under SDPA, transformers builds a `[length, length]` block mask and discards most of the
+products. Here SDPA is called once for each sample with its causal flag. On a pack of n samples this
+does 1/n of the work, gives the same result, and can use the flash kernels of GPUs, which do not
+take an explicit mask.
 """
 
 from __future__ import annotations
@@ -18,18 +19,20 @@ NAME = "sdpa_by_sample"
 
 
 class Segments:
-    """The tokens of each sample of a pack, in an object: torch.compile would make a version of the
-    layers for every length of a list."""
+    """The number of tokens of each sample of a pack.
+
+    They are wrapped in an object because torch.compile would specialise on the length of a list.
+    """
 
     def __init__(self, lengths: list[int]):
         self.lengths = lengths
 
 
-#: Kinds of layer whose mask `sdpa_by_sample` can do without; others keep transformers' own.
+#: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
-#: The window each call was given, while `recording`.
+#: The sliding window of each call, inside `record_windows`.
 _recorded: list[int | None] | None = None
 
 
@@ -44,13 +47,13 @@ def sdpa_by_sample(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """An attention function of transformers.
+    """Compute attention inside each sample of a pack, with the interface of transformers.
 
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
-        segments: None means one sample a row, right-padded.
-        sliding_window: how many tokens back a token may look, itself included.
+        segments: None means one right-padded sample in each row.
+        sliding_window: the number of tokens that a token attends to, itself included.
 
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
@@ -75,8 +78,12 @@ def sdpa_by_sample(
 
 
 def attend_by_sample(model: Any, wanted: bool = True) -> None:
-    """Let a model that uses SDPA use `sdpa_by_sample`, where that computes the same; with `wanted`
-    False, let it use SDPA again."""
+    """Switch a model from SDPA to `sdpa_by_sample` if both compute the same, or back to SDPA.
+
+    Args:
+        model: a Hugging Face model; one with another attention is left as it is.
+        wanted: False switches back.
+    """
     from transformers import AttentionInterface
 
     config = model.config.get_text_config()
@@ -94,7 +101,7 @@ def is_by_sample(model: Any) -> bool:
 
 @contextmanager
 def record_windows() -> Iterator[list[int | None]]:
-    """Collect the window that every call of `sdpa_by_sample` is given, layer by layer."""
+    """Record the sliding window of every call of `sdpa_by_sample`, in the order of the layers."""
     global _recorded
     made: list[int | None] = []
     _recorded = made
@@ -105,8 +112,8 @@ def record_windows() -> Iterator[list[int | None]]:
 
 
 def windows_of(model: Any) -> list[int | None]:
-    """Return the sliding window of each layer by the configuration, None where it looks back
-    without end."""
+    """Return the sliding window of each layer according to the configuration; None for a layer
+    without one."""
     config = model.config.get_text_config()
     window = getattr(config, "sliding_window", None)
     if getattr(config, "use_sliding_window", True) is False:

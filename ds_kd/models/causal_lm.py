@@ -1,10 +1,10 @@
-"""The two models: loaded under ZeRO-3, split into body and head.
+"""Student and teacher as a body and a head.
 
 A causal language model is a body (tokens → hidden states) and a head (hidden states → logits).
 `[tokens, vocab]` logits are by far the largest tensors of a distillation step, so neither model
-ever returns them: the teacher returns hidden states at the supervised positions, and the student's
-head module is *called with the loss*. Calling the module, rather than touching its weight, is what
-makes ZeRO-3 gather the (perhaps tied) weight for forward and backward.
+returns them. The teacher returns hidden states at the supervised positions, and the student's head
+module is *called with the loss*: ZeRO-3 gathers a weight, tied or not, for forward and backward
+only if the module that owns it is called.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ DTYPES = {
 
 #: Head settings of HF configs that change the logits in a way `Head` computes.
 _SCALE, _INVERSE_SCALE, _SOFTCAP = "logit_scale", "logits_scaling", "final_logit_softcapping"
-#: The head's input is scaled until a probe's largest logit is this: soft caps are below 100.
+#: The largest logit of a probe with a scaled-up head input; soft caps are below 100.
 _LARGE_LOGIT = 300.0
 
 
 class _Split(nn.Module):
-    """An HF causal language model seen as body and head; `model` stays the plain HF module."""
+    """A Hugging Face causal language model, split into body and head; `model` is the HF module."""
 
     def __init__(self, model: Any):
         super().__init__()
@@ -53,14 +53,14 @@ class _Split(nn.Module):
         self._last_mlp = _RowsOfLastMLP(model)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
-        """Hidden states at the supervised positions, `[rows, hidden]`.
+        """Return the hidden states at the supervised positions, `[rows, hidden]`.
 
         An `attention_mask` of the batch, `[rows, 1, length, length]`, is added to the attention's
         logits in place of the causal mask.
         """
-        # Right padding under a causal mask never reaches a real token, so no attention mask is
-        # built. Explicit positions keep transformers from deriving them; those of packs start
-        # again with every sample, and no attention crosses.
+        # Under a causal mask no real token attends to right padding, so no attention mask is built.
+        # Positions are given explicitly, so that transformers does not derive them; in a pack they
+        # restart with each sample, and attention stays inside it.
         ids, positions = batch["input_ids"], batch.get("position_ids")
         segments: dict[str, Any] = {}
         if positions is None:
@@ -72,12 +72,12 @@ class _Split(nn.Module):
         with self._last_mlp.only(batch["supervised"]):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
-        # Mamba's residual stream is float32, whatever its head is.
+        # The residual stream of Mamba is float32 even if its head is not.
         hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
         return _select(hidden.flatten(0, 1), batch["supervised"])
 
     def head(self) -> Head:
-        """The head's present parameters (whole only while gathered)."""
+        """Return the head with its current parameters, which are whole only while gathered."""
         module = self.model.get_output_embeddings()
         return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
 
@@ -110,7 +110,7 @@ class _Split(nn.Module):
         return out
 
     def logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """(largest difference between transformers' logits and ours, largest logit)."""
+        """Return (largest difference between transformers' logits and ours, largest logit)."""
         expected = self.model(input_ids=batch["input_ids"], use_cache=False).logits.flatten(0, 1)
         expected = expected.index_select(0, batch["supervised"])
         output_head = self.model.get_output_embeddings()
@@ -118,7 +118,8 @@ class _Split(nn.Module):
         return (got - expected).float().abs().max(), got.float().abs().max()
 
     def scaled_logits_error(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """The same with hidden states so long that a cap on logits shows."""
+        """Return `logits_error` with the head's input scaled up, so that a soft cap takes
+        effect."""
         _, largest = self.logits_error(batch)
         factor = max(1.0, _LARGE_LOGIT / max(largest.item(), 1e-6))
         head = self.model.get_output_embeddings()
@@ -130,8 +131,10 @@ class _Split(nn.Module):
 
 
 class FrozenModel(_Split):
-    """`model(batch)` → hidden states at supervised positions `[rows, hidden]`; without a gradient,
-    in eval mode for ever."""
+    """A teacher: `model(batch)` → hidden states at the supervised positions, `[rows, hidden]`.
+
+    It has no gradient and stays in eval mode.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__(model)
@@ -151,7 +154,7 @@ class Student(_Split):
 
     Args:
         model: the HF model to train.
-        loss: from hidden states, head, labels and a teacher's output to the weighted sum.
+        loss: computes the weighted sum from hidden states, head, labels and a teacher's output.
     """
 
     def __init__(self, model: nn.Module, loss: DistillationLoss):
@@ -173,14 +176,14 @@ class Student(_Split):
 
 
 def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
-    """Let torch.compile fuse what lies between the matrix products of every transformer layer.
+    """Compile each transformer layer, so that the operations between its matrix products are fused.
 
-    A layer is what ZeRO-3 gathers at once (`engines`), so its hooks stay outside; so does
-    attention by sample.
+    ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
+    does `sdpa_by_sample`.
 
     Args:
         model: an HF model.
-        dynamic: one compiled version for all lengths, as no two packs are alike.
+        dynamic: compile one version for all lengths, as packs differ in length.
         options: of `torch.compile`.
     """
     names = getattr(model, "_no_split_modules", None) or ()
@@ -189,15 +192,15 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
 
 
 def _select(hidden: Tensor, rows: Tensor) -> Tensor:
-    """`hidden[rows]`, rows rising and different: without a copy where they are all there are."""
+    """Return `hidden[rows]`, without a copy if `rows`, which are in order, name every row."""
     return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
 
 
 class _RowsOfLastMLP:
-    """Lets a model's last MLP see the supervised rows alone.
+    """Restricts a model's last MLP to the supervised rows.
 
-    Nothing reads the last layer's output anywhere else, and an MLP treats every token by itself: in
-    a pack of questions whose short answers are supervised that is most of one layer, forward and
+    The loss reads the last layer's output at these rows only, and an MLP treats each token alone.
+    If short answers to long questions are supervised, this saves most of one layer, forward and
     backward. `check_head` compares the result with the whole computation.
     """
 
@@ -211,14 +214,14 @@ class _RowsOfLastMLP:
         self._owners.append(layers[-1])
         plain = mlp.forward
 
-        # Tokens that no loss reads get zeros, which nothing looks at either.
+        # The other tokens get zeros, which nothing reads.
         def forward(module: nn.Module, hidden: Tensor) -> Any:
             flat = hidden.flatten(0, -2)
             if self._rows is None or len(self._rows) == len(flat):
                 return plain(hidden)
             some = plain(flat.index_select(0, self._rows)[None])
-            if not isinstance(some, Tensor):  # some mixtures of experts return more
-                mlp.forward = plain  # never tried again
+            if not isinstance(some, Tensor):  # some mixtures of experts return a tuple
+                mlp.forward = plain
                 return plain(hidden)
             return torch.zeros_like(flat).index_copy(0, self._rows, some[0]).view_as(hidden)
 
@@ -226,7 +229,7 @@ class _RowsOfLastMLP:
 
     @contextmanager
     def only(self, rows: Tensor) -> Iterator[None]:
-        # Checkpointed layers run again in backward, when this block is over.
+        # Checkpointed layers run again in backward, after this block has ended.
         again = any(getattr(module, "gradient_checkpointing", False) for module in self._owners)
         self._rows = None if again else rows
         try:
@@ -236,19 +239,21 @@ class _RowsOfLastMLP:
 
 
 def _find_body(model: Any) -> Any:
-    """Return the part of an HF model that turns tokens into hidden states."""
+    """Return the submodule of an HF model that turns tokens into hidden states."""
     from transformers import PreTrainedModel
 
     if model.base_model is not model:
         return model.base_model
-    # Of some classes `base_model` is the model itself (Llama 4's text model).
+    # In some classes `base_model` is the model itself (Llama 4's text model).
     inner = [part for part in model.children() if isinstance(part, PreTrainedModel)]
     return inner[0] if len(inner) == 1 else model
 
 
 def _call_head_with_loss(head: nn.Module) -> None:
-    """Let `head(hidden, loss=f)` return `f(hidden)` with the head's weight gathered; `head(hidden)`
-    stays what it was."""
+    """Make `head(hidden, loss=f)` return `f(hidden)` with the head's weight gathered.
+
+    `head(hidden)` still returns logits.
+    """
     plain = head.forward
 
     def forward(self: nn.Module, hidden: Tensor, loss: Callable | None = None) -> Any:
@@ -257,19 +262,14 @@ def _call_head_with_loss(head: nn.Module) -> None:
     head.forward = types.MethodType(forward, head)  # type: ignore[method-assign]
 
 
-def vocabulary(tokenizer: Any) -> dict[str, int]:
-    """Token → id, added tokens included."""
-    return dict(tokenizer.get_vocab())
-
-
 def common_vocab_size(
     student_tokenizer: Any, teacher_tokenizer: Any, student_rows: int, teacher_rows: int
 ) -> int | None:
     """Return the number of ids to compare, or None if both heads have the same number.
 
-    Heads are often padded to different sizes over one tokenizer (Qwen: 151936 and 152064 rows). The
-    padding stands for no token. It is left out of both distributions and never filled with zeros,
-    as a zero logit has probability.
+    Models that share a tokenizer often pad their heads to different sizes (Qwen: 151936 and 152064
+    rows). The padding stands for no token, so it is left out of both distributions. Filling it with
+    zeros would be wrong, as a zero logit has probability.
 
     Args:
         student_tokenizer, teacher_tokenizer: must map the same tokens to the same ids.
@@ -279,7 +279,7 @@ def common_vocab_size(
         ValueError: the maps differ, or a head has fewer rows than the tokenizer has ids; names both
             and the first difference.
     """
-    student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
+    student, teacher = student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()
     names = (
         f"the student's tokenizer ({student_tokenizer.name_or_path}, {len(student)} tokens) and "
         f"the teacher's ({teacher_tokenizer.name_or_path}, {len(teacher)} tokens)"

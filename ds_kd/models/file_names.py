@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class FileNames:
-    """Hands weights on under their files' names, holding those of one layer at most.
+    """Renames weights to the names of the model's files, and holds those of one layer at most.
 
-    What becomes one weight of the file, or is cut into several, is always of one layer.
+    Weights that are merged or split on the way belong to one layer.
 
     Args:
-        model: of transformers; its weights may be anywhere, or nowhere.
+        model: a model of transformers; its weights are not read and may be on the meta device.
         write: called with a name and a tensor.
     """
 
@@ -39,24 +39,24 @@ class FileNames:
         self._held[name] = tensor
 
     def flush(self) -> None:
-        """Hand on what is held; to be called after the last weight."""
+        """Write the weights that are held; call this after the last weight."""
         from transformers.core_model_loading import revert_weight_conversion
 
         held, self._held = self._held, {}
         for name, tensor in revert_weight_conversion(self._model, held).items() if held else ():
-            # A part of a tensor would keep the whole of it in memory.
+            # A view would keep its whole tensor in memory.
             self._write(name, tensor.clone() if tensor._is_view() else tensor)
 
 
 def write_config(config: Any, directory: Path) -> None:
     """Write `config.json`, with the settings of rotary embeddings under the earlier keys too.
 
-    A tool that reads `rope_theta` and finds only `rope_parameters` takes its default for the
-    architecture without a word, and computes other logits.
+    A tool that looks for `rope_theta` and finds only `rope_parameters` would use the default of the
+    architecture without a warning, and compute other logits.
 
     Args:
-        config: of transformers.
-        directory: is created where it is not there.
+        config: a configuration of transformers.
+        directory: created if it does not exist.
 
     Raises:
         OSError: it cannot be written.
@@ -71,7 +71,7 @@ def write_config(config: Any, directory: Path) -> None:
             part.setdefault(key, value)
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
-    # Newer architectures take an earlier key for the whole of `rope_parameters`.
+    # Newer architectures read an earlier key in place of the whole `rope_parameters`.
     if not _reads_back(config, directory, ropes):
         path.write_text(written, encoding="utf-8")
 
@@ -80,7 +80,7 @@ def write_tokenizer(tokenizer: Any, directory: Path) -> None:
     """Write a tokenizer's files, its class and tokens under the names that transformers 4 knows.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a tokenizer of transformers.
 
     Raises:
         OSError: it cannot be written.
@@ -104,7 +104,7 @@ def _reads_back(config: Any, directory: Path, ropes: list[Any]) -> bool:
 
 
 def _parts_with_rope(content: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield the config and those inside it (of text, of images) that have rotary embeddings."""
+    """Yield the config and its nested configs (text, vision) that have rotary embeddings."""
     if isinstance(content.get("rope_parameters"), dict):
         yield content
     for name in sorted(content):

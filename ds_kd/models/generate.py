@@ -106,7 +106,7 @@ class LoadedStudent:
             encoded = self.tokenizer.apply_chat_template(
                 turns, add_generation_prompt=True, tokenize=True, return_dict=True
             )
-        except Exception as error:  # of jinja, and whatever a template raises
+        except Exception as error:  # jinja's errors, and any that the template raises
             told = first_line(error)
             raise StudentError(f"{self.name}: its chat template says: {told}") from error
         return list(encoded["input_ids"])
@@ -223,7 +223,7 @@ def load_student(directory: str | Path, device: str | None = None) -> LoadedStud
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype: Any = torch.float32 if where.type == "cpu" else "auto"
     try:
-        # Code that a model brings is not run, and nobody is asked on the terminal.
+        # Code of the model's repository is not run, and transformers must not ask on the terminal.
         tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, trust_remote_code=False, output_loading_info=True

@@ -1,7 +1,7 @@
 """LoRA: adapters on the student's linear maps, by Hugging Face's peft.
 
-The adapter is injected into the HF model, which stays what it was: `models` and `engines` see a
-model some of whose parameters are frozen. NeMo-AutoModel's words choose the maps.
+The adapter is injected into the HF model and does not wrap it: for the rest of the package it is a
+model with some frozen parameters. The maps are chosen by NeMo-AutoModel's keys.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ADAPTER = "default"  # peft's name of the one adapter
 _BASE = ".base_layer."
 
 
-def linear_maps(
+def find_linear_maps(
     model: Any,
     target_modules: list[str],
     exclude_modules: list[str],
@@ -31,20 +31,20 @@ def linear_maps(
 
     Args:
         model: an HF causal language model.
-        target_modules: full names or last parts of names, `*` standing for anything; `*_proj` where
-            neither this nor the others are given.
-        exclude_modules: likewise, of all linear maps those that get none.
-        match_all_linear: all of them.
+        target_modules: full names or last parts of names, in which `*` stands for any text;
+            `*_proj` if none of the three arguments is given.
+        exclude_modules: the same for maps that get no adapter, while all others get one.
+        match_all_linear: give one to every linear map.
 
     Raises:
-        ValueError: a pattern that matches none of them; names what there is.
+        ValueError: a pattern matches no linear map; names those that exist.
     """
     head = model.get_output_embeddings()
     maps = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     if not (match_all_linear or target_modules or exclude_modules):
         target_modules = ["*_proj"]
 
-    # An exclusion that matches the head, or with a `*` nothing in this model, is no mistake.
+    # An exclusion may match the head, and a pattern with `*` may match nothing in this model.
     others = [name for name, _ in model.named_modules()]
     for pattern in (*target_modules, *exclude_modules):
         is_exclusion = pattern in exclude_modules
@@ -69,7 +69,7 @@ def linear_maps(
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """`*` stands for anything, and `*.` in front for nothing too."""
+    """Return whether a pattern is the last part of a name or matches the whole of it."""
     if pattern == name.rpartition(".")[2]:
         return True
     return re.fullmatch(re.escape(pattern).replace(r"\*", ".*"), name) is not None
@@ -89,15 +89,17 @@ def add_adapter(
 ) -> None:
     """Freeze `model` and put a trainable adapter beside each of its maps `names`.
 
-    To be called where the model was loaded, inside `engines.zero3_init`: DoRA reads the weights'
-    norms. The adapter starts as zero, the same on every rank.
+    Call it inside the `engines.zero3_init` in which the model was loaded, as DoRA reads the norms
+    of the weights. The adapter starts as zero and is the same on every rank.
 
     Args:
-        dim, alpha: of W + alpha/dim · B·A, with A `[dim, in]`, B `[out, dim]` (Hu et al. 2021).
-        dropout: on the adapter's input.
-        use_dora: a trained length of each output besides (Liu et al. 2024).
-        init: of A; `xavier` (normal) or `uniform` (Kaiming's).
-        base, revision: name or path of the model, for whoever loads the adapter.
+        dim, alpha: rank and scale of W + alpha/dim · B·A, with A `[dim, in]` and B `[out, dim]` (Hu
+            et al. 2021).
+        dropout: probability of dropout on the adapter's input.
+        use_dora: also train the length of each output's weight vector (Liu et al. 2024).
+        init: initialisation of A, `xavier` (normal) or `uniform` (Kaiming's).
+        seed: seed of that initialisation.
+        base, revision: name or path of the model, written into the adapter's config.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -118,8 +120,9 @@ def add_adapter(
         if init == "xavier":
             for layer in _layers(model).values():
                 nn.init.xavier_normal_(layer.lora_A[ADAPTER].weight)
-    # ZeRO-3 keeps a layer whole in backward until the gradient of its input is there: the first
-    # layer's input must have one, though the embedding is frozen.
+
+    # ZeRO-3 releases a layer in backward once its input has a gradient, so the first layer's input
+    # needs one although the embedding is frozen.
     model.enable_input_require_grads()
 
 
@@ -138,10 +141,10 @@ def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
 
 
 def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> None:
-    """Write whole adapter weights as peft does: `PeftModel.from_pretrained(base, directory)`.
+    """Write whole adapter weights for `PeftModel.from_pretrained(base, directory)`.
 
     Args:
-        weights: by the model's own parameter names.
+        weights: the adapter's weights by the model's parameter names.
     """
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -159,10 +162,11 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> Non
 def plain_weights(
     model: Any,
 ) -> Iterator[tuple[str, list[nn.Parameter], Callable[[], Tensor]]]:
-    """The parameters of the model without adapters, adapters merged.
+    """Iterate over the parameters that the model has once its adapters are merged.
 
     Yields:
-        A name, the parameters to gather for it, and what computes its value while they are whole.
+        A name, the parameters to gather for it, and a function that returns its value while they
+            are gathered.
     """
     layers = _layers(model) if has_adapter(model) else {}
     for name, parameter in model.named_parameters():
@@ -178,7 +182,8 @@ def plain_weights(
 
 @torch.no_grad()
 def _merge(layer: Any) -> Tensor:
-    """W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded once."""
+    """Return W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded
+    once."""
     weight = layer.get_base_layer().weight
     low, high = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
     merged = weight.float() + layer.scaling[ADAPTER] * (high @ low)

@@ -1,5 +1,5 @@
-"""Identify the files of a model without reading all of them: a directory's weights may be replaced
-between a checkpoint and its resume."""
+"""Identify the files of a model without reading them whole, to notice that a directory's weights
+were replaced between a checkpoint and its resume."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-#: Ends the name of such an entry in a run's fingerprint.
+#: The end of the names of these entries in a run's fingerprint.
 FILES = " files"
 
 _KINDS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
@@ -16,11 +16,11 @@ _SAMPLES = 8
 
 
 def identity_of(name: str, options: dict[str, Any]) -> str | None:
-    """Return what changes when the model is replaced; None where that cannot be told.
+    """Return a text that changes if the model is replaced, or None if there is none.
 
-    A directory is known by the sizes of its config and weight files and by blocks of each, from
-    its first MiB, which holds the header of safetensors, to its last: files of one architecture
-    have the same size and header. A hub model is known by its commit.
+    For a directory it is made of the sizes of its config and weight files and a hash of blocks
+    spread over each file, as files of one architecture have the same size and header. For a hub
+    model it is the commit.
 
     Args:
         name: a directory, or a hub id whose files have been downloaded.
@@ -61,7 +61,7 @@ def _of_directory(directory: Path) -> str | None:
 
 
 def _add_blocks(sha: Any, path: Path, size: int) -> None:
-    """Add blocks from the file's beginning to its end; all of a small file."""
+    """Hash blocks spread from a file's beginning to its end, or the whole of a small file."""
     last = max(size - _BLOCK, 0)
     places = [*range(0, min(size, _SAMPLES * _BLOCK), _BLOCK)]
     if size > _SAMPLES * _BLOCK:

@@ -1,8 +1,9 @@
-"""Probes: a few tokens through the loaded model show what its class does, without a list of
-architectures. What body and head, right padding or packs would get wrong is refused at start.
+"""Probe a loaded model with a few tokens, and refuse one that a run would compute wrongly.
 
-Every probe is a collective call through the engine. In bfloat16, whose numbers have 8 bits, the
-middle row counts instead of the worst one, as rounding may send a token to another expert.
+No list of architectures is needed: a probe shows whether body and linear head give transformers'
+logits, whether attention is causal (so that right padding needs no mask), and whether the samples
+of a pack stay apart. Each probe is a collective call through the engine. In bfloat16 the median row
+is compared and not the worst one, as rounding may send a token to another expert.
 
 The limits are measured, relative to hidden states or logits (16 architectures of 2 and 24 layers,
 SmolLM2-135M; sound models at most, unsound ones at least):
@@ -10,7 +11,7 @@ SmolLM2-135M; sound models at most, unsound ones at least):
     float32    any probe                            2e-6, 1e-3    limit 1e-4
     bfloat16   logits, their head's input scaled up    0, 0.7     limit 2e-2
     bfloat16   another token elsewhere is noticed      0, 4e-3    limit 2e-3, or 3 times the noise
-    bfloat16   a sample alone and packed, as a share of what its neighbour would do to it
+    bfloat16   a sample alone and packed, as a share of its neighbour's possible effect
                                                     0.09, 1       limit 0.3
 """
 
@@ -27,31 +28,33 @@ from ds_kd.errors import first_line
 from ds_kd.models import attention
 
 _TOKENS = 16
-#: A window up to this long is probed across its edge; of longer ones it is only seen whether every
-#: layer hands its window to the attention function.
+#: Sliding windows up to this length are probed with longer samples. For longer windows the probe
+#: only checks that every layer passes its window to the attention function.
 _LONGEST_WINDOW = 256
 _TOLERANCE = {torch.float32: 1e-4}
 _ROUGH_TOLERANCE = 2e-2
-#: Where only the tokens differ and no shape does, every sum is taken in one order.
+#: The relative rounding error between two batches of the same shape, whose sums have the same
+#: order.
 _ROUNDING = 2**-9
-#: Kernels may be chosen by how many tokens an expert gets: as noisy as another batch size.
+#: An expert's kernel may depend on its number of tokens; so the noise of another batch size is
+#: measured.
 _TIMES_NOISE = 3
-#: A neighbour's effect may be as small as bfloat16's rounding: below this share of it, a difference
-#: is no leak.
+#: The effect of a neighbour may be as small as bfloat16's rounding. A difference below this share
+#: of the effect is no leak.
 _SHARE_OF_EFFECT = 0.3
 
 
 def check_head(engine: Any, device: torch.device, name: str) -> None:
     """Refuse a model whose head does more than `Head` computes, or which is not causal.
 
-    Transformers' own logits are compared with those of body + `Head`: as they are, and with the
-    head's input scaled up, so that caps show. Then the last tokens are changed: under a causal mask
-    no earlier token notices, and right padding needs no mask.
+    The logits of body and `Head` are compared with transformers', once as they are and once with
+    the head's input scaled up, so that soft caps take effect. Then the last tokens are changed,
+    which under a causal mask changes no earlier hidden state.
 
     Args:
-        engine: of a `Student` or `Teacher` (a collective call).
-        device: where the probe goes.
-        name: of the model, for the message.
+        engine: the engine of a `Student` or `FrozenModel` (a collective call).
+        device: the device of the probe's tokens.
+        name: the model's name in messages.
 
     Raises:
         ValueError: the two differ, or a later token changes an earlier one.
@@ -63,7 +66,7 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
         _evaluate_only(engine),
         _refuse_errors(f"{name}: {kind} cannot be run as a body and a linear head"),
     ):
-        # Both probes are collectives, so their errors are raised by all ranks alike.
+        # Both probes are collectives, and all ranks raise the same errors.
         errors = [engine(batch, probe="logits_error"), engine(batch, probe="scaled_logits_error")]
     for error, scale in errors:
         if not error.item() <= _tolerance(engine) * scale.item():
@@ -84,10 +87,10 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
 
 
 def check_packing(engine: Any, device: torch.device, name: str) -> None:
-    """Refuse a model in which a sample of a pack is not what it is alone.
+    """Refuse a model that computes a sample in a pack differently from the same sample alone.
 
-    A model that does not hand its arguments on to its attention goes back to transformers' block
-    mask first.
+    A model that does not pass its arguments on to the attention function is first switched back to
+    transformers' block mask.
 
     Args:
         engine, device, name: as for `check_head`.
@@ -124,7 +127,7 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
 
 
 class _PackingProbe:
-    """Two samples, each alone as transformers computes it, joined, and packed."""
+    """Compares the second of two samples in a pack with transformers' result for it alone."""
 
     def __init__(self, engine: Any, device: torch.device):
         self.engine, model = engine, engine.module.model
@@ -141,8 +144,8 @@ class _PackingProbe:
             "segment_lengths": self.lengths,
         }
 
-        # The reference is transformers' own attention, on the second sample alone; `effect` is how
-        # much the first one would change it.
+        # The reference is transformers' attention on the second sample alone. `effect` is the
+        # difference that the first sample makes if attention crosses between them.
         by_sample = attention.is_by_sample(model)
         attention.attend_by_sample(model, False)
         cut = self.lengths[0]
@@ -158,7 +161,7 @@ class _PackingProbe:
         return states[self.lengths[0] :]
 
     def leak(self, packed: Tensor) -> float:
-        """Return how much the states of `run` differ from what they should be; 0 where that is
+        """Return the difference between the states of `run` and the reference; 0 if it is
         rounding."""
         cut = self.lengths[0]
         error, scale = _difference(self.engine, packed, self.expected)
@@ -170,11 +173,11 @@ class _PackingProbe:
 
 
 def _influence(engine: Any, batch: dict[str, Any], changed: slice) -> float:
-    """Return how much other tokens in the places `changed` move the hidden states of `batch`; 0
-    where that is rounding.
+    """Return the change of the hidden states of `batch` if other tokens are put at the positions
+    `changed`; 0 if it is rounding.
 
     Args:
-        batch: one row of tokens; its `supervised` positions are outside `changed`.
+        batch: one row of tokens, whose `supervised` positions are outside `changed`.
     """
     ids = batch["input_ids"]
     others = ids.clone()
@@ -193,8 +196,8 @@ def _influence(engine: Any, batch: dict[str, Any], changed: slice) -> float:
 
 
 def _difference(engine: Any, got: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return (how far the worst row, or in bfloat16 the middle one, is from what it should be, how
-    long rows are)."""
+    """Return (error of the worst row, or of the median row in bfloat16; mean norm of the expected
+    rows)."""
     rows = (got - expected).float().norm(dim=-1)
     worst = rows.max() if _dtype(engine) in _TOLERANCE else rows.median()
     return worst.item(), expected.float().norm(dim=-1).mean().item()
@@ -217,11 +220,11 @@ def _random_tokens(engine: Any, count: int, device: torch.device) -> Tensor:
 
 @contextmanager
 def _refuse_errors(message: str) -> Iterator[None]:
-    """Turn what a model of another shape raises, on every rank alike, into one sentence."""
+    """Turn an error of a model that cannot be probed into one sentence, the same on every rank."""
     try:
         yield
     except (RuntimeError, TypeError, AttributeError, LookupError, ValueError) as error:
-        # Memory and connections have errors of their own, which are not the model's fault.
+        # Errors of memory and connections, which have classes of their own, are not the model's.
         of_torch = isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
         if of_torch and type(error) is not RuntimeError:
             raise

@@ -1,16 +1,15 @@
-"""Depth pruning: a student made of some of a model's layers and everything else of it.
+"""Depth pruning: make a student from some of a model's layers and all of its other weights.
 
-A transformer's layers all read and write the same residual stream, so a model with some of them
-missing still computes something, badly. It starts far nearer to the teacher than random weights do:
-embeddings, head and final norm fit at once, and the kept layers have only to learn to bridge the
-gaps.
+All layers of a transformer read and write the same residual stream, so a model without some of them
+still computes something, though badly. It starts far closer to the teacher than random weights:
+embeddings, head and final norm fit at once, and the remaining layers only have to bridge the gaps.
 
-Two ways to choose. Evenly spaced layers, first and last included, need no data: those two do what
-no other does (lift embeddings into the stream, prepare it for the head). With calibration rows,
-`divergences_without` leaves out one layer at a time and measures how far the predictions move, and
-the layers that move them least are dropped. How much a layer turns the stream (block influence, Men
-et al. 2024, arXiv:2403.03853) is cheaper to measure and ranks worse: a small turn can be the one
-that a later layer looks for.
+Layers are chosen in one of two ways. Evenly spaced layers need no data; the first and the last are
+kept, as they do what no other layer does (lift embeddings into the stream, prepare it for the
+head). With calibration rows, `divergences_without` leaves out one layer at a time and measures the
+change of the predictions, and the layers with the least effect are dropped. Block influence (Men et
+al. 2024, arXiv:2403.03853), the angle by which a layer turns the stream, is cheaper to measure but
+ranks worse: a later layer may depend on a small turn.
 """
 
 from __future__ import annotations
@@ -25,9 +24,10 @@ from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
 from ds_kd.models.file_names import write_config, write_tokenizer
 
-#: Rows that `divergences_without` looks at. Each costs half a forward per layer of the model.
+#: Rows that `divergences_without` uses. Each costs half a forward for every layer of the model.
 CALIBRATION_SAMPLES = 3
-# Settings that list layer numbers; those that list one value per layer are found by their length.
+#: Settings that list numbers of layers. Those with one value for each layer are found by their
+#: length.
 LISTS_OF_LAYERS = ("mlp_only_layers",)
 
 
@@ -36,10 +36,10 @@ class PruneError(UserError):
 
 
 def space_evenly(keep: int, total: int) -> list[int]:
-    """`keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
+    """Return `keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
     if keep == 1:
         return [0]
-    # round() would send halves to the even neighbour; adding 1/2 in integers sends them all up.
+    # round() takes halves to the even neighbour; adding 1/2 in integers always rounds them up.
     return [(2 * i * (total - 1) + keep - 1) // (2 * (keep - 1)) for i in range(keep)]
 
 
@@ -82,14 +82,15 @@ def calibration_samples(source: Path, tokenizer: Any) -> list[dict[str, list[int
 
 
 def divergences_without(model: Any, samples: list[dict[str, list[int]]]) -> list[float]:
-    """Measure what each layer adds to the predictions of supervised tokens.
+    """Measure the effect of each layer on the predictions of supervised tokens.
 
     Args:
         model: a Hugging Face causal language model in eval mode.
         samples: `input_ids` and shifted `labels`, as the data sets give them.
 
     Returns:
-        Per layer, KL(the model ‖ the model without that layer), nats, mean over supervised tokens.
+        For each layer KL(model ‖ model without that layer) in nats, the mean over supervised
+        tokens.
     """
     import torch
 
@@ -111,7 +112,7 @@ def divergences_without(model: Any, samples: list[dict[str, list[int]]]) -> list
 
 
 def _predictions(model: Any, ids: Any, rows: list[int]) -> Any:
-    """Log-probabilities `[rows, vocabulary]` at some positions of one sample."""
+    """Return log-probabilities `[rows, vocabulary]` at some positions of one sample."""
     import torch
 
     logits = model(input_ids=ids, use_cache=False).logits[0, rows]
@@ -120,7 +121,7 @@ def _predictions(model: Any, ids: Any, rows: list[int]) -> Any:
 
 @contextmanager
 def _record_stream(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
-    """Collect the residual stream that every layer is given and what it returns, in their order."""
+    """Record input and output of every layer, in their order."""
     seen: list[tuple[Any, Any]] = []
 
     def hook(_: Any, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
@@ -136,10 +137,10 @@ def _record_stream(layers: Any) -> Iterator[list[tuple[Any, Any]]]:
 
 @contextmanager
 def _skip_layer(layers: Any, left_out: int, seen: tuple[Any, Any]) -> Iterator[None]:
-    """Let the model run without one layer: what that layer was given is handed on in its place. The
-    layers before it, which made that stream, need not run again."""
+    """Run the model without one layer, whose recorded input takes the place of its output. The
+    layers before it need not run again."""
     stream, output = seen
-    if isinstance(output, tuple):  # of some classes a layer returns more than the stream
+    if isinstance(output, tuple):  # layers of some classes return more than the stream
         stream = (stream, *output[1:])
     idle = list(layers)[: left_out + 1]
     plain = [layer.forward for layer in idle]
@@ -160,8 +161,8 @@ def choose_most_needed(divergences: list[float], keep: int) -> list[int]:
 
 
 def _choose_by(samples: list[dict[str, list[int]]], model: Any, keep: int) -> list[int]:
-    """`most_needed` for these samples. Measured in float32, as many CPUs are slow in any other
-    dtype; the weights come back as they were."""
+    """Return `choose_most_needed` for these samples. The model is measured in float32, as many CPUs
+    are slow in other dtypes, and gets its dtypes back."""
     import torch
 
     dtypes = [parameter.dtype for parameter in model.parameters()]
@@ -174,11 +175,11 @@ def _choose_by(samples: list[dict[str, list[int]]], model: Any, keep: int) -> li
 
 
 def find_layers(model: Any, total: int) -> tuple[Any, str]:
-    """The module that holds the model's layers, and its attribute name there."""
+    """Return the module that holds the list of layers, and the name of the list's attribute."""
     from torch.nn import ModuleList
 
     names = [n for n, m in model.named_modules() if isinstance(m, ModuleList) and len(m) == total]
-    # A mixture of experts with as many experts as layers has such lists inside the one meant.
+    # A mixture with as many experts as layers has lists of that length inside each layer.
     outermost = [n for n in names if not any(n.startswith(f"{other}.") for other in names)]
     if len(outermost) != 1:
         raise PruneError(
@@ -190,7 +191,8 @@ def find_layers(model: Any, total: int) -> tuple[Any, str]:
 
 
 def prune_config(config: Any, keep: list[int]) -> None:
-    """Make `config` describe the kept layers: their number and every setting given per layer."""
+    """Change `config` to describe the kept layers: their number and every setting given per
+    layer."""
     total = config.num_hidden_layers
     for key, value in list(vars(config).items()):
         if key in LISTS_OF_LAYERS and value:
@@ -219,7 +221,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
     """Load the model and tokenizer of a directory or hub id.
 
     Raises:
-        PruneError: they cannot be had.
+        PruneError: they cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -247,7 +249,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
 
 
 def logits(model: Any) -> Any:
-    """`[1, 16, vocabulary]` for fixed random tokens."""
+    """Return the logits `[1, 16, vocabulary]` for fixed random tokens."""
     import torch
 
     size = model.get_input_embeddings().num_embeddings
@@ -257,10 +259,13 @@ def logits(model: Any) -> Any:
 
 
 def verify(directory: Path, expected: Any) -> None:
-    """Load the result as a user would and compare.
+    """Load the written model as a user would, and compare its logits with the pruned model's.
 
-    Same weights, same operations: the difference is 0 wherever loading picked the same kernels, and
-    rounding otherwise. A lost or misplaced layer changes logits by their own size.
+    They are equal if the same kernels are used, and differ by rounding otherwise. A lost or
+    misplaced layer changes logits by their own size.
+
+    Raises:
+        PruneError: they differ by more than rounding.
     """
     from transformers import AutoModelForCausalLM
 
@@ -280,14 +285,14 @@ def write_pruned(
     dtype: str = "auto",
     calibration: Path | None = None,
 ) -> str:
-    """Write the pruned model, loaded again and compared, and return a line that describes it.
+    """Write a pruned model, verify it, and return a text that describes it.
 
     Args:
         source: directory or hub id of the model to prune.
-        keep_layers: how many layers to keep, or their numbers (`0,5,11`).
+        keep_layers: the number of layers to keep, or their numbers (`0,5,11`).
         output: directory to write; it appears whole or not at all.
-        dtype: of the weights, as `from_pretrained` takes it.
-        calibration: rows of any data set; with them a count keeps the most needed layers.
+        dtype: dtype of the weights, as `from_pretrained` takes it.
+        calibration: a file of rows; if given, a number of layers keeps the most needed ones.
 
     Raises:
         PruneError: the model, the layers, the file or the output do not fit.
@@ -302,7 +307,7 @@ def write_pruned(
         raise PruneError(f"--output {output}: cannot be written ({error.strerror})") from None
     try:
         described = _prune_into(partial, source, keep_layers, dtype, calibration)
-        partial.rename(output)  # only a whole and checked student ever carries the final name
+        partial.rename(output)  # only a verified student gets the final name
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return described

@@ -1,7 +1,7 @@
 """Read the headers of a model's safetensors files, before any rank loads them.
 
-Under ZeRO-3 rank 0 alone opens the files, and what it finds wrong in the middle of loading leaves
-the other ranks waiting; so every rank looks at the headers first.
+Under ZeRO-3 only rank 0 opens the files, and an error in the middle of loading would leave the
+other ranks waiting. So every rank reads the headers first.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class WeightFiles:
 
     Args:
         name: directory or hub id.
-        where: which files are meant: `revision`, `cache_dir`, `subfolder`, `token`.
+        where: arguments that choose the files: `revision`, `cache_dir`, `subfolder`, `token`.
 
     Raises:
         SafetensorError: a file is damaged.
@@ -39,14 +39,14 @@ class WeightFiles:
                     self.shapes[key] = tuple(file.get_slice(key).get_shape())
 
     def find(self, parameter: str, prefix: str = "") -> str | None:
-        """Return the file's name of a model's parameter, saved with or without the body's prefix;
-        None where the files lack it."""
+        """Return the name that the files give a parameter, with or without the prefix of the body,
+        or None if they lack it."""
         short = parameter.removeprefix(f"{prefix}.") if prefix else parameter
         names = (parameter, short, f"{prefix}.{parameter}")
         return next((name for name in names if name in self.shapes), None)
 
     def are_equal(self, first: str, second: str) -> bool:
-        """Return whether two matrices hold the same values; a few thousand rows are in memory."""
+        """Return whether two matrices are equal; holds a few thousand rows of each in memory."""
         if self.shapes[first] != self.shapes[second]:
             return False
         with (
@@ -59,28 +59,29 @@ class WeightFiles:
 
 
 def _paths(name: str, where: dict[str, Any]) -> list[Path]:
-    """Return the files transformers would read; none where there are no safetensors."""
+    """Return the safetensors files that transformers would read; none if there are no such
+    files."""
     from transformers.utils import cached_file
 
     where = {key: value for key, value in where.items() if key != "trust_remote_code"}
 
-    def found(file: str) -> Path | None:
+    def find(file: str) -> Path | None:
         try:
             path = cached_file(name, file, **where, _raise_exceptions_for_missing_entries=False)
-        except OSError:  # loading will say what is wrong
+        except OSError:  # loading reports it
             return None
         return None if path is None else Path(path)
 
-    if (whole := found(_NAME)) is not None:
+    if (whole := find(_NAME)) is not None:
         return [whole]
-    if (index := found(_INDEX)) is None:
+    if (index := find(_INDEX)) is None:
         return []
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    return [path for path in map(found, shards) if path is not None]
+    return [path for path in map(find, shards) if path is not None]
 
 
 def empty_model(config: Any, **kwargs: Any) -> Any:
-    """Return the model of a configuration, without memory for its weights."""
+    """Return the model of a configuration on the meta device, without memory for its weights."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -88,14 +89,14 @@ def empty_model(config: Any, **kwargs: Any) -> Any:
 
 
 def find_differing_ties(files: WeightFiles, model: Any) -> list[tuple[str, str]]:
-    """Return the pairs of parameters that the configuration ties and the files hold with different
-    values.
+    """Return the pairs of parameters that the configuration ties although the files hold different
+    values for them.
 
-    Under ZeRO-3 transformers would drop one of each in silence.
+    Under ZeRO-3 transformers would drop one value of each pair without a warning.
 
     Args:
-        files: of the model.
-        model: made of its configuration, without values.
+        files: the model's files.
+        model: the model of the configuration, from `empty_model`.
     """
     pairs = []
     for target, source in model.all_tied_weights_keys.items():
@@ -110,7 +111,7 @@ def check_shapes(files: WeightFiles, model: Any) -> None:
     """Refuse files whose tensors have other shapes than the configuration gives them.
 
     Args:
-        files, model: as for `differing_ties`.
+        files, model: as for `find_differing_ties`.
 
     Raises:
         ValueError: names the first such weight and both shapes.

@@ -1,1 +1,1 @@
-"""Ranks, their meeting, their signals, and the two DeepSpeed engines."""
+"""Ranks, their rendezvous and signals, and the two DeepSpeed engines."""

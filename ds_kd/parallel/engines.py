@@ -4,9 +4,9 @@ The student trains in ZeRO-3: parameters, gradients and optimizer states sharded
 teacher runs in ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist,
 sharded over the same ranks and gathered layer by layer. Both are plain `DeepSpeedEngine`s.
 
-The ZeRO files say where tensors live. Everything that changes the mathematics (batch, accumulation,
-dtype, clipping) comes from the YAML and is written into the engine's configuration here,
-explicitly: DeepSpeed's own default clips gradients at 1.0.
+The ZeRO files only place tensors. Everything that changes the mathematics (batch, accumulation,
+dtype, clipping) comes from the YAML and is written into the engine's configuration here. Clipping
+is always written, as DeepSpeed clips gradients at 1.0 by default.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-#: ZeRO-3 updates flat one-dimensional shards: only optimizers that treat every element alone are
-#: right on them. Adagrad is one, but DeepSpeed replaces it by another that follows no schedule.
+#: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
+#: Adagrad is one of them, but DeepSpeed replaces it by another that follows no schedule.
 ELEMENTWISE = {
     "Adam",
     "AdamW",
@@ -34,8 +34,8 @@ ELEMENTWISE = {
 }
 
 
-#: fp32 numbers that an optimizer keeps for every weight; 2 where not listed. Some of its arguments
-#: each ask for one more.
+#: The fp32 numbers that an optimizer keeps for each weight, by default 2. Each of the arguments in
+#: `_ONE_MORE` adds one.
 _OPTIMIZER_NUMBERS = {"SGD": 0, "RMSprop": 1}
 _ONE_MORE = {"SGD": ("momentum",), "RMSprop": ("momentum", "centered")}
 
@@ -47,13 +47,13 @@ def engine_config(
     accumulation: int = 1,
     clip_grad_norm: float | None = None,
 ) -> dict[str, Any]:
-    """The whole DeepSpeed configuration: the ZeRO file plus what the YAML decides."""
+    """Return the whole DeepSpeed configuration: the ZeRO file and the settings of the YAML."""
     return {
         **zero,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation,
-        # One engine.step() per optimizer step, however many micro-batches it had (the last of an
-        # epoch may have fewer).
+        # engine.step() is called once per optimizer step. The last step of an epoch may have fewer
+        # micro-batches than the others.
         "managed_gradient_accumulation": False,
         "gradient_clipping": clip_grad_norm or 0.0,
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -66,11 +66,10 @@ def engine_config(
 
 @contextmanager
 def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
-    """Make `from_pretrained` shard the model as it loads; nothing of it outlives the block.
+    """Make `from_pretrained` shard a model while it loads, inside this block only.
 
-    transformers keeps the DeepSpeed configuration in a module-wide weak reference where the last
-    one created wins; two models with two configurations must therefore each be loaded inside a
-    block of their own.
+    transformers keeps one DeepSpeed configuration in a global weak reference, so each of two models
+    with two configurations is loaded in a block of its own.
     """
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
@@ -87,8 +86,7 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def gather(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """The whole values of ZeRO-3 sharded parameters (a collective: every rank enters and
-    leaves)."""
+    """Gather the whole values of ZeRO-3's sharded parameters (a collective)."""
     import deepspeed
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
@@ -101,16 +99,17 @@ def build_student(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     lr_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
 ) -> Any:
-    """The training engine around `module`.
+    """Build the training engine around `module`.
 
     Args:
         module: the student, loaded under `engines.zero3_init(config)`.
         config: from `engine_config`.
         optimizer: called with the trainable parameters.
-        lr_scheduler: called with the optimizer; stepped by the engine once per optimizer step.
+        lr_scheduler: called with the optimizer; the engine steps its result after each optimizer
+            step.
 
     Raises:
-        ValueError: an optimizer that is not element-wise.
+        ValueError: the optimizer is not element-wise.
     """
     import deepspeed
 
@@ -129,7 +128,7 @@ def build_student(
 
 
 def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
-    """The inference engine around `module`: parameters only, eval mode, no gradient."""
+    """Build the inference engine around `module`: parameters only, in eval mode, no gradient."""
     import deepspeed
 
     _gather_by_layer(module)
@@ -139,9 +138,11 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
 
 
 def _gather_by_layer(module: nn.Module) -> None:
-    """Let ZeRO-3 gather whole transformer layers instead of every linear map in them: a dozen times
-    fewer hooks and collectives, and in a mixture of experts the same ones on every rank, whichever
-    experts are asked."""
+    """Make ZeRO-3 gather whole transformer layers and not each linear map in them.
+
+    This needs about a twelfth of the hooks and collectives. In a mixture of experts all ranks then
+    gather the same parameters, although they route tokens to different experts.
+    """
     from deepspeed.utils import set_z3_leaf_modules
 
     names = getattr(getattr(module, "model", None), "_no_split_modules", None) or ()
@@ -159,6 +160,6 @@ def read_gradient_norm(engine: Any) -> float:
 
 
 def optimizer_numbers(name: str, arguments: dict[str, Any]) -> int:
-    """fp32 numbers that an optimizer of this class keeps for every weight."""
+    """Return how many fp32 numbers an optimizer of this class keeps for each weight."""
     more = _ONE_MORE.get(name, ("amsgrad",))
     return _OPTIMIZER_NUMBERS.get(name, 2) + sum(bool(arguments.get(part)) for part in more)

@@ -1,5 +1,8 @@
-"""Small files that processes of one user leave each other in the temporary directory, where
-everybody may write: in a directory of the user's own, created exclusively, no link followed."""
+"""Exchange small files between processes of one user.
+
+Everybody may write into the temporary directory, so the files are in a directory of the user's own;
+they are created exclusively, and no link is followed.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from pathlib import Path
 
 
 def private_directory() -> Path | None:
-    """Return this user's own directory; None where there is none to be had, because nothing can be
-    written or somebody else has made something of its name."""
+    """Return this user's own directory, or None if it cannot be made or its name is taken by
+    another user."""
     path = Path(tempfile.gettempdir()) / f"ds_kd-{os.getuid()}"
     try:
         path.mkdir(mode=0o700, exist_ok=True)
@@ -23,10 +26,10 @@ def private_directory() -> Path | None:
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write a file that is not there yet.
+    """Write a new file.
 
     Raises:
-        FileExistsError: something is there, be it a link to nowhere.
+        FileExistsError: the path exists, as a dangling link does too.
         OSError: it cannot be written.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
@@ -35,8 +38,8 @@ def write_new(path: Path, text: str) -> None:
 
 
 def read_own(path: Path) -> tuple[str, float] | None:
-    """Return the text of a file of this user's and when it was written (seconds of Unix time);
-    None where there is none, or a link, or another's."""
+    """Return a file's text and time of change (seconds of Unix time), or None if there is no
+    regular file of this user."""
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
             found = os.fstat(file.fileno())

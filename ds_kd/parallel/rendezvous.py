@@ -1,9 +1,8 @@
-"""Let ranks meet at one address and port, from the environment that the launcher leaves.
+"""Let the ranks of a job meet at one address and port, whichever launcher started them.
 
-The launcher does not matter. `deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and
-MASTER_*; `srun` sets SLURM_* instead, which DeepSpeed does not read; plain `python` sets nothing
-and is a world of one. `job_of` makes them all look alike, and is the one place that reads and
-checks these variables: behind it they are there, and numbers where they should be.
+`deepspeed` and `torchrun` set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_*. `srun` sets SLURM_*, which
+DeepSpeed does not read. Plain `python` sets nothing and starts a single rank. Only `job_of` reads
+and checks these variables; code that runs later finds all of them set and valid.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ _REMEDY = (
 
 
 def _first_slurm_host(nodelist: str) -> str:
-    """`gpu[03-05,9],cpu1` → `gpu03`: SLURM's compressed host list, first entry."""
+    """Return the first host of SLURM's compressed list: `gpu[03-05,9],cpu1` → `gpu03`."""
     match = re.match(r"([^,\[]+)(?:\[([^\]]+)\])?", nodelist)
     if match is None:
         raise MachineError(f"SLURM_JOB_NODELIST: got {nodelist!r}, expected names of nodes")
@@ -37,7 +36,7 @@ def _first_slurm_host(nodelist: str) -> str:
 
 
 def _slurm_master(host: str) -> str:
-    """The first node: its name or, where names of nodes do not resolve, srun's own address."""
+    """Return the name of the first node, or srun's address if node names do not resolve."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:
@@ -53,10 +52,10 @@ def free_port() -> int:
 
 
 def fill_environment() -> None:
-    """Give RANK & co. their values from SLURM, or those of a world of one.
+    """Set RANK and the other variables of a job from SLURM's, or for a single rank.
 
     Raises:
-        MachineError: a variable is missing, or not what it should be.
+        MachineError: a variable is missing or invalid.
     """
     os.environ.update(job_of(os.environ))
     try:
@@ -76,30 +75,29 @@ def fill_environment() -> None:
 
 
 def job_of(env: Mapping[str, str]) -> dict[str, str]:
-    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT as this environment has
-    them.
+    """Return RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for this environment.
 
     Raises:
-        MachineError: a variable is missing, or not what it should be.
+        MachineError: a variable is missing or invalid.
     """
     for name in ("CROSS_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NNODES", "SLURM_NTASKS"):
-        _number(env, name, "1", 1)
+        _read_number(env, name, "1", 1)
     if "RANK" not in env and int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
         job = _slurm_job(env)
     elif "RANK" in env:
         job = {name: env[name] for name in _JOB if name in env}
         if missing := [name for name in _JOB if name not in {"LOCAL_RANK", *job}]:
-            raise MachineError(f"RANK is set without {_and(missing)}; {_REMEDY}")
+            raise MachineError(f"RANK is set without {_join_words(missing)}; {_REMEDY}")
         job.setdefault("LOCAL_RANK", "0")
-    elif _number(env, "WORLD_SIZE", "1", 1) > 1:
+    elif _read_number(env, "WORLD_SIZE", "1", 1) > 1:
         raise MachineError(f"WORLD_SIZE is {env['WORLD_SIZE']}, and RANK is not set; {_REMEDY}")
     else:
         local = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         return {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", **local}
-    size = _number(job, "WORLD_SIZE", None, 1)
-    _number(job, "RANK", None, 0, size - 1)
-    _number(job, "LOCAL_RANK", None, 0, size - 1)
-    _number(job, "MASTER_PORT", None, 1, 65535)
+    size = _read_number(job, "WORLD_SIZE", None, 1)
+    _read_number(job, "RANK", None, 0, size - 1)
+    _read_number(job, "LOCAL_RANK", None, 0, size - 1)
+    _read_number(job, "MASTER_PORT", None, 1, 65535)
     return job
 
 
@@ -108,20 +106,21 @@ def _slurm_job(env: Mapping[str, str]) -> dict[str, str]:
     missing = [] if nodes or "MASTER_ADDR" in env else ["SLURM_JOB_NODELIST"]
     missing += [] if {"MASTER_PORT", "SLURM_JOB_ID"} & env.keys() else ["SLURM_JOB_ID"]
     if missing:
-        raise MachineError(f"SLURM_PROCID is set without {_and(missing)}; {_REMEDY}")
-    size = _number(env, "SLURM_NTASKS", None, 1)
+        raise MachineError(f"SLURM_PROCID is set without {_join_words(missing)}; {_REMEDY}")
+    size = _read_number(env, "SLURM_NTASKS", None, 1)
     job = {
-        "RANK": str(_number(env, "SLURM_PROCID", None, 0, size - 1)),
+        "RANK": str(_read_number(env, "SLURM_PROCID", None, 0, size - 1)),
         "WORLD_SIZE": str(size),
-        "LOCAL_RANK": str(_number(env, "SLURM_LOCALID", "0", 0, size - 1)),
+        "LOCAL_RANK": str(_read_number(env, "SLURM_LOCALID", "0", 0, size - 1)),
     }
     job["MASTER_ADDR"] = env.get("MASTER_ADDR") or _slurm_master(_first_slurm_host(nodes or ""))
-    # Every task must name the same port without talking first: derive it from the job's number.
-    port = 20000 + _number(env, "SLURM_JOB_ID", "0", 0) % 20000
+    # All tasks must choose the same port without communicating, so it follows from the job's
+    # number.
+    port = 20000 + _read_number(env, "SLURM_JOB_ID", "0", 0) % 20000
     return {**job, "MASTER_PORT": env.get("MASTER_PORT", str(port))}
 
 
-def _number(
+def _read_number(
     env: Mapping[str, str], name: str, default: str | None, least: int, most: float = math.inf
 ) -> int:
     given = env[name] if default is None else env.get(name, default)
@@ -131,7 +130,7 @@ def _number(
     return int(given)
 
 
-def _and(names: list[str]) -> str:
+def _join_words(names: list[str]) -> str:
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
@@ -146,10 +145,10 @@ def _is_launched_by_deepspeed() -> bool:
 
 @contextlib.contextmanager
 def free_master_port() -> Iterator[None]:
-    """Let the ranks of a `deepspeed` launcher on one machine meet at another port where the
-    launcher's is taken: its default is the same for every job.
+    """Choose another port for the ranks of a `deepspeed` launcher on one machine if its port is
+    taken, as its default is the same for every job.
 
-    Rank 0 writes the port it found into a file that the launcher's other children wait for.
+    Rank 0 writes the port into a file, and the launcher's other children wait for that file.
     """
     env = os.environ
     if not (
@@ -160,7 +159,7 @@ def free_master_port() -> Iterator[None]:
     import psutil
 
     directory = private_directory()
-    if directory is None:  # the same for every rank: they meet at the launcher's port
+    if directory is None:  # true on every rank, so they meet at the launcher's port
         yield
         return
     launcher = psutil.Process(os.getppid())
@@ -173,9 +172,9 @@ def free_master_port() -> Iterator[None]:
         write_new(fresh, env["MASTER_PORT"])
         fresh.replace(path)
     else:
-        # A file from before belongs to a launcher that had the same number.
+        # An older file belongs to an earlier launcher with the same process number.
         port = _wait_for_text(path, newer_than=launcher.create_time() - 1)
-        # Without: rank 0 has ended; its own message says why.
+        # Without a port rank 0 has ended, and its own message says why.
         env["MASTER_PORT"] = port or env["MASTER_PORT"]
     try:
         yield
@@ -185,7 +184,7 @@ def free_master_port() -> Iterator[None]:
 
 
 def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | None:
-    """Return the text of a file of this user that was written since, or None after some seconds."""
+    """Wait for a file of this user that is newer, and return its text, or None after `seconds`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         found = read_own(path)
@@ -197,10 +196,10 @@ def _wait_for_text(path: Path, newer_than: float, seconds: float = 60) -> str | 
 
 @contextlib.contextmanager
 def name_meeting_place() -> Iterator[None]:
-    """Turn what torch raises where the ranks do not find each other into where they looked.
+    """Add the address to torch's error if the ranks cannot meet.
 
     Raises:
-        MachineError: in place of a `RuntimeError`.
+        MachineError: torch raised a RuntimeError.
     """
     try:
         yield
@@ -228,11 +227,11 @@ def _is_taken(port: int) -> bool:
 
 
 def clear_stale_locks() -> list[Path]:
-    """Remove the build locks of torch's C++ extensions whose owner is gone, and return them.
+    """Remove the build locks of torch's C++ extensions whose owner has ended, and return them.
 
     A process that is killed while DeepSpeed compiles an operator leaves its lock, and every later
-    run would wait for it for ever without a word. A living owner keeps the file open. In a job of
-    several nodes it may live on another one: there the locks are left alone.
+    run would wait for it without end. A living owner keeps the file open. In a job of several nodes
+    the owner may be on another node, so no lock is removed.
     """
     if _spans_nodes():
         return []
@@ -240,7 +239,7 @@ def clear_stale_locks() -> list[Path]:
     locks = [*Path(root).glob("*/lock"), *Path(root).glob("*/*/lock")]
     held = set()
     for handle in Path("/proc").glob("[0-9]*/fd/*") if locks else ():
-        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+        with contextlib.suppress(OSError):  # the process has ended, or is another user's
             held.add(os.readlink(handle))
     stale = [lock for lock in locks if str(lock.resolve()) not in held and _is_ours(lock)]
     for lock in stale:
@@ -265,18 +264,19 @@ def _is_ours(path: Path) -> bool:
 
 
 def is_first_here() -> bool:
-    """Among the processes of one parent, by a file that lives for half a second."""
+    """Return whether this process is the first of its parent's children to ask. They compare by a
+    file that exists for half a second."""
     if os.environ.get("WORLD_SIZE", os.environ.get("SLURM_NTASKS", "1")) == "1":
         return True
     directory = private_directory()
-    if directory is None:  # better twice than never
+    if directory is None:  # a message that is printed twice is better than none
         return True
     path = directory / f"failed-{os.getppid()}-{os.environ.get('MASTER_PORT', '')}"
     try:
         write_new(path, "")
     except FileExistsError:
         return False
-    except OSError:  # nowhere to write: better twice than never
+    except OSError:
         return True
     time.sleep(0.5)
     path.unlink(missing_ok=True)

@@ -1,5 +1,5 @@
-"""A request to stop: SIGTERM (`scancel`, a preempted node), SIGUSR1 (`sbatch --signal`), SIGINT
-(Ctrl-C) or SIGHUP (a terminal that is gone)."""
+"""Requests to stop a run: SIGTERM (`scancel`, a preempted node), SIGUSR1 (`sbatch --signal`),
+SIGINT (Ctrl-C) and SIGHUP (a closed terminal)."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import signal
 import time
 from typing import Any
 
-#: Set by the `deepspeed` launcher and by torchrun. A signal to the process group reaches them too,
-#: and they pass it on: each rank gets it twice, or SIGTERM after SIGINT.
+#: Variables that the `deepspeed` launcher and torchrun set. A signal to the process group reaches
+#: the launcher too, which passes it on, so each rank gets it twice, or SIGTERM after SIGINT.
 _PASSED_ON_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
 _ECHO_SECONDS = 3.0
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Calling it tells whether this process was asked to stop.
+    """A flag that a signal sets; calling the object returns whether this process was asked to stop.
 
-    The first signal only sets a flag, which the trainer looks at between steps; the second ends the
-    process at once, with the exit code of a process that the signal killed. What a launcher passes
-    on right after the first is the same request. Ctrl-C ends it at once also while nobody has
-    looked yet: there is nothing to save before the first step.
+    The trainer reads the flag between steps. A second signal ends the process at once, with the
+    exit code of a process that the signal killed; a signal that the launcher passes on within
+    seconds of the first is not a second one. Before the flag is first read there is nothing to
+    save, and Ctrl-C ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,8 @@ class StopRequest:
         return self.received is not None
 
     def listen(self) -> None:
-        """From now on; in the main thread. Under nohup the terminal's end is no request."""
+        """Handle the signals from now on (call it in the main thread). Under nohup SIGHUP stays
+        ignored."""
         for number in _REQUESTS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, self._handle)
@@ -57,8 +58,11 @@ class StopRequest:
 
 
 def ignore_requests(worker: int) -> None:
-    """Let a loader worker live on: terminals and schedulers signal every process of a job, and the
-    rank that is about to end its step may still need a batch. `end_workers_at_exit` ends it."""
+    """Make a loader's worker process ignore requests to stop.
+
+    Terminals and schedulers signal every process of a job, and a rank that ends its step may still
+    need batches. `end_workers_at_exit` ends the worker.
+    """
     for number in _REQUESTS:
         signal.signal(number, signal.SIG_IGN)
 
@@ -68,7 +72,7 @@ def end_workers_at_exit() -> None:
     """Kill this process's loader workers when it exits.
 
     Python asks them to end by SIGTERM, which `ignore_requests` makes them ignore, and then waits:
-    one that is stuck in a user's data set would keep the rank for ever.
+    one that is stuck in a user's data set would keep the rank alive.
     """
     atexit.register(_kill_workers)
 

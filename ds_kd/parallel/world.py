@@ -1,6 +1,6 @@
-"""Ranks: who is in the job, how they meet, and sums over all of them.
+"""The ranks of a job: joining and leaving it, sums over ranks, and work that rank 0 does first.
 
-Which rank a process is and where ranks meet is `rendezvous`; here they are in one job.
+`rendezvous` finds out which rank a process is and where the ranks meet.
 """
 
 from __future__ import annotations
@@ -31,21 +31,20 @@ from ds_kd.process import choose_accelerator
 T = TypeVar("T")
 
 _PATIENCE = timedelta(days=7)
-_calls = 0  # of on_rank0 and rank0_first; the same on every rank, as all of them are collective
-#: Classes that callers tell a user's mistake by, and that are made from a text.
+_calls = 0  # number of calls of on_rank0 and rank0_first, the same on every rank
+#: Classes of a user's mistakes that callers catch; each can be made from a text.
 _KNOWN: tuple[type[Exception], ...] = (MachineError, UserError, ValueError, OSError, ImportError)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks that share something, and this one's place among them.
+    """A group of ranks, and this rank's place in it.
 
     Args:
         rank: 0 to `size` - 1.
-        size: how many they are.
-        host_group: carries small CPU tensors (counts, decisions) over gloo: agreeing on an integer
-            must not make the host wait for the GPU's queue, as an NCCL collective followed by
-            `.item()` would.
+        size: number of ranks.
+        host_group: a gloo group for small CPU tensors (counts, decisions). An NCCL collective
+            followed by `.item()` would make the host wait for the GPU's queue.
     """
 
     rank: int
@@ -57,8 +56,9 @@ class Group:
 class World:
     """This process's place in the job.
 
-    `rank` and `size` count processes: files, generators and decisions go by them. A rank is not a
-    data rank: what is shared out or averaged names its group, `data` or `everyone`.
+    `rank` and `size` count processes; files, random generators and decisions depend on them. Data
+    is
+    divided, and results are averaged, over a named group: `data` or `everyone`.
     """
 
     rank: int
@@ -73,13 +73,13 @@ class World:
 
     @property
     def everyone(self) -> Group:
-        """All ranks of the job."""
+        """Return the group of all ranks."""
         return Group(self.rank, self.size, self.host_group)
 
     @property
     def data(self) -> Group:
-        """The ranks that see different samples: all of them, as no model is split over ranks in
-        another way than ZeRO's."""
+        """Return the group of ranks that see different samples. These are all ranks, as only ZeRO
+        splits a model over ranks."""
         return self.everyone
 
 
@@ -87,12 +87,11 @@ def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     """Join the job and return this process's `World`.
 
     Args:
-        backend: `nccl` or `gloo`; `nccl` on a machine without CUDA becomes `gloo` (the caller says
-            so to the user).
-        timeout_minutes: how long a collective may wait for a missing rank.
+        backend: `nccl` or `gloo`; without CUDA `nccl` becomes `gloo`, which the caller reports.
+        timeout_minutes: longest wait of a collective for a missing rank.
 
     Raises:
-        MachineError: the environment says nothing that makes sense, or the ranks cannot meet.
+        MachineError: a variable of the environment is invalid, or the ranks cannot meet.
     """
     fill_environment()
     with free_master_port():
@@ -124,13 +123,13 @@ def _join(backend: str, timeout_minutes: float) -> World:
     backend = backend if cuda or backend != "nccl" else "gloo"
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
-        # Where each task is shown a GPU of its own, that one is number 0 to it.
+        # A task that sees only its own GPU sees it as number 0.
         local_rank %= torch.cuda.device_count()
         torch.cuda.set_device(local_rank)
     else:
-        # On CPU every init_distributed compiles and loads a shared-memory op which ZeRO never
-        # calls: it needs a compiler, costs a minute the first time, and a lock left by a killed
-        # process hangs all later runs.
+        # On a CPU init_distributed would compile and load a shared-memory operator that ZeRO never
+        # calls. That needs a compiler and a minute, and a lock left by a killed process would hang
+        # all later runs.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     timeout = timedelta(minutes=timeout_minutes)
     with name_meeting_place():
@@ -147,8 +146,8 @@ def _join(backend: str, timeout_minutes: float) -> World:
 
 
 def stop() -> None:
-    """Leave the job together; without this a rank that ends early can abort the others. The process
-    may then start anew."""
+    """Leave the job together, as a rank that ends early can abort the others. The process may then
+    `start` again."""
     if dist.is_initialized():
         import deepspeed
 
@@ -157,15 +156,15 @@ def stop() -> None:
 
 
 def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tensor:
-    """Elementwise sum over the ranks of a group.
+    """Return the elementwise sum over the ranks of a group.
 
     Args:
-        values: numbers on the host, or a tensor on the device (which stays there, without a host
-            sync).
-        group: `world.data` for what samples add up to, `world.everyone` for decisions.
+        values: numbers on the host, or a tensor on the device, which is summed there without a
+            synchronisation of the host.
+        group: `world.data` for sums over samples, `world.everyone` for decisions.
 
     Returns:
-        A tensor of the same shape: fp64 for host numbers (integers are exact to 2⁵³), the given
+        A tensor of the same shape, in fp64 for numbers (integers are exact to 2⁵³) and in its own
             dtype for a tensor.
     """
     if isinstance(values, torch.Tensor):
@@ -180,25 +179,24 @@ def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tens
 
 
 def _store() -> dist.Store:
-    """The job's own key-value store, kept by rank 0: waiting there is no collective and has no
-    collective's timeout."""
+    """Return the job's key-value store, which rank 0 keeps. Waiting there has no collective's
+    timeout."""
     return dist.distributed_c10d._get_default_store()
 
 
 def on_rank0(function: Callable[[], T], world: World) -> T:
-    """Run `function` on rank 0 and give its (picklable) result to all; its exception reaches all
-    ranks too.
+    """Run `function` on rank 0, and return its (picklable) result or raise its exception on all
+    ranks.
 
-    The others wait for as long as rank 0 lives, not for the timeout of a collective: tokenising a
-    corpus may take hours.
+    The other ranks wait as long as rank 0 lives, and not only for the timeout of a collective, as
+    tokenising a corpus may take hours.
     """
     box: list = [None, None]
     failed: Exception | None = None
     if world.is_main:
         try:
             box[0] = function()
-        # Carried to every rank: nobody may be left waiting in a collective.
-        except Exception as error:
+        except Exception as error:  # raised on every rank, so that none waits in vain
             failed, box[1] = error, _pack(error)
     if world.size > 1:
         key = _name_call()
@@ -213,9 +211,10 @@ def on_rank0(function: Callable[[], T], world: World) -> T:
 
 
 def rank0_first(function: Callable[[], T], world: World) -> T:
-    """Run `function` on rank 0, then on the others: caches on a shared disk are written once.
+    """Run `function` on rank 0 and then on the others, so that caches on a shared disk are written
+    once.
 
-    Every rank waits for all, for as long as they take, and an exception of any reaches all of them.
+    Every rank waits for all others without a timeout, and an exception of one is raised on all.
     """
     kept: list[T] = []
     on_rank0(lambda: kept.append(function()), world)
@@ -228,7 +227,7 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
         except Exception as error:
             failed = error
 
-    # A collective would give up on a rank that takes longer than its timeout.
+    # A collective would fail if a rank took longer than its timeout.
     key = _name_call()
     if _store().add(key, 1) == world.size:
         _store().set(f"{key}/all", "done")
@@ -243,21 +242,21 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
 
 
 def _name_call() -> str:
-    """Return a name in the store for the present call, the same on every rank."""
+    """Return a key of the store for this call, the same on every rank."""
     global _calls
     _calls += 1
     return f"ds_kd/call/{_calls}"
 
 
 def _pack(error: Exception) -> tuple[bytes | None, Exception]:
-    """Return an exception as other ranks can be sent it: in pickle, and one of a known class with
-    its first line for the case that pickle cannot restore it."""
+    """Return an exception in a form that can be sent to other ranks: pickled, and as a known class
+    with its first line, in case pickle cannot restore it."""
     text = first_line(error)
     known = next((k for k in _KNOWN if isinstance(error, k)), None)
     plain = known(text) if known else RuntimeError(f"{type(error).__name__}: {text}")
     try:
         return pickle.dumps(error), plain
-    except Exception:  # whatever the exception's own attributes raise
+    except Exception:  # the attributes of an exception may raise any error
         return None, plain
 
 
@@ -270,18 +269,19 @@ def _unpack(packed: tuple[bytes | None, Exception]) -> Exception:
         return plain
 
 
-#: Words of torch's and its libraries' errors that mean that another rank is gone.
+#: Words in the errors of torch and its libraries that show that another rank is gone.
 _LOST = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out")
 _ROLL_CALL_SECONDS = 3.0
 
 
 def lost_ranks(error: BaseException, world: World) -> list[int] | None:
-    """Whom an error of a collective is about: the ranks that do not meet it within seconds, being
-    dead or hung.
+    """Return the ranks that an error of a collective is about: those that are dead or hang.
+
+    Every rank that meets the error says so in the store; the others are lost.
 
     Returns:
-        Their numbers; empty where all of them met it (a network between them that is gone); None
-            for errors that are about something else.
+        Their numbers; none if all ranks met the error (the network between them failed); None if
+            the error has another cause.
     """
     if world.size == 1 or not isinstance(error, RuntimeError):
         return None
@@ -294,7 +294,7 @@ def lost_ranks(error: BaseException, world: World) -> list[int] | None:
         time.sleep(_ROLL_CALL_SECONDS)
         names = {rank: f"ds_kd/met_it/{rank}" for rank in range(world.size)}
         return [rank for rank, name in names.items() if not store.check([name])]
-    except RuntimeError:  # it was kept by rank 0
+    except RuntimeError:  # rank 0, which keeps the store, is gone
         return [0]
 
 
@@ -304,10 +304,10 @@ class RankLostError(UserError):
 
 @contextlib.contextmanager
 def name_lost_ranks(world: World) -> Iterator[None]:
-    """Turn an error of a collective that is about ranks which are gone into one that names them.
+    """Turn an error of a collective whose ranks are gone into one that names them.
 
     Raises:
-        RankLostError: in its place; all others pass.
+        RankLostError: in place of such an error; other errors are not changed.
     """
     try:
         yield
@@ -323,8 +323,8 @@ def name_lost_ranks(world: World) -> Iterator[None]:
 
 
 def is_first_to_fail() -> bool:
-    """Return whether this rank is the first to ask, so that one rank prints an error that all or
-    some of them meet. Before `start`, one rank of each node is."""
+    """Return whether this rank is the first to ask, so that an error of several ranks is printed
+    once. Before `start`, one rank of each node is the first."""
     if not dist.is_initialized():
         return is_first_here()
     try:

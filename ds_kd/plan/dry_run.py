@@ -34,8 +34,8 @@ _GB = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_SAMPLES = 64  # that are tokenised to know their lengths
-_GUESS = 1024  # tokens of a sample where the data cannot be had
+_SAMPLES = 64  # number of samples that are tokenised to measure their lengths
+_GUESS = 1024  # tokens of a sample if the data cannot be read
 
 
 def bytes_of(text: str, option: str = "--gpu-memory") -> int:
@@ -181,7 +181,7 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
     if rows is None:
         return [f"  steps: at most {steps.max_steps:,}"] if steps.max_steps else []
 
-    # The run's own division is made, so that the steps are those of the run.
+    # The samples are divided as the run divides them, so that it has the same steps.
     if (share := cfg.validation_share) is not None:
         with config_error("validation_share", share, "a share of two samples or more"):
             rows = len(hold_out(range(rows), share, cfg.rng.seed)[0])

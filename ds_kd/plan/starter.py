@@ -77,7 +77,7 @@ class Rows:
 
     Args:
         data: a hub id or local file; its first row tells which data set reads it.
-        validation: likewise; None holds out a share of the data's rows.
+        validation: the rows to validate with; None holds out a share of the data's rows.
         columns: names of the question's and the answer's column, perhaps with a context's in front.
         chat_template: a Jinja file for rows that are conversations.
     """
@@ -142,7 +142,7 @@ def _refuse_references(models: tuple[str, str], given: Rows) -> None:
 
 
 def _measure_data(cfg: RunConfig, student: str) -> tuple[int | None, int, float, str]:
-    """Return what `data_of` does; a template that is missing is told by the option's name."""
+    """Return the result of `data_of`; an error about a missing chat template names the option."""
     try:
         return data_of(cfg)
     except ConfigError as error:

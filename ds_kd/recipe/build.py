@@ -58,7 +58,7 @@ def build(
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
     Raises:
-        ConfigError: something that the config names does not exist or fit; names the key.
+        ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
     seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
@@ -71,7 +71,7 @@ def build(
     }
     schedule = _make_schedule(cfg, (batches := LoaderBatches(loader)).steps_per_epoch)
 
-    # Parts that may be refused come before the models, which take minutes to load.
+    # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
@@ -143,8 +143,8 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
 def _build_part_of_loss(
     component: Component, check: Callable[[Any, int], None], vocab: int, world: World
 ) -> Any:
-    """Return the loss of a section on this rank's device, after a check of its contract with
-    logits of so many ids."""
+    """Return the loss of a section on this rank's device, after checking its contract with logits
+    of `vocab` ids."""
     try:
         loss = instantiate(component)
         check(loss, vocab)
@@ -190,7 +190,7 @@ def _build_student(
         with config_error("distributed.activation_checkpointing", True, expected):
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    # On a CPU torch's own optimizer already works where offload would put its states.
+    # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
@@ -220,7 +220,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         chosen = wanted.target_modules, wanted.exclude_modules
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
-            names = lora.linear_maps(model, *chosen, wanted.match_all_linear)
+            names = lora.find_linear_maps(model, *chosen, wanted.match_all_linear)
         # Where the base model came from is written into the adapter's own config.
         lora.add_adapter(
             model,
@@ -251,7 +251,7 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
 
 
 def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that a model would not treat like the others."""
+    """Refuse samples that are too long for the table of a `longrope` model."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
     for component, loader in itertools.product(used, loaders):
         with config_error(component.key, name_of(component), "a model that treats samples alike"):
@@ -281,7 +281,7 @@ def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics |
             )
         )
 
-    # A ValueError of Weights & Biases is already about its own section.
+    # A ValueError of Weights & Biases already names its own section.
     def make_on_rank0() -> None:
         try:
             on_rank0(make, world)

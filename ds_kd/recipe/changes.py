@@ -1,4 +1,4 @@
-"""Identities of settings, data and models, which a resumed run compares with its checkpoint's."""
+"""Identify settings, data and models, so that a resumed run notices what has changed."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import name_of
 
 _HASHED_SAMPLES = 64
-#: Settings that say when a run ends, and not what it is until then.
+#: Settings that change only the end of a run.
 _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs", "step_scheduler.patience")
 
 
 def hash_samples(what: str, samples: Any) -> dict[str, str]:
-    """Return the number of samples and hashes of the tokens and of the labels of some of them,
-    spread over all, by names that begin with `what`."""
+    """Return the number of samples, and hashes of tokens and labels of samples spread over all,
+    under names that begin with `what`."""
     count = len(samples)
     some = [samples[k] for k in range(0, count, max(1, count // _HASHED_SAMPLES))]
     tokens, labels = ([each[name] for each in some] for name in ("input_ids", "labels"))
@@ -35,7 +35,7 @@ def _digest(values: list[Any]) -> str:
 
 
 def fingerprint_validations(cfg: RunConfig, held_out: dict[str, Any]) -> dict[str, Any]:
-    """Return what the validation loss of given weights depends on, by name.
+    """Return the settings and data that decide the validation loss of given weights, by name.
 
     Args:
         held_out: the samples of each validation set by its name.
@@ -47,8 +47,8 @@ def fingerprint_validations(cfg: RunConfig, held_out: dict[str, Any]) -> dict[st
 
 
 def add_model_files(checkpointer: Checkpointer, cfg: RunConfig, world: World) -> None:
-    """Add the identity of the files of student and teacher, as rank 0 finds them, to what a resume
-    compares."""
+    """Add the identities of the student's and the teacher's files on rank 0 to the fingerprints
+    that a resumed run compares."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
 
     def look() -> dict[str, str]:
@@ -63,11 +63,11 @@ def add_model_files(checkpointer: Checkpointer, cfg: RunConfig, world: World) ->
 
 
 def refuse_changes(cfg: RunConfig, changes: dict[str, str], onward: str) -> None:
-    """Refuse a config that differs from the one of the finished run in its checkpoint directory.
+    """Refuse a config with other settings than the finished run in its checkpoint directory.
 
     Args:
-        changes: `Checkpointer.changes`; versions of libraries and what ends a run are ignored.
-        onward: the keys that the finished run goes on with.
+        changes: `Checkpointer.changes`; versions of libraries and the run's length are ignored.
+        onward: the keys with which the finished run would go on.
 
     Raises:
         ConfigError: names the changes.

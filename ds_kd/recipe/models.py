@@ -81,7 +81,7 @@ def load_model(
         with config_error(key, name_of(component), expected):
             return refuse_damage(load)
 
-    # transformers would tie weights that the files hold with different values.
+    # transformers would tie weights for which the files hold different values.
     ties = load_or_refuse(lambda: check_files(component)) if extra.get("use_safetensors") else []
     if ties:
         extra["tie_word_embeddings"] = False
@@ -109,7 +109,8 @@ def refuse_damage(load: Callable[[], Any]) -> Any:
 
 
 def check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
-    """Return the model, if its files had all weights; transformers would initialise the rest.
+    """Return the model if its files held all weights, as transformers would initialise missing
+    ones.
 
     Args:
         loaded: the result of `from_pretrained`, with or without its report.

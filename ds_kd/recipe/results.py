@@ -28,8 +28,8 @@ def log_of(cfg: RunConfig) -> Path:
 
 
 def name_best(directory: Path) -> str:
-    """Return a further line of a run's last message on the checkpoint of the lowest validation
-    loss, or nothing where that is the last one."""
+    """Return a line of a run's last message about the checkpoint of the lowest validation loss, or
+    an empty text if that is the last one."""
     best = (directory / BEST).resolve()
     if not best.is_dir() or best == (directory / LATEST).resolve():
         return ""
@@ -38,7 +38,7 @@ def name_best(directory: Path) -> str:
 
 
 def held_out_samples(cfg: RunConfig) -> Any:
-    """Return the samples that a run validates with, of several sets those of the first.
+    """Return the samples that a run validates with; with several sets, those of the first.
 
     Raises:
         ConfigError: there are none, or they cannot be loaded.

@@ -40,7 +40,7 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directories(cfg, world))
-        # After an error no barrier is waited for, as other ranks may not reach it.
+        # After an error the job is not left together, as other ranks may not reach the barrier.
         held.push(lambda error, *_: None if error else distributed.stop())
         trainer = _build_trainer(cfg, world, listens)
         _resume(cfg, trainer, lock)
@@ -51,8 +51,8 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
 
 @contextmanager
 def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
-    """Lock the directories of checkpoints and of the log for this run; yields the lock of the
-    former, or None if checkpoints are off.
+    """Lock the directories of checkpoints and log for this run, and yield the lock of the first, or
+    None if checkpoints are off.
 
     Raises:
         ConfigError: another run uses one of them, or it cannot be written.
@@ -62,9 +62,9 @@ def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
         names = {"checkpoint.checkpoint_dir": cfg.checkpoint.checkpoint_dir, **names}
     locks = [RunLock(Path(name)) for name in names.values()]
 
-    # Rank 0 alone takes them, so that all ranks see one answer, whatever their paths lead to.
+    # Only rank 0 takes them, as all ranks must get one answer even if their disks differ.
     def take() -> None:
-        taken: set[Path] = set()  # both may be one directory
+        taken: set[Path] = set()  # both names may mean one directory
         for lock, (key, name) in zip(locks, names.items(), strict=True):
             directory = Path(name)
             with config_error(key, name, "a directory to write in that no other run uses"):

@@ -30,7 +30,7 @@ class Batches(Protocol):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in one pass over the data."""
+        """Return the number of optimizer steps in one pass over the data."""
 
     def after(self, step: int) -> Iterator[list[Batch]]:
         """Return the micro-batches of step `step` + 1 and of all that follow, epoch after epoch.

@@ -26,7 +26,7 @@ def adapter(base, use_dora=False, **chosen):
     def adapt(model):
         chosen.setdefault("target_modules", [])
         chosen.setdefault("exclude_modules", [])
-        names = lora.linear_maps(model, **chosen)
+        names = lora.find_linear_maps(model, **chosen)
         lora.add_adapter(model, names, 4, 8.0, 0.0, use_dora, "xavier", 7, str(base))
 
     return adapt
@@ -185,24 +185,24 @@ def model(tmp_path_factory):
 
 
 def test_patterns_that_match_nothing_are_named(model):
-    from ds_kd.models.lora import linear_maps
+    from ds_kd.models.lora import find_linear_maps
 
     with pytest.raises(ValueError, match=r"called q_prj.*did you mean q_proj"):
-        linear_maps(model, ["q_prj"], [])
+        find_linear_maps(model, ["q_prj"], [])
     with pytest.raises(ValueError, match=r"leaves no linear map"):
-        linear_maps(model, [], ["*_proj"])
+        find_linear_maps(model, [], ["*_proj"])
 
 
 def test_maps_are_chosen_as_nemo_chooses_them_but_never_the_head(model):
-    from ds_kd.models.lora import linear_maps
+    from ds_kd.models.lora import find_linear_maps
 
-    every = linear_maps(model, [], [], True)
+    every = find_linear_maps(model, [], [], True)
     assert len(every) == 14 and not any("lm_head" in name for name in every)
-    assert linear_maps(model, [], []) == every  # *_proj
-    assert linear_maps(model, ["q_proj", "*.layers.1.*.v_proj"], []) == [
+    assert find_linear_maps(model, [], []) == every  # *_proj
+    assert find_linear_maps(model, ["q_proj", "*.layers.1.*.v_proj"], []) == [
         "model.layers.0.self_attn.q_proj",
         "model.layers.1.self_attn.q_proj",
         "model.layers.1.self_attn.v_proj",
     ]
-    assert not any("mlp" in name for name in linear_maps(model, [], ["*mlp*"]))
-    assert linear_maps(model, [], ["lm_head", "*vision*"]) == every
+    assert not any("mlp" in name for name in find_linear_maps(model, [], ["*mlp*"]))
+    assert find_linear_maps(model, [], ["lm_head", "*vision*"]) == every

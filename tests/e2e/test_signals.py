@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment, kd_command
+from tests.scripts import heed_signals
 
 STEPS = 12
 
@@ -55,12 +56,6 @@ def start(overrides, directory, ranks):
         start_new_session=True,
         preexec_fn=heed_signals,
     )
-
-
-def heed_signals():
-    """Undo what a shell in the background or nohup has had every process below it ignore."""
-    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
 
 
 def until(process, word):
@@ -155,7 +150,7 @@ def test_a_rank_that_is_gone_is_named_with_the_step_and_the_last_checkpoint(comm
     code, output = finish(process)
     text = "".join(lines) + output
     assert code != 0, text
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < 180
     if "rank 1 does not answer in step" not in text:  # the launcher was quicker than rank 0
         assert number == signal.SIGKILL, text
     else:

@@ -968,7 +968,8 @@ def test_keys_are_listed_by_prefix():
     assert [line.split()[0] for line in lines] == ["checkpoint.keep_last", "checkpoint.keep_best"]
     assert list_keys("nonsense") == []
     told = "\n".join(list_keys("kd_loss_fn"))
-    assert "kd_loss_fn.temperature" in told and "of ds_kd.losses.KDLoss: float" in told
+    assert "kd_loss_fn.temperature   T > 0, divides both models' logits. [of ds_kd" in told
+    assert "of ds_kd.losses.KDLoss: float = 1.0]" in told
     assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
 
 

@@ -154,7 +154,7 @@ def test_no_key_of_the_schema_is_taken_for_a_secret():
     ids=range(9),
 )  # fmt: skip
 def test_looking_for_secrets_takes_time_linear_in_the_text(text):
-    started = time.monotonic()
+    started = time.process_time()
     blank_secrets(text)
     is_secret(text)
-    assert time.monotonic() - started < 0.5
+    assert time.process_time() - started < 0.5

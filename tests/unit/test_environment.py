@@ -16,6 +16,7 @@ from ds_kd.errors import MachineError, explain
 from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
 from ds_kd.script import run_script
+from tests.scripts import heed_signals
 
 ROOT = Path(__file__).parents[2]
 GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
@@ -190,6 +191,7 @@ def test_a_node_that_is_told_to_stop_before_its_ranks_are_there_ends_with_that_c
     (tmp_path / "deepspeed").chmod(0o755)
     script = subprocess.Popen(
         ["bash", "launch/single_node.sh", GUIDE], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=heed_signals,
         env={**os.environ, "VENV": "/no", "NPROC": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"},
     )  # fmt: skip
     while not (tmp_path / "deepspeed.started").exists():

@@ -48,12 +48,17 @@ class Buffered(torch.nn.Module):
 
 
 def documented():
-    """What the examples of docs/losses.md define."""
+    """Return the losses that the examples of docs/losses.md define."""
     space: dict = {"__name__": "my_losses"}
     for code in re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.S):
         exec(code, space)
     reverse, fast = (space[n](temperature=2.0) for n in ("ReverseKL", "FastReverseKL"))
-    return [reverse, fast, space["make_total_variation"]()]
+    return [
+        reverse,
+        space["SkewKL"](skew=0.2, temperature=2.0),
+        fast,
+        space["make_total_variation"](),
+    ]
 
 
 class Overridden(KDLoss):

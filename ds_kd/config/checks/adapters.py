@@ -35,7 +35,7 @@ def find_unknown_map(student: Component, peft: Peft) -> str | None:
     if unknown is None:
         return None
 
-    # The words are those of `models.lora.linear_maps`, which needs torch.
+    # The words are those of `models.lora.find_linear_maps`, which needs torch.
     near = difflib.get_close_matches(unknown, kinds, n=1)
     hint = f"no linear map is called {unknown}; there are {', '.join(kinds)}"
     hint += f"; did you mean {near[0]}?" if near else ""

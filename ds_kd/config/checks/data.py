@@ -35,7 +35,7 @@ def find_declaration(dotted: str) -> DataSet | None:
         return declaration_of(resolve(dotted))
     except ConfigError:
         raise
-    except Exception as error:  # whatever a module from outside may raise
+    except Exception as error:  # a user's module may raise any error
         kind = type(error).__name__
         raise ConfigError([f"{dotted} cannot be imported: {kind}: {first_line(error)}"]) from error
 
@@ -87,7 +87,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
     return None
 
 
-#: Endings of files that no data set reads, and first parts of paths that nobody's hub ids have.
+#: Endings of files that no data set reads, and first parts of paths that are no owners on the hub.
 _OTHER_ENDINGS = (".txt", ".md", ".xlsx", ".arrow", ".zip", ".tar", ".xz", ".bz2", ".pkl", ".zstd")
 _DIRECTORIES = ("data", "datasets", "dataset", "corpus", "rows", "tmp", "home")
 

@@ -12,6 +12,8 @@ from ds_kd.config.names import REFUSED_KEYS
 from ds_kd.config.signatures import signature_of
 from ds_kd.config.text.origins import decode
 
+_LONGEST = 100  # characters of a key that are compared with the known ones
+
 
 def check_section(cls: Any, data: dict, prefix: str, problems: list[str]) -> dict[str, Any]:
     """Return the values of a section in their own types; absent keys are left to their defaults.
@@ -61,14 +63,17 @@ def _check_key(path: str, value: Any, key: Key, problems: list[str]) -> Any:
 
 def _suggest_key(name: Any, prefix: str, known: Mapping[str, Key]) -> str:
     """Return a hint at the key that was probably meant: one of these, or one of their sections."""
-    near = difflib.get_close_matches(str(name), [*known], n=1, cutoff=0.75)
+    inner: dict[str, list[str]] = {}
     for section, key in known.items():
-        inner = _names_in(key)
-        if name in inner:
-            near = [f"{section}.{name}"]
-        elif not near and (found := difflib.get_close_matches(str(name), inner, 1, 0.85)):
-            near = [f"{section}.{found[0]}"]
-    return f"did you mean {prefix}{near[0]}?" if near else f"known here: {', '.join(known)}"
+        for part in _names_in(key):
+            inner.setdefault(part, []).append(f"{section}.{part}")
+
+    word = str(name)[:_LONGEST]  # a comparison takes time by its length
+    near = inner.get(word) or difflib.get_close_matches(word, known, 1, 0.75)
+    if not near and (parts := difflib.get_close_matches(word, inner, 1, 0.85)):
+        near = inner[parts[0]]
+    meant = " or ".join(f"{prefix}{each}" for each in near)
+    return f"did you mean {meant}?" if near else f"known here: {', '.join(known)}"
 
 
 def _names_in(key: Key) -> list[str]:

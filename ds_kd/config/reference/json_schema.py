@@ -116,5 +116,5 @@ def _describe_annotation(annotation: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends without a word
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `… | head` ends without an error
     print(json.dumps(json_schema(), indent=1, ensure_ascii=False))

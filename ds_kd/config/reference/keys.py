@@ -8,6 +8,7 @@ from typing import Any
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.signatures import signature_of
 
 
 def every_key() -> list[tuple[str, Key]]:
@@ -77,19 +78,42 @@ def _describe_value(key: Key) -> str:
 
 
 def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
-    """Return (key, its callable and annotation, nothing) for each argument of a section."""
+    """Return (key, its sentence, its callables and annotations) for each argument of a section."""
     section = prefix.partition(".")[0]
     key = keys_of(RunConfig).get(section)
-    rules = key.component if key else None
-    rows: dict[str, str] = {}
-    if rules is None:
+    if key is None or key.component is None:
         return []
-    for name in callables_of(rules):
-        for argument, annotation in arguments_of(name, rules)[0].items():
-            told = f"of {name}" + (f": {annotation}" if annotation else "")
+    rows: dict[str, list[str]] = {}
+    sentences: dict[str, str] = {}
+    for name in callables_of(key.component):
+        for argument in arguments_of(name, key.component)[0]:
             path = f"{section}.{argument}"
-            rows[path] = f"{rows[path]}; {told}" if path in rows else told
-    return [(path, told, "") for path, told in rows.items() if path.startswith(prefix)]
+            sentence, told = _describe_argument(name, argument)
+            rows.setdefault(path, []).append(told)
+            sentences[path] = sentences.get(path) or sentence
+    return [
+        (path, sentences[path], f"[{'; '.join(told)}]")
+        for path, told in rows.items()
+        if path.startswith(prefix)
+    ]
+
+
+def _describe_argument(name: str, argument: str) -> tuple[str, str]:
+    """Return the sentence on an argument of a callable, and its callable, annotation and default.
+
+    The sentence is that of the docstring if the callable is one of the project.
+    """
+    signature = signature_of(name)
+    assert signature is not None
+    annotation = signature.annotations.get(argument, "bool")  # a flag that ds_kd takes itself
+    told = f"of {name}" + (f": {annotation}" if annotation else "")
+    if argument in signature.defaults:
+        told += f" = {signature.defaults[argument]}"
+
+    # A text that refers to another function says nothing here.
+    text = signature.sentences.get(argument, "") if name.startswith("ds_kd.") else ""
+    is_empty = not text or text.startswith(("see ", "as for "))
+    return "" if is_empty else f"{text[0].upper()}{text[1:]} ", told
 
 
 def _show(value: Any) -> str:

@@ -57,7 +57,7 @@ _LOOKS_SECRET = re.compile(
     r"|(?<=://)[^/\s@]+(?=@)|(?<=\bbearer )\S+",
     re.IGNORECASE,
 )
-_SHORTEST, _MOST = 6, 500  # of what is remembered: characters, texts
+_SHORTEST, _MOST = 6, 500  # characters of a remembered text, number of texts
 _known: dict[str, None] = {}
 
 

@@ -239,7 +239,7 @@ def _count_nodes(root: Any) -> int:
     """
     import yaml
 
-    # By node, as counting every use of every alias one by one could take for ever.
+    # Counted by node, as the uses of aliases may multiply without bound.
     sizes: dict[int, int] = {}
 
     def size(node: Any, depth: int) -> int:
@@ -280,7 +280,7 @@ def _note_places(root: Any, source: Source) -> None:
         if not isinstance(node, yaml.MappingNode):
             return
 
-        # PyYAML would keep the last of two equal keys without a word.
+        # PyYAML would silently keep the last of two equal keys.
         seen: dict[str, int] = {}
         for name, value in node.value:
             row, column = name.start_mark.line + 1, name.start_mark.column + 1
