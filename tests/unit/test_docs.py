@@ -71,7 +71,7 @@ RUN_BY = {
     "python launch/prune.py": "unit/test_prune.py::test_a_pruned_model_is_the_teacher",
     "python launch/compare.py": "unit/test_quickstart_pieces.py::test_the_config_of_a_run_says",
     "python launch/evaluate.py": "unit/test_evaluate.py::test_hellaswag_agrees_with_lm",
-    "torchrun --nproc-per-node 8 launch/evaluate.py": "distributed/test_evaluation.py::test_two_ranks_give",
+    "torchrun --nproc-per-node 8 launch/evaluate.py": "distributed/test_evaluation.py::test_two_r",
     "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
     "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",
     "python -m ds_kd.config.reference.json_schema": "unit/test_config.py::test_the_json_schema",
