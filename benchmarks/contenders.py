@@ -30,6 +30,7 @@ class Job:
         dtype: of both models.
         micro_batch: samples per forward; a pack of ds_kd has as much room as they take together.
         packs: ds_kd packs the samples.
+        shares: samples in a pack share their beginnings.
         alpha: kd_ratio.
     """
 
@@ -38,6 +39,7 @@ class Job:
     dtype: torch.dtype = torch.float32
     micro_batch: int = 2
     packs: bool = False
+    shares: bool = False
     pack_size: int = 1024
     alpha: float = 0.5
 
@@ -128,10 +130,11 @@ def _collate(job: Job, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the micro-batches of a step, packed if the job says so."""
     from ds_kd.data.collate import default_collater
     from ds_kd.data.packing import PackedDataset
+    from ds_kd.data.prefixes import SharedDataset
 
     if not job.packs:
         return [default_collater(part) for part in _chunks(samples, job.micro_batch)]
-    packed = PackedDataset(samples, job.pack_size)
+    packed = (SharedDataset if job.shares else PackedDataset)(samples, job.pack_size)
     return [default_collater([packed[k]]) for k in range(len(packed))]
 
 
@@ -265,6 +268,7 @@ def liger(job: Job) -> Any:
 
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
+    "ds_kd_shared": (ds_kd, None),
     "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),

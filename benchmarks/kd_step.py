@@ -40,14 +40,16 @@ class Cell:
 
     Args:
         name: how `--cells` calls it.
-        kind: `text` (pieces of one length), `squad` (real rows, ds_kd packs them) or `workspace`
-            (the loss alone, from hidden states).
+        kind: `text` (pieces of one length), `squad` (real rows), `chat` (answers behind one system
+            prompt of 400 tokens) or `workspace` (the loss alone, from hidden states). ds_kd packs
+            samples of `squad` and `chat`.
         length: tokens of a text sample.
         masked: share of a text sample that is not supervised.
         samples: per optimizer step.
         micro_batch: samples per forward.
         vocab: rows of both heads; 0 takes the models'.
         ranks: processes, with all cores between them.
+        shares: ds_kd with shared beginnings takes part too.
     """
 
     name: str
@@ -59,6 +61,11 @@ class Cell:
     vocab: int = 0
     dtype: str = "fp32"
     ranks: int = 1
+    shares: bool = False
+
+    @property
+    def packs(self) -> bool:
+        return self.kind in ("squad", "chat")
 
 
 BASE = Cell("text-512")
@@ -73,6 +80,8 @@ DEFAULT = [
     replace(BASE, name="bf16", dtype="bf16"),
     Cell("squad-bf16", "squad", samples=8, micro_batch=8, dtype="bf16"),
     replace(BASE, name="2-ranks", ranks=2),
+    Cell("squad-shared", "squad", samples=32, micro_batch=8, shares=True),
+    Cell("chat-shared", "chat", samples=16, micro_batch=8, shares=True),
     Cell("workspace", "workspace", vocab=128256, length=4096),
 ]
 
@@ -204,7 +213,8 @@ def _make_job(cell: Cell, args: argparse.Namespace) -> tuple[Any, list[list[dict
         for p in (args.teacher, args.student)
     ]
     dtype = getattr(torch, DTYPES[cell.dtype])
-    return Job(*paths, dtype, cell.micro_batch, cell.kind == "squad", pack_size=2048), steps
+    shares = args.worker.endswith("_shared")
+    return Job(*paths, dtype, cell.micro_batch, cell.packs, shares, pack_size=2048), steps
 
 
 def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell, job: Any) -> Any:
@@ -217,9 +227,11 @@ def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell,
         return [taken, losses[0]]
     if order == "peak":
         return measure.peak_bytes(lambda: step(samples))
-    lengths = [len(sample["input_ids"]) for sample in samples]
+    lengths = measure.lengths_in(samples, job.shares)
     _, labels = measure.tokens_in(samples)
-    micro = 1 if cell.kind == "squad" else cell.samples // cell.micro_batch
+    micro = cell.samples // cell.micro_batch
+    if cell.packs:
+        micro = -(-sum(lengths) // job.pack_size)
     ideal = measure.Ideal(job.teacher, job.student, job.dtype)
     return {
         "ideal": ideal.seconds(lengths, labels, micro),
@@ -234,6 +246,8 @@ def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[
     count = cell.samples * (args.rounds + 1)
     if cell.kind == "squad":
         rows = measure.squad_samples(tokenizer, args.squad, count)
+    elif cell.kind == "chat":
+        rows = measure.chat_samples(tokenizer, count)
     else:
         rows = measure.text_samples(tokenizer, count, cell.length, cell.masked)
     return [rows[k : k + cell.samples] for k in range(0, count, cell.samples)]
@@ -244,7 +258,9 @@ def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[
     from contenders import available
 
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
-    names = [*available(wanted)]
+    if cell.shares and wanted is None:
+        wanted = ["ds_kd_shared", "ds_kd", "plain"]
+    names = [name for name in available(wanted) if cell.shares or not name.endswith("_shared")]
     rows = in_turn([(cell, name, args) for name in names], directory)
     plain = next((row["step s"] for row in rows if row["contender"] == "plain"), None)
     if plain is not None:

@@ -163,9 +163,7 @@ def with_vocabulary(path: Path, vocab: int, directory: Path) -> Path:
 def text_samples(tokenizer: Any, count: int, length: int, masked: float) -> list[dict[str, Any]]:
     """Return consecutive pieces of Python's own documentation; the first part of each is not
     supervised."""
-    from pydoc_data import topics
-
-    ids: list[int] = tokenizer(" ".join(topics.topics.values()))["input_ids"]
+    ids: list[int] = tokenizer(" ".join(topics_of_python().values()))["input_ids"]
     made = []
     for k in range(count):
         start = k * length % (len(ids) - length - 1)
@@ -187,6 +185,41 @@ def squad_samples(tokenizer: Any, file: Path, count: int) -> list[dict[str, Any]
 
     rows = make_squad_dataset(tokenizer, dataset_name=str(file), limit_dataset_samples=count)
     return [dict(rows[k]) for k in range(len(rows))]
+
+
+def chat_samples(tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """Questions and answers of some 60 tokens behind one system prompt of 400."""
+    from ds_kd.data.labels import shift
+
+    names = list(topics_of_python())
+    rules = tokenizer(" ".join(topics_of_python().values())[:4000])["input_ids"][:400]
+    made = []
+    for k in range(count):
+        name = names[k % len(names)]
+        text = " ".join(topics_of_python()[name].split()[:40])
+        asked = tokenizer(f"\nQuestion {k}: what is said about {name}?\n")["input_ids"]
+        answer = [*tokenizer(text)["input_ids"][:48], tokenizer.eos_token_id]
+        mask = [False] * (len(rules) + len(asked)) + [True] * len(answer)
+        made.append({**shift(rules + asked + answer, mask), "sample_id": str(k)})
+    return made
+
+
+def topics_of_python() -> dict[str, str]:
+    """Python's own documentation by topic."""
+    from pydoc_data import topics
+
+    return dict(topics.topics)
+
+
+def lengths_in(samples: list[dict[str, Any]], shares: bool) -> list[int]:
+    """Return the tokens of each sample; with `shares` of each part that is computed once."""
+    if not shares:
+        return [len(sample["input_ids"]) for sample in samples]
+    import numpy as np
+
+    from ds_kd.data.prefixes import lay_out
+
+    return lay_out([np.array(sample["input_ids"]) for sample in samples]).lengths
 
 
 def tokens_in(samples: list[dict[str, Any]]) -> tuple[int, int]:

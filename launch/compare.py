@@ -1,13 +1,12 @@
-"""Say what a distillation run achieved: its log's numbers, and a question put to all models.
+"""Show the result of a run: validation before and after, and all models' answers to a question.
 
     python launch/compare.py --config cfg.yaml
     python launch/compare.py --teacher DIR --before DIR --student DIR \\
         --data validation.jsonl --metrics metrics.jsonl
 
-A run's YAML names its models, its log and its held-out rows; an option takes the place of what it
-says. `--before` is the student the run started from, `--student` the one it wrote. The rows may be
-of any data set of the schema; all models are asked for the answer of one of them. Exit code 2 where
-something is missing.
+A run's YAML names its models, its log and its held-out rows, and options override it. `--before` is
+the student that the run started from, `--student` the one that it wrote. The rows may be those of
+any data set; all models answer one of them. Exit code 2 if something is missing.
 """
 
 from __future__ import annotations

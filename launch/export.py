@@ -3,8 +3,8 @@
     python launch/export.py CHECKPOINT OUT
     python launch/export.py checkpoints/LATEST my-student
 
-Needs no GPU and no job; plain `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit
-code 2 for a path that is wrong or cannot be written.
+It needs no GPU. `AutoModelForCausalLM.from_pretrained(OUT)` loads the result. Exit code 2 for a
+path that is wrong or cannot be written.
 """
 
 from __future__ import annotations

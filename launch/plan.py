@@ -3,8 +3,8 @@
     python launch/plan.py --config cfg.yaml --ranks 8 --gpu-memory 80GB [key.sub=value …]
     python launch/plan.py --config cfg.yaml --ranks 8 --host-memory 1TB --length 2048
 
-The models' config.json is enough. What does not fit is said, with the smallest number of ranks
-that does; the exit code is 0 all the same, and 2 where the config or the command is wrong.
+Only the models' config.json is needed. If the run does not fit, the plan says so and names the
+smallest number of ranks that does. Exit code 2 if the config or the command is wrong, else 0.
 """
 
 from __future__ import annotations

@@ -3,9 +3,9 @@
     python launch/submit.py --config cfg.yaml [key.sub=value …]
     python launch/submit.py --config cfg.yaml --dry-run       print the command, submit nothing
 
-The whole config is checked first, and whether its batch sizes fit the ranks; then it is
-`sbatch … launch/slurm.sh` with that section's options. Others go in slurm.sbatch_options.
-Exit code: sbatch's, 2 when the config or the command is wrong.
+The config is checked first, and that its batch sizes fit the ranks. Then
+`sbatch … launch/slurm.sh` is run with the section's options; slurm.sbatch_options takes others.
+Exit code: sbatch's, or 2 if the config or the command is wrong.
 """
 
 from __future__ import annotations

@@ -39,6 +39,8 @@ class PlainLoss:
             kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
             measured |= {"kl_at_t1": kl, "teacher_entropy_at_t1": entropy(z_t)}
             measured["student_entropy_at_t1"] = entropy(z_s)
+            measured["reverse_kl_at_t1"] = (log_q.exp() * (log_q - log_p)).sum()
+            measured["acceptance_at_t1"] = torch.minimum(log_p, log_q).exp().sum()
         return measured
 
 

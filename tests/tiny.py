@@ -81,6 +81,23 @@ def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dic
     return made
 
 
+def branches(rows: list[dict]) -> list[dict]:
+    """The samples behind common beginnings: one of all, one of every three, and one sample twice.
+
+    What three have in common is supervised in two of them.
+    """
+    made = []
+    for k, row in enumerate(rows):
+        near = rows[k - k % 3]
+        begin = rows[0]["input_ids"][:3] + near["input_ids"][:4]
+        ids = begin + row["input_ids"]
+        labels = [-100] * 4 + ids[5 : len(begin) + 1] + row["labels"]
+        if k % 3 == 1 or all(label == -100 for label in row["labels"]):
+            labels = [-100] * len(begin) + row["labels"]
+        made.append({"input_ids": ids, "labels": labels, "sample_id": row["sample_id"]})
+    return [*made[:-1], {**made[0], "sample_id": made[-1]["sample_id"]}]
+
+
 def reference_means(student, teacher, rows: list[dict], alpha: float, temperature: float):
     """The step's loss as the formula says it, one sample at a time, full logits, plain PyTorch.
 
@@ -90,9 +107,9 @@ def reference_means(student, teacher, rows: list[dict], alpha: float, temperatur
     n = sum(label != -100 for row in rows for label in row["labels"])
     for row in rows:
         ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
-        z_s = student(input_ids=ids).logits[0].float()
+        z_s = student(input_ids=ids, use_cache=False).logits[0].float()
         with torch.no_grad():
-            z_t = teacher(input_ids=ids).logits[0].float()
+            z_t = teacher(input_ids=ids, use_cache=False).logits[0].float()
         for i in (labels != -100).nonzero().flatten().tolist():
             ce = ce - torch.log_softmax(z_s[i], -1)[labels[i]]
             log_p, log_q = (torch.log_softmax(z[i] / temperature, -1) for z in (z_t, z_s))

@@ -88,12 +88,15 @@ class Component:
         kwargs: its keyword arguments.
         key: the section's name in the YAML.
         declaration: a data set's own, if it has one; see `ds_kd.data.rows.declaration`.
+        parts: weight and component of each part of a weighted sum of losses, which has no callable
+            of its own.
     """
 
     name: str
     kwargs: dict[str, Any]
     key: str
     declaration: DataSet | None = None
+    parts: tuple[tuple[float, Component], ...] = ()
 
 
 def resolve(dotted: str) -> Any:

@@ -259,6 +259,8 @@ class ComponentRules:
         kwargs: the arguments if the section is absent; None leaves the component out.
         required: whether the section must be there.
         may_be_named: whether the section may hold several components by name.
+        has_names: whether `name` may choose one of the project's own, and a list of sections, each
+            with a `weight`, is a weighted sum of them.
         example: an example of the section, for messages.
     """
 
@@ -270,6 +272,7 @@ class ComponentRules:
     kwargs: Mapping[str, Any] | None = None
     required: bool = False
     may_be_named: bool = False
+    has_names: bool = False
     example: str = ""
 
 

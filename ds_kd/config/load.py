@@ -6,6 +6,7 @@ the value expected and what to type next.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
 from ds_kd.config.checks.tokenizers import find_other_tokenizer
 from ds_kd.config.components import Component, ConfigError
-from ds_kd.config.keys import keys_of
+from ds_kd.config.keys import ComponentRules, keys_of
+from ds_kd.config.losses import check_divergence
 from ds_kd.config.nemo import Translation
 from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.schema import Rng, RunConfig
@@ -63,7 +65,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
     values = check_section(RunConfig, data, "", problems)
     for name, key in keys_of(RunConfig).items():
         if key.component is not None:
-            check = check_components if key.component.may_be_named else check_component
+            check = _checker_of(key.component)
             values[name] = check(data.get(name), key, config_only, problems)
     if values.get("seed") is not None:
         values["rng"] = replace(values.get("rng", Rng()), seed=values["seed"])
@@ -92,11 +94,19 @@ def _check(data: dict, config_only: bool) -> RunConfig:
     return cfg
 
 
+def _checker_of(rules: ComponentRules) -> Callable[..., Any]:
+    """Return the check of a `_target_` section."""
+    if rules.has_names:
+        return check_divergence
+    return check_components if rules.may_be_named else check_component
+
+
 def _list_components(values: dict[str, Any]) -> list[Component]:
     """Return the components among the values of a config, those of named sets too."""
     several = [value for value in values.values() if isinstance(value, dict)]
     found = [*values.values(), *(part for parts in several for part in parts.values())]
-    return [part for part in found if isinstance(part, Component)]
+    made = [part for part in found if isinstance(part, Component)]
+    return made + [part for each in made for _, part in each.parts]
 
 
 #: Keys of lr_scheduler → the NeMo-AutoModel names that `translate_schedule` makes them from.
@@ -139,9 +149,10 @@ _OF_VALIDATION = (
     "validation_dataset",
     "validation_share",
     "kd_ratio",
-    "kd_loss_fn.",
+    "kd_loss_fn",
     "loss_fn.",
     "teacher_model.",
+    "teacher.",
 )
 
 

@@ -6,9 +6,11 @@ from ds_kd.config.keys import ComponentRules
 _NEMO = "nemo_automodel.components."
 MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
+COLLATER = "ds_kd.data.collate.default_collater"
 
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
+NAMED = f"{LOSSES}named."  # divergences that kd_loss_fn.name chooses, beside KDLoss
 
 
 def home_of(dotted: str) -> str:
@@ -35,7 +37,7 @@ ALIASES = {
     _NEMO + "datasets.llm.chat_dataset.ChatDataset": "ds_kd.data.chat.ChatDataset",
     _NEMO + "datasets.llm.column_mapped_text_instruction_dataset."
     "ColumnMappedTextInstructionDataset": "ds_kd.data.text.make_instruction_dataset",
-    _NEMO + "datasets.utils.default_collater": "ds_kd.data.collate.default_collater",
+    _NEMO + "datasets.utils.default_collater": COLLATER,
 }
 
 #: Names outside ds_kd that a run needs. Exact: a whole `torch.*` would admit `torch.hub.load`.
@@ -192,7 +194,7 @@ OF_LOADER = ComponentRules(
     may_call=(_LOADER,),
     given=("dataset", "batch_sampler", "generator"),
     flags=LOADER_FLAGS,
-    kwargs={"collate_fn": "ds_kd.data.collate.default_collater"},
+    kwargs={"collate_fn": COLLATER},
 )
 OF_OPTIMIZER = ComponentRules(
     calls="torch.optim.AdamW",
@@ -202,11 +204,9 @@ OF_OPTIMIZER = ComponentRules(
 )
 
 
-def of_loss(name: str, home: str) -> ComponentRules:
-    """Return the rules of a loss's section.
-
-    Args:
-        name: the loss that it calls by default.
-        home: prefix of the losses that it may call.
-    """
-    return ComponentRules(calls=name, may_call=(home,), kwargs={})
+OF_CROSS_ENTROPY = ComponentRules(
+    calls=f"{LOSSES}MaskedCrossEntropy", may_call=(f"{LOSSES}cross_entropy.",), kwargs={}
+)
+OF_DIVERGENCE = ComponentRules(
+    calls=f"{LOSSES}KDLoss", may_call=(DIVERGENCES, NAMED), kwargs={}, has_names=True
+)

@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_kd.config.components import problem
 from ds_kd.config.names import (
+    COLLATER,
     NEMO_COLLATERS,
     NEMO_KERNELS,
     NEMO_LOSSES,
@@ -21,7 +22,6 @@ from ds_kd.config.names import (
 from ds_kd.config.permissions import Permitted, translate
 from ds_kd.config.text.origins import decode
 
-_COLLATER = "ds_kd.data.collate.default_collater"
 _NAME = "pretrained_model_name_or_path"
 _MODELS = ("model", "teacher_model")
 #: Keys of a data set's section that say how rows are padded, shuffled or read in advance.
@@ -166,12 +166,12 @@ class Translation:
             if not isinstance(dotted, str):
                 continue
             if dotted in NEMO_COLLATERS:
-                loader["collate_fn"] = _COLLATER
+                loader["collate_fn"] = COLLATER
                 self.notes.append(
                     f"{key}: accepted; default_collater takes its place and lays packs end to end"
                 )
-            elif isinstance(given, dict) and translate(dotted) == _COLLATER:
-                loader["collate_fn"] = _COLLATER
+            elif isinstance(given, dict) and translate(dotted) == COLLATER:
+                loader["collate_fn"] = COLLATER
                 self.notes += [
                     f"{key}.{part}: accepted; padding changes no result"
                     for part in sorted(set(given) - {"_target_"})

@@ -9,13 +9,12 @@ from typing import Any
 from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, key
 from ds_kd.config.names import (  # fmt: skip
-    DIVERGENCES,
-    LOSSES,
+    OF_CROSS_ENTROPY,
     OF_DATA,
+    OF_DIVERGENCE,
     OF_LOADER,
     OF_MODEL,
     OF_OPTIMIZER,
-    of_loss,
 )
 from ds_kd.config.sections import (
     MAX_SEED,
@@ -31,11 +30,13 @@ from ds_kd.config.sections import (
     Rng,
     Slurm,
     StepScheduler,
+    Teacher,
     TensorBoard,
 )  # fmt: skip
 from ds_kd.config.task import WITH_TEACHER
 from ds_kd.config.text.yaml_source import Source
 
+SHARED_BASE = "shared_base"  # a value of teacher.kind
 _KEPT_BY_TIME = 2  # newest checkpoints, where no steps are named to save after
 
 
@@ -52,6 +53,7 @@ class RunConfig:
         "validation uses it, and it may be absent.",
         component=OF_MODEL,
     )
+    teacher: Teacher = key(Teacher, "Says where the teacher's distribution comes from.")
     offload_teacher_model: bool = key(False, "Keeps the teacher's shards in the host's memory.")
     dataset: Component = key(
         None, "Names the training data.", component=replace(OF_DATA, required=True)
@@ -65,8 +67,10 @@ class RunConfig:
     )
     kd_loss_fn: Component = key(
         None,
-        "Sets the distillation loss: temperature, ignore_index, fp32_upcast, chunk_size.",
-        component=of_loss(f"{LOSSES}KDLoss", DIVERGENCES),
+        "Sets the distillation loss: name (forward_kl by default; docs/losses.md lists all), its "
+        "arguments, temperature, ignore_index, fp32_upcast, chunk_size. A list of such sections, "
+        "each with a weight, is their weighted sum.",
+        component=OF_DIVERGENCE,
     )
     peft: Peft | None = key(
         None, "Trains small adapters (LoRA) and leaves the student's weights as they are."
@@ -74,7 +78,7 @@ class RunConfig:
     loss_fn: Component = key(
         None,
         "Sets the cross-entropy: ignore_index, fp32_upcast.",
-        component=of_loss(f"{LOSSES}MaskedCrossEntropy", f"{LOSSES}cross_entropy."),
+        component=OF_CROSS_ENTROPY,
     )
     optimizer: Component = key(
         None,
@@ -140,12 +144,23 @@ class RunConfig:
         return bool(self.validation_dataset) or self.validation_share is not None
 
     @property
-    def loads_teacher(self) -> bool:
-        """Return whether a teacher is loaded, be it for validation or evaluation alone."""
+    def kd_losses(self) -> list[Component]:
+        """Return the distillation loss, or the parts of a weighted sum."""
+        return [part for _, part in self.kd_loss_fn.parts] or [self.kd_loss_fn]
+
+    @property
+    def asks_teacher(self) -> bool:
+        """Return whether there is a teacher, be it for validation or evaluation alone."""
         measures = self.step_scheduler.validate_teacher and self.validates
         tasks = [] if self.evaluation is None else self.evaluation.tasks
         measures = measures or any(entry["task"] == WITH_TEACHER for entry in tasks)
-        return self.teacher_model is not None and (self.kd_ratio > 0 or measures)
+        is_there = self.teacher_model is not None or self.teacher.kind == SHARED_BASE
+        return is_there and (self.kd_ratio > 0 or measures)
+
+    @property
+    def loads_teacher(self) -> bool:
+        """Return whether a teacher is loaded beside the student."""
+        return self.asks_teacher and self.teacher_model is not None
 
     @property
     def keep_last(self) -> int | None:

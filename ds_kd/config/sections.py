@@ -184,6 +184,15 @@ class LRScheduler:
 
 
 @dataclass
+class Teacher:
+    kind: Literal["resident", "shared_base"] = key(
+        "resident",
+        "Chooses the teacher: resident runs teacher_model in an engine of its own; shared_base is "
+        "the student's own base, its adapter (peft) off, without a second set of weights.",
+    )
+
+
+@dataclass
 class DeepSpeed:
     student: Any = key(
         None,
@@ -205,6 +214,11 @@ class PackedSequence:
         low=0,
     )
     split_across_pack: Literal[False] = key(False, "Only false is accepted: samples stay whole.")
+    share_prefixes: bool = key(
+        False,
+        "Puts samples that begin alike into one pack, in which their beginning is computed once; a "
+        "pack then holds this many different tokens. Results stay the same for the same samples.",
+    )
 
 
 @dataclass

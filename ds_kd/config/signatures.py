@@ -7,10 +7,11 @@ import difflib
 import functools
 import importlib.util
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from ds_kd.config.names import DIVERGENCES, LOSSES, home_of
+from ds_kd.config.names import DIVERGENCES, LOSSES, NAMED, home_of
 
 _HOPS = 4  # longest chain of `from .other import name` that is followed
 
@@ -26,6 +27,8 @@ class Signature:
         decorators: names of the functions that decorate it.
         defaults: argument → its default as text.
         sentences: argument → its text in the docstring.
+        limits: (argument, low, high) for each number of a divergence that must lie between these,
+            ends excluded; None is no limit.
     """
 
     annotations: dict[str, str]
@@ -34,6 +37,7 @@ class Signature:
     decorators: tuple[str, ...] = ()
     defaults: dict[str, str] = field(default_factory=dict)
     sentences: dict[str, str] = field(default_factory=dict)
+    limits: tuple[tuple[str, float, float | None], ...] = ()
 
 
 @functools.cache
@@ -52,11 +56,7 @@ def signature_of(dotted: str) -> Signature | None:
         # The name is defined in this file, or imported from the file that is looked at next.
         for node in tree.body:
             if isinstance(node, ast.ClassDef) and node.name == name:
-                init = [n for n in node.body if getattr(n, "name", "") == "__init__"]
-                if init:
-                    return _read_signature(init[0], 1, node)
-                bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
-                return signature_of(f"{module}.{bases[0]}") if bases else None
+                return _read_class(node, module)
             if isinstance(node, ast.FunctionDef) and node.name == name:
                 return _read_signature(node, 0, node)
         hop = _import_of(tree, name, module, path.name == "__init__.py")
@@ -67,18 +67,19 @@ def signature_of(dotted: str) -> Signature | None:
 
 
 @functools.cache
-def divergences() -> tuple[str, ...]:
-    """Return the public names of the project's divergences: the classes of `losses/divergences.py`
-    that derive from another class of that file."""
-    path = _file_of(DIVERGENCES.rstrip("."))
-    assert path is not None
-    classes = [n for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef)]
-    known = {node.name for node in classes}
-    return tuple(
-        f"{LOSSES}{node.name}"
-        for node in classes
-        if any(isinstance(base, ast.Name) and base.id in known for base in node.bases)
-    )
+def divergences_by_name() -> dict[str, str]:
+    """Return the project's divergences, `name` → dotted name: the classes of
+    `losses/divergences.py` and of the files in `losses/named/` that have a `name`."""
+    home, folder = _file_of(DIVERGENCES.rstrip(".")), _file_of(NAMED.rstrip("."))
+    assert home is not None and folder is not None
+    files = {LOSSES: home}
+    files |= {f"{NAMED}{path.stem}.": path for path in sorted(folder.parent.glob("*.py"))}
+    return {
+        name: f"{prefix}{node.name}"
+        for prefix, path in files.items()
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.ClassDef) and (name := _read_literal(node, "name"))
+    }
 
 
 def explain_absence(dotted: str) -> str:
@@ -134,6 +135,8 @@ def _find_names(tree: ast.Module) -> set[str]:
 
 def _file_of(module: str) -> Path | None:
     """Return the file of a module as importlib would find it, without importing its parents."""
+    if not module:  # of a name without a dot
+        return None
     top, *rest = module.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -166,6 +169,53 @@ def _find_decorators(node: ast.FunctionDef | ast.ClassDef) -> tuple[str, ...]:
     """Return the names of the decorators that a definition calls with arguments."""
     called = (each.func for each in node.decorator_list if isinstance(each, ast.Call))
     return tuple(ast.unparse(function).rpartition(".")[2] for function in called)
+
+
+def _read_class(node: ast.ClassDef, module: str) -> Signature | None:
+    """Return the signature of a class; arguments that its `__init__` hands on as `**others` to that
+    of its base are the base's."""
+    bases = [base.id for base in node.bases if isinstance(base, ast.Name)]
+    init = next((n for n in node.body if getattr(n, "name", "") == "__init__"), None)
+    if init is None:
+        return signature_of(f"{module}.{bases[0]}") if bases else None
+    own = _read_signature(init, 1, node)
+    if own is None:
+        return None
+
+    # Without the base's arguments a misspelt one would be taken for one that is handed on.
+    own = replace(own, limits=_read_literal(node, "limits") or ())
+    base = signature_of(f"{module}.{bases[0]}") if bases and _hands_on(init) else None
+    if base is None:
+        return own
+    return replace(
+        own,
+        annotations={**own.annotations, **base.annotations},
+        required=(*own.required, *base.required),
+        is_open=base.is_open,
+        defaults={**base.defaults, **own.defaults},
+        sentences={**base.sentences, **own.sentences},
+        limits=(*base.limits, *own.limits),
+    )
+
+
+def _hands_on(init: ast.stmt) -> bool:
+    """Return whether an `__init__` with `**others` calls `super().__init__(**others)`."""
+    assert isinstance(init, ast.FunctionDef)
+    if init.args.kwarg is None:
+        return False
+    wanted = f"super().__init__(**{init.args.kwarg.arg})"
+    return any(isinstance(n, ast.Call) and ast.unparse(n) == wanted for n in ast.walk(init))
+
+
+def _read_literal(node: ast.ClassDef, name: str) -> Any:
+    """Return the literal that a class assigns to a name, or None."""
+    for each in node.body:
+        if isinstance(each, ast.Assign) and [ast.unparse(to) for to in each.targets] == [name]:
+            try:
+                return ast.literal_eval(each.value)
+            except ValueError:
+                return None
+    return None
 
 
 def _read_signature(

@@ -42,13 +42,7 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
     Raises:
         ValueError: a sample is longer than a pack.
     """
-    longest = max(range(len(lengths)), key=lengths.__getitem__)
-    if lengths[longest] > size:
-        raise ValueError(
-            f"sample {longest} has {lengths[longest]} tokens; give packed_sequence_size: "
-            f"{lengths[longest]} or more, or cut samples with seq_length and truncation: true"
-        )
-
+    refuse_longest(lengths, size)
     # `rooms` is sorted, so that the smallest room that is large enough is found by bisection.
     shuffled = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(seed)).tolist()
     open_packs: dict[int, list[list[int]]] = {}  # room left → packs
@@ -73,6 +67,20 @@ def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:
             bisect.insort(rooms, left)
         open_packs[left].append(chosen)
     return sorted(sorted(chosen) for chosen in packs)
+
+
+def refuse_longest(lengths: Sequence[int], size: int) -> None:
+    """Refuse samples of which one is longer than a pack.
+
+    Raises:
+        ValueError: names the longest one.
+    """
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    if lengths[longest] > size:
+        raise ValueError(
+            f"sample {longest} has {lengths[longest]} tokens; give packed_sequence_size: "
+            f"{lengths[longest]} or more, or cut samples with seq_length and truncation: true"
+        )
 
 
 class PackedDataset(Dataset):

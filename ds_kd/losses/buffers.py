@@ -18,6 +18,7 @@ class Buffers:
     def __init__(self, chunk: int, dtype: torch.dtype, device: torch.device):
         self.chunk, self.dtype, self.device = chunk, dtype, device
         self._made: dict[tuple[str, int, torch.dtype], Tensor] = {}
+        self._smaller: dict[tuple[int, torch.dtype], Buffers] = {}
 
     def get(self, name: str, rows: int, vocab: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return the buffer `name` as `[rows, vocab]`, uninitialised."""
@@ -30,3 +31,10 @@ class Buffers:
         """Return the buffer `name` in the shape of `logits`, uninitialised."""
         rows, vocab = logits.shape
         return self.get(name, rows, vocab, dtype)
+
+    def of_block(self, rows: int, dtype: torch.dtype) -> Buffers:
+        """Return the buffers for blocks of so many rows, which one block leaves to the next."""
+        key = (rows, dtype)
+        if key not in self._smaller:
+            self._smaller[key] = Buffers(rows, dtype, self.device)
+        return self._smaller[key]

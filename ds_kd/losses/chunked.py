@@ -68,7 +68,11 @@ class DistillationLoss:
         self._kept: Buffers | None = None
 
     def __call__(
-        self, student: States, labels: Tensor, teacher: Any | None = None
+        self,
+        student: States,
+        labels: Tensor,
+        teacher: Any | None = None,
+        counts: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the sums of its parts.
 
@@ -77,6 +81,8 @@ class DistillationLoss:
             labels: `[tokens]` int64, shifted.
             teacher: a teacher's output for the same tokens (`ds_kd.teachers.base`); may be None at
                 `kd_ratio` 0.
+            counts: `[tokens]`, how often each token counts; once by default. Not for a user's own
+                loss of whole logits, which returns a chunk's sum.
 
         Returns:
             The differentiable scalar (nats, summed over valid tokens), whose backward can be run
@@ -93,6 +99,7 @@ class DistillationLoss:
             head.bias,
             student,
             labels,
+            counts,
             teacher,
             self,
             is_training,
@@ -175,12 +182,12 @@ class DistillationLoss:
             for part in logits:
                 part.div_(t)
         pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
-        entropy = pair.teacher_entropy
         if join is not None:
+            entropy = pair.teacher_entropy
             kd, gradient = join(pair, alpha)
             ce = pair.student_lse - label_logit
         else:
-            kd, kd_gradient = divergence.of_chunk(pair)
+            kd, kd_gradient, entropy = _evaluate(divergence, pair)
             gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
             if t != 1.0 and not is_padded:
                 student.mul_(t)
@@ -225,6 +232,7 @@ class _Chunked(torch.autograd.Function):
         bias: Tensor | None,
         student: States,
         labels: Tensor,
+        counts: Tensor | None,
         teacher: Any | None,
         loss: DistillationLoss,
         is_training: bool,
@@ -238,6 +246,8 @@ class _Chunked(torch.autograd.Function):
         # Inside a Function these tensors have no graph, so that the products are not recorded.
         grads = Gradients(States(hidden, student.head), dtype, wanted)
         valid = (labels != IGNORE_INDEX).to(dtype)
+        if counts is not None:
+            valid = valid * counts
 
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
@@ -263,18 +273,41 @@ class _Chunked(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         if found is None:
             raise RuntimeError("the chunked loss can be differentiated once only")
-        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 6
+        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 7
+
+
+def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, gradient and the teacher's entropy of a chunk: `[tokens, 1]`,
+    `[tokens, shared vocab]` and `[tokens, 1]`."""
+    if divergence.takes_whole_chunks:
+        entropy = pair.teacher_entropy
+        return *divergence.of_chunk(pair), entropy
+    values, entropies, teacher = [], [], pair.teacher
+    for rows, block in pair.blocks():
+        entropies.append(block.teacher_entropy.to(teacher.dtype))
+        value, gradient = divergence.of_chunk(block)
+        values.append(value.to(teacher.dtype))
+        teacher[rows] = gradient  # the block has its own logits no longer
+    return torch.cat(values), teacher, torch.cat(entropies)
 
 
 def _measure(pair: Pair) -> dict[str, Tensor]:
-    """Return KL and both entropies at T = 1, `[tokens, 1]` each, for any T of the run."""
-    kl, entropy, student_lse = pair.forward_kl, pair.teacher_entropy, pair.student_lse
-    student_mean = pair.q.mul_(pair.student).sum(-1, keepdim=True)
-    return {
-        "kl_at_t1": kl,
-        "teacher_entropy_at_t1": entropy,
-        "student_entropy_at_t1": student_lse - student_mean,
-    }
+    """Return what is logged of a chunk at T = 1 whatever loss and T of the run are, `[tokens, 1]`
+    each: both KLs, both entropies, and the acceptance rate Σ min(p, q) of speculative decoding."""
+    found: dict[str, list[Tensor]] = {}
+    for _, block in pair.blocks():
+        p, q = block.p, block.q
+        mean = (q * block.student).sum(-1, keepdim=True)
+        measured = {
+            "kl_at_t1": block.forward_kl,
+            "reverse_kl_at_t1": (q * block.log_ratio).sum(-1, keepdim=True),
+            "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
+            "teacher_entropy_at_t1": block.teacher_entropy,
+            "student_entropy_at_t1": block.student_lse - mean,
+        }
+        for name, values in measured.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:

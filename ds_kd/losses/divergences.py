@@ -2,10 +2,10 @@
 
     L = (1 - α)·CE(student, labels) + α·T²·D( softmax(z_t/T), softmax(z_s/T) )
 
-A divergence is one class here or in a user's own file. It defines the loss of whole logits
-(`__call__`) and that of one chunk of tokens (`of_chunk`): a value per token and its gradient with
-respect to z_s/T. `ds_kd.losses.chunked` goes through the chunks and multiplies by α and T²; it
-knows no divergence by name.
+A divergence is one class here, in `ds_kd/losses/named/` or in a user's own file. It defines the
+loss of whole logits (`__call__`) and that of some tokens (`of_chunk`): a value per token and its
+gradient with respect to z_s/T. `ds_kd.losses.chunked` goes through the chunks and multiplies by α
+and T²; it knows no divergence by name. The YAML does: `kd_loss_fn.name` is a class's `name`.
 
 * **T².** d D/d z_s carries a factor 1/T, and the difference of the two distributions itself shrinks
   like 1/T: together 1/T². Multiplying by T² keeps the gradient's scale, hence the learning rate,
@@ -29,11 +29,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
-from ds_kd.losses.pair import Pair
+from ds_kd.losses.head import LOWEST
+from ds_kd.losses.pair import HIGH_TEMPERATURE, Pair
 
-# Above this temperature the KL is of the order of 1/T², while the log-sum-exps that it is computed
-# from are about ten: their difference in fp32 is too inexact.
-_HIGH_TEMPERATURE = 8.0
 _NEAR = 0.5  # |log-ratio| up to which `near_kl`'s series is exact to 1e-5
 
 
@@ -52,7 +50,16 @@ class Divergence(ABC):
             chunk_size that is not an integer ≥ 0.
     """
 
-    #: Set to False if `of_chunk` does not read `pair.teacher`; its memory is then reused.
+    #: The word in `kd_loss_fn.name`. The config reads it, the arguments of `__init__` and `limits`
+    #: from the source, so that both are written as literals.
+    name = ""
+    #: (argument, low, high): it must lie between these numbers, ends excluded; None is no limit.
+    limits: tuple[tuple[str, float, float | None], ...] = ()
+
+    #: Set to True if `of_chunk` makes next to no tensors of its own. It then gets a whole chunk
+    #: instead of a few tokens at a time.
+    takes_whole_chunks = False
+    #: Set to False if such an `of_chunk` does not read `pair.teacher`; its memory is then reused.
     reads_teacher_logits = True
 
     def __init__(
@@ -69,6 +76,18 @@ class Divergence(ABC):
             raise ValueError(f"chunk_size must be an integer ≥ 0 (tokens), got {chunk_size!r}")
         self.temperature = float(temperature)
         self.chunk_size = chunk_size
+
+    def within(self, argument: str, value: float) -> float:
+        """Return the value of an argument that lies between its `limits`.
+
+        Raises:
+            ValueError: it does not.
+        """
+        ((low, high),) = ((low, high) for name, low, high in self.limits if name == argument)
+        if not (low < value < (math.inf if high is None else high)):
+            ends = f"> {low}" if high is None else f"between {low} and {high}, ends excluded"
+            raise ValueError(f"{argument} must be {ends}, got {value}")
+        return value
 
     @abstractmethod
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -90,14 +109,19 @@ class Divergence(ABC):
             labels: `[tokens]` int64; only the mask of -100 is used.
         """
         valid = labels != IGNORE_INDEX
+        dtype = torch.promote_types(student_logits.dtype, torch.float32)
+        # As `Pair.blocks` does; a class that takes whole chunks has formulas for it.
+        is_high = self.temperature > HIGH_TEMPERATURE and not self.takes_whole_chunks
+        wide = torch.float64 if is_high else dtype
+        # A bias of -inf that bars an id is as good as barred at -1e6 (`head.LOWEST`).
         log_q, log_p = (
-            F.log_softmax(_widen(logits[valid]) / self.temperature, dim=-1)
+            F.log_softmax(logits[valid].to(wide).clamp(min=LOWEST) / self.temperature, dim=-1)
             for logits in (student_logits, teacher_logits)
         )
-        return self.value(log_p, log_q).sum() * self.temperature**2
+        return (self.value(log_p, log_q).sum() * self.temperature**2).to(dtype)
 
     def of_chunk(self, pair: Pair) -> tuple[Tensor, Tensor]:
-        """Return the divergence of every token of a chunk, and its gradient.
+        """Return the divergence of every token of a chunk or a part of it, and its gradient.
 
         This implementation differentiates `value` by autograd. A class with a formula for its
         gradient overrides it.
@@ -116,11 +140,6 @@ class Divergence(ABC):
         return values.detach()[:, None], gradient
 
 
-def _widen(logits: Tensor) -> Tensor:
-    """Return logits in fp32, or unchanged if they are wider."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
 class KDLoss(Divergence):
     """T²·KL(teacher ‖ student), the *forward* KL (Hinton et al. 2015, arXiv:1503.02531).
 
@@ -130,9 +149,12 @@ class KDLoss(Divergence):
         KL = Σ p·(log p - log q),        d KL / d(z_s/T) = q - p.
     """
 
+    name = "forward_kl"
+    takes_whole_chunks = True
+
     @property
     def reads_teacher_logits(self) -> bool:  # type: ignore[override]
-        return self.temperature > _HIGH_TEMPERATURE
+        return self.temperature > HIGH_TEMPERATURE
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         # kl_div(input=log q, target=log p) is KL(p ‖ q): the teacher is the target.

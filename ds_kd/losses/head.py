@@ -12,6 +12,10 @@ from torch import Tensor
 
 from ds_kd.losses.buffers import Buffers
 
+#: A bias that is lower counts as this much. -inf, which bars an id, leaves a probability of 0 as
+#: this does, but 0·∞ is not a number.
+LOWEST = -1e6
+
 
 @dataclass(frozen=True)
 class Head:
@@ -70,7 +74,8 @@ class States:
         if head.bias is None:
             torch.mm(hidden, weight, out=product)
         else:
-            torch.addmm(head.bias[:vocab], hidden, weight, out=product)
+            lowest = max(LOWEST, torch.finfo(head.bias.dtype).min)
+            torch.addmm(head.bias[:vocab].clamp(min=lowest), hidden, weight, out=product)
         out = product if is_same else buffers.get(name, len(hidden), vocab).copy_(product)
         if head.scale != 1.0:
             out.mul_(head.scale)
@@ -105,7 +110,7 @@ class Gradients:
         Args:
             rows: the chunk's tokens; the first chunk begins at 0.
             gradient: with respect to `logits`, `[tokens, vocab]`; both are overwritten.
-            valid: 1 for a token that counts, else 0, `[tokens]`.
+            valid: how often a token counts, 0 for none, `[tokens]`.
         """
         head, hidden = self.states.head, self.states.hidden[rows]
         to_hidden, to_weight, to_bias = self.found

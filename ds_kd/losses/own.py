@@ -21,6 +21,7 @@ class OwnDivergence:
     """
 
     temperature = 1.0
+    takes_whole_chunks = True
     reads_teacher_logits = True
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]):

@@ -7,6 +7,7 @@ and kept, so that a divergence and the metrics share them.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -14,6 +15,12 @@ from torch import Tensor
 from ds_kd.losses.buffers import Buffers
 
 _BLOCK = 64  # logits in which a CPU looks for the largest at one time
+# Logits of one model in a block of rows: few enough that the tensors of a formula are small beside
+# those of a chunk, and enough that a GPU is busy.
+_OF_BLOCK, _OF_BLOCK_ON_GPU = 2**21, 2**24
+#: Above this temperature log-ratios are of the order of 1/T and divergences of 1/T², while the
+#: log-sum-exps that they are computed from are about ten: their difference in fp32 is too inexact.
+HIGH_TEMPERATURE = 8.0
 
 
 class Pair:
@@ -80,6 +87,34 @@ class Pair:
         """log Σ e^(z_s/T) `[tokens, 1]`."""
         return log_sum_exp(self._student_largest, self.q)
 
+    def blocks(self) -> Iterator[tuple[slice, Pair]]:
+        """Yield the rows of each block of a few tokens, and their pair.
+
+        A block's tensors are small, so that a formula may make as many as it likes. At a high
+        temperature they are in fp64.
+        """
+        tokens, vocab = self.student.shape
+        on_cpu = self.student.device.type == "cpu"
+        size = max(1, (_OF_BLOCK if on_cpu else _OF_BLOCK_ON_GPU) // vocab)
+        is_high = self.temperature > HIGH_TEMPERATURE
+        dtype = torch.float64 if is_high else self.student.dtype
+        buffers = self.buffers.of_block(size, dtype)
+        for start in range(0, max(1, tokens), size):  # no token makes one empty block
+            rows = slice(start, start + size)
+            logits = self._apply(lambda part: part[rows].to(dtype))  # noqa: B023
+            yield rows, Pair(*logits, self.temperature, self.labels[rows], buffers)
+
+    def at(self, temperature: float) -> Pair:
+        """Return these logits at another temperature, with a teacher that may be overwritten."""
+        ratio = self.temperature / temperature
+        logits = self._apply(lambda part: part * ratio)
+        return Pair(*logits, temperature, self.labels, self.buffers)
+
+    def _apply(self, change: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the first four arguments of a pair, made from this one's."""
+        largest = self._student_largest, self._teacher_largest
+        return change(self.student), change(self.teacher), change(largest[0]), change(largest[1])
+
     @property
     def log_p(self) -> Tensor:
         """The teacher's log-probabilities `[tokens, vocab]`, a new tensor."""
@@ -89,6 +124,11 @@ class Pair:
     def log_q(self) -> Tensor:
         """The student's log-probabilities `[tokens, vocab]`, a new tensor."""
         return self.student - self.student_lse
+
+    @functools.cached_property
+    def log_ratio(self) -> Tensor:
+        """log q - log p `[tokens, vocab]`; exactly 0 where the models are the same."""
+        return (self.student - self.teacher).sub_(self.student_lse - self.teacher_lse)
 
     @functools.cached_property
     def teacher_mean(self) -> Tensor:

@@ -66,13 +66,13 @@ def compare_models(student: States, teacher: Any, labels: Tensor, vocab: int) ->
 
 def _measure(pair: Pair) -> Tensor:
     p, q = pair.p, pair.q
-    log_ratio = pair.log_p - pair.log_q
+    log_ratio = pair.log_ratio
     top = min(_TOP, p.shape[1])
     theirs, ours = pair.teacher.topk(top, -1).indices, pair.student.topk(top, -1).indices
     shared = (theirs[:, :, None] == ours[:, None, :]).any(-1)
     columns = (
-        (p * log_ratio).sum(-1),
-        -(q * log_ratio).sum(-1),
+        0.0 - (p * log_ratio).sum(-1),  # of equal models 0, and not -0
+        (q * log_ratio).sum(-1),
         torch.minimum(p, q).sum(-1),
         (theirs[:, 0] == ours[:, 0]).to(p.dtype),
         shared.to(p.dtype).mean(-1),

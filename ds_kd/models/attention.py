@@ -1,9 +1,12 @@
-"""Attention that stays inside the samples of a pack, without a mask and without wasted products.
+"""Attention that stays inside the samples of a pack, without wasted products.
 
 For packs under SDPA, transformers builds a `[length, length]` block mask and discards most of the
 products. Here SDPA is called once for each sample with its causal flag. On a pack of n samples this
 does 1/n of the work, gives the same result, and can use the flash kernels of GPUs, which do not
 take an explicit mask.
+
+Where samples share their beginnings (`ds_kd.data.prefixes`), a call has the queries of one or more
+neighbouring subtrees, the keys of these and of all nodes above, and a mask of that size.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.models.tree import Tree
+
 NAME = "sdpa_by_sample"
 
 
@@ -22,10 +27,15 @@ class Segments:
     """The number of tokens of each sample of a pack.
 
     They are wrapped in an object because torch.compile would specialise on the length of a list.
+
+    Args:
+        lengths: of each sample, or of each node of the tree of shared beginnings.
+        parents: of the nodes; None where samples share nothing.
     """
 
-    def __init__(self, lengths: list[int]):
+    def __init__(self, lengths: list[int], parents: list[int] | None = None):
         self.lengths = lengths
+        self.tree = None if parents is None else Tree(lengths, parents)
 
 
 #: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
@@ -52,7 +62,7 @@ def sdpa_by_sample(
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
-        segments: None means one right-padded sample in each row.
+        segments: what the tokens belong to; None means one right-padded sample in each row.
         sliding_window: the number of tokens that a token attends to, itself included.
 
     Returns:
@@ -64,9 +74,15 @@ def sdpa_by_sample(
         _recorded.append(sliding_window)
     if attention_mask is not None:
         raise ValueError("its attention has a mask of its own; remove packed_sequence")
-    lengths = segments.lengths if segments else [query.shape[2]]
+
+    # Shared beginnings make calls of their own; otherwise every sample is one.
     kwargs["is_causal"] = True
     out = []
+    if segments and segments.tree is not None:
+        calls = segments.tree.split(query, key, value, sliding_window)
+        out = [sdpa_attention_forward(module, *call, **kwargs)[0] for call in calls]
+        return torch.cat(out, dim=1), None
+    lengths = segments.lengths if segments else [query.shape[2]]
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:

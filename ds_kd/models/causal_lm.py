@@ -63,18 +63,23 @@ class _Split(nn.Module):
         # restart with each sample, and attention stays inside it.
         ids, positions = batch["input_ids"], batch.get("position_ids")
         segments: dict[str, Any] = {}
+        parents = batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
         elif "attention_mask" in batch:
             segments = {"attention_mask": batch["attention_mask"]}
-        elif self.model.config.get_text_config()._attn_implementation == attention.NAME:
-            segments = {"segments": attention.Segments(batch["segment_lengths"])}
-        with self._last_mlp.only(batch["supervised"]):
+        elif attention.is_by_sample(self.model):
+            segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
+        elif parents is not None:
+            raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
+        rows = batch["supervised"]
+        once = batch.get("supervised_once", rows)  # a position may have several labels
+        with self._last_mlp.only(once):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
         hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
-        return _select(hidden.flatten(0, 1), batch["supervised"])
+        return _select(hidden.flatten(0, 1), rows, is_distinct=once is rows)
 
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
@@ -105,7 +110,7 @@ class _Split(nn.Module):
         )
 
     def generate(self, batch: dict[str, Any]) -> Tensor:
-        """Result of transformers' `generate` with `batch["arguments"]`."""
+        """Return the result of transformers' `generate` with `batch["arguments"]`."""
         out: Tensor = self.model.generate(**batch["arguments"])
         return out
 
@@ -167,10 +172,12 @@ class Student(_Split):
         if probe:
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
+        counts = batch.get("supervised_counts")
+        counted = {} if counts is None else {"counts": counts}
         return output_head(
             self.hidden(batch),
             loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output
+                States(h, self.head()), batch["supervised_labels"], teacher_output, **counted
             ),
         )
 
@@ -191,9 +198,10 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
 
 
-def _select(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Return `hidden[rows]`, without a copy if `rows`, which are in order, name every row."""
-    return hidden if len(rows) == len(hidden) else hidden.index_select(0, rows)
+def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:
+    """Return `hidden[rows]`, without a copy if `rows`, which are in order, name every row once."""
+    is_whole = is_distinct and len(rows) == len(hidden)
+    return hidden if is_whole else hidden.index_select(0, rows)
 
 
 class _RowsOfLastMLP:

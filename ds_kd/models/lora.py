@@ -10,6 +10,7 @@ import difflib
 import functools
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,22 @@ def _layers(model: Any) -> dict[str, Any]:
     from peft.tuners.lora import LoraLayer
 
     return {name: m for name, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+@contextmanager
+def switch_off(model: Any) -> Iterator[None]:
+    """Let the model compute as if it had no adapter.
+
+    peft's own switch freezes the adapter and thaws it again, under the optimizer's eyes.
+    """
+    layers = [*_layers(model).values()]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:

@@ -126,6 +126,33 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
         )
 
 
+def check_sharing(engine: Any, device: torch.device, name: str) -> None:
+    """Refuse a model in which a sample that shares its beginning is not what it is alone.
+
+    Args:
+        engine, device, name: as for `check_head`, after `check_packing`.
+
+    Raises:
+        ValueError: its attention is not plain SDPA, or hidden states depend on samples that share
+            their beginning.
+    """
+    model = engine.module.model
+    kind = type(model).__name__
+    remedy = "Remove packed_sequence.share_prefixes"
+    if not attention.is_by_sample(model):
+        used = model.config.get_text_config()._attn_implementation
+        raise ValueError(
+            f"{name}: {kind} computes attention by {used}, or by a mask of its own, which shared "
+            f"beginnings cannot use. {remedy}."
+        )
+    message = f"{name}: in {kind} samples that share a beginning see each other"
+    with _evaluate_only(engine), _refuse_errors(f"{message}. {remedy}"):
+        probe = _SharingProbe(engine, device)
+        error = probe.leak(probe.run())
+    if error:
+        raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
+
+
 class _PackingProbe:
     """Compares the second of two samples in a pack with transformers' result for it alone."""
 
@@ -134,6 +161,8 @@ class _PackingProbe:
         window = max((w for w in attention.windows_of(model) if w), default=0)
         size = 2 + (window if window <= _LONGEST_WINDOW else 0)
         self.lengths = [_TOKENS // 2, _TOKENS // 2 + size]
+        #: Tokens that the second sample must not see; it is what follows them.
+        self.hidden_from = slice(self.lengths[0])
         ids = _random_tokens(engine, sum(self.lengths), device)
         rows = torch.arange(ids.shape[1], device=device)
         positions = torch.cat([torch.arange(n, device=device) for n in self.lengths])[None]
@@ -158,18 +187,49 @@ class _PackingProbe:
     def run(self) -> Tensor:
         """Return the second sample's hidden states in the pack."""
         states: Tensor = self.engine(self.pack, probe="hidden")
-        return states[self.lengths[0] :]
+        return states[self.hidden_from.stop :]
 
     def leak(self, packed: Tensor) -> float:
         """Return the difference between the states of `run` and the reference; 0 if it is
         rounding."""
-        cut = self.lengths[0]
         error, scale = _difference(self.engine, packed, self.expected)
         small = error <= _tolerance(self.engine) * scale
         if _dtype(self.engine) not in _TOLERANCE:
             small = error <= _SHARE_OF_EFFECT * self.effect or error <= _ROUNDING * scale
-        second = {**self.pack, "supervised": self.pack["supervised"][cut:]}
-        return _influence(self.engine, second, slice(cut)) if small else error
+        rows = self.pack["supervised"][self.hidden_from.stop :]
+        second = {**self.pack, "supervised": rows}
+        return _influence(self.engine, second, self.hidden_from) if small else error
+
+
+class _SharingProbe(_PackingProbe):
+    """Two samples with a common beginning, of which the second is looked at: alone as transformers
+    computes it, after the whole first one, and as the second branch of their tree."""
+
+    def __init__(self, engine: Any, device: torch.device):
+        super().__init__(engine, device)
+        # The other probe's second sample is the beginning, its first one what follows in one
+        # sample, and the same backwards in the other.
+        cut, length = self.lengths
+        one, begins = self.pack["input_ids"].split(self.lengths, dim=1)
+        other = one.flip(1)
+        ids = torch.cat([begins, one, other], dim=1)
+        rows = torch.arange(ids.shape[1], device=device)
+        positions = torch.cat([rows[: length + cut], rows[length : length + cut]])[None]
+        self.hidden_from = slice(length, length + cut)
+        self.pack = {
+            "input_ids": ids,
+            "supervised": rows,
+            "position_ids": positions,
+            "segment_lengths": [length, cut, cut],
+            "segment_parents": [-1, 0, 0],
+        }
+
+        attention.attend_by_sample(engine.module.model, False)
+        alone = {"input_ids": torch.cat([begins, other], dim=1), "supervised": rows[: length + cut]}
+        self.expected = engine(alone, probe="hidden")[length:]
+        joined = engine({"input_ids": ids, "supervised": rows}, probe="hidden")
+        self.effect, _ = _difference(engine, joined[length + cut :], self.expected)
+        attention.attend_by_sample(engine.module.model)
 
 
 def _influence(engine: Any, batch: dict[str, Any], changed: slice) -> float:

@@ -4,25 +4,22 @@ samples. No weights are loaded."""
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
+from ds_kd.config.names import OF_DIVERGENCE, home_of
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import pack
-from ds_kd.data.rows.source import load_rows
-from ds_kd.errors import first_line
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
-from ds_kd.parallel.world import World
 from ds_kd.plan import memory
+from ds_kd.plan.samples import describe_sharing, load_first
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
-from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
+from ds_kd.recipe.models import config_of, name_of, training_dtype
 
 _GB = {
     "TB": 1e12,
@@ -122,12 +119,13 @@ def describe(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
-    lines += _describe_steps(cfg, rows)
+    lines += _describe_steps(cfg, rows) + describe_sharing(cfg)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
     lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
     lines += _describe_worlds(student, teacher, work, machine)
-    flops = memory.count_operations(student, teacher, work)
+    asked = student if teacher is None and cfg.asks_teacher else teacher  # its own base
+    flops = memory.count_operations(student, asked, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
         f"at {mfu:.0%} of {tflops:g} TFLOP/s"
@@ -293,37 +291,12 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
     Raises:
         ConfigError: a local file is wrong.
     """
-    import torch
-
-    component = cfg.dataset
-    data, kwargs = component.declaration, component.kwargs
-    assert data is not None
-    argument, limit = data.source, data.limit
-    columns = data.columns_wanted(kwargs)
-    source, split = data.source_of(kwargs), kwargs.get("split") or "train"
-
-    # Without a network a plan is still possible, but a local file that is wrong is a problem.
-    total = None
-    try:
-        total = len(load_rows(source, split, columns, kwargs.get(limit)))
-        few = {**kwargs, limit: min(total, _SAMPLES)} if data.takes_limit else {**kwargs}
-        labels = few.pop("labels", SHIFTED)
-        alone = World(0, 1, torch.device("cpu"), "gloo")
-        tokenizer = tokenizer_of(cfg.model, alone)
-        rows = data.build(tokenizer=tokenizer, **few)
-        if not component.name.startswith("ds_kd.data."):
-            rows = OwnSamples(rows, len(tokenizer), labels)
-        some = [rows[k] for k in range(min(len(rows), _SAMPLES))]
-        if not any(len(row["input_ids"]) for row in some):
-            raise ValueError("there is no token in its first samples")
-    except (ConfigError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError) or not Path(str(source)).exists():
-            return total, 1.0, None
-        raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
-
+    total, some = load_first(cfg, _SAMPLES)
+    if some is None:
+        return total, 1.0, None
     lengths = [len(row["input_ids"]) for row in some]
     if size := cfg.packed_sequence.packed_sequence_size:
-        expected = f"room for every sample of {component.key}"
+        expected = f"room for every sample of {cfg.dataset.key}"
         with config_error("packed_sequence.packed_sequence_size", size, expected):
             pack(lengths, size, cfg.rng.seed)
     lengths.sort()
@@ -341,7 +314,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     """
     import torch
 
-    steps, kwargs = cfg.step_scheduler, cfg.kd_loss_fn.kwargs
+    steps = cfg.step_scheduler
     zero = {
         name: load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", (0, 3))[
             "zero_optimization"
@@ -356,16 +329,16 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     local = steps.local_batch_size
     packed = cfg.packed_sequence.packed_sequence_size
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
-    chunk = kwargs.get("chunk_size")  # 0 takes all tokens of a micro-batch at once
-    if chunk is None:
-        chunk = default_chunk("cuda" if cuda else "cpu")
+    sizes = (loss.kwargs.get("chunk_size") for loss in cfg.kd_losses)
+    default = default_chunk("cuda" if cuda else "cpu")
+    chunk = next((size for size in sizes if size is not None), default)  # 0 is all tokens at once
     values: dict[str, Any] = {
         "tokens": packed * local if packed else tokens,
         "length": max(1, (packed * local if packed else tokens) // local),
         "supervised": supervised,
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
         "chunk": chunk or (packed * local if packed else tokens),
-        "temperature_is_one": kwargs.get("temperature", 1.0) == 1.0,
+        "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
@@ -379,6 +352,12 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         if key in zero["student"]:
             values[name] = int(float(zero["student"][key]))
     return memory.Work(**values)
+
+
+def _shares_softmax(loss: Component) -> bool:
+    """Return whether CE and the distillation loss read one softmax."""
+    is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
+    return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
 
 
 def _format_size(size: int) -> str:

@@ -54,7 +54,8 @@ class Work:
         supervised: share of its tokens that are supervised.
         micro_batches: micro-batches of one rank in a step.
         chunk: tokens whose logits exist at one time.
-        temperature_is_one: T is 1, for which a chunk needs one buffer less.
+        shares_softmax: CE and the distillation loss read one softmax, as with forward KL at T = 1;
+            a chunk needs one buffer less.
         optimizer_numbers: fp32 numbers that the optimizer keeps for every weight.
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
@@ -67,7 +68,7 @@ class Work:
     supervised: float = 1.0
     micro_batches: int = 1
     chunk: int = 2048
-    temperature_is_one: bool = True
+    shares_softmax: bool = True
     optimizer_numbers: int = 2
     checkpointing: bool = False
     offload_weights: bool = False
@@ -147,7 +148,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
         out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher)
         live = max(live, 2 * teacher.layer * teacher.width)
         heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
-        buffers = 3 if work.temperature_is_one else 4
+        buffers = 3 if work.shares_softmax else 4
 
     rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
     out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and in transit

@@ -20,6 +20,7 @@ from ds_kd.config.load import check_world, fingerprint
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
@@ -41,6 +42,7 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.results import name_best
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
+from ds_kd.teachers.shared_base import SharedBaseTeacher
 from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
@@ -107,7 +109,10 @@ def _build_models(
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    return teacher, _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, schedule, world)
+    if cfg.asks_teacher and teacher is None:
+        return SharedBaseTeacher(student), student
+    return teacher, student
 
 
 def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
@@ -136,8 +141,18 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
     ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_part_of_loss(cfg.kd_loss_fn, check_divergence, shared or rows[0], world)
+    divergence = _build_divergence(cfg, shared or rows[0], world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
+
+
+def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
+    """Return the distillation loss over so many ids, or the weighted sum of several."""
+    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
+    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
+    try:
+        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
+    except ValueError as error:
+        raise ConfigError([f"kd_loss_fn: {error}"]) from error
 
 
 def _build_part_of_loss(
@@ -245,6 +260,8 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     checks = [(probes.check_head, "a linear head")]
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
+    if packs(cfg) and cfg.packed_sequence.share_prefixes:
+        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

@@ -12,7 +12,7 @@ from ds_kd.checkpoint.state import TrainState
 from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import Component
 from ds_kd.config.load import fingerprint
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.config.text.secrets import blank_secrets
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import SHOWN, read_lines
@@ -81,6 +81,7 @@ def write_card(cfg: RunConfig, ranks: int, state: TrainState) -> str:
     """
     student = _name_short(cfg.model)
     teacher = "its data" if cfg.teacher_model is None else _name_short(cfg.teacher_model)
+    teacher = student if cfg.teacher.kind == SHARED_BASE else teacher
     training = _describe_training(cfg, ranks, state)
     body = _BODY.format(
         student=student,
@@ -135,6 +136,8 @@ def _describe_training(cfg: RunConfig, ranks: int, state: TrainState) -> dict[st
     told: dict[str, Any] = {"started from": name_of(cfg.model)}
     if cfg.teacher_model is not None and cfg.kd_ratio > 0:
         told["teacher"] = name_of(cfg.teacher_model)
+    elif cfg.teacher.kind == SHARED_BASE and cfg.kd_ratio > 0:
+        told["teacher"] = "the model it started from, without the adapter"
     if cfg.peft is not None:
         told["adapter, merged"] = f"LoRA, rank {cfg.peft.dim}, alpha {cfg.peft.alpha}"
 
@@ -168,13 +171,24 @@ def _describe_schedule(cfg: RunConfig) -> str:
     return f"{schedule.name}, {schedule.num_warmup_steps} steps of warm-up"
 
 
+_OF_EVERY_LOSS = ("temperature", "ignore_index", "fp32_upcast", "chunk_size")
+
+
 def _describe_loss(cfg: RunConfig) -> str:
     """Return the loss as a formula with its numbers."""
     if cfg.kd_ratio == 0:
         return "CE"
-    temperature = float(cfg.kd_loss_fn.kwargs.get("temperature", 1.0))
-    name = cfg.kd_loss_fn.name.rpartition(".")[2]
-    return f"{1 - cfg.kd_ratio:g} · CE + {cfg.kd_ratio:g} · {name}, temperature {temperature:g}"
+    told = []
+    for loss in cfg.kd_losses:
+        others = {n: v for n, v in loss.kwargs.items() if n not in _OF_EVERY_LOSS}
+        arguments = ", ".join(f"{name} {value}" for name, value in blank_secrets(others).items())
+        name = loss.name.rpartition(".")[2] + (f" ({arguments})" if arguments else "")
+        told.append(f"{name}, temperature {float(loss.kwargs.get('temperature', 1.0)):g}")
+    if cfg.kd_loss_fn.parts:
+        weights = (weight for weight, _ in cfg.kd_loss_fn.parts)
+        told = [f"{w:g} · {part}" for w, part in zip(weights, told, strict=True)]
+        told = [f"({' + '.join(told)})"]
+    return f"{1 - cfg.kd_ratio:g} · CE + {cfg.kd_ratio:g} · {told[0]}"
 
 
 def _describe(component: Component) -> str:

@@ -9,11 +9,12 @@ import torch
 from torch.utils.data import Subset
 
 from ds_kd.config.components import Component, config_error, instantiate, resolve
-from ds_kd.config.names import LOADER_FLAGS
+from ds_kd.config.names import COLLATER, LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import describe_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples, explain_failure
 from ds_kd.data.packing import PackedDataset, lengths_of
+from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
@@ -76,7 +77,12 @@ def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
     size = cfg.packed_sequence.packed_sequence_size
     expected = f"room for every sample of {key}"
     with config_error("packed_sequence.packed_sequence_size", size, expected):
-        return PackedDataset(samples, size, cfg.rng.seed)
+        if not cfg.packed_sequence.share_prefixes:
+            return PackedDataset(samples, size, cfg.rng.seed)
+        # A user's own loss of whole logits has no value for each token to count several times.
+        losses = [resolve(part.name) for part in (cfg.loss_fn, *cfg.kd_losses)]
+        counts = all(hasattr(loss, "of_chunk") for loss in losses)
+        return SharedDataset(samples, size, cfg.rng.seed, counts)
 
 
 def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
@@ -210,7 +216,7 @@ def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     if kwargs.get("collate_fn") is None:
-        found["collate_fn"] = "ds_kd.data.collate.default_collater"
+        found["collate_fn"] = COLLATER
     if kwargs.get("num_workers"):
         end_workers_at_exit()
         found["timeout"] = kwargs.get("timeout") or seconds

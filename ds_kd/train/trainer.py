@@ -184,7 +184,7 @@ class Trainer:
 
     def _step(self, micro_batches: list[Batch], started: float) -> None:
         """Take one optimizer step and log it."""
-        labels, tokens, slots = self._count(micro_batches)
+        labels, tokens, shares = self._count(micro_batches)
         sums: dict[str, torch.Tensor] = {}
         for batch in micro_batches:
             batch = to_device(batch, self.world.device)
@@ -211,7 +211,7 @@ class Trainer:
         self.state.advance(labels, tokens)
         if not skipped:
             speed = tokens / (time.perf_counter() - started)
-            self._log(means, lr, norm, speed, 1.0 - tokens / slots)
+            self._log(means, lr, norm, speed, shares)
 
     def _validate_and_save(self) -> bool:
         """Validate and save if either is due, and return whether the run stops here."""
@@ -319,22 +319,23 @@ class Trainer:
             )
         return self._sum_over_ranks(sums), labels, tokens
 
-    def _count(self, micro_batches: list[Batch]) -> tuple[int, int, int]:
-        """Return (supervised tokens, tokens, tokens and padding) of a step over all ranks.
+    def _count(self, micro_batches: list[Batch]) -> tuple[int, int, dict[str, float]]:
+        """Return (supervised tokens, tokens, what to log of them) of a step over all ranks.
 
         Raises:
             TrainingError: no token is supervised.
         """
-        names = ("num_labels", "num_tokens", "num_slots")
-        here = [sum(b[name] for b in micro_batches) for name in names]
-        labels, tokens, slots = (int(x) for x in sum_over(here, self.world.data))
+        names = ("num_labels", "num_tokens", "num_slots", "num_shared")
+        here = [sum({"num_shared": 0, **b}[name] for b in micro_batches) for name in names]
+        labels, tokens, slots, shared = (int(x) for x in sum_over(here, self.world.data))
         if labels == 0:
             raise TrainingError(
                 f"step {self.state.step + 1} has no supervised token on any rank (samples here: "
                 f"{list_samples(micro_batches)}); look at seq_length, truncation and the answers "
                 f"of these samples"
             )
-        return labels, tokens, slots
+        shares = {"padding": 1.0 - (tokens - shared) / slots}
+        return labels, tokens, shares | ({"shared": shared / tokens} if shared else {})
 
     def _should_stop_or_save(self) -> tuple[bool, bool]:
         """Return whether a rank was asked to stop, and whether a save is due by rank 0's clock;
@@ -383,13 +384,12 @@ class Trainer:
             self.metrics.say(text)
 
     def _log(
-        self, means: dict[str, float], lr: float, norm: float, speed: float, padding: float
+        self, means: dict[str, float], lr: float, norm: float, speed: float, shares: dict
     ) -> None:
         if self.metrics is None:
             return
         values = {("train_loss" if name == "loss" else name): mean for name, mean in means.items()}
-        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed}
-        values["padding"] = padding
+        values |= {"learning_rate": lr, "grad_norm": norm, "tokens_per_sec": speed, **shares}
         values["memory"] = memory_gib(self.world.device)
         self.metrics.train(self.state.step, values)
 

@@ -4,10 +4,12 @@ no bit of training is changed."""
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from ds_kd.parallel.rendezvous import free_port
 from tests.ranks import run_ranks
 from tests.scripts import script
 from tests.unit.test_evaluate import (
@@ -57,6 +59,11 @@ def train(world, root: Path, name: str, evaluation: dict | None, stop_at: int = 
         assert trainer.train() == (not stop_at)
 
 
+def meet_at(port: int) -> None:
+    """Let the ranks meet anew: a rank that is early would find the store of the run before."""
+    os.environ["MASTER_PORT"] = str(port)
+
+
 def evaluate_on_ranks(world, root: Path) -> None:
     from ds_kd.recipe.evaluation import Options, evaluate, find_task
 
@@ -65,14 +72,17 @@ def evaluate_on_ranks(world, root: Path) -> None:
         evaluate([str(root / "student")], str(root / "teacher"), find_task(task), options, world)
 
 
-def use_both_ranks(world, root: Path) -> None:
+def use_both_ranks(world, root: Path, ports: list[int]) -> None:
     """Evaluate; run with an evaluation, without one, and with one that a signal breaks off."""
     evaluate_on_ranks(world, root)
     tasks = [{"task": task, "data": str(root / data)} for task, data in TASKS.items()]
     train(world, root, "with", {"tasks": tasks, "every": 2})
+    meet_at(ports[0])
     train(world, root, "without", None)
+    meet_at(ports[1])
     train(world, root, "stopped", {"tasks": tasks[:1]}, stop_at=3)
     assert "eval_hellaswag/acc" not in records(root, "stopped")[-1]
+    meet_at(ports[2])
     train(world, root, "stopped", {"tasks": tasks[:1]})
 
 
@@ -84,7 +94,7 @@ def root(tmp_path_factory) -> Path:
     write_rows(root / "choices.jsonl", choice_rows(13))
     write_rows(root / "questions.jsonl", question_rows(9))
     write_rows(root / "texts.jsonl", text_rows())
-    run_ranks(use_both_ranks, 2, root)
+    run_ranks(use_both_ranks, 2, root, [free_port() for _ in range(3)], seconds=300)
     return root
 
 

@@ -19,7 +19,7 @@ CHOICES = {
 }
 
 
-def adapter(base, use_dora=False, **chosen):
+def adapter(base, use_dora=False, dropout=0.0, **chosen):
     """What puts an adapter with something in it into a model."""
     from ds_kd.models import lora
 
@@ -27,7 +27,7 @@ def adapter(base, use_dora=False, **chosen):
         chosen.setdefault("target_modules", [])
         chosen.setdefault("exclude_modules", [])
         names = lora.find_linear_maps(model, **chosen)
-        lora.add_adapter(model, names, 4, 8.0, 0.0, use_dora, "xavier", 7, str(base))
+        lora.add_adapter(model, names, 4, 8.0, dropout, use_dora, "xavier", 7, str(base))
 
     return adapt
 
@@ -117,6 +117,45 @@ def kept(world, paths, root, dtype, use_dora):
     return out
 
 
+def under_own_base(world, paths, is_shared, packs):
+    """Weights after two steps under the student's own base, as a second model or as its adapter
+    switched off, and the number of weights that the ranks hold."""
+    from ds_kd.data.packing import PackedDataset
+    from ds_kd.teachers.shared_base import SharedBaseTeacher
+
+    torch.manual_seed(3 + world.rank)  # of the adapter's dropout
+    rows = tiny.samples(12 * world.size, seed=3, masked=(3, 4, 5))
+    rows, split = (PackedDataset(rows, 24), (1, 1)) if packs else (rows, (3, 2))
+    made = build(
+        world, {**paths, "teacher": paths["student"]}, rows, *split, 0.0 if is_shared else 0.5, sgd,
+        packs=packs, adapt=adapter(paths["student"], dropout=0.3), max_steps=2,
+    )  # fmt: skip
+    if is_shared:
+        made.teacher = SharedBaseTeacher(made.student)
+        made.student.module.loss.kd_ratio = 0.5
+    engines = [made.student, *([] if is_shared else [made.teacher.engine])]
+    torch.manual_seed(3 + world.rank)
+    made.train()
+    held = sum(getattr(p, "ds_numel", p.numel()) for e in engines for p in e.module.parameters())
+    return weights(made.student), held
+
+
+def own_base(world, paths):
+    """(largest difference of a weight, how far one moved, weights held by two models and by one)"""
+    out = {}
+    for packs in (False, True):
+        two, both = under_own_base(world, paths, False, packs)
+        one, alone = under_own_base(world, paths, True, packs)
+        fresh = build(
+            world, paths, tiny.samples(2, seed=1), 1, 1, 0.0, sgd, adapt=adapter(paths["student"])
+        )
+        start = weights(fresh.student)
+        error = max((two[n] - one[n]).abs().max().item() for n in two)
+        moved = max((one[n] - start[n]).abs().max().item() for n in one)
+        out[packs] = error, moved, both, alone
+    return out
+
+
 def work(world, root, paths):
     steps = {
         f"{kind} dora={dora} checkpointing={again}": one_step(world, paths, dora, chosen, again)
@@ -135,7 +174,7 @@ def work(world, root, paths):
         )
         if (root / name).mkdir(exist_ok=True) is None
     }
-    return {"steps": steps, "runs": runs}
+    return {"steps": steps, "runs": runs, "own_base": own_base(world, paths)}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -152,6 +191,13 @@ def test_a_step_equals_plain_peft_whichever_maps_are_chosen(results):
     for name, (error, moved, trained) in results["steps"].items():
         assert moved > 0.01 and trained > 0, f"{name}: nothing moved"
         assert error <= 1e-6, f"{name}: {error}"
+
+
+def test_a_base_shared_with_the_student_teaches_as_a_second_copy_of_it_would(results):
+    for packs, (error, moved, both, alone) in results["own_base"].items():
+        assert moved > 0.01, f"packs {packs}: nothing moved"
+        assert error <= 1e-6, f"packs {packs}: {error}"
+        assert alone < 0.6 * both
 
 
 def test_an_adapter_resumes_bitwise(results):

@@ -56,7 +56,7 @@ def measured(world, paths, dtype, checkpointing):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(paths[name]))
         shapes.append(memory.shape_of(model, dtype.itemsize))
     work = memory.Work(
-        SAMPLES * LENGTH, LENGTH, chunk=LENGTH, temperature_is_one=False,
+        SAMPLES * LENGTH, LENGTH, chunk=LENGTH, shares_softmax=False,
         checkpointing=checkpointing,
     )  # fmt: skip
     parts = memory.estimate_bytes(*shapes, work, world.size)

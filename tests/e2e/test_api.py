@@ -32,12 +32,33 @@ def run(directory, *more):
 
 runs = [run("one", "step_scheduler.max_steps=1"), run("one"), run("two")]
 
+# The shipped run of a base that teaches itself, at a small scale.
+words = [word for word in overrides if not word.startswith("teacher_model")]
+place = f"checkpoint.checkpoint_dir={root / 'shared'}"
+small = ["packed_sequence.packed_sequence_size=96", "step_scheduler.local_batch_size=2"]
+small += ["step_scheduler.num_epochs=2", "step_scheduler.val_every_steps=null"]
+shared = ds_kd.load_config("ds_configs/runs/shared_base_lora.yaml", [*words, place, *small])
+with ds_kd.build(shared) as trainer:
+    trainer.train()
+    runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
+
 # A build that fails gives back what it holds; a signal ends a run that listens.
 try:
     ds_kd.build(config("one", "kd_ratio=0.1"))
 except ds_kd.errors.UserError as error:
     runs.append(str(error))
 assert not (root / "one" / "RUNNING").exists()
+
+# Every divergence trains, all in one sum; another sum is another run.
+from ds_kd.config.signatures import divergences_by_name
+def summed(weight):
+    return f"kd_loss_fn={[{'name': name, 'weight': weight} for name in divergences_by_name()]}"
+steps = ["step_scheduler.max_steps=1", "step_scheduler.val_at_start=true"]
+runs.append(run("four", summed(0.1), *steps))
+try:
+    ds_kd.build(config("four", summed(0.2), *steps))
+except ds_kd.errors.UserError as error:
+    runs.append(str(error))
 
 import os, signal
 trainer = ds_kd.build(config("three"), listens=True)
@@ -68,8 +89,20 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    first, resumed, straight, refused, stopped = json.loads(done.stdout.splitlines()[-1])
+    first, resumed, straight, shared, refused, summed, other, stopped = json.loads(
+        done.stdout.splitlines()[-1]
+    )
     assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
     assert resumed[3] == straight[3] < first[3]
+    records = (tmp_path / "shared/tensorboard/metrics.jsonl").read_text().splitlines()
+    kl = [each["kd_loss"] for each in map(json.loads, records) if "kd_loss" in each]
+    assert shared[0] == 2 and shared[1] > 1e-4, shared  # the adapter has moved away from the base
+    assert kl[0] < 1e-6 < kl[1], kl  # at first it changes nothing
     assert "kd_ratio was 0.5 and is 0.1" in refused
+    assert summed[1:3] == [1, True] and "kd_loss_fn was [{" in other
+    log = tmp_path / "four" / "tensorboard" / "metrics.jsonl"
+    before, _, after = (json.loads(line) for line in log.read_text().splitlines()[:3])
+    assert after["val_kd_loss"] < before["val_kd_loss"]
+    assert after["val_acceptance_at_t1"] > before["val_acceptance_at_t1"]
+    assert after["val_reverse_kl_at_t1"] < before["val_reverse_kl_at_t1"]
     assert stopped == [False, 1, "preempted at step 1\n"]

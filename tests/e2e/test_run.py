@@ -249,7 +249,14 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
 
 
-def test_torchrun_starts_the_same_run_with_a_divergence_from_outside(overrides, root, tmp_path):
+def test_torchrun_starts_the_same_run_sharing_beginnings_with_a_divergence_from_outside(
+    overrides, root, tmp_path
+):
+    text = " ".join(f"w{k}" for k in range(20))
+    rows = [
+        {"context": text, "question": f"w{i}", "answers": {"text": [f"w{i}"]}} for i in range(12)
+    ]
+    (tmp_path / "alike.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "my_losses.py").write_text(
         "from ds_kd.losses.divergences import Divergence\n\n\n"
         "class ReverseKL(Divergence):\n"
@@ -261,11 +268,14 @@ def test_torchrun_starts_the_same_run_with_a_divergence_from_outside(overrides, 
         *("launch/kd.py", "--config", GUIDE, *overrides, "step_scheduler.max_steps=1"),
         *(f"checkpoint.checkpoint_dir={root / 'torchrun'}", "validation_dataset=null"),
         *("kd_loss_fn._target_=my_losses.ReverseKL", "kd_loss_fn.temperature=2"),
-        *("--allow-targets", "my_losses"),
+        *("--allow-targets", "my_losses", f"dataset.dataset_name={tmp_path / 'alike.jsonl'}"),
+        "packed_sequence={packed_sequence_size: 64, share_prefixes: true}",
     ]
     result = run(command, PYTHONPATH=str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "2 rank(s)" in result.stdout and "step 1/1" in result.stdout
+    log = root / "torchrun/tensorboard/metrics.jsonl"
+    assert json.loads(log.read_text().splitlines()[0])["shared"] > 0.5
 
 
 def test_packs_run_on_two_ranks_and_name_their_samples_padding(overrides, root):

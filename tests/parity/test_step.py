@@ -129,21 +129,28 @@ def compare_with_plain_pytorch(world, directory, paths):
     from transformers import AutoModelForCausalLM
 
     from ds_kd.data.packing import PackedDataset
+    from ds_kd.data.prefixes import SharedDataset
 
     teacher = AutoModelForCausalLM.from_pretrained(paths["teacher"])
     errors = {}
     plain = [(alpha, split, {}) for alpha, split in itertools.product(RATIOS, SPLITS)]
     packs = {"packs": True}
-    others = [(0.5, (2, 3), {"checkpointing": True}), (0.5, (1, 2), packs)]
+    shares = {**packs, "shares": True}
+    others = [(0.5, (2, 3), {"checkpointing": True}), (0.5, (1, 2), packs), (0.5, (1, 2), shares)]
+    others.append((0.0, (1, 2), {**shares, "checkpointing": True}))
     if world.size == 1:  # the compiler is slow
         others.append((0.5, (1, 2), {**packs, "compiled": True}))
     for alpha, (accumulation, local), kind in plain + others:
         rows = tiny.samples(6 * world.size, seed=world.size, masked=MASKED)
         # Three packs for one rank, five and a filler for two.
         data = PackedDataset(rows, PACK) if "packs" in kind else rows
+        if "shares" in kind:
+            rows = tiny.branches(rows)
+            data = SharedDataset(rows, PACK)
         if "packs" in kind:
             local = -(-len(data) // world.size)
-        trainer = build(world, paths, data, accumulation, local, alpha, sgd, **kind)
+        how = {name: kind[name] for name in kind if name != "shares"}
+        trainer = build(world, paths, data, accumulation, local, alpha, sgd, **how)
         before = None if trainer.teacher is None else weights(trainer.teacher.engine)
         logged = trainer.validate()
         trainer.train()
@@ -296,7 +303,7 @@ def cases(results):
 
 def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
     # lr 1 SGD: the parameter difference is the gradient difference.
-    assert len(cases) >= len(SPLITS) * len(RATIOS) + 2
+    assert len(cases) >= len(SPLITS) * len(RATIOS) + 4
     for name, case in cases.items():
         assert case["moved"] > 0.05, (
             f"{name}: the reference hardly moves, so this would prove nothing"

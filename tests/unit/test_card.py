@@ -106,3 +106,14 @@ def test_a_card_that_its_user_has_filled_in_stays_until_the_student_is_another(t
     (tmp_path / "final" / "config.json").write_text("{ }")
     start(tmp_path)
     assert card.read_text() == "license: unknown"
+
+
+def test_the_card_tells_the_loss_with_its_arguments_and_a_sum_with_its_weights(run):
+    config, _ = run
+    parts = [{"name": "jsd", "beta": 0.3, "weight": 2}, {"temperature": 4, "weight": 0.5}]
+    for section, told in (
+        (parts, "(2 · JSD (beta 0.3), temperature 1 + 0.5 · KDLoss, temperature 4)"),
+        ({"name": "jsd", "beta": 0.3}, "JSD (beta 0.3), temperature 1"),
+    ):
+        text = write_card(load(config | {"kd_loss_fn": section}), 1, TrainState())
+        assert f"| loss | 0.75 · CE + 0.25 · {told} |" in text

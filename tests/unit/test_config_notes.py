@@ -129,3 +129,16 @@ def test_checking_prints_the_notes_and_finds_nothing_wrong(capsys):
 def test_a_loss_whose_name_is_no_name_is_refused_without_a_traceback():
     with pytest.raises(ConfigError, match=r"loss_fn\._target_: got \['a'\]"):
         load(GUIDE, ["loss_fn={_target_: [a]}"])
+
+
+def test_the_check_notes_what_this_machine_lacks_and_the_run_refuses_missing_packages(monkeypatch):
+    from ds_kd.config.checks import machine
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    attention = "teacher_model.attn_implementation=flash_attention_2"
+    cfg = load(GUIDE, ["wandb={project: kd}", attention])
+    notes = "\n".join(machine.notes_on_machine(cfg))
+    assert "wandb: the package is not installed here; pip install wandb" in notes
+    assert "flash_attention_2 needs the package" in notes
+    with pytest.raises(ConfigError, match=r"teacher_model\.attn_implementation: flash_attention_2"):
+        machine.refuse_missing_packages(cfg)

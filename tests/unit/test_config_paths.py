@@ -115,6 +115,18 @@ def test_two_tokenizers_that_differ_are_told_by_the_check_in_the_words_of_the_ru
     ds_kd.load_config(GUIDE, [*models, "kd_ratio=0", "step_scheduler.validate_teacher=false"])
 
 
+def test_a_base_shared_with_the_student_needs_an_adapter_and_no_teacher_model():
+    with pytest.raises(ConfigError) as caught:
+        ds_kd.load_config(GUIDE, ["teacher.kind=shared_base"])
+    told = "\n".join(caught.value.problems)
+    assert "teacher_model: teacher.kind is shared_base" in told and "remove one of them" in told
+    assert "teacher.kind: got shared_base, which needs an adapter" in told
+    cfg = ds_kd.load_config(
+        GUIDE, ["teacher.kind=shared_base", "teacher_model=null", "peft={match_all_linear: true}"]
+    )
+    assert cfg.asks_teacher and not cfg.loads_teacher
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {"vocab": [1]}}'])
 def test_tokenizers_that_cannot_be_compared_are_left_to_the_run(content, tmp_path):
     student = tokenizer_files(tmp_path / "s", ["a", "b"])

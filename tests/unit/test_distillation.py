@@ -11,6 +11,7 @@ from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
+from ds_kd.losses.named.kl import ReverseKL
 from tests.plain import PlainLoss
 
 
@@ -134,17 +135,24 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
     hidden, weight, bias, labels, teacher, teacher_weight = case(10, 50, 33, extra=extra)
     student = States(hidden, Head(weight, bias))
     rest = labels, States(teacher, Head(teacher_weight))
-    names = ("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1")
+    names = (
+        "kl_at_t1", "reverse_kl_at_t1", "acceptance_at_t1", "teacher_entropy_at_t1",
+        "student_entropy_at_t1",
+    )  # fmt: skip
     z_s, z_t = (hidden @ weight.T + bias).double()[:, :33], (teacher @ teacher_weight.T).double()
     valid = labels != -100
     log_q, log_p = (torch.log_softmax(z[valid, :33], -1) for z in (z_s, z_t))
     expected = (
         (log_p.exp() * (log_p - log_q)).sum(),
+        (log_q.exp() * (log_q - log_p)).sum(),
+        torch.minimum(log_p, log_q).exp().sum(),
         -(log_p.exp() * log_p).sum(),
         -(log_q.exp() * log_q).sum(),
     )
-    for kd_ratio, temperature in ((0.5, 1.0), (0.5, 4.0), (0.0, 4.0)):
-        (loss, _) = losses(kd_ratio, temperature, chunk, 33)
+    cases = [(KDLoss, 0.5, 1.0), (KDLoss, 0.5, 4.0), (KDLoss, 0.0, 4.0), (ReverseKL, 0.5, 4.0)]
+    for kind, kd_ratio, temperature in cases:
+        divergence = kind(temperature=temperature, chunk_size=chunk)
+        loss = DistillationLoss(MaskedCrossEntropy(), divergence, kd_ratio, 33)
         with torch.no_grad():
             _, sums = loss(student, *rest)
         for name, want in zip(names, expected, strict=True):
@@ -312,7 +320,7 @@ def test_workspace_does_not_grow_with_the_tokens(tokens, extra):
     vocab, chunk = 1000, 16
     inputs = case(8, tokens, vocab, masked=0.0, extra=extra)
     (chunked, _) = losses(0.5, 1.0, chunk, vocab)
-    peak = _peak_bytes(lambda: evaluate(chunked, *inputs))
+    peak = peak_bytes(lambda: evaluate(chunked, *inputs))
     weights_gradient = inputs[1].nbytes + inputs[2].nbytes
     # Student, teacher and p of one chunk, with padding CE's softmax and the shared logits too;
     # leaves and gradients of head and hidden states.
@@ -323,7 +331,7 @@ def test_workspace_does_not_grow_with_the_tokens(tokens, extra):
     assert peak < 0.6 * tokens * vocab * 4 * 4 or tokens == 64
 
 
-def _peak_bytes(function):
+def peak_bytes(function):
     """Peak of bytes that torch allocates on the CPU while `function` runs."""
     from torch.profiler import ProfilerActivity, profile
 

@@ -27,6 +27,7 @@ READS_CONFIG = {"__main__", "config", "recipe", "plan"}
 HAS_ENGINES = {"parallel", "checkpoint"}
 #: Names of functions that return the noun they name, though its first word looks like a participle.
 NOUNS = {"ending_of", "closing_message", "training_dtype", "scaled_logits_error"}
+ARTICLES = {"The", "A", "An", "All", "Every", "That", "From"}
 QUESTION_WORDS = {"What", "Where", "Whether", "Of", "How", "Which", "Who", "When", "Why"}
 
 
@@ -144,6 +145,22 @@ def test_docstrings_begin_with_a_verb_or_a_noun_not_with_a_question_word():
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, kinds) and (text := ast.get_docstring(node))
         if text.split()[0] in QUESTION_WORDS
+    ]
+    assert not guilty
+
+
+def test_docstrings_of_functions_begin_with_a_verb_and_not_with_the_thing_returned():
+    root = PACKAGE.parent
+    paths = [
+        path for place in ("ds_kd", "launch", "benchmarks") for path in (root / place).rglob("*.py")
+    ]
+    guilty = [
+        f"{path.relative_to(root)}:{node.lineno} {node.name}: {text.splitlines()[0]}"
+        for path in paths
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node))
+        if not any(ast.unparse(each).endswith("property") for each in node.decorator_list)
+        if text.split()[0] in ARTICLES or not text[0].isalpha()
     ]
     assert not guilty
 

@@ -10,7 +10,9 @@ from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
-from ds_kd.config.schema import RunConfig, StepScheduler
+from ds_kd.config.names import COLLATER
+from ds_kd.config.permissions import translate
+from ds_kd.config.schema import SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 from ds_kd.config.task import WITH_TEACHER, find_wrong_entry
 
@@ -53,10 +55,6 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     problems += filter(None, [misfit_of_batch(steps, cfg.distributed.dp_size or 1)])
 
     # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
-    if cfg.teacher_model is None and cfg.kd_ratio > 0 and data.get("teacher_model") is None:
-        problems.append(
-            "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
-        )
     if steps.max_steps == 0 and not cfg.validates and not data.get("validation_dataset"):
         problems.append(
             "step_scheduler.max_steps: 0 validates and there is no validation_dataset or "
@@ -76,6 +74,8 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
 
     _check_evaluation(cfg, problems)
+    _check_sharing(cfg, problems)
+    _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
     _check_optimizer(cfg, problems)
@@ -85,6 +85,27 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
         _check_data(component, problems)
     for component in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
         _check_loader(component, problems)
+
+
+def _check_teacher(cfg: RunConfig, data: dict, problems: list[str]) -> None:
+    """Check that there is one teacher where the loss asks for it."""
+    # A section that is there and wrong has its problem already, so the YAML's own keys are asked.
+    shares_base = cfg.teacher.kind == SHARED_BASE
+    is_resident = data.get("teacher") in (None, {}, {"kind": "resident"})
+    if cfg.kd_ratio > 0 and data.get("teacher_model") is None and is_resident:
+        problems.append(
+            "teacher_model: missing; name a teacher, or set kd_ratio: 0 for plain fine-tuning"
+        )
+    if shares_base and data.get("teacher_model") is not None:
+        problems.append(
+            "teacher_model: teacher.kind is shared_base, where the student's own base is the "
+            "teacher; remove one of them"
+        )
+    if shares_base and data.get("peft") is None:
+        problems.append(
+            "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
+            "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
+        )
 
 
 def _repeats(dataset: Component | None) -> bool:
@@ -130,6 +151,34 @@ def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
         )
 
 
+def _check_sharing(cfg: RunConfig, problems: list[str]) -> None:
+    """Check that what computes shared beginnings is there: packs, their collater, plain SDPA."""
+    if not cfg.packed_sequence.share_prefixes:
+        return
+    key = "packed_sequence.share_prefixes"
+    if cfg.packed_sequence.packed_sequence_size == 0:
+        problems.append(
+            f"{key}: samples share their beginnings in packs; write "
+            "packed_sequence.packed_sequence_size: 2048, or remove it"
+        )
+
+    # A model's own attention is only known when it is loaded; see `models.probes.check_sharing`.
+    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        given = loader.kwargs.get("collate_fn")
+        if given is not None and translate(str(given)) != COLLATER:
+            problems.append(
+                f"{key}: {loader.key}.collate_fn: {given} does not know shared beginnings; remove "
+                "one of the two keys"
+            )
+    for model in filter(None, (cfg.model, cfg.teacher_model)):
+        given = model.kwargs.get("attn_implementation")
+        if given not in (None, "sdpa"):
+            problems.append(
+                f"{key}: {model.key}.attn_implementation: {given} cannot compute shared "
+                "beginnings; write sdpa, or remove share_prefixes"
+            )
+
+
 def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
     """Check the choice of adapted maps and the place of dropout."""
     peft = cfg.peft
@@ -170,13 +219,17 @@ def _check_losses(cfg: RunConfig, problems: list[str]) -> None:
     """Check the bounds of a loss's arguments."""
     if cfg.kd_loss_fn is None or cfg.loss_fn is None:
         return
-    kwargs = cfg.kd_loss_fn.kwargs
-    temperature, chunk = kwargs.get("temperature"), kwargs.get("chunk_size")
-    if isinstance(temperature, (int, float)) and not (is_number(temperature) and temperature > 0):
-        problems.append(problem("kd_loss_fn.temperature", temperature, "a number > 0"))
-    if isinstance(chunk, int) and chunk < 0:
-        problems.append(problem("kd_loss_fn.chunk_size", chunk, "an integer ≥ 0"))
-    for part in (cfg.loss_fn, cfg.kd_loss_fn):
+    for part in cfg.kd_losses:
+        t, chunk = part.kwargs.get("temperature"), part.kwargs.get("chunk_size")
+        if isinstance(t, (int, float)) and not (is_number(t) and t > 0):
+            problems.append(problem(f"{part.key}.temperature", t, "a number > 0"))
+        if isinstance(chunk, int) and chunk < 0:
+            problems.append(problem(f"{part.key}.chunk_size", chunk, "an integer ≥ 0"))
+    sizes = {str(part.kwargs.get("chunk_size")) for part in cfg.kd_losses} - {"None"}
+    if len(sizes) > 1:
+        given = " and ".join(sorted(sizes))
+        problems.append(f"kd_loss_fn: parts have chunk_size {given}, and share one; keep one")
+    for part in (cfg.loss_fn, *cfg.kd_losses):
         ignored = part.kwargs.get("ignore_index", -100)
         if ignored != -100:
             expected = "-100, which data sets mark and tokens are counted by"

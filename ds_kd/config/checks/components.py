@@ -4,6 +4,7 @@ call is imported."""
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from contextlib import suppress
 from dataclasses import replace
@@ -17,10 +18,15 @@ from ds_kd.config.components import (
     find_wrong_arguments,
     problem,
 )
-from ds_kd.config.keys import ComponentRules, Key
-from ds_kd.config.names import DIVERGENCES, LOSSES, MODEL, NOT_WITH_ZERO, home_of
+from ds_kd.config.keys import ComponentRules, Key, is_number
+from ds_kd.config.names import LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.permissions import Permitted, refuse, translate
-from ds_kd.config.signatures import divergences, explain_absence, signature_of
+from ds_kd.config.signatures import (
+    Signature,
+    divergences_by_name,
+    explain_absence,
+    signature_of,
+)
 from ds_kd.config.text.origins import decode
 from ds_kd.data.mixture import check_weights, data_set_of
 from ds_kd.data.rows.declaration import DataSet
@@ -116,7 +122,9 @@ def _read_target(value: Any, rules: ComponentRules, path: str, problems: list[st
     """Return the dotted name that a section calls, or None after adding a problem."""
     if not isinstance(value, dict):
         first = "pretrained_model_name_or_path" if rules.calls == MODEL else "_target_"
-        problems.append(problem(path, value, f"a mapping such as {{{first}: …}}"))
+        first = "name" if rules.has_names else first
+        word = value if rules.has_names and value in [*divergences_by_name()] else "…"
+        problems.append(problem(path, value, f"a mapping such as {{{first}: {word}}}"))
         return None
     dotted = value.get("_target_", rules.calls or None)
     if isinstance(dotted, str):
@@ -131,8 +139,8 @@ def _read_target(value: Any, rules: ComponentRules, path: str, problems: list[st
 
 def _describe_callables(rules: ComponentRules) -> str:
     """Return a description of the names that a section may call, for messages."""
-    if rules.may_call == (DIVERGENCES,):
-        return " or ".join(divergences())
+    if rules.has_names:
+        return f"{rules.calls}, or in its place a name: {', '.join(divergences_by_name())}"
     if not rules.may_call or rules.may_call[0].startswith(LOSSES):
         return rules.calls
     return f"a name that begins with {' or '.join(rules.may_call)}"
@@ -176,9 +184,21 @@ def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
     data, is_ours = component.declaration, component.name.startswith("ds_kd.data.")
     if data is not None and is_ours and not data.has_parts:  # the name that the documentation uses
         missing = ["dataset_name" if name == data.source else name for name in missing]
-    return found + [
-        f"{component.key}.{name}: missing; {component.name} needs it" for name in missing
-    ]
+    found += [f"{component.key}.{name}: missing; {component.name} needs it" for name in missing]
+    return found + _check_limits(component, signature)
+
+
+def _check_limits(component: Component, signature: Signature) -> list[str]:
+    """Return the problems of numbers that do not lie between the limits of their argument."""
+    problems = []
+    for name, low, high in signature.limits:
+        value = component.kwargs.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            continue
+        if not (is_number(value) and low < value < (math.inf if high is None else high)):
+            ends = f"> {low}" if high is None else f"between {low} and {high}, ends excluded"
+            problems.append(problem(f"{component.key}.{name}", value, f"a number {ends}"))
+    return problems
 
 
 def _check_rows(component: Component, written: str) -> list[str]:

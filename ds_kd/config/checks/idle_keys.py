@@ -45,6 +45,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (not containers, ("slurm.container_mounts",), "there is no slurm.container_image"),
         (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),
         (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
+        (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for is_off, keys, reason in rules:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from ds_kd.config.keys import ComponentRules
 from ds_kd.config.names import ALIASES, ALLOWED, MODEL, home_of
-from ds_kd.config.signatures import divergences, signature_of
+from ds_kd.config.signatures import divergences_by_name, signature_of
 from ds_kd.data.rows.detect import known_data_sets
 
 
 def callables_of(rules: ComponentRules) -> list[str]:
     """Return the names that the project knows for a section, its default first."""
     ours = (each.name for each in known_data_sets())
-    names = {*ALIASES.values(), *ALLOWED, *ours, *divergences()} - {MODEL}
+    names = {*ALIASES.values(), *ALLOWED, *ours, *divergences_by_name().values()} - {MODEL}
     found = sorted(name for name in names if home_of(name).startswith(rules.may_call))
     known = [name for name in found if signature_of(name) is not None and "collate" not in name]
     return sorted(known, key=lambda name: name != rules.calls)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from ds_kd.config.keys import ComponentRules, Key, keys_of
 from ds_kd.config.names import ALIASES, WITHOUT_EFFECT
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.signatures import divergences_by_name, signature_of
 
 _BOUNDS = {"low": "minimum", "high": "maximum", "above": "exclusiveMinimum"}
 #: Keys that `load` translates before it looks: NeMo-AutoModel's spellings.
@@ -57,6 +60,8 @@ def _describe_key(key: Key) -> dict[str, Any]:
         wanted += [{"type": "boolean"}] if key.name == "compile" else []
     elif key.component is not None:
         wanted = [_describe_component(key.component)]
+        if key.component.has_names:
+            wanted.append(_describe_sum(key.component))
         if key.component.may_be_named:
             part = {"anyOf": [_describe_component(key.component), {"type": "null"}]}
             several = {"type": "object", "minProperties": 1, "not": {"required": ["_target_"]}}
@@ -66,39 +71,89 @@ def _describe_key(key: Key) -> dict[str, Any]:
         return {"description": key.sentence}
     else:
         wanted = [{**key.kind.json, **{_BOUNDS[name]: key.bounds[name] for name in key.bounds}}]
-    loose: list[dict[str, Any]] = [{"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]
+    loose: list[dict[str, Any]] = [{"type": "null"}, _INTERPOLATED]
     loose += [{"const": "none"}] if key.name.endswith("_size") else []
     return {"description": key.sentence, "anyOf": [*wanted, *loose]}
 
 
-def _describe_component(rules: ComponentRules) -> dict[str, Any]:
-    """Return the schema of a `_target_` section, with a case for each callable that it may name."""
-    properties: dict[str, Any] = {"_target_": {"type": "string"}}
+def _describe_component(
+    rules: ComponentRules, others: Mapping[str, Any] = MappingProxyType({})
+) -> dict[str, Any]:
+    """Return the schema of a `_target_` section, with a case for each callable that it may name.
+
+    Args:
+        others: further keys of the section, with their schemas.
+    """
+    names = _names_of(rules)
+    properties: dict[str, Any] = {"_target_": {"type": "string"}, **others}
     made: dict[str, Any] = {"type": "object", "properties": properties}
     if not rules.calls:
         made["required"] = ["_target_"]
+    cases: list[dict[str, Any]] = []
+    if names:
+        properties |= {"_target_": {"type": ["string", "null"]}, "name": {}}
+        known = {"anyOf": [{"enum": [*names.values(), None]}, _INTERPOLATED]}
+        cases.append({"if": _NO_TARGET, "then": {"properties": {"name": known}}})
 
     # Each callable is one `if`/`then`: with this name, these arguments.
-    cases = []
     for name in callables_of(rules):
-        taken, is_open = arguments_of(name, rules)
-        arguments = {
-            argument: _describe_annotation(annotation) for argument, annotation in taken.items()
-        }
-        if "tokenizer" in rules.given:
-            arguments["tokenizer"] = {"description": "Accepted where it is the student's own."}
-        spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
-        chosen: dict[str, Any] = {"properties": {"_target_": {"enum": spellings}}}
-        if name != rules.calls:
-            chosen["required"] = ["_target_"]
-        then: dict[str, Any] = {"properties": {"_target_": True, **arguments}}
+        arguments, is_open = _describe_arguments(name, rules)
+        then: dict[str, Any] = {"properties": {"_target_": True, **others, **arguments}}
+        if names:
+            then["properties"]["name"] = {"enum": [names[name], None]}
         if not is_open:
             then["additionalProperties"] = False
-        cases.append({"if": chosen, "then": then})
+        cases.append({"if": _choose(name, rules), "then": then})
         for argument, schema in arguments.items():
-            known = properties.setdefault(argument, schema)
-            properties[argument] = known if known == schema else {}  # each case has its own
+            earlier = properties.setdefault(argument, schema)
+            properties[argument] = earlier if earlier == schema else {}  # each case has its own
     return {**made, "allOf": cases} if cases else made
+
+
+_NO_TARGET = {"properties": {"_target_": {"type": "null"}}}  # none at all, or null
+_INTERPOLATED = {"type": "string", "pattern": r"^\$\{"}
+
+
+def _names_of(rules: ComponentRules) -> dict[str, str]:
+    """Return the callables that `name` may choose in a section: dotted name → name."""
+    known = divergences_by_name() if rules.has_names else {}
+    return {dotted: name for name, dotted in known.items()}
+
+
+def _choose(name: str, rules: ComponentRules) -> dict[str, Any]:
+    """Return the schema of the sections that call this callable."""
+    spellings = [name, *(other for other, ours in ALIASES.items() if ours == name)]
+    chosen: dict[str, Any] = {"properties": {"_target_": {"enum": spellings}}}
+    names, is_default = _names_of(rules), name == rules.calls
+    if names or not is_default:
+        chosen["required"] = ["_target_"]
+    if not names:
+        return chosen
+    words = {"enum": [names[name], None] if is_default else [names[name]]}
+    by_name = {"properties": {"name": words, **_NO_TARGET["properties"]}, "required": ["name"]}
+    neither = {"not": {"anyOf": [{"required": ["name"]}, {"required": ["_target_"]}]}}
+    return {"anyOf": [chosen, by_name, *([neither] if is_default else [])]}
+
+
+def _describe_arguments(name: str, rules: ComponentRules) -> tuple[dict[str, Any], bool]:
+    """Return the schemas of a callable's arguments, and whether it takes others."""
+    taken, is_open = arguments_of(name, rules)
+    found = {argument: _describe_annotation(text) for argument, text in taken.items()}
+    signature = signature_of(name)
+    for argument, low, high in signature.limits if signature is not None else ():
+        ends = {"exclusiveMinimum": low, "exclusiveMaximum": high}
+        ends = {end: value for end, value in ends.items() if value is not None}
+        found[argument] = {"allOf": [found[argument], ends]}
+    if "tokenizer" in rules.given:
+        found["tokenizer"] = {"description": "Accepted where it is the student's own."}
+    return found, is_open
+
+
+def _describe_sum(rules: ComponentRules) -> dict[str, Any]:
+    """Return the schema of a list of sections that are added up, each with its weight."""
+    weight = {"allOf": [_describe_annotation("float"), {"exclusiveMinimum": 0}]}
+    part = _describe_component(rules, {"weight": weight})
+    return {"type": "array", "minItems": 1, "items": {**part, "required": ["weight"]}}
 
 
 _PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string"}
@@ -112,7 +167,7 @@ def _describe_annotation(annotation: str) -> dict[str, Any]:
     kinds = [{"type": _PLAIN[name]} for name in names if name != "None"]
     if "float" in names:  # 1e-8 is a text to YAML 1.1 and a number to `load`
         kinds.append({"type": "string", "pattern": r"^[-+]?[\d.]+[eE][-+]?\d+$"})
-    return {"anyOf": [*kinds, {"type": "null"}, {"type": "string", "pattern": r"^\$\{"}]}
+    return {"anyOf": [*kinds, {"type": "null"}, _INTERPOLATED]}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import Any
 from ds_kd.config.keys import Key, keys_of
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
-from ds_kd.config.signatures import signature_of
+from ds_kd.config.signatures import divergences_by_name, signature_of
 
 
 def every_key() -> list[tuple[str, Key]]:
@@ -85,10 +85,23 @@ def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
         return []
     rows: dict[str, list[str]] = {}
     sentences: dict[str, str] = {}
+    words = {dotted: name for name, dotted in divergences_by_name().items()}
+    if key.component.has_names:
+        rows[f"{section}.name"] = [f"one of {', '.join(words.values())}"]
+        sentences[f"{section}.name"] = "Chooses one of the project's, in place of _target_ "
+
+    # What all of the project's divergences take is told of the default one only.
+    shared = arguments_of(key.component.calls, key.component)[0] if key.component.calls else {}
     for name in callables_of(key.component):
+        is_other = name in words and name != key.component.calls
         for argument in arguments_of(name, key.component)[0]:
+            if is_other and argument in shared:
+                continue
             path = f"{section}.{argument}"
             sentence, told = _describe_argument(name, argument)
+            if is_other:  # one argument may mean another thing in each, so each tells its own
+                told = f"of {words[name]}{told.removeprefix(f'of {name}')}"
+                told, sentence = f"{told} ({sentence.strip().rstrip('.')})", ""
             rows.setdefault(path, []).append(told)
             sentences[path] = sentences.get(path) or sentence
     return [

@@ -1,0 +1,96 @@
+"""Time and peak memory of every divergence that `kd_loss_fn.name` chooses.
+
+    python benchmarks/losses.py                                     # seconds of one core
+    python benchmarks/losses.py --tokens 1024 --vocabulary 128256 --hidden 8 --memory
+
+A row is CE and the divergence of `--tokens` tokens with their gradients, from hidden states on.
+Seconds are those that the process computes, so that other jobs of the machine count little; the
+losses take their turns, and the shortest of `--rounds` is shown. `--memory` shows the peak of this
+process instead, the gradients of hidden states and head left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import measure  # noqa: E402
+import torch  # noqa: E402
+
+from ds_kd.config.names import home_of  # noqa: E402
+from ds_kd.config.signatures import divergences_by_name  # noqa: E402
+from ds_kd.losses.chunked import DistillationLoss  # noqa: E402
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy  # noqa: E402
+from ds_kd.losses.head import Head, States  # noqa: E402
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true")
+    return parser.parse_args()
+
+
+def make_losses(temperature: float) -> dict[str, DistillationLoss]:
+    """Return each divergence with its default arguments, by name."""
+    made = {}
+    for name, dotted in divergences_by_name().items():
+        module, _, attribute = home_of(dotted).rpartition(".")
+        divergence = getattr(importlib.import_module(module), attribute)(temperature=temperature)
+        made[name] = DistillationLoss(MaskedCrossEntropy(), divergence, 0.5)
+    return made
+
+
+def make_inputs(args: argparse.Namespace) -> tuple[States, torch.Tensor, States]:
+    """Return a student, labels, and a teacher that is near the student."""
+    torch.manual_seed(0)
+    hidden = torch.randn(args.tokens, args.hidden)
+    weight = torch.randn(args.vocabulary, args.hidden) * 3 / args.hidden**0.5
+    teacher = States(hidden + 0.3 * torch.randn_like(hidden), Head(weight.clone()))
+    student = States(hidden.requires_grad_(), Head(weight.requires_grad_()))
+    return student, torch.randint(args.vocabulary, (args.tokens,)), teacher
+
+
+def main() -> None:
+    args = parse()
+    torch.set_num_threads(1)
+    student, labels, teacher = make_inputs(args)
+    losses = make_losses(args.temperature)
+    found: dict[str, float] = {}
+
+    def run(loss: Any) -> None:
+        loss(student, labels, teacher)
+
+    for _ in range(1 if args.memory else args.rounds):
+        for name, loss in losses.items():
+            if args.memory:
+                found[name] = measure.peak_bytes(lambda: run(loss)) / measure.GIB  # noqa: B023
+                found[name] -= (student.hidden.nbytes + student.head.weight.nbytes) / measure.GIB
+            else:
+                started = time.process_time()
+                run(loss)
+                taken = time.process_time() - started
+                found[name] = min(found.get(name, taken), taken)
+            loss._kept = None  # the next one begins without its buffers
+
+    unit, first = "GiB" if args.memory else "s", found["forward_kl"]
+    print(f"| name | {unit} | against forward_kl |\n|---|---|---|")
+    for name, value in found.items():
+        print(f"| `{name}` | {value:.2f} | {value / first:.2f} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,94 @@
+"""Look at the first samples of a run's data: their lengths, and what they have in common."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ds_kd.config.components import ConfigError, config_error
+from ds_kd.config.schema import RunConfig
+from ds_kd.data.own import SHIFTED, OwnSamples
+from ds_kd.data.prefixes import SharedDataset
+from ds_kd.data.rows.source import load_rows
+from ds_kd.errors import first_line
+from ds_kd.recipe.models import tokenizer_of
+
+_FOR_SHARING = 512  # samples whose common beginnings are looked for
+_WORTH_TELLING = 1.25  # tokens of samples for one that would be computed
+_PACK = 2048  # tokens of a pack where samples are not packed yet
+
+
+def load_first(cfg: RunConfig, most: int) -> tuple[int | None, list[dict[str, Any]] | None]:
+    """Return the number of all samples, and the first ones of the training data.
+
+    A value is None if the data or the tokenizer are not at hand.
+
+    Args:
+        most: how many samples are made.
+
+    Raises:
+        ConfigError: a local file is wrong.
+    """
+    import torch
+
+    from ds_kd.parallel.world import World
+
+    component = cfg.dataset
+    data, kwargs = component.declaration, component.kwargs
+    if data is None or data.has_parts:
+        return None, None
+    argument, limit = data.source, data.limit
+    columns = data.columns_wanted(kwargs)
+    source, split = data.source_of(kwargs), kwargs.get("split") or "train"
+
+    # Without a network a plan is still possible, but a local file that is wrong is a problem.
+    total = None
+    try:
+        total = len(load_rows(source, split, columns, kwargs.get(limit)))
+        few = {**kwargs, limit: min(total, most)} if data.takes_limit else {**kwargs}
+        labels = few.pop("labels", SHIFTED)
+        alone = World(0, 1, torch.device("cpu"), "gloo")
+        tokenizer = tokenizer_of(cfg.model, alone)
+        rows = data.build(tokenizer=tokenizer, **few)
+        if not component.name.startswith("ds_kd.data."):
+            rows = OwnSamples(rows, len(tokenizer), labels)
+        some = [rows[k] for k in range(min(len(rows), most))]
+        if not any(len(row["input_ids"]) for row in some):
+            raise ValueError("there is no token in its first samples")
+    except (ConfigError, ValueError, OSError) as error:
+        if isinstance(error, ConfigError) or not Path(str(source)).exists():
+            return total, None
+        raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
+    return total, some
+
+
+def describe_sharing(cfg: RunConfig) -> list[str]:
+    """Return a line on what shared beginnings save on the training data, or would save; none where
+    that is little, or the samples are not at hand.
+
+    Raises:
+        ConfigError: a sample is too long for a pack, or a local file is wrong.
+    """
+    _, some = load_first(cfg, _FOR_SHARING)
+    if not some:
+        return []
+    packing, key = cfg.packed_sequence, "packed_sequence"
+    longest = max(len(sample["input_ids"]) for sample in some)
+    size = packing.packed_sequence_size or max(_PACK, longest)
+    if size < longest and not packing.share_prefixes:
+        return []
+    with config_error(
+        f"{key}.packed_sequence_size", size, f"room for every sample of {cfg.dataset.key}"
+    ):
+        packs = SharedDataset(some, size, cfg.rng.seed)
+
+    # The packs are those of a run on these samples alone.
+    computed = sum(len(packs[k]["input_ids"]) for k in range(len(packs)))
+    saved = sum(packs.lengths) / max(1, computed)
+    told = f"1 token for {saved:.2f} of its first {len(some):,} samples"
+    if packing.share_prefixes:
+        held = len(some) / len(packs)
+        return [f"  shared beginnings: computes {told}; a pack holds {held:.1f} samples"]
+    if saved < _WORTH_TELLING:
+        return []
+    return [f"  shared beginnings: {key}.share_prefixes: true would compute {told}"]

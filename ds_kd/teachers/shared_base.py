@@ -1,0 +1,36 @@
+"""The student's own base as its teacher: its weights without the adapter, in the same engine."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from ds_kd.losses.head import States
+from ds_kd.models import lora
+
+
+class SharedBaseTeacher:
+    """Runs the base of a student that trains an adapter, with the adapter off and without dropout.
+
+    No second set of weights exists, and no second engine. The head is the student's own, which
+    never has an adapter, and which ZeRO-3 has gathered while the loss reads it.
+
+    Args:
+        engine: DeepSpeed engine of a `Student` whose model has an adapter.
+    """
+
+    def __init__(self, engine: Any):
+        self.engine = engine
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, Any]) -> States:
+        student = self.engine.module
+        was_training = student.training
+        student.train(False)
+        try:
+            with lora.switch_off(student.model):
+                hidden = self.engine(batch, probe="hidden")
+        finally:
+            student.train(was_training)
+        return States(hidden, student.head())
