@@ -22,6 +22,7 @@ class TrainState:
         validated: step of the last validation; -1 before the first.
         lowest_loss: lowest validation loss.
         not_lower: number of validations since the lowest loss.
+        evaluated: step of the last evaluation; -1 before the first.
     """
 
     step: int = 0
@@ -31,6 +32,13 @@ class TrainState:
     validated: int = -1
     lowest_loss: float | None = None
     not_lower: int = 0
+    evaluated: int = -1
+
+    def advance(self, labels: int, tokens: int) -> None:
+        """Count a step, with the supervised and all tokens that it took on all ranks."""
+        self.step += 1
+        self.labels += labels
+        self.tokens += tokens
 
     def note_validation(self, loss: float) -> None:
         """Record the loss of a validation after the present step."""

@@ -101,6 +101,29 @@ def _read_every(value: Any) -> int | str:
     raise _make_quotes_error(value)
 
 
+def _read_every_or_end(value: Any) -> int | str:
+    if value == "end" or (is_number(value) and isinstance(value, int) and value >= 1):
+        return value
+    raise _make_quotes_error(value)
+
+
+def _read_tasks(value: Any) -> list[dict[str, Any]]:
+    """Return the entries of a list of tasks, each with its task, its data and perhaps a limit."""
+    entries = [value] if isinstance(value, dict) else value
+    if not isinstance(entries, list) or not entries:
+        raise ValueError
+    for entry in entries:
+        if not isinstance(entry, dict) or not {"task", "data"} <= set(entry) <= set(_OF_TASK):
+            raise ValueError(f"one is {entry!r:.80}; its keys are {', '.join(_OF_TASK)}")
+        limit = entry.get("limit", 1)
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 1:
+            raise ValueError(f"its limit is {limit!r}, expected an integer ≥ 1")
+        for name in ("task", "data"):
+            if not isinstance(entry[name], str):
+                raise ValueError(f"its {name} is {entry[name]!r:.80}, expected text")
+    return entries
+
+
 def _read_one(value: Any) -> int:
     if value == 1 and not isinstance(value, bool):
         return 1
@@ -168,10 +191,37 @@ _NEMO_NAME = Kind(
     {"type": "string", "pattern": r"^nemo_automodel\."},
     _read_nemo_name,
 )
+_EVERY_OR_END = Kind(
+    "an integer ≥ 1, or end",
+    {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "end"}]},
+    _read_every_or_end,
+)
+_OF_TASK = {
+    "task": {"type": "string"},
+    "data": {"type": "string"},
+    "limit": {"type": "integer", "minimum": 1},
+}
+_TASKS = Kind(
+    "a list such as [{task: hellaswag, data: rows.jsonl, limit: 200}]",
+    {
+        "type": "array",
+        "minItems": 1,
+        "items": {
+            "type": "object",
+            "properties": _OF_TASK,
+            "required": ["task", "data"],
+            "additionalProperties": False,
+        },
+    },
+    _read_tasks,
+    keeps_text=True,
+)
 #: Annotations of the kinds that a plain type cannot express.
 MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
 Every = Annotated[int | str, _EVERY]
+EveryOrEnd = Annotated[int | str, _EVERY_OR_END]
+Tasks = Annotated[list, _TASKS]
 NemoName = Annotated[str, _NEMO_NAME]
 
 

@@ -138,6 +138,7 @@ _WITHOUT_INFLUENCE = (
     "validation_data",
     "recipe",
     "slurm.",
+    "evaluation.",
     "step_scheduler.val_",
     "step_scheduler.ckpt_",
 )

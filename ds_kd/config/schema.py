@@ -23,6 +23,7 @@ from ds_kd.config.sections import (
     DeepSpeed,
     DistEnv,
     Distributed,
+    Evaluation,
     LRScheduler,
     PackedSequence,
     Peft,
@@ -32,6 +33,7 @@ from ds_kd.config.sections import (
     Teacher,
     TensorBoard,
 )  # fmt: skip
+from ds_kd.config.task import WITH_TEACHER
 from ds_kd.config.text.yaml_source import Source
 
 SHARED_BASE = "shared_base"  # a value of teacher.kind
@@ -114,6 +116,9 @@ class RunConfig:
         "Sets the validation loader. Its batch_size is local_batch_size by default.",
         component=OF_LOADER,
     )
+    evaluation: Evaluation | None = key(
+        None, "Puts tasks to the student in the run itself, as launch/evaluate.py does afterwards."
+    )
     dist_env: DistEnv = key(DistEnv, "Sets how ranks exchange data.")
     rng: Rng = key(Rng, "Sets how random numbers are drawn.")
     seed: int | None = key(None, "Gives the seed, in place of rng.seed.", low=0, high=MAX_SEED)
@@ -145,8 +150,10 @@ class RunConfig:
 
     @property
     def asks_teacher(self) -> bool:
-        """Return whether there is a teacher, for training or for validation alone."""
+        """Return whether there is a teacher, be it for validation or evaluation alone."""
         measures = self.step_scheduler.validate_teacher and self.validates
+        tasks = [] if self.evaluation is None else self.evaluation.tasks
+        measures = measures or any(entry["task"] == WITH_TEACHER for entry in tasks)
         is_there = self.teacher_model is not None or self.teacher.kind == SHARED_BASE
         return is_there and (self.kd_ratio > 0 or measures)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_kd.config.keys import Every, NemoName, OnlyOne, key
+from ds_kd.config.keys import Every, EveryOrEnd, NemoName, OnlyOne, Tasks, key
 
 MAX_SEED = 2**62  # torch takes 64 bits, and each rank adds its number
 _ONLY_ONE = "Only 1 or nothing is accepted: ranks share the data alone."
@@ -299,6 +299,21 @@ class Slurm:
     )
     env_vars: dict[str, Any] = key(dict, "Sets environment variables of the job.")
     sbatch_options: list[str] = key(list, "Passes any other options to sbatch.")
+
+
+@dataclass
+class Evaluation:
+    tasks: Tasks = key(
+        list,
+        "Names the tasks, each as {task, data, limit}: hellaswag, squad, perplexity, kl or a YAML "
+        "of your own, a file of rows, and how many of them.",
+    )
+    every: EveryOrEnd = key(
+        "end",
+        "Evaluates each time after this many optimizer steps and after the last, or only then "
+        "(`end`).",
+        "steps",
+    )
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,8 +11,12 @@ from ds_kd.config.checks.sections import check_section
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.keys import key
 from ds_kd.config.text.yaml_source import read
+from ds_kd.data.rows.files import files_of
 
 KINDS = ("multiple_choice", "generation", "perplexity")
+#: The tasks that need no YAML, and the one of them that compares with a teacher.
+BUILTIN = ("hellaswag", "squad", "perplexity", "kl")
+WITH_TEACHER = "kl"
 METRICS = ("exact_match", "f1")
 
 
@@ -71,6 +76,25 @@ def load_task(path: str | Path) -> TaskFile:
         if problems:
             raise ConfigError(problems)
         return task
+
+
+def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
+    """Return what is wrong with an entry of a run's `evaluation.tasks`: its task, or its file."""
+    name, data = entry["task"], entry["data"]
+    if name.endswith((".yaml", ".yml")):
+        try:
+            load_task(name)
+        except ConfigError as error:
+            return [f"{key}: {line}" for line in error.problems]
+    elif name not in BUILTIN:
+        near = difflib.get_close_matches(name, BUILTIN, n=1)
+        hint = f"did you mean {near[0]}?" if near else ""
+        return [problem(f"{key}.task", name, f"{', '.join(BUILTIN)} or a task's .yaml", hint)]
+    try:
+        files_of(data)
+    except ValueError as error:
+        return [problem(f"{key}.data", data, "a file of rows", str(error))]
+    return []
 
 
 def _find_contradictions(task: TaskFile, data: dict[str, Any]) -> list[str]:

@@ -157,6 +157,35 @@ def run_task(
     return [records[k] for k in range(len(items))]
 
 
+def run_task_together(
+    task: Task,
+    subject: Subject,
+    items: list[Item],
+    world: World,
+    should_stop: Callable[[], bool],
+) -> list[Record] | None:
+    """Return the record of every item, on every rank, from a model that is sharded over the ranks:
+    all of them run equally many batches.
+
+    Args:
+        should_stop: asked before every batch, on all ranks at once; True ends with None.
+    """
+    batches = plan_batches(task, items, tokens_of_batch(world.device.type), len(items))
+    size, made = world.data.size, dict[int, Record]()
+    for start in range(0, len(batches), size):
+        if should_stop():
+            return None
+        # Without a batch of its own a rank runs the last one, the shortest, and drops the records.
+        number = start + world.data.rank
+        batch = batches[min(number, len(batches) - 1)]
+        found = dict(zip(batch, task.run(subject, [items[k] for k in batch]), strict=True))
+        made |= found if number < len(batches) else {}
+    records: dict[int, Record] = {}
+    for part in _gather(made, world):
+        records |= part
+    return [records[k] for k in range(len(items))]
+
+
 def _gather(made: dict[int, Record], world: World) -> list[dict[int, Record]]:
     """Return what each rank has made."""
     if world.size == 1:

@@ -92,6 +92,8 @@ class Subject:
         shares_prefix: whether the model computes branches of a text as it does each alone.
         teacher: the model to which it is compared, `teacher(batch) → output`.
         vocab: number of ids that both share.
+        is_sharded: whether its weights are shared out over ranks, which then all generate until
+            the last of them is done.
     """
 
     engine: Any
@@ -100,6 +102,7 @@ class Subject:
     shares_prefix: bool = False
     teacher: Any | None = None
     vocab: int = 0
+    is_sharded: bool = False
 
     @property
     def model(self) -> Any:
@@ -183,6 +186,7 @@ class Subject:
             "stopping_criteria": StoppingCriteriaList(
                 [self._stop_at(stop, length)] if stop else []
             ),
+            "synced_gpus": self.is_sharded,
         }
         out = self.engine({"arguments": arguments}, probe="generate")
         return [self._read_answer(row[length:], ends, stop) for row in out.tolist()]

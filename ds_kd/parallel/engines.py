@@ -11,6 +11,7 @@ is always written, as DeepSpeed clips gradients at 1.0 by default.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -148,6 +149,14 @@ def _gather_by_layer(module: nn.Module) -> None:
     kinds = {type(part) for part in module.modules() if type(part).__name__ in names}
     if kinds:
         set_z3_leaf_modules(module, list(kinds))
+
+
+def read_gradient_norm(engine: Any) -> float:
+    """Return the norm of the last step's gradient, NaN for one that is not finite: DeepSpeed skips
+    such a step and keeps the norm of the step before."""
+    if getattr(engine.optimizer, "overflow", False):
+        return math.nan
+    return float(engine.get_global_grad_norm() or 0.0)
 
 
 def optimizer_numbers(name: str, arguments: dict[str, Any]) -> int:

@@ -178,6 +178,12 @@ def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tens
     return total
 
 
+def sum_by_name(parts: dict[str, torch.Tensor], group: Group) -> dict[str, float]:
+    """Return the sums over the ranks of a group, by name, of scalars on the device."""
+    here = torch.stack([part.float() for part in parts.values()])
+    return dict(zip(parts, sum_over(here, group).tolist(), strict=True))
+
+
 def _store() -> dist.Store:
     """Return the job's key-value store, which rank 0 keeps. Waiting there has no collective's
     timeout."""

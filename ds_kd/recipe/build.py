@@ -29,6 +29,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
+from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.models import (
     check_lengths,
     config_of,
@@ -78,6 +79,7 @@ def build(
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
     _check_lengths(cfg, [loader, *validation.values()])
+    evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
@@ -98,6 +100,7 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         generations=_make_generations(cfg, tokenizer, held_out, student, teacher, world),
         operations=_count_operations(cfg, student, teacher, world),
+        evaluation=evaluation,
     )
 
 

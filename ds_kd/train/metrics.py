@@ -129,6 +129,16 @@ class Metrics:
         for name, part in (sets or {}).items():
             self.say(f"  {name}: {_show(part)}")
 
+    def evaluation(self, step: int, found: dict[str, dict[str, float]]) -> None:
+        """Record an evaluation: the metrics of each task by its name, as `eval_<task>/<metric>`."""
+        record = {
+            f"eval_{name}/{tag}": v for name, part in found.items() for tag, v in part.items()
+        }
+        self._record(step, record)
+        for name, part in found.items():
+            shown = "  ".join(f"{tag} {value:.4f}" for tag, value in part.items())
+            self.say(f"evaluation after step {step}: {name}  {shown}")
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()
@@ -260,7 +270,10 @@ def _keep_before(path: Path, place: float) -> None:
 
 
 def _place_record(step: int, values: dict[str, Any]) -> float:
-    """Return the position of a record in a log: a step comes before its validation."""
+    """Return the position of a record in a log: a step comes before its validation, and that before
+    its evaluation."""
+    if any(name.startswith("eval_") for name in values):
+        return step + 0.75
     return step + 0.5 * any(name.startswith("val_") for name in values)
 
 

@@ -25,10 +25,12 @@ from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import UserError
 from ds_kd.evaluate.samples import Generations
 from ds_kd.models.operations import Operations
-from ds_kd.parallel.world import World, lost_ranks, sum_over
+from ds_kd.parallel.engines import read_gradient_norm
+from ds_kd.parallel.world import World, lost_ranks, sum_by_name, sum_over
 from ds_kd.teachers.base import Teacher
 from ds_kd.train.batches import Batch, Batches, add_up, list_samples, move_batch
 from ds_kd.train.clock import Clock, Counts
+from ds_kd.train.evaluation import Evaluation
 from ds_kd.train.metrics import Metrics, memory_gib
 from ds_kd.train.schedule import Schedule
 
@@ -59,6 +61,7 @@ class Trainer:
         save_every_seconds: save when the last save is this old; None does not save by time.
         generations: held-out questions that the models answer at every validation, or None.
         operations: of both models, to log the rate of; None if they cannot be counted.
+        evaluation: tasks that are put to the student, or None.
         held: resources that `close` releases.
     """
 
@@ -78,6 +81,7 @@ class Trainer:
     save_every_seconds: float | None = None
     generations: Generations | None = None
     operations: Operations | None = None
+    evaluation: Evaluation | None = None
     held: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trainer:
@@ -104,8 +108,7 @@ class Trainer:
             True if the schedule has ended.
 
         Raises:
-            TrainingError: a step without any supervised token, a loss or gradient that is not
-                finite, or another rank that is gone.
+            TrainingError: no supervised token, a loss or gradient that is not finite, a lost rank.
         """
         try:
             stops = self._validate_first()
@@ -117,7 +120,9 @@ class Trainer:
                     micro_batches = next(batches)
                 self._step(micro_batches, started)
                 stops = self._validate_and_save()
-            finished = self.is_done and not (self.state.step and self._owes_validation())
+
+            owes = self.state.step and (self._owes_validation() or self._owes_evaluation())
+            finished = self.is_done and not owes
             if self.checkpointer is not None and self.schedule.total_steps:
                 self.checkpointer.mark(self.state.step, finished)
             return finished
@@ -143,16 +148,38 @@ class Trainer:
         is_due = self.schedule.validates(step) if step else self.validate_first
         return is_due and self.state.validated < step and bool(self.validation_loaders)
 
-    def _validate_first(self) -> bool:
-        """Validate before the first step if that is due, and return whether the run stops here."""
-        if not (self._owes_validation() or self.schedule.max_steps == 0):
+    def _owes_evaluation(self) -> bool:
+        """Return whether an evaluation is still to be made after the present step."""
+        step = self.state.step
+        is_due = self.evaluation is not None and self.evaluation.is_due(step, self.is_done)
+        return is_due and self.state.evaluated < step
+
+    def _evaluate(self) -> bool:
+        """Evaluate if that is due, and return False if a rank was asked to stop meanwhile."""
+        if self.evaluation is None or not self._owes_evaluation():
+            return True
+        teacher = self.validation_teacher if self.teacher is None else self.teacher
+        found = self.evaluation.run(self.student, teacher, lambda: self._should_stop_or_save()[0])
+        if found is None:
             return False
+        self.state.evaluated = self.state.step
+        if self.metrics is not None:
+            self.metrics.evaluation(self.state.step, found)
+        return True
+
+    def _validate_first(self) -> bool:
+        """Validate and evaluate before the first step if that is due, and return whether the run
+        stops here."""
+        if not (self._owes_validation() or self.schedule.max_steps == 0):
+            return not self._evaluate()
         validated = self.validate()
         if self._ends_early:  # its last checkpoint was saved as one of many
             self._say_that_it_ends()
             if self.checkpointer is not None:
                 self.checkpointer.export_final(self.student)
         # Nothing is lost by stopping at a step that a checkpoint holds.
+        if not self._evaluate():
+            return True
         return validated is None and self.state.step > 0 and self._should_stop_or_save()[0]
 
     def _say_that_it_ends(self) -> None:
@@ -190,18 +217,22 @@ class Trainer:
             with clock.part("backward"):
                 self.student.backward(loss * weight, scale_wrt_gas=False)
 
-        means = {name: total / counts.labels for name, total in self._sum_over_ranks(sums).items()}
+        totals = sum_by_name(sums, self.world.data)
+        means = {name: total / counts.labels for name, total in totals.items()}
         if self.state.skipped >= self.max_skipped:
             self._check_finite(means["loss"], "loss", micro_batches)
         lr = self.student.get_lr()[0]
         with clock.part("optimizer"):
             self.student.step()
-        norm = self._read_gradient_norm()
+        norm = read_gradient_norm(self.student)
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
-        self._advance(counts)
+        self.state.advance(counts.labels, counts.tokens)
         seconds, times = time.perf_counter() - started, clock.read()
-        if not skipped:
-            self._log(means, lr, norm, counts.describe(seconds, times, self.operations))
+        if not skipped and self.metrics is not None:
+            values = {"train_loss": means.pop("loss"), **means}
+            values |= {"learning_rate": lr, "grad_norm": norm}
+            values |= counts.describe(seconds, times, self.operations)
+            self.metrics.train(self.state.step, values | {"memory": memory_gib(self.world.device)})
 
     def _validate_and_save(self) -> bool:
         """Validate and save if either is due, and return whether the run stops here."""
@@ -218,6 +249,7 @@ class Trainer:
         if self._ends_early and not is_last:
             is_last = True
             self._say_that_it_ends()
+        stops = stops or not self._evaluate()
         # With patience the best weights are those of an earlier validation: they are kept too.
         is_best = validated is not None and self.state.not_lower == 0
         saves = saves or (is_best and self.schedule.patience is not None)
@@ -309,7 +341,7 @@ class Trainer:
                 f"{'.'.join(filter(None, ('validation_dataset', name)))}: no sample has a "
                 f"supervised token; look at seq_length, truncation and the answers"
             )
-        return self._sum_over_ranks(sums), labels, tokens
+        return sum_by_name(sums, self.world.data), labels, tokens
 
     def _count(self, micro_batches: list[Batch]) -> Counts:
         """Return what a step works on, over all ranks.
@@ -334,18 +366,6 @@ class Trainer:
         here = [float(self.asked_to_stop()), float(is_time and self.world.is_main)]
         stops, saves = sum_over(here, self.world.everyone).tolist()
         return stops > 0, saves > 0
-
-    def _sum_over_ranks(self, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-        """Return sums over all data ranks by name; `loss` is the optimised quantity."""
-        here = torch.stack([part.float() for part in sums.values()])
-        return dict(zip(sums, sum_over(here, self.world.data).tolist(), strict=True))
-
-    def _read_gradient_norm(self) -> float:
-        """Return the norm of the last step's gradient, NaN for one that is not finite: DeepSpeed
-        skips such a step and keeps the norm of the step before."""
-        if getattr(self.student.optimizer, "overflow", False):
-            return math.nan
-        return float(self.student.get_global_grad_norm() or 0.0)
 
     def _check_finite(self, value: float, what: str, micro_batches: list[Batch]) -> None:
         # The value is a sum over ranks, so every rank sees the same one and raises together.
@@ -378,18 +398,3 @@ class Trainer:
     def _say(self, text: str) -> None:
         if self.metrics is not None:
             self.metrics.say(text)
-
-    def _advance(self, counts: Counts) -> None:
-        self.state.step += 1
-        self.state.labels += counts.labels
-        self.state.tokens += counts.tokens
-
-    def _log(
-        self, means: dict[str, float], lr: float, norm: float, speed: dict[str, float]
-    ) -> None:
-        if self.metrics is None:
-            return
-        values = {("train_loss" if name == "loss" else name): mean for name, mean in means.items()}
-        values |= {"learning_rate": lr, "grad_norm": norm, **speed}
-        values["memory"] = memory_gib(self.world.device)
-        self.metrics.train(self.state.step, values)

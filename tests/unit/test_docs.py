@@ -71,7 +71,7 @@ RUN_BY = {
     "python launch/prune.py": "unit/test_prune.py::test_a_pruned_model_is_the_teacher",
     "python launch/compare.py": "unit/test_quickstart_pieces.py::test_the_config_of_a_run_says",
     "python launch/evaluate.py": "unit/test_evaluate.py::test_hellaswag_agrees_with_lm",
-    "torchrun --nproc-per-node 8 launch/evaluate.py": "unit/test_evaluate.py::test_two_ranks_give",
+    "torchrun --nproc-per-node 8 launch/evaluate.py": "distributed/test_evaluation.py::test_two_r",
     "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
     "python launch/sweep.py": "e2e/test_sweep.py::test_the_command_leaves_out_finished_runs",
     "python launch/report.py": "unit/test_report.py::test_what_is_no_run_is_told",

@@ -15,7 +15,6 @@ import torch
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.scores import exact_match, f1, normalize
 from tests import harness, tiny
-from tests.ranks import run_ranks
 from tests.scripts import script
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
@@ -334,7 +333,7 @@ def test_a_mean_over_tokens_divides_sums_by_sums():
     assert estimate(metric, records).value == pytest.approx(math.e)
 
 
-# --------------------------------------------------------------------------------- ranks and resume
+# ------------------------------------------------------------------------------------------ resume
 
 
 def test_a_stopped_evaluation_goes_on_and_gives_the_same_numbers(place, capfd):
@@ -356,33 +355,6 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same_numbers(place, capfd):
     assert run_command("--model", place / "two", *again) == 0
     assert run_command("--model", place / "one", *again, "--limit", 8) == 0
     assert len(list(output.with_suffix(".samples").iterdir())) == 3
-
-
-TASKS = {
-    "hellaswag": "choices.jsonl",
-    "squad": "questions.jsonl",
-    "perplexity": "texts.jsonl",
-    "kl": "questions.jsonl",
-}
-
-
-def evaluate_on_ranks(world, place: Path) -> dict:
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
-
-    for task, data in TASKS.items():
-        options = Options(str(place / data), batch_size=3, output=place / f"{task}-ranks.json")
-        evaluate([str(place / "one")], str(place / "two"), find_task(task), options, world)
-    return {}
-
-
-def test_two_ranks_give_the_numbers_of_one(place):
-    run_ranks(evaluate_on_ranks, 2, place)
-    for task, data in TASKS.items():
-        alone = evaluate(place, task, data, "--teacher", place / "two", "--batch-size", 3)
-        together = json.loads((place / f"{task}-ranks.json").read_text())
-        assert together["models"] == alone["models"], task
-        # Each rank has scored a part.
-        assert len(list((place / f"{task}-ranks.samples").iterdir())) == 2
 
 
 # ----------------------------------------------------------------------------------- own tasks
@@ -513,6 +485,48 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
     told = capfd.readouterr().err.strip()
     assert expected.format(**names) in told
     assert "Traceback" not in told and len(told.splitlines()) <= 2, told
+
+
+@pytest.mark.parametrize(
+    ("section", "expected"),
+    [
+        ({"tasks": []}, "evaluation.tasks: got [], expected a list such as"),
+        ({"tasks": [{"task": "squad"}]}, "its keys are task, data, limit"),
+        ({"tasks": [{"task": "squad", "data": "x", "limit": 0}]}, "its limit is 0"),
+        ({"tasks": [{"task": "sqad", "data": "{rows}"}]}, "did you mean squad?"),
+        ({"tasks": [{"task": "squad", "data": "no.jsonl"}]}, "no such file: no.jsonl"),
+        ({"tasks": [{"task": "no.yaml", "data": "{rows}"}]}, "tasks[0]: no.yaml: cannot be read"),
+        ({"tasks": [{"task": "kl", "data": "{rows}"}]}, "kl compares with a teacher"),
+        ({"tasks": [{"task": "squad", "data": "{rows}"}] * 2}, "squad is there twice"),
+        ({"every": 0}, "evaluation.every: got 0, expected an integer ≥ 1, or end"),
+    ],
+)
+def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expected):
+    from ds_kd.config.components import ConfigError
+    from ds_kd.config.load import load
+
+    filled = json.loads(json.dumps(section).replace("{rows}", str(place / "questions.jsonl")))
+    data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
+    given = {
+        "model": {
+            "_target_": "nemo_automodel.NeMoAutoModelForCausalLM.from_pretrained",
+            "pretrained_model_name_or_path": str(place / "one"),
+        },
+        "dataset": {**data, "dataset_name": str(place / "questions.jsonl")},
+        "kd_ratio": 0,
+        "evaluation": filled,
+    }
+    with pytest.raises(ConfigError) as error:
+        load(given)
+    assert any(expected in line for line in error.value.problems), error.value.problems
+
+
+def test_the_schema_and_the_package_know_the_same_tasks():
+    from ds_kd.config import task
+    from ds_kd.evaluate.tasks.builtin import BUILTIN
+
+    assert tuple(BUILTIN) == task.BUILTIN
+    assert [name for name, each in BUILTIN.items() if each.needs_teacher] == [task.WITH_TEACHER]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ of `_target_` sections."""
 from __future__ import annotations
 
 import re
+from pathlib import PurePath
 
 from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
@@ -13,6 +14,7 @@ from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
+from ds_kd.config.task import WITH_TEACHER, find_wrong_entry
 
 #: transformers' schedules by name; each takes other arguments.
 _SCHEDULES = {
@@ -71,6 +73,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
 
+    _check_evaluation(cfg, problems)
     _check_sharing(cfg, problems)
     _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
@@ -126,6 +129,26 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
     up = -(-steps.global_batch_size // width) * width
     key = "step_scheduler.global_batch_size"
     return problem(key, steps.global_batch_size, expected, f"write {up}")
+
+
+def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
+    """Check the tasks of an evaluation: each exists once, and a distance has a teacher."""
+    if cfg.evaluation is None:
+        return
+    entries, names = cfg.evaluation.tasks, [entry["task"] for entry in cfg.evaluation.tasks]
+    if not entries:
+        problems.append("evaluation.tasks: missing; write [{task: hellaswag, data: rows.jsonl}]")
+    for k, entry in enumerate(entries):
+        problems += find_wrong_entry(f"evaluation.tasks[{k}]", entry)
+    if WITH_TEACHER in names and cfg.teacher_model is None:
+        problems.append(
+            "evaluation.tasks: kl compares with a teacher, and there is no teacher_model; name one"
+        )
+    stems = [PurePath(name).stem for name in names]
+    if twice := next((stem for stem in stems if stems.count(stem) > 1), None):
+        problems.append(
+            f"evaluation.tasks: {twice} is there twice, and both would be logged under that name"
+        )
 
 
 def _check_sharing(cfg: RunConfig, problems: list[str]) -> None:

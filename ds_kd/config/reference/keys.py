@@ -40,7 +40,7 @@ _NEMO_NAMES = {
 _OWN = (
     "step_scheduler.max_skipped_steps", "step_scheduler.val_at_start", "checkpoint.keep",
     "checkpoint.every_minutes", "checkpoint.on_failed_save", "lr_scheduler.warmup_ratio",
-    "deepspeed", "tensorboard",
+    "deepspeed", "tensorboard", "evaluation",
 )  # fmt: skip
 
 
