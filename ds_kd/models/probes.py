@@ -17,6 +17,7 @@ SmolLM2-135M; sound models at most, unsound ones at least):
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -84,6 +85,45 @@ def check_head(engine: Any, device: torch.device, name: str) -> None:
             f"{name}: {kind} is not causal, a later token changes an earlier one (by {error:.3g} "
             f"on a probe). Use a decoder-only language model."
         )
+
+
+def check_layers(engine: Any, device: torch.device, name: str) -> None:
+    """Refuse a student that runs one of its layers several times in one pass.
+
+    ZeRO-3 reduces a layer's gradients at the end of each of its backward passes, and stops at
+    gradients that it has met before.
+
+    Args:
+        engine: the engine of a `Student` (a collective call).
+        device: the device of the probe's tokens.
+        name: the model's name in messages.
+
+    Raises:
+        ValueError: names the layer's class.
+    """
+    model = engine.module.model
+    names = getattr(model, "_no_split_modules", None) or ()
+    calls: Counter[torch.nn.Module] = Counter()
+    watched = [
+        part.register_forward_pre_hook(lambda part, _: calls.update([part]))
+        for part in model.modules()
+        if type(part).__name__ in names
+    ]
+    batch = {"input_ids": _random_tokens(engine, _TOKENS, device)}
+    batch["supervised"] = torch.arange(1, _TOKENS, 2, device=device)
+    try:
+        with _evaluate_only(engine):
+            engine(batch, probe="hidden")
+    finally:
+        for hook in watched:
+            hook.remove()
+
+    for part, count in calls.items():
+        if count > 1:
+            raise ValueError(
+                f"{name}: {type(model).__name__} runs {type(part).__name__} {count} times in one "
+                f"pass, which ZeRO-3 cannot train. Use a model whose layers run once."
+            )
 
 
 def check_packing(engine: Any, device: torch.device, name: str) -> None:

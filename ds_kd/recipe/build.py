@@ -298,6 +298,8 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     if (said := fix_rope(engine.module.model)) and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     checks = [(probes.check_head, "a linear head")]
+    if isinstance(engine.module, causal_lm.Student):
+        checks.append((probes.check_layers, "a model that runs each layer once"))
     if packs(cfg):
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
     if packs(cfg) and cfg.packed_sequence.share_prefixes:

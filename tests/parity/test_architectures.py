@@ -136,6 +136,15 @@ def test_unsound_models_are_refused_in_bfloat16_too(kind, reason):
         probe(kind, torch.bfloat16)
 
 
+def test_a_student_that_runs_a_layer_several_times_in_a_pass_is_refused():
+    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.0)
+    engine = Engine(causal_lm.Student(build("hrm_text"), loss).eval())
+    with pytest.raises(ValueError, match="runs HrmTextDecoderLayer 6 times in one pass"):
+        probes.check_layers(engine, CPU, "student")
+    engine = Engine(causal_lm.Student(build("llama"), loss).eval())
+    probes.check_layers(engine, CPU, "student")
+
+
 @pytest.mark.nightly
 @pytest.mark.parametrize("kind", all_architectures())
 def test_every_architecture_is_right_or_refused(kind):

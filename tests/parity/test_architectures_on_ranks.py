@@ -61,9 +61,11 @@ def _step(world, directory, kind):
             found.append(f"refused: cannot be loaded sharded: {error}")
             continue
         try:
-            check = probes.check_packing if packs else probes.check_head
+            probes.check_layers(trainer.student, world.device, kind)
             for engine in (trainer.teacher.engine, trainer.student):
-                check(engine, world.device, kind)
+                probes.check_head(engine, world.device, kind)
+                if packs:
+                    probes.check_packing(engine, world.device, kind)
         except ValueError as error:
             found.append(f"refused: {error}")
             continue
