@@ -56,7 +56,8 @@ def _step(world, directory, kind):
         try:
             trainer = build(world, paths, *split, ALPHA, sgd, packs=packs)
         except Exception as error:
-            if not _is_of_transformers(error):
+            lacks_weights = str(error).startswith("its files lack weights")
+            if not (lacks_weights or _is_of_transformers(error)):
                 raise
             found.append(f"refused: cannot be loaded sharded: {error}")
             continue

@@ -55,6 +55,7 @@ def build(
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.recipe.models import check_whole
     from ds_kd.teachers.resident import ResidentTeacher
     from ds_kd.train.batches import LoaderBatches
     from ds_kd.train.metrics import Metrics
@@ -71,7 +72,10 @@ def build(
 
     def load(path, adapt=None):
         with engines.zero3_init(config):
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+            loaded = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, output_loading_info=True
+            )
+            model = check_whole(loaded, [])
             if adapt is not None:
                 adapt(model)
         if packs:
