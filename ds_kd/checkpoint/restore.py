@@ -123,7 +123,7 @@ def _load_resharded(
     if lost := engine_files.find_lost_states(engine):
         raise CheckpointError(
             f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
-            f"cannot be resharded for another number; start {ranks} again"
+            f"cannot be resharded for another number; start {ranks} rank(s) again"
         )
     if world.is_main:
         say(
@@ -138,7 +138,7 @@ def _load_resharded(
         except KeyError:
             raise CheckpointError(
                 f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
-                f"go on with another number; start {ranks} again"
+                f"go on with another number; start {ranks} rank(s) again"
             ) from None
 
     # The copy is removed only after every rank has read it.

@@ -50,13 +50,13 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
 
 def train(made):
     """Resume and train; the learning rate of each step, and the optimizer's settings."""
-    rates, log = [], made._log
+    rates, log = [], made.metrics.train
 
-    def note(means, rate, *rest):
-        rates.append(rate)
-        return log(means, rate, *rest)
+    def note(step, values):
+        rates.append(values["learning_rate"])
+        return log(step, values)
 
-    made._log = note
+    made.metrics.train = note
     made.checkpointer.resume(made.student, made.state)
     assert made.train()
     group = made.student.optimizer.optimizer.param_groups[0]
@@ -65,18 +65,18 @@ def train(made):
 
 def speeds_of_a_slow_loader(made):
     """For each step, tokens per second as logged and as it takes to load them at least."""
-    collate, log, speeds = made.batches.loader.collate_fn, made._log, []
+    collate, log, speeds = made.batches.loader.collate_fn, made.metrics.train, []
 
     def load(samples):
         time.sleep(SLOW)
         return collate(samples)
 
-    def note(means, rate, norm, speed):
+    def note(step, values):
         possible = made.state.tokens / len([*speeds, None]) / SLOW
-        speeds.append([speed["tokens_per_sec"], possible])
-        return log(means, rate, norm, speed)
+        speeds.append([values["tokens_per_sec"], possible])
+        return log(step, values)
 
-    made.batches.loader.collate_fn, made._log = load, note
+    made.batches.loader.collate_fn, made.metrics.train = load, note
     assert made.train()
     return speeds
 
@@ -276,7 +276,7 @@ def test_the_states_of_another_optimizer_are_refused_naming_what_lacks(one):
 def test_optimizers_that_cannot_change_their_number_of_ranks_say_so_on_every_rank(two):
     assert two[0] == two[1]
     assert "was saved by 1 ranks, and the max_exp_avg_sq of this optimizer" in two[0]["amsgrad"]
-    assert "and the mu_product of this optimizer cannot be cut" in two[0]["nadam"]
+    assert "and the mu_product of this optimizer cannot be resharded" in two[0]["nadam"]
     assert "only optimizers of Adam's family can go on" in two[0]["of sgd"]
     assert not any("does not fit" in text for text in two[0].values() if isinstance(text, str))
 

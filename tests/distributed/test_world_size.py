@@ -23,8 +23,10 @@ def part(world, directory, paths, checkpoints, steps):
     )
     made.batches.loader.batch_sampler.shuffle = True
     losses, said = [], []
-    log = made._log
-    made._log = lambda means, *rest: losses.append(means["loss"]) or log(means, *rest)
+    log = made.metrics.train
+    made.metrics.train = lambda step, values: (
+        losses.append(values["train_loss"]) or log(step, values)
+    )
     made.validation_loaders = {}
     made.checkpointer = Checkpointer(
         checkpoints, world, tiny.tokenizer(directory / f"tokenizer{world.rank}"), say=said.append

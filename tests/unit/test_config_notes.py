@@ -134,9 +134,9 @@ def test_a_loss_whose_name_is_no_name_is_refused_without_a_traceback():
 def test_the_check_notes_what_this_machine_lacks_and_the_run_refuses_missing_packages(monkeypatch):
     from ds_kd.config.checks import machine
 
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     attention = "teacher_model.attn_implementation=flash_attention_2"
-    cfg = load(GUIDE, ["wandb={project: kd}", attention])
+    cfg = load(GUIDE, ["wandb={project: kd}", attention])  # what it finds is remembered
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     notes = "\n".join(machine.notes_on_machine(cfg))
     assert "wandb: the package is not installed here; pip install wandb" in notes
     assert "flash_attention_2 needs the package" in notes
