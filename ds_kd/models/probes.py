@@ -111,6 +111,8 @@ def check_layers(engine: Any, device: torch.device, name: str) -> None:
     ]
     batch = {"input_ids": _random_tokens(engine, _TOKENS, device)}
     batch["supervised"] = torch.arange(1, _TOKENS, 2, device=device)
+
+    # The hooks must not outlive a probe that fails.
     try:
         with _evaluate_only(engine):
             engine(batch, probe="hidden")

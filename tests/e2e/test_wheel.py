@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -24,7 +24,8 @@ print(*sorted(m.name for m in pkgutil.walk_packages(ds_kd.__path__, "ds_kd.")))
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A folder with nothing of ours but the installed wheel, and how to run a command in it."""
-    if any(importlib.util.find_spec(name) is None for name in ("pip", "setuptools")):
+    # Asking for pip's spec would switch off setuptools' own distutils in this process.
+    if not {"pip", "setuptools"} <= {found.name for found in importlib.metadata.distributions()}:
         pytest.skip("building a wheel needs pip and setuptools, and one of them is not installed")
     made = tmp_path_factory.mktemp("wheel")
     source = made / "source"
