@@ -177,9 +177,9 @@ class Trainer:
             self._say_that_it_ends()
             if self.checkpointer is not None:
                 self.checkpointer.export_final(self.student)
-        # Nothing is lost by stopping at a step that a checkpoint holds.
         if not self._evaluate():
             return True
+        # Nothing is lost by stopping at a step that a checkpoint holds.
         return validated is None and self.state.step > 0 and self._should_stop_or_save()[0]
 
     def _say_that_it_ends(self) -> None:
