@@ -88,7 +88,8 @@ def test_a_holder_on_another_machine_is_refused_while_it_gives_signs_and_taken_o
     with pytest.raises(DirectoryInUse, match="on far"):
         RunLock(tmp_path, heartbeat=0.4, stale=30).take()
 
-    other._over.set()  # dies
+    other._over.set()  # dies, and not in the middle of a last refresh
+    other._thread.join()
     started = time.monotonic()
     lock = RunLock(tmp_path, heartbeat=0.2, stale=1.0)
     lock.take()
