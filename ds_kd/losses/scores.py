@@ -4,7 +4,6 @@ log-probabilities of given tokens, and the distance between two models."""
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -96,10 +95,10 @@ def split_by_position(kl: Tensor, positions: Tensor) -> dict[str, Tensor]:
         kl: `[tokens, 1]`.
         positions: of the tokens in their samples, `[tokens]`.
     """
+    part = torch.bucketize(positions, torch.tensor(PARTS, device=positions.device), right=True) - 1
     found = {}
-    for start, end in pairwise((*PARTS, None)):
-        is_here = positions >= start
-        is_here = (is_here if end is None else is_here & (positions < end))[:, None].to(kl.dtype)
+    for number, start in enumerate(PARTS):
+        is_here = (part == number)[:, None].to(kl.dtype)
         found |= {f"kl_at_t1_from_{start}": kl * is_here, f"share_from_{start}": is_here}
     return found
 

@@ -22,6 +22,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "agreement": ("top1_agreement", "val_top[15]_agreement"),
         "acceptance": ("val_acceptance_at_t1",),
         "KL at T = 1": ("val_kl_at_t1", "val_reverse_kl_at_t1"),
+        "KL at T = 1 by position in the text": (r"val_kl_at_t1_from_\d+",),
         "entropy": ("teacher_entropy", "val_(teacher|student)_entropy_at_t1"),
     },
     "Optimizer": {"learning rate": ("learning_rate",), "gradient norm": ("grad_norm",)},
