@@ -96,7 +96,7 @@ def split_by_position(kl: Tensor, positions: Tensor) -> dict[str, Tensor]:
         positions: of the tokens in their samples, `[tokens]`.
     """
     part = torch.bucketize(positions, torch.tensor(PARTS, device=positions.device), right=True) - 1
-    found = {}
+    found: dict[str, Tensor] = {}
     for number, start in enumerate(PARTS):
         is_here = (part == number)[:, None].to(kl.dtype)
         found |= {f"kl_at_t1_from_{start}": kl * is_here, f"share_from_{start}": is_here}
