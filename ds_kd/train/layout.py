@@ -16,7 +16,12 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "optimised loss, training and validation": ("train_loss", "val_loss", "val_[^/]+/loss"),
         "cross-entropy": ("ce_loss", "val_ce_loss", "val_[^/]+/ce_loss"),
         "distillation loss": ("kd_loss", "val_kd_loss", "val_[^/]+/kd_loss"),
-        "parts of the training loss": ("train_loss", "ce_loss", "kd_loss"),
+        "parts of the training loss": (
+            "train_loss",
+            "ce_loss",
+            "kd_loss",
+            "hidden_loss",
+        ),
     },
     "Is the student near its teacher?": {
         "agreement": ("top1_agreement", "val_top[15]_agreement"),

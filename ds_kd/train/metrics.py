@@ -253,7 +253,8 @@ def _ignore_writer_thread(others: Callable[[Any], Any], ended: Any) -> None:
 
 def _show(values: dict[str, float]) -> str:
     """Return the values of a validation that the console shows."""
-    labels = {"loss": "loss", "ce_loss": "ce", "kd_loss": "kd", "top1_agreement": "top-1 agreement"}
+    labels = {"loss": "loss", "ce_loss": "ce", "kd_loss": "kd", "hidden_loss": "hidden"}
+    labels["top1_agreement"] = "top-1 agreement"
     shown = (f"{labels[tag]} {values[tag]:.4f}" for tag in labels if tag in values)
     return "  ".join(shown)
 
