@@ -196,11 +196,13 @@ class Student(_Split):
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
         counts = batch.get("supervised_counts")
-        counted = {} if counts is None else {"counts": counts}
+        given = {} if counts is None else {"counts": counts}
+        if not torch.is_grad_enabled():
+            given["positions"] = self._find_positions(batch)
         total, sums = output_head(
             self.hidden(batch),
             loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output, **counted
+                States(h, self.head()), batch["supervised_labels"], teacher_output, **given
             ),
         )
         if not self._weights or teacher_output is None:
@@ -213,6 +215,13 @@ class Student(_Split):
         own = self.layers.take()
         parts = zip(self._weights, self.layer_losses, strict=True)
         return torch.stack([weight * loss(own, teacher, counts) for weight, loss in parts]).sum()
+
+    def _find_positions(self, batch: dict[str, Any]) -> Tensor:
+        """Return the place in its sample of each supervised token, `[rows]`."""
+        rows, positions = batch["supervised"], batch.get("position_ids")
+        if positions is None:
+            return rows % batch["input_ids"].shape[1]
+        return positions.flatten()[rows]
 
 
 def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
