@@ -42,6 +42,8 @@ _WORDS = {
 }
 #: As sbatch reads a time limit.
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
+#: Below this time ranks may give up on one that writes a checkpoint.
+_MINUTES_OF_A_SAVE = 5
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
 _MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
@@ -343,3 +345,14 @@ def _check_loader(component: Component, problems: list[str]) -> None:
                 f"{component.key}.{name}: is for worker processes; set "
                 f"{component.key}.num_workers, or remove it"
             )
+
+
+def note_on_timeout(cfg: RunConfig) -> list[str]:
+    """Return a note if ranks wait so shortly for each other that a save may end the run."""
+    minutes = cfg.dist_env.timeout_minutes
+    if minutes >= _MINUTES_OF_A_SAVE or not cfg.checkpoint.enabled:
+        return []
+    return [
+        f"dist_env.timeout_minutes: {minutes:g} is short, as ranks also wait while one of them "
+        f"writes a checkpoint of a large model or hashes it on a slow disk; 10 is the default"
+    ]
