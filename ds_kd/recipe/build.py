@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,9 @@ from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
+from ds_kd.recipe.cached.record import share_vocabulary
+from ds_kd.recipe.cached.rows import list_asked
+from ds_kd.recipe.cached.teacher import build_cached, open_record
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
@@ -41,9 +43,10 @@ from ds_kd.recipe.models import (
 )
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.teachers.base import Teacher
+from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.teachers.shared_base import SharedBaseTeacher
-from ds_kd.train.batches import LoaderBatches
+from ds_kd.train.batches import Batches, LoaderBatches, NotedPasses
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
@@ -79,16 +82,17 @@ def build(
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = _build_loss(cfg, tokenizer, world)
-    _check_lengths(cfg, [loader, *validation.values()])
+    check_lengths(cfg, [loader, *validation.values()])
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
-    teacher, student = _build_models(cfg, loss, schedule, world)
+    asked = list_asked(cfg, samples, held_out)
+    teacher, student = _build_models(cfg, tokenizer, asked, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
-        batches=batches,
+        batches=_settle_after_passes(batches, teacher),
         validation=Validation(validation, teacher, world, generations),
         schedule=schedule,
         metrics=metrics,
@@ -104,6 +108,13 @@ def build(
     )
 
 
+def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
+    """Return the batches, with a cache that is filled made known to all ranks after each pass."""
+    if isinstance(teacher, FillingTeacher):
+        return NotedPasses(batches, teacher.settle)
+    return batches
+
+
 def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) -> dict[str, Any]:
     """Return a loader for each validation set."""
     return {
@@ -113,12 +124,28 @@ def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) ->
 
 
 def _build_models(
-    cfg: RunConfig, loss: DistillationLoss, schedule: Schedule, world: World
+    cfg: RunConfig,
+    tokenizer: Any,
+    asked: dict[str, Any],
+    loss: DistillationLoss,
+    schedule: Schedule,
+    world: World,
 ) -> tuple[Teacher | None, Any]:
-    """Return the teacher, if the run loads one, and the student's engine."""
-    teacher = _build_teacher(cfg, world) if cfg.loads_teacher else None
-    if cfg.kd_ratio == 0:
-        # A teacher that only validation uses must not change the random numbers of training.
+    """Return the teacher, if the run has one, and the student's engine.
+
+    Args:
+        tokenizer: the student's.
+        asked: from `list_asked`.
+    """
+    teacher: Teacher | None = None
+    if cfg.reads_cache:
+        load = functools.partial(build_teacher, cfg, world)
+        teacher = build_cached(cfg, tokenizer, asked, load, world)
+    elif cfg.loads_teacher:
+        teacher = build_teacher(cfg, world)
+    if cfg.kd_ratio == 0 or cfg.reads_cache:
+        # A teacher that only validation uses must not change the random numbers of training, and
+        # nor must one that is loaded only where a cache lacks rows.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, schedule, world)
     if cfg.asks_teacher and teacher is None:
@@ -180,6 +207,8 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
             expected += ", or step_scheduler.validate_teacher: false"
         with config_error("teacher_model", name_of(cfg.teacher_model), expected):
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
+    elif cfg.reads_cache and (found := open_record(cfg, tokenizer, world)) is not None:
+        shared = share_vocabulary(cfg, found, rows[0])
     ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
     divergence = _build_divergence(cfg, shared or rows[0], world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
@@ -217,7 +246,8 @@ def _make_engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _build_teacher(cfg: RunConfig, world: World) -> Teacher:
+def build_teacher(cfg: RunConfig, world: World) -> ResidentTeacher:
+    """Return the teacher in an engine of its own."""
     component = cfg.teacher_model
     assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
@@ -307,14 +337,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that are too long for the table of a `longrope` model."""
-    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
-    for component, loader in itertools.product(used, loaders):
-        with config_error(component.key, name_of(component), "a model that treats samples alike"):
-            check_lengths(config_of(component), loader.dataset.dataset)  # without the filler
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:

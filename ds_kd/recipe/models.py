@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 
 from ds_kd.config.components import Component, config_error, instantiate
 from ds_kd.config.names import MODEL
+from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
@@ -195,7 +197,22 @@ def _find_longrope_length(config: Any) -> int | None:
     return int(ropes[0]["original_max_position_embeddings"]) if ropes else None
 
 
-def check_lengths(config: Any, samples: Any) -> None:
+def check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
+    """Refuse samples that are too long for the table of a `longrope` model.
+
+    Args:
+        loaders: of all samples of a run.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
+    for component, loader in itertools.product(used, loaders):
+        with config_error(component.key, name_of(component), "a model that treats samples alike"):
+            check_longrope(config_of(component), loader.dataset.dataset)  # without the filler
+
+
+def check_longrope(config: Any, samples: Any) -> None:
     """Refuse samples for which transformers would use the other table of `longrope`, so that the
     trained model would not be the one that runs later.
 

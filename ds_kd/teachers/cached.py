@@ -1,4 +1,4 @@
-"""A teacher that was run before: its hidden states are read from a cache, and its head is in memory.
+"""A teacher that was run before: its hidden states are read from a cache, its head is in memory.
 
 Any loss at any temperature reads the same logits as from the teacher itself, up to the rounding of
 the stored numbers.
@@ -6,6 +6,7 @@ the stored numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -54,7 +55,8 @@ class FillingTeacher:
         teacher: in an engine; let go of when `settle` finds all rows.
         dtype: of the stored numbers.
         world: the ranks, which run the teacher together.
-        is_full: returns whether no row of the run's samples is absent; a collective.
+        is_full: asked after a pass whether no row of the run's samples is absent; a collective,
+            which may run the teacher.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class FillingTeacher:
         teacher: Teacher,
         dtype: torch.dtype,
         world: World,
-        is_full: Any = lambda: False,
+        is_full: Callable[[Any], bool] = lambda teacher: False,
     ):
         self.cached, self.dtype, self.world, self.is_full = cached, dtype, world, is_full
         self.teacher: Teacher | None = teacher
@@ -97,7 +99,7 @@ class FillingTeacher:
         store.flush()
         barrier(self.world)
         store.refresh()
-        if self.is_full():
+        if self.is_full(self.teacher):
             self.teacher = None
 
     def close(self) -> None:

@@ -215,10 +215,10 @@ def _open(path: Path) -> _Part:
         keys = fields.pop("keys").numpy().view(np.uint64)
         return _Part(path, keys, fields.pop("checksums"), fields)
     except (OSError, SafetensorError, KeyError) as error:
-        raise _damaged(path) from error
+        raise _make_damage_error(path) from error
 
 
-def _damaged(path: Path | None) -> CacheError:
+def _make_damage_error(path: Path | None) -> CacheError:
     return CacheError(
         f"{path}: this file of the cache is damaged; delete it, and python "
         f"launch/cache_teacher.py writes its rows again"
@@ -236,4 +236,4 @@ def _sum_up(fields: Fields) -> Tensor:
 
 def _check(part: _Part, fields: Fields, expected: Tensor) -> None:
     if not torch.equal(_sum_up(fields), expected):
-        raise _damaged(part.path)
+        raise _make_damage_error(part.path)
