@@ -52,7 +52,7 @@ def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
     from ds_kd.parallel.world import start_or_alone
     from ds_kd.plan.cache import describe_time
     from ds_kd.plan.dry_run import model_shape
-    from ds_kd.recipe.cached.write import plan_cache
+    from ds_kd.recipe.offline.write import plan_cache
 
     assert cfg.teacher_model is not None
     task = plan_cache(cfg, start_or_alone())
@@ -63,7 +63,7 @@ def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
 def write(cfg: RunConfig) -> None:
     from ds_kd.parallel.signals import StopRequest
     from ds_kd.parallel.world import name_lost_ranks, start, stop
-    from ds_kd.recipe.cached.write import plan_cache, write_cache
+    from ds_kd.recipe.offline.write import plan_cache, write_cache
 
     world = start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with name_lost_ranks(world):

@@ -25,9 +25,9 @@ from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
-from ds_kd.recipe.cached.record import share_vocabulary
-from ds_kd.recipe.cached.rows import list_asked
-from ds_kd.recipe.cached.teacher import build_cached, open_record
+from ds_kd.recipe.offline.record import share_vocabulary
+from ds_kd.recipe.offline.rows import list_asked
+from ds_kd.recipe.offline.teacher import build_cached, open_record
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs

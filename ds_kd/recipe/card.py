@@ -16,7 +16,7 @@ from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.config.text.secrets import blank_secrets
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import SHOWN, read_lines
-from ds_kd.recipe.cached.record import read_record
+from ds_kd.recipe.offline.record import read_record
 from ds_kd.recipe.models import name_of, training_dtype
 from ds_kd.recipe.results import log_of
 

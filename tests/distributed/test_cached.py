@@ -69,7 +69,7 @@ def train(world, root, name, *words):
 
 
 def write(world, root, name, *words, stops_after=10**9):
-    from ds_kd.recipe.cached.write import plan_cache, write_cache
+    from ds_kd.recipe.offline.write import plan_cache, write_cache
 
     calls = iter(range(10**9))
     place = [f"teacher={{kind: cached, directory: {root / name}, fill: true}}"]

@@ -142,8 +142,8 @@ def config(root, *words, rows="rows", **values):
 
 def open_cache(cfg):
     """What a run does before its models are built; the teacher may not be loaded."""
-    from ds_kd.recipe.cached.rows import list_asked
-    from ds_kd.recipe.cached.teacher import build_cached
+    from ds_kd.recipe.offline.rows import list_asked
+    from ds_kd.recipe.offline.teacher import build_cached
     from ds_kd.recipe.data import build_samples
     from ds_kd.recipe.models import tokenizer_of
 
@@ -161,9 +161,9 @@ def kept(place):
     from transformers import AutoModelForCausalLM
 
     from ds_kd.models.causal_lm import FrozenModel
-    from ds_kd.recipe.cached.record import make_record, write_record
-    from ds_kd.recipe.cached.rows import list_asked
-    from ds_kd.recipe.cached.teacher import _note_verified
+    from ds_kd.recipe.offline.record import make_record, write_record
+    from ds_kd.recipe.offline.rows import list_asked
+    from ds_kd.recipe.offline.teacher import _note_verified
     from ds_kd.recipe.data import build_samples
     from ds_kd.recipe.models import tokenizer_of
     from ds_kd.teachers.cache.store import write_file

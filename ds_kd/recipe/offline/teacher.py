@@ -21,7 +21,7 @@ from ds_kd.losses.head import Head
 from ds_kd.models.model_files import identity_of
 from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
-from ds_kd.recipe.cached.record import (
+from ds_kd.recipe.offline.record import (
     STORED,
     Record,
     hash_template,
@@ -30,7 +30,7 @@ from ds_kd.recipe.cached.record import (
     refuse_other,
     write_record,
 )
-from ds_kd.recipe.cached.rows import Absent, find_absent, single_samples
+from ds_kd.recipe.offline.rows import Absent, find_absent, single_samples
 from ds_kd.recipe.models import name_of
 from ds_kd.teachers.cache.keys import KEYS, find_keys
 from ds_kd.teachers.cache.store import Store, write_file

@@ -16,9 +16,9 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.progress import Progress, format_seconds
 from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.build import build_teacher
-from ds_kd.recipe.cached.record import STORED, Record, make_record
-from ds_kd.recipe.cached.rows import Absent, find_absent, list_asked
-from ds_kd.recipe.cached.teacher import create_cache, load_head, open_record, verify
+from ds_kd.recipe.offline.record import STORED, Record, make_record
+from ds_kd.recipe.offline.rows import Absent, find_absent, list_asked
+from ds_kd.recipe.offline.teacher import create_cache, load_head, open_record, verify
 from ds_kd.recipe.data import build_loader, build_samples
 from ds_kd.recipe.models import check_lengths, tokenizer_of
 from ds_kd.teachers.cache.store import ROW_OVERHEAD, Store
