@@ -11,10 +11,10 @@ from ds_kd.evaluate.progress import format_seconds
 from ds_kd.parallel.world import World
 from ds_kd.plan import memory
 from ds_kd.plan.samples import load_first
+from ds_kd.recipe.models import tokenizer_of
 from ds_kd.recipe.offline.record import STORED, Record, make_record, read_record
 from ds_kd.recipe.offline.rows import single_samples
 from ds_kd.recipe.offline.write import Task, format_bytes
-from ds_kd.recipe.models import tokenizer_of
 from ds_kd.teachers.cache.store import ROW_OVERHEAD
 
 _SAMPLES = 64

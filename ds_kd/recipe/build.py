@@ -7,31 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate
+from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
-from ds_kd.losses.contract import check_cross_entropy, check_divergence
-from ds_kd.losses.weighted import Weighted
+from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
 from ds_kd.parallel.world import World, on_rank0
-from ds_kd.recipe.offline.record import share_vocabulary
-from ds_kd.recipe.offline.rows import list_asked
-from ds_kd.recipe.offline.teacher import build_cached, open_record
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.in_run import build_evaluation
+from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
     check_lengths,
     config_of,
@@ -41,6 +36,8 @@ from ds_kd.recipe.models import (
     tokenizer_of,
     training_dtype,
 )
+from ds_kd.recipe.offline.rows import list_asked
+from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
@@ -81,7 +78,7 @@ def build(
     # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
-    loss = _build_loss(cfg, tokenizer, world)
+    loss = build_loss(cfg, tokenizer, world)
     check_lengths(cfg, [loader, *validation.values()])
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     asked = list_asked(cfg, samples, held_out)
@@ -137,18 +134,23 @@ def _build_models(
         tokenizer: the student's.
         asked: from `list_asked`.
     """
+    layer_losses = build_layer_losses(cfg)
+    compared = [other for _, part in layer_losses for _, other in part.pairs]
     teacher: Teacher | None = None
     if cfg.reads_cache:
-        load = functools.partial(build_teacher, cfg, world)
+        load = functools.partial(build_teacher, cfg, [], world)
         teacher = build_cached(cfg, tokenizer, asked, load, world)
     elif cfg.loads_teacher:
-        teacher = build_teacher(cfg, world)
+        teacher = build_teacher(cfg, compared, world)
     if cfg.kd_ratio == 0 or cfg.reads_cache:
         # A teacher that only validation uses must not change the random numbers of training, and
         # nor must one that is loaded only where a cache lacks rows.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
+        student.module.watch(
+            [*compared, *(own for _, part in layer_losses for own, _ in part.pairs)]
+        )
         return SharedBaseTeacher(student), student
     return teacher, student
 
@@ -194,49 +196,6 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
-    """Return the student's loss, over the ids that it shares with the teacher."""
-    shared = None
-    rows = [config_of(cfg.model).get_text_config().vocab_size]
-    if cfg.loads_teacher:
-        assert cfg.teacher_model is not None
-        teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
-        rows.append(config_of(cfg.teacher_model).get_text_config().vocab_size)
-        expected = "a teacher with the student's tokenizer"
-        if cfg.kd_ratio == 0:
-            expected += ", or step_scheduler.validate_teacher: false"
-        with config_error("teacher_model", name_of(cfg.teacher_model), expected):
-            shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
-    elif cfg.reads_cache and (found := open_record(cfg, tokenizer, world)) is not None:
-        shared = share_vocabulary(cfg, found, rows[0])
-    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_divergence(cfg, shared or rows[0], world)
-    return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
-
-
-def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
-    """Return the distillation loss over so many ids, or the weighted sum of several."""
-    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
-    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
-    try:
-        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
-    except ValueError as error:
-        raise ConfigError([f"kd_loss_fn: {error}"]) from error
-
-
-def _build_part_of_loss(
-    component: Component, check: Callable[[Any, int], None], vocab: int, world: World
-) -> Any:
-    """Return the loss of a section on this rank's device, after checking its contract with logits
-    of `vocab` ids."""
-    try:
-        loss = instantiate(component)
-        check(loss, vocab)
-    except ValueError as error:
-        raise ConfigError([f"{component.key}: {component.name}: {error}"]) from error
-    return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
-
-
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
@@ -246,8 +205,12 @@ def _make_engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def build_teacher(cfg: RunConfig, world: World) -> ResidentTeacher:
-    """Return the teacher in an engine of its own."""
+def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
+    """Return the teacher in an engine of its own.
+
+    Args:
+        compared: the layers whose outputs it gives too.
+    """
     component = cfg.teacher_model
     assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
@@ -255,6 +218,7 @@ def build_teacher(cfg: RunConfig, world: World) -> ResidentTeacher:
         zero = offload_parameters(zero)
     config = _make_engine_config(cfg, component, zero, world, None)
     module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
     _compile(cfg, module.model)
@@ -264,6 +228,7 @@ def build_teacher(cfg: RunConfig, world: World) -> ResidentTeacher:
 def _build_student(
     cfg: RunConfig,
     loss: DistillationLoss,
+    layer_losses: list[tuple[float, HiddenStates]],
     schedule: Schedule,
     world: World,
 ) -> Any:
@@ -276,7 +241,7 @@ def _build_student(
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
-    module = causal_lm.Student(model, loss)
+    module = causal_lm.Student(model, loss, layer_losses)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))

@@ -16,7 +16,12 @@ from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
-from ds_kd.models.weight_files import WeightFiles, check_shapes, empty_model, find_differing_ties
+from ds_kd.models.files.weight_files import (
+    WeightFiles,
+    check_shapes,
+    empty_model,
+    find_differing_ties,
+)
 from ds_kd.parallel import engines
 from ds_kd.parallel.world import World, rank0_first
 

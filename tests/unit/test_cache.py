@@ -142,10 +142,10 @@ def config(root, *words, rows="rows", **values):
 
 def open_cache(cfg):
     """What a run does before its models are built; the teacher may not be loaded."""
-    from ds_kd.recipe.offline.rows import list_asked
-    from ds_kd.recipe.offline.teacher import build_cached
     from ds_kd.recipe.data import build_samples
     from ds_kd.recipe.models import tokenizer_of
+    from ds_kd.recipe.offline.rows import list_asked
+    from ds_kd.recipe.offline.teacher import build_cached
 
     def load():
         raise AssertionError("the teacher is loaded")
@@ -161,11 +161,11 @@ def kept(place):
     from transformers import AutoModelForCausalLM
 
     from ds_kd.models.causal_lm import FrozenModel
+    from ds_kd.recipe.data import build_samples
+    from ds_kd.recipe.models import tokenizer_of
     from ds_kd.recipe.offline.record import make_record, write_record
     from ds_kd.recipe.offline.rows import list_asked
     from ds_kd.recipe.offline.teacher import _note_verified
-    from ds_kd.recipe.data import build_samples
-    from ds_kd.recipe.models import tokenizer_of
     from ds_kd.teachers.cache.store import write_file
 
     cfg = config(place, teacher={"kind": "cached", "directory": f"{place}/cache", "fill": True})
@@ -251,6 +251,10 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
     )
     kl = {"tasks": [{"task": "kl", "data": str(place / "rows.jsonl")}]}
     assert "kl asks the teacher about other rows" in told(teacher=filled, evaluation=kl)
+    losses = [{"name": "forward_kl", "weight": 1}, {"name": "hidden_states", "layers": [[0, 0]]}]
+    assert "keeps the last one alone" in told(
+        teacher=filled, kd_loss_fn=[losses[0], {**losses[1], "weight": 1}]
+    )
     resident = config(place, teacher={"directory": "x"})
     assert "teacher.directory: has no effect, as teacher.kind is resident" in resident.notes
 

@@ -11,6 +11,7 @@ from ds_kd.config.checks.files import check_directory, is_directory
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
+from ds_kd.config.losses import is_of_layers
 from ds_kd.config.names import CACHE_RECORD, COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
@@ -115,6 +116,8 @@ def _find_wrong_cache(cfg: RunConfig, data: dict) -> str:
     """Return the problem of a cached teacher, or an empty text."""
     key, given = "teacher.directory", cfg.teacher.directory
     command = "python launch/cache_teacher.py --config YAML --output DIR"
+    if cfg.kd_loss_fn is not None and any(is_of_layers(part) for part in cfg.kd_losses):
+        return f"kd_loss_fn: hidden_states compares layers, and {key} keeps the last one alone"
     if given is None:
         return f"{key}: missing; name the directory that {command} writes"
     if cfg.teacher.fill:
@@ -168,7 +171,7 @@ def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
             "evaluation.tasks: kl asks the teacher about other rows than the cache has; remove it, "
             "or teacher.kind: cached"
         )
-    elif WITH_TEACHER in names and cfg.teacher_model is None:
+    elif WITH_TEACHER in names and cfg.teacher_model is None and cfg.teacher.kind != SHARED_BASE:
         problems.append(
             "evaluation.tasks: kl compares with a teacher, and there is no teacher_model; name one"
         )

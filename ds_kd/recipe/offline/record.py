@@ -17,7 +17,7 @@ from ds_kd.config.names import CACHE_RECORD
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.head import Head
 from ds_kd.models.causal_lm import DTYPES
-from ds_kd.models.model_files import identity_of
+from ds_kd.models.files.model_files import identity_of
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
 

@@ -18,9 +18,10 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.data.collate import default_collater
 from ds_kd.errors import first_line
 from ds_kd.losses.head import Head
-from ds_kd.models.model_files import identity_of
+from ds_kd.models.files.model_files import identity_of
 from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
+from ds_kd.recipe.models import name_of
 from ds_kd.recipe.offline.record import (
     STORED,
     Record,
@@ -31,7 +32,6 @@ from ds_kd.recipe.offline.record import (
     write_record,
 )
 from ds_kd.recipe.offline.rows import Absent, find_absent, single_samples
-from ds_kd.recipe.models import name_of
 from ds_kd.teachers.cache.keys import KEYS, find_keys
 from ds_kd.teachers.cache.store import Store, write_file
 from ds_kd.teachers.cached import HIDDEN, CachedTeacher, FillingTeacher

@@ -16,11 +16,11 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.progress import Progress, format_seconds
 from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.build import build_teacher
+from ds_kd.recipe.data import build_loader, build_samples
+from ds_kd.recipe.models import check_lengths, tokenizer_of
 from ds_kd.recipe.offline.record import STORED, Record, make_record
 from ds_kd.recipe.offline.rows import Absent, find_absent, list_asked
 from ds_kd.recipe.offline.teacher import create_cache, load_head, open_record, verify
-from ds_kd.recipe.data import build_loader, build_samples
-from ds_kd.recipe.models import check_lengths, tokenizer_of
 from ds_kd.teachers.cache.store import ROW_OVERHEAD, Store
 from ds_kd.teachers.cached import CachedTeacher, FillingTeacher
 from ds_kd.train.batches import move_batch
@@ -140,7 +140,7 @@ def write_cache(task: Task, world: World, should_stop: Callable[[], bool]) -> bo
     """
     cfg, directory = task.cfg, Path(task.cfg.teacher.directory or "")
     check_lengths(cfg, task.loaders)
-    live = build_teacher(cfg, world)
+    live = build_teacher(cfg, [], world)
     record = create_cache(cfg, live, task.tokenizer, world) if task.is_new else task.record
     cached = CachedTeacher(task.store, load_head(directory, record, world))
     filling = FillingTeacher(cached, live, STORED[record.stored], world)
