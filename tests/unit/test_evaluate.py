@@ -463,6 +463,8 @@ def without_head(place: Path) -> Path:
         ("--data {place}/empty.jsonl", "empty.jsonl"),
         ("--data {place}/unlabelled.jsonl", "line 2: label '' names none of 4 endings"),
         ("--model {place}/absent", "--model: got '{place}/absent', expected a Hugging Face model"),
+        ("--model {place}/absent", "before); no such directory"),
+        ("--model {place}/one/config.json", "it is a file; give the directory that it lies in"),
         ("--model {pickled}", "--model: Error no file named model.safetensors"),
         ("--model {headless}", "--model: got '{headless}': "),
         ("--task kl --teacher {other}", "--teacher: the student's tokenizer"),
