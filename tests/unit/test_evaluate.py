@@ -521,6 +521,7 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
     with pytest.raises(ConfigError) as error:
         load(given)
     assert any(expected in line for line in error.value.problems), error.value.problems
+    assert sum("evaluation.tasks: " in line for line in error.value.problems) <= 1
 
 
 def test_the_schema_and_the_package_know_the_same_tasks():
