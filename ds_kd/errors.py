@@ -37,6 +37,10 @@ class MachineError(UserError):
     exit_code = 2
 
 
+class TrainingError(UserError):
+    """The run cannot go on; the message says why and names the samples."""
+
+
 #: Words with which the system, torch and CUDA report that memory, files or threads are used up.
 _EXHAUSTED = {
     "memory": ("out of memory", "allocate memory", "failed to map segment", "MemoryError"),

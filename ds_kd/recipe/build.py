@@ -47,6 +47,7 @@ from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
+from ds_kd.train.validation import Validation
 
 #: Kinds of teacher that are models on the ranks, and can answer questions.
 _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
@@ -83,11 +84,12 @@ def build(
     teacher, student = _build_models(cfg, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
+    generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
         batches=batches,
-        validation_loaders=validation,
+        validation=Validation(validation, teacher, world, generations),
         schedule=schedule,
         metrics=metrics,
         checkpointer=checkpointer,
@@ -96,9 +98,7 @@ def build(
         validate_first=cfg.step_scheduler.val_at_start,
         asked_to_stop=asked_to_stop,
         max_skipped=cfg.step_scheduler.max_skipped_steps,
-        validation_teacher=teacher,
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
-        generations=_make_generations(cfg, tokenizer, held_out, student, teacher, world),
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
     )

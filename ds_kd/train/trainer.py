@@ -22,8 +22,7 @@ import torch
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
-from ds_kd.errors import UserError
-from ds_kd.evaluate.samples import Generations
+from ds_kd.errors import TrainingError
 from ds_kd.models.operations import Operations
 from ds_kd.parallel.engines import read_gradient_norm
 from ds_kd.parallel.world import World, lost_ranks, sum_by_name, sum_over
@@ -33,10 +32,7 @@ from ds_kd.train.clock import Clock, Counts
 from ds_kd.train.evaluation import Evaluation
 from ds_kd.train.metrics import Metrics, memory_gib
 from ds_kd.train.schedule import Schedule
-
-
-class TrainingError(UserError):
-    """The run cannot go on; the message says why and names the samples."""
+from ds_kd.train.validation import Validation
 
 
 @dataclass
@@ -47,8 +43,7 @@ class Trainer:
         student: DeepSpeed engine of a `models.causal_lm.Student`.
         teacher: the teacher to train with, or None.
         batches: the micro-batches of each step, of this rank.
-        validation_loaders: micro-batches of each validation set by its name; none without such
-            data, one with an empty name for a single set.
+        validation: held-out data, and the teacher that the student is compared with.
         schedule: the steps at which to validate, save and stop.
         metrics: destinations of the metrics; None on ranks that do not log.
         checkpointer: saves and restores; None saves nothing.
@@ -57,9 +52,7 @@ class Trainer:
         validate_first: validate before the first step of a fresh run.
         asked_to_stop: returns whether this rank was asked to stop; one such rank stops all.
         max_skipped: number of steps that may be skipped because loss or gradient is not finite.
-        validation_teacher: the teacher of validation, if training has none.
         save_every_seconds: save when the last save is this old; None does not save by time.
-        generations: held-out questions that the models answer at every validation, or None.
         operations: of both models, to log the rate of; None if they cannot be counted.
         evaluation: tasks that are put to the student, or None.
         held: resources that `close` releases.
@@ -68,7 +61,7 @@ class Trainer:
     student: Any
     teacher: Teacher | None
     batches: Batches
-    validation_loaders: dict[str, Any]
+    validation: Validation
     schedule: Schedule
     metrics: Metrics | None
     checkpointer: Checkpointer | None
@@ -77,9 +70,7 @@ class Trainer:
     validate_first: bool = False
     asked_to_stop: Callable[[], bool] = lambda: False
     max_skipped: int = 0
-    validation_teacher: Teacher | None = None
     save_every_seconds: float | None = None
-    generations: Generations | None = None
     operations: Operations | None = None
     evaluation: Evaluation | None = None
     held: ExitStack = field(default_factory=ExitStack)
@@ -146,7 +137,7 @@ class Trainer:
         start of a fresh run, or one that a signal interrupted."""
         step = self.state.step
         is_due = self.schedule.validates(step) if step else self.validate_first
-        return is_due and self.state.validated < step and bool(self.validation_loaders)
+        return is_due and self.state.validated < step and bool(self.validation.loaders)
 
     def _owes_evaluation(self) -> bool:
         """Return whether an evaluation is still to be made after the present step."""
@@ -158,8 +149,9 @@ class Trainer:
         """Evaluate if that is due, and return False if a rank was asked to stop meanwhile."""
         if self.evaluation is None or not self._owes_evaluation():
             return True
-        teacher = self.validation_teacher if self.teacher is None else self.teacher
-        found = self.evaluation.run(self.student, teacher, lambda: self._should_stop_or_save()[0])
+        found = self.evaluation.run(
+            self.student, self.validation.teacher, lambda: self._should_stop_or_save()[0]
+        )
         if found is None:
             return False
         self.state.evaluated = self.state.step
@@ -274,7 +266,6 @@ class Trainer:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {last}, from which the same command goes on"
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float] | None:
         """Log and return the means over all supervised tokens of all validation sets and ranks.
 
@@ -284,64 +275,15 @@ class Trainer:
         Raises:
             TrainingError: no token is supervised.
         """
-        if not self.validation_loaders:
+        if not self.validation.loaders:
             return None
-        started = time.perf_counter()
-        self.student.eval()
-        found = {}
-        for name, loader in self.validation_loaders.items():
-            measured = self._measure(name, loader)
-            if measured is None:
-                self.student.train()
-                return None
-            found[name] = measured
-        texts = None if self.generations is None else self.generations.write()
-        self.student.train()
-
-        # One division by the global count over all sets, as in a training step.
-        labels = sum(count for _, count, _ in found.values())
-        tokens = sum(count for *_, count in found.values())
-        sums: dict[str, float] = {}
-        for totals, *_ in found.values():
-            add_up(sums, totals)
-        means = {name: total / labels for name, total in sums.items()}
-        means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
-        means["memory"] = memory_gib(self.world.device)
-        self.state.note_validation(means["loss"])
+        found = self.validation.measure(self.student, lambda: self._should_stop_or_save()[0])
+        if found is None:
+            return None
+        self.state.note_validation(found.means["loss"])
         if self.metrics is not None:
-            each = {
-                name: {tag: total / count for tag, total in totals.items()}
-                for name, (totals, count, _) in found.items()
-                if name
-            }
-            self.metrics.validation(self.state.step, means, each, texts)
-        return means
-
-    def _measure(self, name: str, loader: Any) -> tuple[dict[str, float], int, int] | None:
-        """Return (sums by name, supervised tokens, tokens) of a validation set over all ranks, or
-        None if a rank was asked to stop.
-
-        Raises:
-            TrainingError: no token is supervised.
-        """
-        teacher = self.validation_teacher if self.teacher is None else self.teacher
-        sums: dict[str, torch.Tensor] = {}
-        labels, tokens = 0, 0
-        for batch in loader:
-            if self._should_stop_or_save()[0]:
-                return None
-            labels, tokens = labels + batch["num_labels"], tokens + batch["num_tokens"]
-            batch = move_batch(batch, self.world.device)
-            teacher_output = teacher(batch) if teacher is not None else None
-            loss, parts = self.student(batch, teacher_output)
-            add_up(sums, {"loss": loss, **parts})
-        labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
-        if labels == 0:
-            raise TrainingError(
-                f"{'.'.join(filter(None, ('validation_dataset', name)))}: no sample has a "
-                f"supervised token; look at seq_length, truncation and the answers"
-            )
-        return sum_by_name(sums, self.world.data), labels, tokens
+            self.metrics.validation(self.state.step, found.means, found.each, found.texts)
+        return found.means
 
     def _count(self, micro_batches: list[Batch]) -> Counts:
         """Return what a step works on, over all ranks.

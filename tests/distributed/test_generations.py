@@ -38,10 +38,10 @@ def train(world, directory, paths, count, packs):
             "teacher": trainer.teacher.next_tokens,
             "student": lambda batch: trainer.student(batch, probe="next_tokens"),
         }
-        trainer.generations = Generations(models, tokenizer, questions, world)
+        trainer.validation.generations = Generations(models, tokenizer, questions, world)
     assert trainer.train()
     trainer.metrics.close()
-    return weights(trainer.student), trainer.generations
+    return weights(trainer.student), trainer.validation.generations
 
 
 def compare(world, directory, paths):

@@ -42,7 +42,7 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
         lr_scheduler=build_schedule(schedule, steps),
         num_epochs=9, max_steps=steps, ckpt_every_steps=3,
     )  # fmt: skip
-    made.validation_loaders = {}
+    made.validation.loaders = {}
     tokenizer = tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")
     made.checkpointer = Checkpointer(directory, world, tokenizer, "false", say=lambda *_: None)
     return made
@@ -145,7 +145,7 @@ def ended_and_measured_otherwise(world, root, paths):
 
     def start(patience, kd_ratio, data):
         made = prepare(world, paths, root / "measured", 9, adamw(lr=0.0))
-        made.validation_loaders = {"": made.batches.loader}
+        made.validation.loaders = {"": made.batches.loader}
         made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
         course = {"kd_ratio": kd_ratio, "step_scheduler.patience": patience}
         made.checkpointer.fingerprint = course
@@ -166,7 +166,7 @@ def ended_and_measured_otherwise(world, root, paths):
 def broken_off(world, root, paths):
     """A run of which rank 1 is asked to stop while it validates."""
     made = prepare(world, paths, root / "broken", 6, adamw(**OLD))
-    made.validation_loaders = {"": made.batches.loader}
+    made.validation.loaders = {"": made.batches.loader}
     made.schedule = replace(made.schedule, val_every_steps=1)
     stop = StopRequest()
 
@@ -186,7 +186,7 @@ def ended_early(world, root, paths):
     out = {}
     for patience in (2, 4):
         made = prepare(world, paths, root / "patient", 9, adamw(lr=0.0))
-        made.validation_loaders = {"one": made.batches.loader, "other": made.batches.loader}
+        made.validation.loaders = {"one": made.batches.loader, "other": made.batches.loader}
         made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
         if patience == 2:
             made.checkpointer.save_consolidated = "final"

@@ -27,7 +27,7 @@ def part(world, directory, paths, checkpoints, steps):
     made.metrics.train = lambda step, values: (
         losses.append(values["train_loss"]) or log(step, values)
     )
-    made.validation_loaders = {}
+    made.validation.loaders = {}
     made.checkpointer = Checkpointer(
         checkpoints, world, tiny.tokenizer(directory / f"tokenizer{world.rank}"), say=said.append
     )

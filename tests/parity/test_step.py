@@ -61,6 +61,7 @@ def build(
     from ds_kd.train.metrics import Metrics
     from ds_kd.train.schedule import Schedule
     from ds_kd.train.trainer import Trainer
+    from ds_kd.train.validation import Validation
 
     config = engines.engine_config(
         load_zero_config(None, "deepspeed.student"),
@@ -109,8 +110,9 @@ def build(
     batches = LoaderBatches(loader)
     schedule = Schedule(batches.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)
+    validation = Validation({"": loader}, teacher, world)
     return Trainer(
-        student, teacher, batches, {"": loader}, schedule, metrics, None, TrainState(), world
+        student, teacher, batches, validation, schedule, metrics, None, TrainState(), world
     )
 
 
@@ -184,7 +186,7 @@ def compare_with_plain_pytorch(world, directory, paths):
 
 def refused_steps(world, paths):
     """The messages of a step without any label and of a step whose loss is not finite."""
-    from ds_kd.train.trainer import TrainingError
+    from ds_kd.errors import TrainingError
 
     def message(rows, optimizer):
         trainer = build(world, paths, rows, 1, 2, 0.5, optimizer, num_epochs=3)
@@ -242,7 +244,7 @@ def refused_steps(world, paths):
         logged of it."""
         plain, trainer = (build(world, paths, rows, 1, 2, 0.0, sgd) for _ in range(2))
         other = build(world, paths, rows, 1, 2, 0.5, sgd)
-        trainer.validation_teacher = other.teacher
+        trainer.validation.teacher = other.teacher
         seen = trainer.validate()
         expected = other.validate()
         trainer.train()
