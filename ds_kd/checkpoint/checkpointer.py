@@ -18,9 +18,10 @@
         PREEMPTED                       exists while a run that a signal stopped is to go on
 
 A checkpoint holds the engine (weights, optimizer, LR schedule), `TrainState` (from which the
-position in the data follows), the RNG of each rank and texts in use. DeepSpeed alone would write its `latest`
-before other ranks have finished, load flipped bytes without noticing, and start from step 0 if
-`latest` is missing. So a manifest is written, and the whole directory is renamed.
+position in the data follows), the RNG of each rank, and what the student wrote for later steps.
+DeepSpeed alone would write its `latest` before other ranks have finished, load flipped bytes
+without noticing, and start from step 0 if `latest` is missing. So a manifest is written, and the
+whole directory is renamed.
 """
 
 from __future__ import annotations

@@ -40,11 +40,12 @@ from ds_kd.recipe.models import (
     training_dtype,
 )
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.teachers.shared_base import SharedBaseTeacher
-from ds_kd.train.batches import LoaderBatches
 from ds_kd.train.metrics import Metrics
+from ds_kd.train.rollouts import RolloutBatches
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
 from ds_kd.train.validation import Validation
@@ -72,8 +73,7 @@ def build(
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
     validation = _build_validation(cfg, held_out, world)
-    batches = LoaderBatches(loader)
-    schedule = _make_schedule(cfg, batches.steps_per_epoch)
+    schedule = _make_schedule(cfg, steps_per_epoch(cfg, loader))
 
     # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
@@ -82,8 +82,10 @@ def build(
     _check_lengths(cfg, [loader, *validation.values()])
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, loss, schedule, world)
+    batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
+        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.data.prompts import join_rollout, prompt_of
 from ds_kd.data.sampler import FILLER, GlobalBatchSampler, WithFiller
 from ds_kd.models.generation.sampling import Draw, Written, share_of
 from ds_kd.parallel.world import World
 from ds_kd.train.batches import Batch
+from ds_kd.train.prompts import join_rollout, prompt_of
 
 #: The door for other engines of generation: it returns the texts of all prompts on every rank.
 Write = Callable[[Sequence[list[int]], Sequence[Draw]], list[Written]]
@@ -176,7 +176,8 @@ class RolloutBatches:
         saved, self._restored = self._restored, {}
         if saved.get("window") != number or len(saved["tokens"]) != count:
             return []
-        return [Written(t, w) for t, w in zip(saved["tokens"], saved["whole"], strict=True)]
+        pairs = zip(saved["tokens"], saved["whole"], strict=True)
+        return [Written(tokens, is_whole) for tokens, is_whole in pairs]
 
     def _cut(self, samples: list[dict[str, Any]]) -> list[Batch]:
         """Return this rank's micro-batches of a window, as many as every other rank's."""

@@ -18,7 +18,7 @@ from ds_kd.parallel.engines import gather
 
 
 class Replica:
-    """The copy; outside of `filled` its weights take no memory.
+    """The copy; outside of `fill` its weights take no memory.
 
     Args:
         student: the Hugging Face model in the student's engine.
@@ -37,11 +37,12 @@ class Replica:
         # A model's initialisation draws random numbers, which must not change dropout.
         with torch.random.fork_rng(), no_init_weights(), torch.device(device):
             self.model = type(student)._from_config(config, dtype=dtype)
+        self.model.tie_weights()
         self.model.requires_grad_(False).eval()
         self._empty()
 
     @contextmanager
-    def filled(self) -> Iterator[Any]:
+    def fill(self) -> Iterator[Any]:
         """Yield the model with the student's present weights (a collective)."""
         own, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         for name, parameters, value in lora.plain_weights(self._student):

@@ -99,7 +99,7 @@ class Writer:
     def _open(self) -> Iterator[tuple[Any, Any | None]]:
         """Yield the model to write with, and its engine if it is sharded."""
         if self.replica is not None:
-            with self.replica.filled() as model:
+            with self.replica.fill() as model:
                 yield model, None
             return
         model = self.engine.module.model

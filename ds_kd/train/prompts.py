@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.data.labels import IGNORE_INDEX
-
-#: The key that marks samples without an answer, all of whose tokens are the prompt.
-IS_PROMPT = "is_prompt"
+from ds_kd.data.labels import IGNORE_INDEX, IS_PROMPT
 
 
 def prompt_of(sample: dict[str, Any], opening: list[int]) -> list[int] | None:
@@ -56,8 +53,9 @@ def join_rollout(prompt: list[int], tokens: list[int], name: str) -> dict[str, A
     """Return the sample of a prompt and what the student wrote after it, all of it supervised.
 
     The token that ends a text is among its tokens, so that it is learnt even if it also pads; a
-    text that was cut has none. Of an empty text nothing is supervised.
+    text that was cut has none. Of an empty text nothing is supervised, so one token is enough.
     """
-    ids = (prompt + tokens)[: len(prompt) + max(0, len(tokens) - 1)]
-    labels = [IGNORE_INDEX] * (len(prompt) - 1) + (tokens or [IGNORE_INDEX])
-    return {"input_ids": ids, "labels": labels, "sample_id": name}
+    if not tokens:
+        return {"input_ids": prompt[:1], "labels": [IGNORE_INDEX], "sample_id": name}
+    labels = [IGNORE_INDEX] * (len(prompt) - 1) + tokens
+    return {"input_ids": prompt + tokens[:-1], "labels": labels, "sample_id": name}
