@@ -108,17 +108,12 @@ def describe(
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
     rows, tokens, supervised, told = data_of(cfg, length)
     steps = cfg.step_scheduler
-    packed = cfg.packed_sequence.packed_sequence_size
-    work = work_of(cfg, world, packed or tokens, supervised)
+    work = work_of(cfg, world, tokens, supervised)
     writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
     work = add_answers(cfg, work, writing, world)
 
-    lines = [
-        cfg.text.rstrip(),
-        "",
-        f"plan for {world} rank(s)",
-        *_describe_models(student, teacher),
-    ]
+    lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
+    lines += _describe_models(student, teacher)
     lines.append(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
@@ -131,10 +126,8 @@ def describe(
     lines += _describe_worlds(student, teacher, work, machine)
     asked = student if teacher is None and cfg.asks_teacher else teacher  # its own base
     flops = memory.count_operations(student, asked, work)
-    lines.append(
-        f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
-        f"at {mfu:.0%} of {tflops:g} TFLOP/s"
-    )
+    told = f"{flops / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
+    lines.append(f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {told}")
     lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
 

@@ -43,6 +43,16 @@ with ds_kd.build(shared) as trainer:
     trainer.train()
     runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
 
+# The shipped run on the student's own words, at a small scale.
+place = f"checkpoint.checkpoint_dir={root / 'on_policy'}"
+small = ["packed_sequence.packed_sequence_size=96", "rollouts.max_new_tokens=8"]
+small += ["step_scheduler.val_every_steps=null", "step_scheduler.val_at_start=false"]
+mine = ds_kd.load_config("ds_configs/runs/on_policy.yaml", [*overrides, place, *small])
+with ds_kd.build(mine) as trainer:
+    trainer.train()
+lines = (root / "on_policy" / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+runs.append([json.loads(line) for line in lines if "rollouts/count" in line])
+
 # A build that fails gives back what it holds; a signal ends a run that listens.
 try:
     ds_kd.build(config("one", "kd_ratio=0.1"))
@@ -90,7 +100,7 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    first, resumed, straight, shared, refused, summed, other, stopped = json.loads(
+    first, resumed, straight, shared, own, refused, summed, other, stopped = json.loads(
         done.stdout.splitlines()[-1]
     )
     assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
@@ -101,6 +111,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     assert kl[0] < 1e-6 < kl[1], kl  # at first it changes nothing
     shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
     assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
+    assert len(own) == 2 and "kd_loss" in own[0] and own[0]["rollouts/count"] >= 1
+    assert {"prompt", "student"} == {*own[0]["rollouts/texts"][0]}
     assert "kd_ratio was 0.5 and is 0.1" in refused
     assert summed[1:3] == [1, True] and "kd_loss_fn was [{" in other
     log = tmp_path / "four" / "tensorboard" / "metrics.jsonl"
