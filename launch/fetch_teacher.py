@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.models.file_names import write_config, write_tokenizer
+from ds_kd.models.files.file_names import write_config, write_tokenizer
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 

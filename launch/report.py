@@ -2,9 +2,11 @@
 
     python launch/report.py checkpoints --output report.html
     python launch/report.py runs/kd_ratio=0 runs/kd_ratio=0.5 --output report.html
+    python launch/report.py checkpoints --evaluation squad.json kl.json --output report.html
 
-A RUN_DIR is a run's checkpoint_dir, or a directory with its metrics.jsonl. The page is one file
-that needs no network. Exit code 2 for a directory without a run or a page that cannot be written.
+A RUN_DIR is a run's checkpoint_dir, or a directory with its metrics.jsonl; an evaluation is what
+launch/evaluate.py --output has written. The page is one file that needs no network. Exit code 2 for
+a directory without a run, a file without results or a page that cannot be written.
 """
 
 from __future__ import annotations
@@ -25,13 +27,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="HTML")
+    parser.add_argument("--evaluation", nargs="+", type=Path, default=[], metavar="JSON")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     from ds_kd.evaluate.report.page import write_report
 
-    write_report(args.runs, args.output)
+    write_report(args.runs, args.output, args.evaluation)
     print(f"wrote {args.output}")
 
 

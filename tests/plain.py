@@ -41,6 +41,9 @@ class PlainLoss:
             measured["student_entropy_at_t1"] = entropy(z_s)
             measured["reverse_kl_at_t1"] = (log_q.exp() * (log_q - log_p)).sum()
             measured["acceptance_at_t1"] = torch.minimum(log_p, log_q).exp().sum()
+            theirs, ours = (z.topk(5).indices.tolist() for z in (z_t, z_s))
+            common = [len({*a} & {*b}) / 5 for a, b in zip(theirs, ours, strict=True)]
+            measured["top5_agreement"] = torch.tensor(sum(common))
         return measured
 
 

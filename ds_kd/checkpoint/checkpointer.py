@@ -58,8 +58,8 @@ from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.state import Buffer, TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
-from ds_kd.models.file_names import write_config, write_tokenizer
-from ds_kd.models.model_files import FILES
+from ds_kd.models.files.file_names import write_config, write_tokenizer
+from ds_kd.models.files.model_files import FILES
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"

@@ -24,8 +24,8 @@ from ds_kd.checkpoint.manifest import (
 from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.errors import UserError, first_line
 from ds_kd.models import lora
-from ds_kd.models.file_names import FileNames, write_config
-from ds_kd.models.weight_files import empty_model
+from ds_kd.models.files.file_names import FileNames, write_config
+from ds_kd.models.files.weight_files import empty_model
 from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
 
@@ -169,7 +169,8 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
     writer, seen = ShardWriter(out), set()
     names = FileNames(empty_model(config), writer.add)
     for name, lazy in weights.items():
-        if id(lazy) not in seen:  # a tied weight appears under both names as one object
+        # A tied weight appears under both names as one object; a loss's weights stay here.
+        if name.startswith(_PREFIX) and id(lazy) not in seen:
             seen.add(id(lazy))
             tensor = lazy.contiguous() if not isinstance(lazy, torch.Tensor) else lazy
             names.add(name.removeprefix(_PREFIX), tensor.to(dtype))

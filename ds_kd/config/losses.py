@@ -9,9 +9,15 @@ from typing import Any
 from ds_kd.config.checks.components import check_component
 from ds_kd.config.components import Component, problem
 from ds_kd.config.keys import Key, is_number
+from ds_kd.config.names import home_of
 from ds_kd.config.permissions import translate
 from ds_kd.config.signatures import divergences_by_name
 from ds_kd.config.text.origins import decode
+
+_NEEDS_DIVERGENCE = (
+    "hidden_states compares layers, and the logits need a loss too; write a list such as "
+    "[{name: forward_kl, weight: 1}, {name: hidden_states, weight: 1, layers: [[7, 15]]}]"
+)
 
 
 def check_divergence(
@@ -23,7 +29,10 @@ def check_divergence(
         value, key, config_only, problems: as for `check_component`.
     """
     if not isinstance(value, list):
-        return _check_named(value, key, config_only, problems)
+        component = _check_named(value, key, config_only, problems)
+        if component is not None and is_of_layers(component):
+            problems.append(f"{key.name}: {_NEEDS_DIVERGENCE}")
+        return component
     if not value:
         example = "[{name: forward_kl, weight: 0.5}, {name: reverse_kl, weight: 0.5}]"
         problems.append(problem(key.name, value, f"a list such as {example}"))
@@ -44,9 +53,40 @@ def check_divergence(
         elif inner is None:
             problems.append(problem(part.name, inner, "a mapping such as {name: …, weight: …}"))
         component = _check_named(section, part, config_only, problems)
+        if component is not None and is_of_layers(component):
+            problems += _check_layers(component)
         if component is not None and is_number(weight):
             parts.append((float(weight), component))
+    if parts and all(is_of_layers(component) for _, component in parts):
+        problems.append(f"{key.name}: {_NEEDS_DIVERGENCE}")
     return Component("", {}, key.name, parts=tuple(parts)) if parts else None
+
+
+def is_of_layers(component: Component) -> bool:
+    """Return whether a loss compares layers of the models, not their logits."""
+    return home_of(component.name) == home_of(divergences_by_name()["hidden_states"])
+
+
+def _check_layers(component: Component) -> list[str]:
+    """Return the problems of the arguments of a loss that compares layers."""
+    key, found = component.key, []
+    pairs = component.kwargs.get("layers")
+    good = isinstance(pairs, list) and pairs and all(_is_pair(pair) for pair in pairs)
+    if "layers" in component.kwargs and not good:
+        expected = "pairs [student's layer, teacher's layer] from 0, such as [[7, 15], [15, 29]]"
+        found.append(problem(f"{key}.layers", pairs, expected))
+    distance = component.kwargs.get("distance", "cosine")
+    if isinstance(distance, str) and distance not in ("cosine", "mse"):
+        found.append(problem(f"{key}.distance", distance, "cosine or mse"))
+    return found
+
+
+def _is_pair(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in value)
+    )
 
 
 def _check_named(value: Any, key: Key, config_only: bool, problems: list[str]) -> Component | None:

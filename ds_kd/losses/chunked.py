@@ -32,6 +32,7 @@ from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.head import Gradients, States
 from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
 from ds_kd.losses.pair import Pair, find_largest
+from ds_kd.losses.scores import measure_health, split_by_position
 
 # Tokens in a chunk if `chunk_size` is not set. Smaller chunks make the matrix products narrow and
 # add to the head's gradient more often; larger ones only take memory (docs/performance.md). A GPU
@@ -73,6 +74,7 @@ class DistillationLoss:
         labels: Tensor,
         teacher: Any | None = None,
         counts: Tensor | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the weighted loss and the sums of its parts.
 
@@ -83,6 +85,8 @@ class DistillationLoss:
                 `kd_ratio` 0.
             counts: `[tokens]`, how often each token counts; once by default. Not for a user's own
                 loss of whole logits, which returns a chunk's sum.
+            positions: `[tokens]`, the place of each in its sample, by which validation splits its
+                KL; may be None in training.
 
         Returns:
             The differentiable scalar (nats, summed over valid tokens), whose backward can be run
@@ -100,6 +104,7 @@ class DistillationLoss:
             student,
             labels,
             counts,
+            None if is_training else positions,
             teacher,
             self,
             is_training,
@@ -148,7 +153,7 @@ class DistillationLoss:
         largest, teacher_largest = shared.gather(1, best), teacher.gather(1, teacher_best)
         logits = (shared, teacher, largest, teacher_largest)
         if not is_training:
-            measured |= _measure(Pair(*logits, 1.0, labels, buffers))
+            measured |= measure_health(Pair(*logits, 1.0, labels, buffers))
         values, gradient = self._compute_losses(student, logits, labels, buffers)
         return values | measured, gradient
 
@@ -233,6 +238,7 @@ class _Chunked(torch.autograd.Function):
         student: States,
         labels: Tensor,
         counts: Tensor | None,
+        positions: Tensor | None,
         teacher: Any | None,
         loss: DistillationLoss,
         is_training: bool,
@@ -259,6 +265,8 @@ class _Chunked(torch.autograd.Function):
                 if source is not None:
                     z_t = source.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
                 values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_training)
+                if positions is not None and "kl_at_t1" in values:
+                    values |= split_by_position(values["kl_at_t1"], positions[rows])
                 totals = totals + torch.cat([*values.values()], dim=1).t() @ valid[rows]
                 if any(wanted):
                     grads.add(rows, gradient, z_s, valid[rows], buffers)
@@ -273,7 +281,7 @@ class _Chunked(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         if found is None:
             raise RuntimeError("the chunked loss can be differentiated once only")
-        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 7
+        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 8
 
 
 def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
@@ -289,25 +297,6 @@ def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
         values.append(value.to(teacher.dtype))
         teacher[rows] = gradient  # the block has its own logits no longer
     return torch.cat(values), teacher, torch.cat(entropies)
-
-
-def _measure(pair: Pair) -> dict[str, Tensor]:
-    """Return what is logged of a chunk at T = 1 whatever loss and T of the run are, `[tokens, 1]`
-    each: both KLs, both entropies, and the acceptance rate Σ min(p, q) of speculative decoding."""
-    found: dict[str, list[Tensor]] = {}
-    for _, block in pair.blocks():
-        p, q = block.p, block.q
-        mean = (q * block.student).sum(-1, keepdim=True)
-        measured = {
-            "kl_at_t1": block.forward_kl,
-            "reverse_kl_at_t1": (q * block.log_ratio).sum(-1, keepdim=True),
-            "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
-            "teacher_entropy_at_t1": block.teacher_entropy,
-            "student_entropy_at_t1": block.student_lse - mean,
-        }
-        for name, values in measured.items():
-            found.setdefault(name, []).append(values)
-    return {name: torch.cat(values) for name, values in found.items()}
 
 
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,12 @@ class States:
     Args:
         hidden: `[tokens, hidden]`.
         head: the whole head, not a shard.
+        layers: outputs of chosen layers by number, `[tokens, width]`.
     """
 
     hidden: Tensor
     head: Head
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[States]:

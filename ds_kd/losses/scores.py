@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.head import States
-from ds_kd.losses.pair import Pair
+from ds_kd.losses.pair import Pair, find_largest
 
 _CHUNK = 256  # tokens whose logits exist at one time
-_TOP = 5
+
+#: The first positions of the parts of a text for which validation tells the KL by itself.
+PARTS = (0, 64, 256, 1024, 4096)
 
 #: What `compare_models` measures of each token, in the order of its columns.
 DISTANCES = ("forward_kl", "reverse_kl", "acceptance", "top1_agreement", "top5_agreement")
@@ -64,18 +66,66 @@ def compare_models(student: States, teacher: Any, labels: Tensor, vocab: int) ->
     return found
 
 
+def measure_health(pair: Pair) -> dict[str, Tensor]:
+    """Return what validation logs of a chunk's logits at T = 1, whatever loss and T the run has,
+    `[tokens, 1]` each: both KLs, both entropies, the acceptance rate Σ min(p, q) of speculative
+    decoding, and the agreement of the likeliest five."""
+    found: dict[str, list[Tensor]] = {}
+    for _, block in pair.blocks():
+        p, q = block.p, block.q
+        mean = (q * block.student).sum(-1, keepdim=True)
+        measured = {
+            "kl_at_t1": block.forward_kl,
+            "reverse_kl_at_t1": (q * block.log_ratio).sum(-1, keepdim=True),
+            "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
+            "teacher_entropy_at_t1": block.teacher_entropy,
+            "student_entropy_at_t1": block.student_lse - mean,
+            "top5_agreement": block.top5_agreement,
+        }
+        for name, values in measured.items():
+            found.setdefault(name, []).append(values)
+    return {name: torch.cat(values) for name, values in found.items()}
+
+
+def split_by_position(kl: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Return the KL of the tokens of each part of a text, 0 for the others, and which tokens these
+    are, `[tokens, 1]` each; `average` makes means of their sums.
+
+    Args:
+        kl: `[tokens, 1]`.
+        positions: of the tokens in their samples, `[tokens]`.
+    """
+    part = torch.bucketize(positions, torch.tensor(PARTS, device=positions.device), right=True) - 1
+    found: dict[str, Tensor] = {}
+    for number, start in enumerate(PARTS):
+        is_here = (part == number)[:, None].to(kl.dtype)
+        found |= {f"kl_at_t1_from_{start}": kl * is_here, f"share_from_{start}": is_here}
+    return found
+
+
+def average(sums: dict[str, float], tokens: int) -> dict[str, float]:
+    """Return the means of sums over supervised tokens; those of a part of the text are over its own
+    tokens, and left out where it has none."""
+    means = {name: total / tokens for name, total in sums.items()}
+    for start in PARTS:
+        share, name = means.pop(f"share_from_{start}", 0.0), f"kl_at_t1_from_{start}"
+        if share:
+            means[name] /= share
+        else:
+            means.pop(name, None)
+    return means
+
+
 def _measure(pair: Pair) -> Tensor:
     p, q = pair.p, pair.q
     log_ratio = pair.log_ratio
-    top = min(_TOP, p.shape[1])
-    theirs, ours = pair.teacher.topk(top, -1).indices, pair.student.topk(top, -1).indices
-    shared = (theirs[:, :, None] == ours[:, None, :]).any(-1)
+    best = (find_largest(z)[:, 0] for z in (pair.teacher, pair.student))
     columns = (
         0.0 - (p * log_ratio).sum(-1),  # of equal models 0, and not -0
         (q * log_ratio).sum(-1),
         torch.minimum(p, q).sum(-1),
-        (theirs[:, 0] == ours[:, 0]).to(p.dtype),
-        shared.to(p.dtype).mean(-1),
+        torch.eq(*best).to(p.dtype),
+        pair.top5_agreement[:, 0],
     )
     return torch.stack(columns, dim=-1)
 

@@ -10,7 +10,7 @@ only if the module that owns it is called.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.head import Head, States
+from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
+from ds_kd.models.layers import LayerOutputs
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -51,6 +53,11 @@ class _Split(nn.Module):
         _call_head_with_loss(self.model.get_output_embeddings())
         self._body = (_find_body(self.model),)
         self._last_mlp = _RowsOfLastMLP(model)
+        self.layers = LayerOutputs(model)
+
+    def watch(self, layers: Iterable[int]) -> None:
+        """Keep the outputs of these layers, numbered from 0, in `self.layers` at every pass."""
+        self.layers = LayerOutputs(self.model, layers)
 
     def hidden(self, batch: dict[str, Any]) -> Tensor:
         """Return the hidden states at the supervised positions, `[rows, hidden]`.
@@ -74,7 +81,7 @@ class _Split(nn.Module):
             raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
         rows = batch["supervised"]
         once = batch.get("supervised_once", rows)  # a position may have several labels
-        with self._last_mlp.only(once):
+        with self._last_mlp.only(once), self.layers.of(rows):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
@@ -166,11 +173,21 @@ class Student(_Split):
     Args:
         model: the HF model to train.
         loss: computes the weighted sum from hidden states, head, labels and a teacher's output.
+        layer_losses: (weight, loss) of each that compares layers of both models; they may have
+            parameters, which are trained and saved with the model's and not exported.
     """
 
-    def __init__(self, model: nn.Module, loss: DistillationLoss):
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: DistillationLoss,
+        layer_losses: Sequence[tuple[float, HiddenStates]] = (),
+    ):
         super().__init__(model)
         self.loss = loss
+        self.layer_losses = nn.ModuleList(part for _, part in layer_losses)
+        self._weights = [weight for weight, _ in layer_losses]
+        self.watch(own for _, part in layer_losses for own, _ in part.pairs)
 
     def forward(
         self, batch: dict[str, Any], teacher_output: Any | None = None, probe: str | None = None
@@ -179,13 +196,32 @@ class Student(_Split):
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
         counts = batch.get("supervised_counts")
-        counted = {} if counts is None else {"counts": counts}
-        return output_head(
+        given = {} if counts is None else {"counts": counts}
+        if not torch.is_grad_enabled():
+            given["positions"] = self._find_positions(batch)
+        total, sums = output_head(
             self.hidden(batch),
             loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output, **counted
+                States(h, self.head()), batch["supervised_labels"], teacher_output, **given
             ),
         )
+        if not self._weights or teacher_output is None:
+            return total, sums
+        between = self._compare_layers(teacher_output.layers, counts)
+        return total + self.loss.kd_ratio * between, sums | {"hidden_loss": between.detach()}
+
+    def _compare_layers(self, teacher: Mapping[int, Tensor], counts: Tensor | None) -> Tensor:
+        """Return the weighted sum of the losses that compare layers, a scalar."""
+        own = self.layers.take()
+        parts = zip(self._weights, self.layer_losses, strict=True)
+        return torch.stack([weight * loss(own, teacher, counts) for weight, loss in parts]).sum()
+
+    def _find_positions(self, batch: dict[str, Any]) -> Tensor:
+        """Return the place in its sample of each supervised token, `[rows]`."""
+        rows, positions = batch["supervised"], batch.get("position_ids")
+        if positions is None:
+            return rows % batch["input_ids"].shape[1]
+        return positions.flatten()[rows]
 
 
 def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
-from ds_kd.models.file_names import write_config, write_tokenizer
+from ds_kd.models.files.file_names import write_config, write_tokenizer
 
 #: Rows that `divergences_without` uses. Each costs half a forward for every layer of the model.
 CALIBRATION_SAMPLES = 3

@@ -16,10 +16,12 @@ from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate
 from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.losses import is_of_layers
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
+from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
@@ -31,6 +33,7 @@ from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.models import (
+    build_layer_losses,
     check_lengths,
     config_of,
     fix_rope,
@@ -118,12 +121,17 @@ def _build_models(
     cfg: RunConfig, loss: DistillationLoss, schedule: Schedule, world: World
 ) -> tuple[Teacher | None, Any]:
     """Return the teacher, if the run loads one, and the student's engine."""
-    teacher = _build_teacher(cfg, world) if cfg.loads_teacher else None
+    layer_losses = build_layer_losses(cfg)
+    compared = [other for _, part in layer_losses for _, other in part.pairs]
+    teacher = _build_teacher(cfg, compared, world) if cfg.loads_teacher else None
     if cfg.kd_ratio == 0:
         # A teacher that only validation uses must not change the random numbers of training.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
-    student = _build_student(cfg, loss, schedule, world)
+    student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
+        student.module.watch(
+            [*compared, *(own for _, part in layer_losses for own, _ in part.pairs)]
+        )
         return SharedBaseTeacher(student), student
     return teacher, student
 
@@ -189,10 +197,14 @@ def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLos
 
 def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
     """Return the distillation loss over so many ids, or the weighted sum of several."""
-    parts = [_build_part_of_loss(part, check_divergence, vocab, world) for part in cfg.kd_losses]
-    weights = [weight for weight, _ in cfg.kd_loss_fn.parts]
+    build = functools.partial(_build_part_of_loss, check=check_divergence, vocab=vocab, world=world)
+    if not cfg.kd_loss_fn.parts:
+        return build(cfg.kd_loss_fn)
+    parts = [(w, build(part)) for w, part in cfg.kd_loss_fn.parts if not is_of_layers(part)]
+    if [weight for weight, _ in parts] == [1.0]:
+        return parts[0][1]
     try:
-        return Weighted(zip(weights, parts, strict=True)) if weights else parts[0]
+        return Weighted(parts)
     except ValueError as error:
         raise ConfigError([f"kd_loss_fn: {error}"]) from error
 
@@ -219,7 +231,7 @@ def _make_engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _build_teacher(cfg: RunConfig, world: World) -> Teacher:
+def _build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Teacher:
     component = cfg.teacher_model
     assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
@@ -227,6 +239,7 @@ def _build_teacher(cfg: RunConfig, world: World) -> Teacher:
         zero = offload_parameters(zero)
     config = _make_engine_config(cfg, component, zero, world, None)
     module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
     _compile(cfg, module.model)
@@ -236,6 +249,7 @@ def _build_teacher(cfg: RunConfig, world: World) -> Teacher:
 def _build_student(
     cfg: RunConfig,
     loss: DistillationLoss,
+    layer_losses: list[tuple[float, HiddenStates]],
     schedule: Schedule,
     world: World,
 ) -> Any:
@@ -248,7 +262,7 @@ def _build_student(
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
-    module = causal_lm.Student(model, loss)
+    module = causal_lm.Student(model, loss, layer_losses)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))

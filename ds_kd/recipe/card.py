@@ -12,6 +12,7 @@ from ds_kd.checkpoint.state import TrainState
 from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import Component
 from ds_kd.config.load import fingerprint
+from ds_kd.config.losses import is_of_layers
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.config.text.secrets import blank_secrets
 from ds_kd.errors import UserError
@@ -183,7 +184,8 @@ def _describe_loss(cfg: RunConfig) -> str:
         others = {n: v for n, v in loss.kwargs.items() if n not in _OF_EVERY_LOSS}
         arguments = ", ".join(f"{name} {value}" for name, value in blank_secrets(others).items())
         name = loss.name.rpartition(".")[2] + (f" ({arguments})" if arguments else "")
-        told.append(f"{name}, temperature {float(loss.kwargs.get('temperature', 1.0)):g}")
+        heat = f", temperature {float(loss.kwargs.get('temperature', 1.0)):g}"
+        told.append(name if is_of_layers(loss) else name + heat)
     if cfg.kd_loss_fn.parts:
         weights = (weight for weight, _ in cfg.kd_loss_fn.parts)
         told = [f"{w:g} · {part}" for w, part in zip(weights, told, strict=True)]

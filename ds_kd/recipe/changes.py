@@ -9,7 +9,7 @@ from ds_kd.checkpoint.checkpointer import LABELS, Checkpointer
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import fingerprint_validation
 from ds_kd.config.schema import RunConfig
-from ds_kd.models.model_files import FILES, identity_of
+from ds_kd.models.files.model_files import FILES, identity_of
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import name_of
 

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import Subset
 
 from ds_kd.config.components import Component, config_error, instantiate, resolve
+from ds_kd.config.losses import is_of_layers
 from ds_kd.config.names import COLLATER, LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import describe_unsupervised
@@ -97,7 +98,8 @@ def make_packs(cfg: RunConfig, samples: Any) -> Any:
     if not cfg.packed_sequence.share_prefixes:
         return PackedDataset(samples, size, cfg.rng.seed)
     # A user's own loss of whole logits has no value for each token to count several times.
-    losses = [resolve(part.name) for part in (cfg.loss_fn, *cfg.kd_losses)]
+    of_logits = [part for part in cfg.kd_losses if not is_of_layers(part)]
+    losses = [resolve(part.name) for part in (cfg.loss_fn, *of_logits)]
     counts = all(hasattr(loss, "of_chunk") for loss in losses)
     return SharedDataset(samples, size, cfg.rng.seed, counts)
 

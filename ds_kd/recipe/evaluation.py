@@ -37,7 +37,7 @@ from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.evaluate.tasks.own import make_task
 from ds_kd.losses.head import States
 from ds_kd.models import causal_lm, probes
-from ds_kd.models.model_files import identity_of
+from ds_kd.models.files.model_files import identity_of
 from ds_kd.parallel.world import World, on_rank0, rank0_first
 from ds_kd.recipe.models import (
     check_files,

@@ -31,7 +31,11 @@ class OpenedOutput(Protocol):
 
 
 class TeacherOutput(Protocol):
-    """A teacher's output for one batch. It holds no tensor of size `[tokens, vocab]`."""
+    """A teacher's output for one batch. It holds no tensor of size `[tokens, vocab]`.
+
+    For a loss that compares layers it has a mapping `layers` too: number of a layer, from 0 → its
+    output at the supervised positions, `[tokens, width]`.
+    """
 
     def open(self) -> AbstractContextManager[OpenedOutput]:
         """Return a context in which logits can be read; a collective, entered by every rank."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,15 +29,20 @@ class ResidentTeacher:
         return self.engine(batch, probe="next_tokens")
 
     def __call__(self, batch: dict[str, Any]) -> ResidentOutput:
-        return ResidentOutput(self.engine(batch), self.engine.module)
+        hidden, model = self.engine(batch), self.engine.module
+        return ResidentOutput(hidden, model, model.layers.take())
 
 
 @dataclass(frozen=True)
 class ResidentOutput:
-    """Hidden states `[supervised tokens, hidden]`; `open` gathers the sharded head."""
+    """Hidden states `[supervised tokens, hidden]`; `open` gathers the sharded head.
+
+    `layers` has the outputs of the layers that a loss compares, `[supervised tokens, width]`.
+    """
 
     hidden: Tensor
     model: FrozenModel
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def open(self) -> Iterator[States]:

@@ -25,7 +25,8 @@ class SharedBaseTeacher:
         self.engine = engine
 
     def __call__(self, batch: dict[str, Any]) -> States:
-        return States(self._ask(batch, "hidden"), self.engine.module.head())
+        hidden, student = self._ask(batch, "hidden"), self.engine.module
+        return States(hidden, student.head(), student.layers.take())
 
     def next_tokens(self, batch: dict[str, Any]) -> Tensor:
         """Return the likeliest next token at each supervised position, `[rows]` (a collective)."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ds_kd.evaluate.run import Items, run_task_together
-from ds_kd.evaluate.statistics import compute
+from ds_kd.evaluate.statistics import Estimate, estimate
 from ds_kd.evaluate.subject import Subject, can_branch
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.models import attention
@@ -40,9 +40,9 @@ class Evaluation:
 
     def run(
         self, student: Any, teacher: Teacher | None, should_stop: Callable[[], bool]
-    ) -> dict[str, dict[str, float]] | None:
-        """Return the metrics of each task by its name; a collective. No weight, no generator of
-        random numbers and no setting of the student is changed.
+    ) -> dict[str, dict[str, Estimate]] | None:
+        """Return the metrics of each task by its name, with intervals; a collective. No weight, no
+        generator of random numbers and no setting of the student is changed.
 
         Args:
             student: DeepSpeed engine of a `models.causal_lm.Student`.
@@ -67,7 +67,7 @@ class Evaluation:
                 if made is None:
                     return None
                 records = items.merge(made)
-                found[task.name] = {m.name: compute(m, records) for m in task.metrics}
+                found[task.name] = {m.name: estimate(m, records) for m in task.metrics}
         return found
 
 

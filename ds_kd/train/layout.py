@@ -16,12 +16,18 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "optimised loss, training and validation": ("train_loss", "val_loss", "val_[^/]+/loss"),
         "cross-entropy": ("ce_loss", "val_ce_loss", "val_[^/]+/ce_loss"),
         "distillation loss": ("kd_loss", "val_kd_loss", "val_[^/]+/kd_loss"),
-        "parts of the training loss": ("train_loss", "ce_loss", "kd_loss"),
+        "parts of the training loss": (
+            "train_loss",
+            "ce_loss",
+            "kd_loss",
+            "hidden_loss",
+        ),
     },
     "Is the student near its teacher?": {
         "agreement": ("top1_agreement", "val_top[15]_agreement"),
         "acceptance": ("val_acceptance_at_t1",),
         "KL at T = 1": ("val_kl_at_t1", "val_reverse_kl_at_t1"),
+        "KL at T = 1 by position in the text": (r"val_kl_at_t1_from_\d+",),
         "entropy": ("teacher_entropy", "val_(teacher|student)_entropy_at_t1"),
     },
     "What does the student write?": {
@@ -44,6 +50,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "peak memory of each rank, GiB": (r"memory/rank_\d+",),
     },
 }
+EVALUATION = "Evaluation, with 95 % intervals"
 #: The values that a run is judged by, of which the last count.
 RESULTS = (
     "val_loss", "val_ce_loss", "val_kl_at_t1", "val_top1_agreement", "train_loss", "tokens_per_sec",
@@ -55,7 +62,7 @@ _LONGEST = 600  # characters of a text that is shown
 def choose_charts(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """Return the layout of a run that has logged these tags, as `add_custom_scalars` takes it:
     charts that would be empty are left out."""
-    known = [*tags]
+    known = sorted(tags)
     layout: dict[str, dict[str, list[Any]]] = {}
     for subject, charts in CHARTS.items():
         for title, patterns in charts.items():
@@ -63,6 +70,13 @@ def choose_charts(tags: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
             if shown:  # TensorBoard looks for a pattern anywhere in a tag
                 whole = [f"^{pattern}$" for pattern in shown]
                 layout.setdefault(subject, {})[title] = ["Multiline", whole]
+
+    # The metrics of tasks are any, each with its interval.
+    for tag in known:
+        ends = [f"{tag}_low", f"{tag}_high"]
+        if tag.startswith("eval_") and {*ends} <= {*known}:
+            title = tag.removeprefix("eval_").replace("/", ", ")
+            layout.setdefault(EVALUATION, {})[title] = ["Margin", [tag, *ends]]
     return layout
 
 

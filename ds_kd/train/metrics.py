@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import torch
 
 from ds_kd.errors import first_line
+from ds_kd.evaluate.statistics import Estimate
 from ds_kd.train.layout import choose_charts, format_texts, write_settings
 
 _GIB = 2**30
@@ -129,14 +130,20 @@ class Metrics:
         for name, part in (sets or {}).items():
             self.say(f"  {name}: {_show(part)}")
 
-    def evaluation(self, step: int, found: dict[str, dict[str, float]]) -> None:
-        """Record an evaluation: the metrics of each task by its name, as `eval_<task>/<metric>`."""
-        record = {
-            f"eval_{name}/{tag}": v for name, part in found.items() for tag, v in part.items()
-        }
+    def evaluation(self, step: int, found: dict[str, dict[str, Estimate]]) -> None:
+        """Record an evaluation: the metrics of each task by its name, as `eval_<task>/<metric>`,
+        and the ends of their intervals as `…_low` and `…_high`."""
+        record: dict[str, float] = {}
+        for name, part in found.items():
+            for tag, each in part.items():
+                whole = f"eval_{name}/{tag}"
+                record |= {whole: each.value, f"{whole}_low": each.low, f"{whole}_high": each.high}
         self._record(step, record)
         for name, part in found.items():
-            shown = "  ".join(f"{tag} {value:.4f}" for tag, value in part.items())
+            shown = "  ".join(
+                f"{tag} {each.value:.4f} [{each.low:.4f}, {each.high:.4f}]"
+                for tag, each in part.items()
+            )
             self.say(f"evaluation after step {step}: {name}  {shown}")
 
     def close(self) -> None:
@@ -246,7 +253,8 @@ def _ignore_writer_thread(others: Callable[[Any], Any], ended: Any) -> None:
 
 def _show(values: dict[str, float]) -> str:
     """Return the values of a validation that the console shows."""
-    labels = {"loss": "loss", "ce_loss": "ce", "kd_loss": "kd", "top1_agreement": "top-1 agreement"}
+    labels = {"loss": "loss", "ce_loss": "ce", "kd_loss": "kd", "hidden_loss": "hidden"}
+    labels["top1_agreement"] = "top-1 agreement"
     shown = (f"{labels[tag]} {values[tag]:.4f}" for tag in labels if tag in values)
     return "  ".join(shown)
 

@@ -11,6 +11,7 @@ import torch
 
 from ds_kd.errors import TrainingError
 from ds_kd.evaluate.samples import Generations
+from ds_kd.losses.scores import average
 from ds_kd.parallel.world import World, sum_by_name, sum_over
 from ds_kd.teachers.base import Teacher
 from ds_kd.train.batches import add_up, move_batch
@@ -77,14 +78,10 @@ class Validation:
         sums: dict[str, float] = {}
         for totals, *_ in found.values():
             add_up(sums, totals)
-        means = {name: total / labels for name, total in sums.items()}
+        means = average(sums, labels)
         means["tokens_per_sec"] = tokens / (time.perf_counter() - started)
         means["memory"] = memory_gib(self.world.device)
-        each = {
-            name: {tag: total / count for tag, total in totals.items()}
-            for name, (totals, count, _) in found.items()
-            if name
-        }
+        each = {name: average(totals, count) for name, (totals, count, _) in found.items() if name}
         return Measured(means, each, texts)
 
     def _measure(

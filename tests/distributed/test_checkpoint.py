@@ -22,11 +22,16 @@ def adam(parameters):
 
 def trainer(world, paths, directory, steps, every=2):
     from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.losses.named.hidden_states import HiddenStates
 
     rows = tiny.samples(11, seed=5)  # 3 steps an epoch, the last one partial
+    # The projectors of a loss of layers are trained and saved with the student, not exported.
+    layers = HiddenStates([[1, 2]])
+    layers.add_projectors(32, 64, seed=1)
     made = build(
-        world, paths, rows, 1, 2, 0.5, adam, num_epochs=9, max_steps=steps, ckpt_every_steps=every
-    )
+        world, paths, rows, 1, 2, 0.5, adam,
+        num_epochs=9, max_steps=steps, ckpt_every_steps=every, layer_losses=[(0.5, layers)],
+    )  # fmt: skip
     made.batches.loader.batch_sampler.shuffle = True
     made.checkpointer = Checkpointer(
         directory,

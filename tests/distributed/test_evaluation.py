@@ -157,4 +157,6 @@ def test_the_run_finds_the_numbers_of_the_command(root):
     for task in TASKS:
         found = run_command(root, root / "with" / "final", task)
         for name, metric in found["metrics"].items():
-            assert last[f"eval_{task}/{name}"] == pytest.approx(metric["value"], abs=1e-5)
+            for end, key in (("", "value"), ("_low", "low"), ("_high", "high")):
+                tag = f"eval_{task}/{name}{end}"
+                assert last[tag] == pytest.approx(metric[key], abs=1e-5), tag

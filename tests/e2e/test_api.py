@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment
 
@@ -38,6 +40,7 @@ place = f"checkpoint.checkpoint_dir={root / 'shared'}"
 small = ["packed_sequence.packed_sequence_size=96", "step_scheduler.local_batch_size=2"]
 small += ["step_scheduler.num_epochs=2", "step_scheduler.val_every_steps=null"]
 small += ["step_scheduler.val_samples=1"]
+small += [f"evaluation={{tasks: [{{task: kl, data: {root}/rows.jsonl}}]}}"]
 shared = ds_kd.load_config("ds_configs/runs/shared_base_lora.yaml", [*words, place, *small])
 with ds_kd.build(shared) as trainer:
     trainer.train()
@@ -109,6 +112,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     kl = [each["kd_loss"] for each in map(json.loads, records) if "kd_loss" in each]
     assert shared[0] == 2 and shared[1] > 1e-4, shared  # the adapter has moved away from the base
     assert kl[0] < 1e-6 < kl[1], kl  # at first it changes nothing
+    last = {tag: v for each in map(json.loads, records) for tag, v in each.items()}
+    assert last["eval_kl/forward_kl"] == pytest.approx(last["val_kl_at_t1"], rel=1e-4)
     shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
     assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
     assert len(own) == 2 and "kd_loss" in own[0] and own[0]["rollouts/count"] >= 1

@@ -38,6 +38,7 @@ def build(
     adapt=None,
     dtype=torch.float32,
     lr_scheduler=None,
+    layer_losses=(),
     **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
@@ -87,15 +88,15 @@ def build(
 
     teacher = None
     if alpha > 0:
-        engine = engines.build_teacher(
-            causal_lm.FrozenModel(load(paths["teacher"])), copy.deepcopy(config)
-        )
+        frozen = causal_lm.FrozenModel(load(paths["teacher"]))
+        frozen.watch(other for _, part in layer_losses for _, other in part.pairs)
+        engine = engines.build_teacher(frozen, copy.deepcopy(config))
         teacher = ResidentTeacher(engine)
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
     )
     student = load(paths["student"], adapt)
-    module = causal_lm.Student(student, loss)
+    module = causal_lm.Student(student, loss, layer_losses)
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in (teacher.engine, student):
@@ -181,7 +182,75 @@ def compare_with_plain_pytorch(world, directory, paths):
             case["teacher_grad"] = any(p.grad is not None for p in frozen)
             case["teacher_training"] = trainer.teacher.engine.module.model.training
         errors[f"{accumulation}x{local} alpha={alpha} {kind}"] = case
-    return {"cases": errors, "refused": refused_steps(world, paths)}
+    return {
+        "cases": errors,
+        "refused": refused_steps(world, paths),
+        "layers": compare_layers(world, paths, teacher),
+    }
+
+
+def compare_layers(world, paths, teacher):
+    """The largest errors of a step with a loss of layers: of the student's weights, of the
+    projectors', of what is logged, and the validation's total."""
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd.data.prefixes import SharedDataset
+    from ds_kd.losses.named.hidden_states import HiddenStates
+
+    found = []
+    for distance, kind in itertools.product(("cosine", "mse"), ("plain", "checkpointed", "shared")):
+        part = HiddenStates([[0, 0], [0, 1]], distance)
+        part.add_projectors(32, 64, seed=7)
+        projectors = copy.deepcopy(part.projectors)
+        rows = tiny.samples(6 * world.size, seed=world.size, masked=MASKED)
+        data = rows
+        if kind == "shared":
+            rows = tiny.branches(rows)
+            data = SharedDataset(rows, PACK)
+        local = -(-len(data) // world.size)
+        how = {"packs": kind == "shared", "checkpointing": kind == "checkpointed"}
+        trainer = build(world, paths, data, 1, local, 0.5, sgd, layer_losses=[(0.3, part)], **how)
+        logged = trainer.validate()
+        trainer.train()
+
+        # The definition: transformers' own hidden states, one sample at a time.
+        reference = AutoModelForCausalLM.from_pretrained(paths["student"])
+        loss, *_ = tiny.reference_means(reference, teacher, rows, 0.5, TEMPERATURE)
+        between, n = 0.0, sum(label != -100 for row in rows for label in row["labels"])
+        for row in rows:
+            ids, labels = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])
+            ask = {"input_ids": ids, "use_cache": False, "output_hidden_states": True}
+            own = reference(**ask).hidden_states
+            other = teacher(**ask).hidden_states
+            for (mine, its), projector in zip(part.pairs, projectors, strict=True):
+                h_s, h_t = projector(own[mine + 1][0]), other[its + 1][0].detach()
+                each = (h_s - h_t).pow(2).mean(-1)
+                if distance == "cosine":
+                    each = 1 - (h_s * h_t).sum(-1) / (h_s.norm(dim=-1) * h_t.norm(dim=-1))
+                between = between + 0.3 * each[labels != -100].sum() / len(part.pairs)
+        (loss + 0.5 * between / n).backward()
+        got = weights(trainer.student)
+        got |= {f"projectors.{n}": w for n, w in whole(trainer.student.module.layer_losses).items()}
+        expected = dict(reference.named_parameters())
+        expected |= {f"projectors.0.projectors.{n}": w for n, w in projectors.named_parameters()}
+        moved = min(w.grad.abs().max() for n, w in expected.items() if n.startswith("projectors"))
+        found.append({
+            "case": f"{distance} {kind}",
+            "names": sorted(got) == sorted(expected),
+            "error": max((got[n] - (w - w.grad)).abs().max().item() for n, w in expected.items()),
+            "moved": moved.item(),
+            "logged": abs(logged["hidden_loss"] - (between / n).item()),
+            "total": abs(logged["loss"] - (loss + 0.5 * between / n).item()),
+        })  # fmt: skip
+    return found
+
+
+def whole(module):
+    """A module's whole parameters by name, on every rank."""
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([*module.parameters()]):
+        return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 def refused_steps(world, paths):
@@ -315,6 +384,13 @@ def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
             f"{name}: the reference hardly moves, so this would prove nothing"
         )
         assert case["error"] <= 1e-6, f"{name}: {case}"
+
+
+def test_a_loss_of_layers_moves_student_and_projectors_as_its_definition_in_plain_pytorch(results):
+    assert len(results["layers"]) == 6
+    for case in results["layers"]:
+        assert case["names"] and case["moved"] > 1e-3, case
+        assert case["error"] <= 1e-6 and case["logged"] <= 1e-5 and case["total"] <= 1e-5, case
 
 
 def test_logged_losses_are_the_optimised_token_means(cases):

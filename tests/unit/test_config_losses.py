@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 KD = "kd_loss_fn"
 NEMO = "nemo_automodel.components.loss.kd_loss.KDLoss"
+LAYERS = {"name": "hidden_states", "weight": 1, "layers": [[1, 2]]}
 
 RIGHT = [
     None,
@@ -33,6 +34,8 @@ RIGHT = [
     {"name": "alpha_beta", "alpha": 1.5, "beta": 0.2},
     [{"name": "jsd", "weight": 0.5, "beta": 0.3}, {"weight": 2, "temperature": 2}],
     [{"_target_": "ds_kd.losses.KDLoss", "weight": 1e-3}],
+    [{"weight": 1}, {"name": "hidden_states", "weight": 0.1, "layers": [[3, 7]]}],
+    [{"weight": 1}, {"name": "hidden_states", "weight": 1, "layers": [[0, 0]], "distance": "mse"}],
 ]
 WRONG = [
     ({"name": "jds"}, f"{KD}.name: got 'jds', expected forward_kl or ", "did you mean jsd?"),
@@ -60,6 +63,18 @@ WRONG = [
     ([{"name": "tvd"}], f"{KD}[0].weight: missing; write a number > 0", ""),
     ([{"name": "tvd", "weight": 0}], f"{KD}[0].weight: got 0, expected a number > 0", ""),
     ([{"name": "tvd", "weight": 1, "beta": 1}], f"{KD}[0].beta: unknown key", ""),
+    ([{"weight": 1}, {**LAYERS, "layers": [3]}], f"{KD}[1].layers: got [3]", "[[7, 15], [15, 29]]"),
+    ([{"weight": 1}, {**LAYERS, "layers": "a"}], f"{KD}[1].layers: got 'a'", "student's layer"),
+    ([{"weight": 1}, {**LAYERS, "layers": [[1, -2]]}], f"{KD}[1].layers: got [[1, -2]]", "from 0"),
+    ([{"weight": 1}, {**LAYERS, "distance": "l1"}], f"{KD}[1].distance: got 'l1'", "cosine or mse"),
+    ([{"weight": 1}, {**LAYERS, "temperature": 2}], f"{KD}[1].temperature: unknown key", ""),
+]
+
+#: Refused too, by what no schema of a single key says.
+INCOMPLETE = [
+    ({"name": "hidden_states", "layers": [[1, 2]]}, f"{KD}: hidden_states compares layers", "list"),
+    ([{"name": "hidden_states", "weight": 1, "layers": [[1, 2]]}], "compares layers", "forward_kl"),
+    ([{"weight": 1}, {"name": "hidden_states", "weight": 1}], f"{KD}[1].layers: missing", ""),
 ]
 
 
@@ -75,6 +90,14 @@ def test_what_the_config_takes_the_json_schema_takes_too(section):
 
     load(guide(section))
     jsonschema.Draft202012Validator(json_schema()).validate(guide(section))
+
+
+@pytest.mark.parametrize(("section", "words", "more"), INCOMPLETE, ids=["alone", "only", "none"])
+def test_a_loss_of_layers_needs_layers_and_a_divergence_beside_it(section, words, more):
+    with pytest.raises(ConfigError) as caught:
+        load(guide(section))
+    assert len(caught.value.problems) == 1
+    assert words in str(caught.value) and more in str(caught.value)
 
 
 @pytest.mark.parametrize(("section", "words", "more"), WRONG, ids=[str(w[0]) for w in WRONG])

@@ -12,6 +12,8 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.losses.named.kl import ReverseKL
+from ds_kd.losses.pair import find_top
+from ds_kd.losses.scores import average
 from tests.plain import PlainLoss
 
 
@@ -129,6 +131,11 @@ def test_ce_covers_the_students_whole_head_and_kd_the_shared_rows(extra, tempera
     assert extra[0] == 0 or grads[1][33:].abs().max().item() > 0.0
 
 
+def top_five(log_p):
+    """1 for the five largest of each row, 0 for the others."""
+    return torch.zeros_like(log_p).scatter_(1, log_p.topk(5).indices, 1.0)
+
+
 @pytest.mark.parametrize("extra", [(0, 0), (3, 1)])
 @pytest.mark.parametrize("chunk", [7, 0])
 def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra):
@@ -137,7 +144,7 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
     rest = labels, States(teacher, Head(teacher_weight))
     names = (
         "kl_at_t1", "reverse_kl_at_t1", "acceptance_at_t1", "teacher_entropy_at_t1",
-        "student_entropy_at_t1",
+        "student_entropy_at_t1", "top5_agreement",
     )  # fmt: skip
     z_s, z_t = (hidden @ weight.T + bias).double()[:, :33], (teacher @ teacher_weight.T).double()
     valid = labels != -100
@@ -148,6 +155,7 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
         torch.minimum(log_p, log_q).exp().sum(),
         -(log_p.exp() * log_p).sum(),
         -(log_q.exp() * log_q).sum(),
+        (top_five(log_p) * top_five(log_q)).sum() / 5,
     )
     cases = [(KDLoss, 0.5, 1.0), (KDLoss, 0.5, 4.0), (KDLoss, 0.0, 4.0), (ReverseKL, 0.5, 4.0)]
     for kind, kd_ratio, temperature in cases:
@@ -162,6 +170,36 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
         else:
             assert sums["teacher_entropy"] > 1.2 * sums["teacher_entropy_at_t1"]
         assert not set(names) & set(loss(student, *rest)[1])
+
+
+def test_validation_splits_the_kl_by_the_position_in_the_text():
+    hidden, weight, bias, labels, teacher, teacher_weight = case(12, 50, 33)
+    (loss, _) = losses(0.5, 2.0, 7)
+    student, output = States(hidden, Head(weight, bias)), States(teacher, Head(teacher_weight))
+    positions = 30 * torch.arange(50) % 300  # 0, 30, …, 270, and again
+    counts = torch.arange(50) % 3
+
+    def measure(rows):
+        part = (States(s.hidden[rows], s.head) for s in (student, output))
+        extra = {"counts": counts[rows], "positions": positions[rows]}
+        with torch.no_grad():
+            return loss(next(part), labels[rows], next(part), **extra)[1]
+
+    tokens = lambda rows: int((counts * (labels != -100))[rows].sum())  # noqa: E731
+    whole = slice(None)
+    means = average({n: v.item() for n, v in measure(whole).items()}, tokens(whole))
+    for first, end in ((0, 64), (64, 256), (256, 1024)):
+        rows = ((first <= positions) & (positions < end)).nonzero()[:, 0]
+        expected = measure(rows)["kl_at_t1"].item() / tokens(rows)
+        assert means[f"kl_at_t1_from_{first}"] == pytest.approx(expected, rel=1e-5)
+    assert {n for n in means if "from" in n} == {f"kl_at_t1_from_{n}" for n in (0, 64, 256)}
+
+
+@pytest.mark.parametrize("vocab", [3, 50, 320, 640])
+def test_the_largest_logits_are_found_in_any_number_of_blocks(vocab):
+    logits = torch.randn(9, vocab, generator=torch.Generator().manual_seed(vocab))
+    expected = logits.topk(min(5, vocab)).indices
+    assert torch.equal(find_top(logits, 5).sort().values, expected.sort().values)
 
 
 @pytest.mark.parametrize("chunk", [7, 0])

@@ -350,6 +350,8 @@ def test_a_rank_without_tokens_logs_the_names_that_others_log(kind, arguments, d
 def test_the_config_reads_every_divergence_and_its_arguments_from_the_source():
     found = {}
     for name, dotted in divergences_by_name().items():
+        if name == "hidden_states":  # compares layers, not logits
+            continue
         module, _, attribute = dotted.rpartition(".")
         module = "ds_kd.losses.divergences" if module == "ds_kd.losses" else module
         found[name] = getattr(importlib.import_module(module), attribute)

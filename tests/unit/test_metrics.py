@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd.evaluate.statistics import Estimate
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.train.clock import Clock, Counts
 from ds_kd.train.layout import format_texts
@@ -150,15 +151,18 @@ def test_tensorboard_lays_out_the_tags_there_are_and_lists_settings_with_results
         for step in steps:
             metrics.train(step, {**VALUES, "memory/rank_0": 1.0, "memory/rank_1": 2.0})
         metrics.validation(steps[-1], {"loss": 2.0}, {"squad": {"loss": 3.0}})
+        metrics.evaluation(steps[-1], {"squad": {"f1": Estimate(0.5, 0.4, 0.6)}})
         metrics.close()
     events = EventAccumulator(str(tmp_path))
     events.Reload()
 
     # The layout written last has the validation's curves, and none of what is not logged.
     (text,) = events.Tensors("custom_scalars__config__")[-1].tensor_proto.string_val
-    charts = {
-        c.title: [*c.multiline.tag] for g in Layout.FromString(text).category for c in g.chart
-    }
+    shown = {c.title: c for g in Layout.FromString(text).category for c in g.chart}
+    charts = {title: [*chart.multiline.tag] for title, chart in shown.items()}
+    (band,) = shown["squad, f1"].margin.series
+    for tag, value in ((band.value, 0.5), (band.lower, 0.4), (band.upper, 0.6)):
+        assert events.Scalars(tag)[-1].value == pytest.approx(value)
     assert charts["optimised loss, training and validation"] == [
         "^train_loss$", "^val_loss$", "^val_[^/]+/loss$"
     ]  # fmt: skip

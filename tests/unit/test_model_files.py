@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from ds_kd.checkpoint.checkpointer import differences
-from ds_kd.models.model_files import identity_of
+from ds_kd.models.files.model_files import identity_of
 from ds_kd.recipe.changes import hash_samples
 
 

@@ -204,7 +204,7 @@ def test_weights_are_exported_under_the_names_and_values_of_the_files_they_came_
     import transformers as hf
     from safetensors.torch import load_file
 
-    from ds_kd.models.file_names import FileNames
+    from ds_kd.models.files.file_names import FileNames
 
     sizes = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     experts = {"num_local_experts": 4} if kind == "Mixtral" else {"num_experts": 4}
@@ -257,7 +257,7 @@ def test_rotary_settings_are_written_for_both_transformers_4_and_5(
 ):
     from transformers import AutoConfig
 
-    from ds_kd.models.file_names import write_config
+    from ds_kd.models.files.file_names import write_config
 
     config = AutoConfig.for_model(kind, rope_parameters=parameters)
     write_config(config, tmp_path)
@@ -269,7 +269,7 @@ def test_rotary_settings_are_written_for_both_transformers_4_and_5(
 def test_every_written_config_reads_back_with_the_same_rotary_settings(tmp_path):
     from transformers import AutoConfig
 
-    from ds_kd.models.file_names import write_config
+    from ds_kd.models.files.file_names import write_config
 
     compared, differ = 0, []
     for kind in all_architectures():
@@ -290,7 +290,7 @@ def test_every_written_config_reads_back_with_the_same_rotary_settings(tmp_path)
 def test_a_tokenizer_is_written_under_a_class_that_transformers_4_knows(tmp_path):
     from transformers import AutoTokenizer
 
-    from ds_kd.models.file_names import write_tokenizer
+    from ds_kd.models.files.file_names import write_tokenizer
 
     tiny.llama(tmp_path / "model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")

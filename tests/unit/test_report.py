@@ -16,6 +16,8 @@ from tests.scripts import script
 report = script("report")
 HOSTILE = "<script>alert(1)</script> **bold** |cell| {{ 7 * 7 }}"
 
+ENDS = {"": 0.0, "_low": -0.1, "_high": 0.2}
+
 
 def make_run(directory, kd_ratio, slope):
     """What a run of six steps leaves, two ranks, validated before and after."""
@@ -34,6 +36,8 @@ def make_run(directory, kd_ratio, slope):
     answers = [{"prompt": HOSTILE, "reference": "r", "teacher": "t", "student": f"s{kd_ratio}"}]
     records += [{"step": 6, "val_samples": answers}]
     records += [{"step": 6, "val_loss": 4.0 - 6 * slope, "val_ce_loss": 3.5}]
+    interval = {f"eval_squad/f1{end}": kd_ratio + d for end, d in ENDS.items()}
+    records += [{"step": 6, "eval_own/exact_match": 0.125, **(interval if kd_ratio else {})}]
     log = "".join(json.dumps(record) + "\n" for record in records)
     (directory / "tensorboard" / "metrics.jsonl").write_text(log)
     return directory
@@ -60,7 +64,15 @@ def page(tmp_path_factory):
     root = tmp_path_factory.mktemp("report")
     runs = [make_run(root / "one", 0.0, 0.1), make_run(root / "two", 0.5, 0.25)]
     output = root / "report.html"
-    assert report.main([*map(str, runs), "--output", str(output)]) == 0
+    metric = {"acc": {"value": 0.25, "low": 0.2, "high": 0.3}}
+    found = {
+        "task": "hellaswag",
+        "models": [{"model": name, "samples": 9, "rows": 9, "metrics": metric} for name in "ab"],
+        "differences": [{"model": "b", "minus": "a", "metrics": metric}],
+    }
+    (root / "results.json").write_text(json.dumps(found))
+    words = [*map(str, runs), "--evaluation", str(root / "results.json"), "-o", str(output)]
+    assert report.main(words) == 0
     return output
 
 
@@ -71,6 +83,13 @@ def test_the_page_shows_results_differences_cost_and_answers(page):
     assert re.search(r"kd_ratio 0\.0 0\.5", text)
     assert "checkpoint_dir" not in text.split("the YAML of")[0]  # it differs always
     assert "s0.0" in text and "s0.5" in text
+    for line in (
+        "own, exact_match 0.1250 0.1250",
+        "squad, f1 — 0.5000 [0.4000, 0.7000]",
+        "hellaswag, 9 samples acc a 0.2500 [0.2000, 0.3000]",
+        "b − a 0.2500 [0.2000, 0.3000]",
+    ):
+        assert line in text, line
     # Six steps of 10 s: a minute, 6,000 tokens; 0.5 TFLOP/s of two ranks for 60 s.
     cost = text.split("Cost")[1]
     for line in ("training, minutes 1 1", "tokens 6,000 6,000", "GiB 2.5 2.5", "ranks 0.06 0.06"):
@@ -125,3 +144,7 @@ def test_what_is_no_run_is_told(tmp_path, capsys):
         assert report.main([str(tmp_path / directory), "-o", str(tmp_path / output)]) == 2
         error = capsys.readouterr().err
         assert told in error and "Traceback" not in error
+    for name, told in (("none.json", "cannot be read"), ("metrics.jsonl", "holds no results")):
+        words = [str(tmp_path), "-o", str(tmp_path / "a.html"), "--evaluation", tmp_path / name]
+        assert report.main([*map(str, words)]) == 2
+        assert told in capsys.readouterr().err

@@ -142,7 +142,8 @@ def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
         problems.append("evaluation.tasks: missing; write [{task: hellaswag, data: rows.jsonl}]")
     for k, entry in enumerate(entries):
         problems += find_wrong_entry(f"evaluation.tasks[{k}]", entry)
-    if WITH_TEACHER in names and cfg.teacher_model is None:
+    has_teacher = cfg.teacher_model is not None or cfg.teacher.kind == SHARED_BASE
+    if WITH_TEACHER in names and not has_teacher:
         problems.append(
             "evaluation.tasks: kl compares with a teacher, and there is no teacher_model; name one"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 from collections.abc import Mapping
@@ -160,7 +161,15 @@ _PLAIN = {"int": "integer", "float": "number", "bool": "boolean", "str": "string
 
 
 def _describe_annotation(annotation: str) -> dict[str, Any]:
-    """Return the schema of a plain annotation; any value is accepted for another."""
+    """Return the schema of a plain annotation, of words or of pairs of integers; any value is
+    accepted for another."""
+    if annotation == "list[tuple[int, int]]":
+        number = {"type": "integer", "minimum": 0}
+        pair = {"type": "array", "items": number, "minItems": 2, "maxItems": 2}
+        return {"anyOf": [{"type": "array", "minItems": 1, "items": pair}, _INTERPOLATED]}
+    if annotation.startswith("Literal["):
+        words = ast.literal_eval(annotation.removeprefix("Literal"))
+        return {"anyOf": [{"enum": words}, _INTERPOLATED]}
     names = [name.strip() for name in annotation.split("|")]
     if not annotation or not set(names) <= {*_PLAIN, "None"}:
         return {}

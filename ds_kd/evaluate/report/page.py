@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ds_kd.evaluate.comparison import SHOWN
 from ds_kd.evaluate.report.charts import COLOURS, draw_charts
-from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_run
+from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_evaluation, read_run
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -32,6 +33,22 @@ td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 {% for tag, name in shown %}<td class="n">{{ number(run.first(tag)) }} →
 {{ number(run.last(tag)) }}</td>{% endfor %}</tr>
 {% endfor %}</table>
+
+{% if tasks %}
+<h2>Evaluation</h2>
+<p>In brackets: 95 % bootstrap intervals over the samples.</p>
+<table><tr><th>in the run</th>
+{% for run in runs %}<th>{{ label(loop.index0) }}</th>{% endfor %}</tr>
+{% for task in tasks %}<tr><td>{{ task }}</td>{% for run in runs %}
+<td class="n">{{ interval(run.list_evaluations().get(task)) }}</td>{% endfor %}</tr>{% endfor %}
+</table>{% endif %}
+{% for found in evaluations %}
+<table><tr><th>{{ found.task }}, {{ found.models[0].samples }} samples</th>
+{% for name in found.models[0].metrics %}<th>{{ name }}</th>{% endfor %}</tr>
+{% for each in found.models + found.differences %}<tr>
+<td>{{ each.model }}{% if each.minus %} − {{ each.minus }}{% endif %}</td>
+{% for value in each.metrics.values() %}<td class="n">{{ interval(value) }}</td>{% endfor %}</tr>
+{% endfor %}</table>{% endfor %}
 
 <h2>Curves</h2>
 <p>Training is thin, validation thick with points.
@@ -63,24 +80,31 @@ td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 """
 
 
-def write_report(directories: list[Path], output: Path) -> None:
+def write_report(directories: list[Path], output: Path, evaluations: Sequence[Path] = ()) -> None:
     """Write the page of the runs in some directories, replacing the one that is there.
 
+    Args:
+        evaluations: results of `launch/evaluate.py`, shown beside those of the runs.
+
     Raises:
-        ReportError: a directory holds no run, or `output` cannot be written.
+        ReportError: a directory holds no run, a file no results, or `output` cannot be written.
     """
-    text = render([read_run(directory) for directory in directories])
+    runs = [read_run(directory) for directory in directories]
+    text = render(runs, [read_evaluation(path) for path in evaluations])
     try:
         output.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ReportError(f"--output {output}: cannot be written ({error.strerror})") from error
 
 
-def render(runs: list[Run]) -> str:
+def render(runs: list[Run], evaluations: Sequence[dict[str, Any]] = ()) -> str:
     """Return the page. Text of runs is escaped, and the page runs no script and loads nothing."""
     from jinja2 import Environment
 
     tags = [(tag, name) for tag, name in SHOWN if any(run.last(tag) is not None for run in runs)]
+    tasks = dict.fromkeys(task for run in runs for task in run.list_evaluations())
+
+    # Every run has a column, and a dash for what its log does not tell.
     costs = [run.measure_cost() for run in runs]
     longest = max(costs, key=len)
     return (
@@ -89,6 +113,9 @@ def render(runs: list[Run]) -> str:
         .render(
             runs=runs,
             shown=tags,
+            tasks=[*tasks],
+            evaluations=evaluations,
+            interval=_format_interval,
             charts=[*draw_charts(runs).values()],
             differences=find_differences(runs),
             costs=[{**dict.fromkeys(longest), **cost} for cost in costs],
@@ -97,6 +124,13 @@ def render(runs: list[Run]) -> str:
             amount=_format_amount,
         )
     )
+
+
+def _format_interval(found: dict[str, float] | None) -> str:
+    if found is None:
+        return "—"
+    ends = f" [{found['low']:.4f}, {found['high']:.4f}]" if "low" in found else ""
+    return f"{found['value']:.4f}{ends}"
 
 
 def _format_amount(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,19 @@ class Run:
 
     def first(self, tag: str) -> Any:
         return next((r[tag] for r in self.records if tag in r), None)
+
+    def list_evaluations(self) -> dict[str, dict[str, float]]:
+        """Return the last value of each metric of each task by `task, metric`, with the ends of its
+        interval, `low` and `high`, where the log has them."""
+        found = {}
+        for tag in dict.fromkeys(tag for record in self.records for tag in record):
+            name = tag.removeprefix("eval_")
+            if name == tag or tag.endswith(("_low", "_high")):
+                continue
+            ends = {end: self.last(f"{tag}_{end}") for end in ("low", "high")}
+            kept = {end: value for end, value in ends.items() if value is not None}
+            found[name.replace("/", ", ")] = {"value": self.last(tag), **kept}
+        return found
 
     def measure_cost(self) -> dict[str, float]:
         """Return what the run took, by name with its unit; parts that its log does not tell are
@@ -100,6 +114,30 @@ def read_run(directory: Path) -> Run:
     if not records:
         raise ReportError(f"{log}: nothing is logged yet")
     return Run(str(directory), records, settings, text)
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """Return the results that `launch/evaluate.py --output` has written.
+
+    Raises:
+        ReportError: there are none in this file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        # What the page shows is there.
+        _ = found["task"], found["models"][0]["samples"]
+        for each in (*found["models"], *found["differences"]):
+            _ = each["model"]
+            for metric in each["metrics"].values():
+                _ = [float(metric[name]) for name in ("value", "low", "high")]
+    except OSError as error:
+        raise ReportError(f"--evaluation {path}: cannot be read ({error.strerror})") from error
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ReportError(
+            f"--evaluation {path}: holds no results; give a file that launch/evaluate.py --output "
+            f"has written"
+        ) from error
+    return dict(found)
 
 
 def _load(text: str) -> Any:

@@ -1,0 +1,1 @@
+"""The files of a Hugging Face model: names, checks and what is copied of them."""
