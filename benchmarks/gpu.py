@@ -3,17 +3,20 @@
     python benchmarks/gpu.py                            every contender that is installed
     python benchmarks/gpu.py --length 4096 --samples 4 --contenders ds_kd plain
     python benchmarks/gpu.py --output results/gpu
+    python benchmarks/gpu.py --rehearse                 tiny models, on any device: does it work?
 
-Needs one GPU with 80 GB and 10 GB of disk, no download. Runs with torch 2.11 and transformers 5.17
-or newer. MFU counts the products of linear layers, heads and (causal) attention, each token once,
-against `--peak` TFLOP/s; recomputation does not count.
+Needs one GPU with 80 GB and 10 GB of disk, no download, and about 10 minutes. Every contender is a
+process of its own, one after the other: two of them do not fit into 80 GB. MFU counts the products
+of linear layers, heads and (causal) attention, each token once, against `--peak` TFLOP/s;
+recomputation does not count.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
+import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -27,24 +30,27 @@ SHAPES: dict[str, dict[str, Any]] = {
     "teacher": dict(hidden_size=3072, intermediate_size=8192, num_hidden_layers=28),
 }
 HEADS = {"student": 32, "teacher": 24}
+VOCABULARY = 128256
+TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=8)
 
 
-def make(name: str, directory: Path) -> Path:
+def make(name: str, directory: Path, is_tiny: bool) -> Path:
     """Save a model of random weights at the shapes of Llama 3.2, and return its directory."""
+    import measure
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    shape = {"num_attention_heads": HEADS[name], **SHAPES[name], **(TINY if is_tiny else {})}
     config = LlamaConfig(
-        vocab_size=128256,
-        num_attention_heads=HEADS[name],
+        vocab_size=VOCABULARY,
         num_key_value_heads=8,
         max_position_embeddings=131072,
         rope_theta=500000.0,
         tie_word_embeddings=True,
-        **SHAPES[name],
+        **shape,
     )
     torch.manual_seed(0)
-    with torch.device("cuda"):
+    with measure.device():
         model = LlamaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(directory / name)
     return directory / name
@@ -71,7 +77,7 @@ def make_steps(count: int, samples: int, length: int) -> list[list[dict[str, Any
     for _ in range(count):
         steps.append([])
         for k in range(samples):
-            ids = torch.randint(128256, (length + 1,), generator=generator).tolist()
+            ids = torch.randint(VOCABULARY, (length + 1,), generator=generator).tolist()
             steps[-1].append({"input_ids": ids[:-1], "labels": ids[1:], "sample_id": str(k)})
     return steps
 
@@ -86,65 +92,79 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peak", type=float, default=989.0, help="of the GPU, dense bf16 TFLOP/s")
     parser.add_argument("--contenders", nargs="+", metavar="NAME")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models, on any device")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def time_contenders(args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """Return a row for each contender: seconds of a step, MFU and peak memory."""
+def time_contender(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the row of the contender `args.worker`: seconds of a step, MFU and peak memory."""
     import measure
     import torch
-    from contenders import Job, available
+    from contenders import CONTENDERS, Job
 
-    teacher, student = (make(name, directory) for name in ("teacher", "student"))
-    torch.cuda.empty_cache()
+    teacher, student = args.models / "teacher", args.models / "student"
     tokens = args.length * args.samples
     work = flops(teacher, tokens, args.length, 1) + flops(student, tokens, args.length, 3)
-    job = Job(teacher, student, torch.bfloat16, micro_batch=1)
     steps = make_steps(args.rounds + 1, args.samples, args.length)
+    make_one, _ = CONTENDERS[args.worker]
+    with make_one(Job(teacher, student, torch.bfloat16, micro_batch=1)) as step:
+        times = [measure.seconds(lambda: step(samples)) for samples in steps]  # noqa: B023
+        peak = measure.peak_bytes(lambda: step(steps[-1]))
 
-    rows: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        contenders = {
-            name: stack.enter_context(make_one(job))
-            for name, make_one in available(args.contenders).items()
-        }
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for samples in steps:  # A B A B
-            for name, step in contenders.items():
-                times[name].append(measure.seconds(lambda: step(samples)))  # noqa: B023
+    taken = statistics.median(times[1:])  # the first round is thrown away
+    return {
+        "contender": args.worker,
+        "step s": taken,
+        "tokens/s": tokens / taken,
+        "MFU": work / taken / (args.peak * 1e12),
+        "peak GiB": peak / measure.GIB,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
 
-        # The first round is thrown away.
-        for name, step in contenders.items():
-            taken = statistics.median(times[name][1:])
-            rows.append(
-                {
-                    "contender": name,
-                    "step s": taken,
-                    "tokens/s": tokens / taken,
-                    "MFU": work / taken / (args.peak * 1e12),
-                    "peak GiB": measure.peak_bytes(lambda: step(steps[-1])) / measure.GIB,  # noqa: B023
-                    "device": torch.cuda.get_device_name(),
-                }
-            )
-    return rows
+
+def ask_worker(name: str, models: Path) -> dict[str, Any] | None:
+    """Return the row of a contender, from a process of its own; None if that failed."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker", name, "--models", str(models)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        print(f"{name} failed with exit code {done.returncode}, see above", file=sys.stderr)
+        return None
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
 def main() -> int:
     args = parse()
     import torch
 
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs an NVIDIA GPU; kd_step.py runs on a CPU", file=sys.stderr)
+    if not (torch.cuda.is_available() or args.rehearse):
+        print(
+            "benchmarks/gpu.py needs an NVIDIA GPU; --rehearse tries it on tiny models, and "
+            "kd_step.py measures a CPU",
+            file=sys.stderr,
+        )
         return 2
     import measure
+    from contenders import available
 
     from ds_kd.quiet import quiet
 
     quiet()
+    if args.worker:
+        print(json.dumps(time_contender(args)))
+        return 0
+
     with tempfile.TemporaryDirectory() as directory:
-        rows = time_contenders(args, Path(directory))
+        for name in SHAPES:
+            make(name, Path(directory), args.rehearse)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        found = [ask_worker(name, Path(directory)) for name in available(args.contenders)]
+    rows = [row for row in found if row is not None]
     measure.write(rows, args.output)
-    return 0
+    return 0 if len(rows) == len(found) else 1
 
 
 if __name__ == "__main__":

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.config.checks.combinations import find_contradictions, misfit_of_batch
+from ds_kd.config.checks.combinations import (
+    find_contradictions,
+    misfit_of_batch,
+    note_on_timeout,
+)
 from ds_kd.config.checks.components import (
     check_component,
     check_components,
@@ -89,7 +93,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
         raise ConfigError(_drop_repeats(problems, written))
 
     # Only a config without problems gets notes on keys that have no effect.
-    cfg.notes += find_idle_keys(cfg, data)
+    cfg.notes += find_idle_keys(cfg, data) + note_on_timeout(cfg)
     cfg.notes += filter(None, map(note_on_absent_code, _list_components(values)))
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
@@ -141,6 +145,8 @@ _WITHOUT_INFLUENCE = (
     "recipe",
     "slurm.",
     "evaluation.",
+    "teacher.directory",
+    "teacher.fill",
     "step_scheduler.val_",
     "step_scheduler.ckpt_",
 )

@@ -5,6 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# A row of 16-bit numbers whose start is a multiple of 16 bytes is read in full width by the matrix
+# products of GPUs; others take two to five times as long. Some products want 128 bytes.
+_ALIGNED = 64
+
 
 class Buffers:
     """Tensors for one chunk by name, allocated on first use and reused for later chunks.
@@ -31,6 +35,12 @@ class Buffers:
         """Return the buffer `name` in the shape of `logits`, uninitialised."""
         rows, vocab = logits.shape
         return self.get(name, rows, vocab, dtype)
+
+    def for_product(self, name: str, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+        """Return the buffer `name` as `[rows, vocab]`, uninitialised, for a matrix product to read
+        or write: off a CPU every row begins at a multiple of 64 numbers, whatever `vocab` is."""
+        odd = 0 if self.device.type == "cpu" else -vocab % _ALIGNED
+        return self.get(name, rows, vocab + odd, dtype)[:, :vocab]
 
     def of_block(self, rows: int, dtype: torch.dtype) -> Buffers:
         """Return the buffers for blocks of so many rows, which one block leaves to the next."""

@@ -32,7 +32,8 @@ from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
 from ds_kd.losses.head import LOWEST
 from ds_kd.losses.pair import HIGH_TEMPERATURE, Pair
 
-_NEAR = 0.5  # |log-ratio| up to which `near_kl`'s series is exact to 1e-5
+#: |log-ratio| up to which `near_kl`'s series is exact to 1e-5.
+NEAR = 0.5
 
 
 class Divergence(ABC):
@@ -198,8 +199,8 @@ def near_kl(difference: Tensor, p: Tensor, otherwise: Tensor) -> Tensor:
         `[tokens, 1]`, nats.
     """
     d = difference - (p * difference).sum(-1, keepdim=True)
-    is_near = d.detach().abs().amax(-1, keepdim=True) <= _NEAR
-    d = d.clamp(-_NEAR, _NEAR)  # so that tokens not chosen have finite gradients
+    is_near = d.detach().abs().amax(-1, keepdim=True) <= NEAR
+    d = d.clamp(-NEAR, NEAR)  # so that tokens not chosen have finite gradients
     series = 1 / 24 + d * (1 / 120 + d / 720)
     series = d * d * (0.5 + d * (1 / 6 + d * series))
     return torch.where(is_near, torch.log1p((p * series).sum(-1, keepdim=True)), otherwise)

@@ -71,7 +71,10 @@ class States:
         """
         head, hidden = self.head, self.hidden[rows]
         is_same = hidden.dtype == buffers.dtype
-        product = buffers.get(name if is_same else "product", len(hidden), vocab, hidden.dtype)
+        if is_same:
+            product = buffers.get(name, len(hidden), vocab)
+        else:
+            product = buffers.for_product("product", len(hidden), vocab, hidden.dtype)
         weight = head.weight[:vocab].t()
         if head.bias is None:
             torch.mm(hidden, weight, out=product)
@@ -121,7 +124,9 @@ class Gradients:
         # Applied to [tokens, hidden], as a pass over [tokens, vocab] would take far longer.
         factor = valid * head.scale
         if hidden.dtype != gradient.dtype:
-            gradient = buffers.like("product", gradient, hidden.dtype).copy_(gradient)
+            tokens, vocab = gradient.shape
+            rounded = buffers.for_product("product", tokens, vocab, hidden.dtype)
+            gradient = rounded.copy_(gradient)
 
         if to_hidden is not None:
             torch.mm(gradient, head.weight, out=to_hidden[rows])

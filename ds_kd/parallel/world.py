@@ -117,15 +117,11 @@ def _join(backend: str, timeout_minutes: float) -> World:
     clear_stale_locks()
     choose_accelerator()
     import deepspeed
-    from deepspeed.accelerator import get_accelerator
 
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     backend = backend if cuda or backend != "nccl" else "gloo"
-    local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
-        # A task that sees only its own GPU sees it as number 0.
-        local_rank %= torch.cuda.device_count()
-        torch.cuda.set_device(local_rank)
+        choose_gpu()
     else:
         # On a CPU init_distributed would compile and load a shared-memory operator that ZeRO never
         # calls. That needs a compiler and a minute, and a lock left by a killed process would hang
@@ -139,10 +135,21 @@ def _join(backend: str, timeout_minutes: float) -> World:
     return World(
         rank=dist.get_rank(),
         size=dist.get_world_size(),
-        device=torch.device(get_accelerator().device_name(local_rank) if cuda else "cpu"),
+        device=torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu"),
         backend=backend,
         host_group=host_group,
     )
+
+
+def choose_gpu() -> None:
+    """Make this rank's GPU the current one, and set LOCAL_RANK to its number.
+
+    A task that sees only its own GPU sees it as number 0, whatever its place on the machine is.
+    DeepSpeed reads LOCAL_RANK again for every engine.
+    """
+    index = int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count()
+    os.environ["LOCAL_RANK"] = str(index)
+    torch.cuda.set_device(index)
 
 
 def stop() -> None:

@@ -464,7 +464,7 @@ def test_a_key_is_told_of_once(override):
         "dataloader={prefetch_factor: null, snapshot_every_n_steps: null}",
         "validation_dataloader.batch_size=null",
         "deepspeed.student={zero_optimization: {param_persistence_threshold: 0, "
-        "stage3_model_persistence_threshold: 1, mics_shard_size: -1}}",
+        "stage3_model_persistence_threshold: 1, zero_hpz_partition_size: 8}}",
         "distributed.tp_size=${oc.env:N}",
         "clip_grad_norm={max_norm: '${oc.env:N}'}",
         "lr_scheduler={lr_decay_style: cosine, min_lr: '${oc.env:SMALL}'}",

@@ -142,3 +142,11 @@ def test_the_check_notes_what_this_machine_lacks_and_the_run_refuses_missing_pac
     assert "flash_attention_2 needs the package" in notes
     with pytest.raises(ConfigError, match=r"teacher_model\.attn_implementation: flash_attention_2"):
         machine.refuse_missing_packages(cfg)
+
+
+def test_a_timeout_in_which_a_save_may_not_end_is_told():
+    """The guide's YAML has one minute."""
+    told = lambda *more: [n for n in load(GUIDE, [*more]).notes if "timeout_minutes" in n]  # noqa: E731
+    (note,) = told()
+    assert note.startswith("dist_env.timeout_minutes: 1 is short") and "10 is the default" in note
+    assert not told("dist_env.timeout_minutes=10") and not told("checkpoint.enabled=false")

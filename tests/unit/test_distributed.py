@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
+import torch
 
 from ds_kd.parallel import rendezvous, world
 from ds_kd.parallel.rendezvous import _first_slurm_host, fill_environment
@@ -53,6 +54,18 @@ def test_srun_variables_become_ranks(environment):
 def test_plain_python_is_a_world_of_one(environment):
     fill_environment()
     assert [os.environ[name] for name in NAMES[:3]] == ["0", "1", "0"]
+
+
+@pytest.mark.parametrize(("local", "visible", "number"), [(3, 1, 0), (3, 4, 3), (5, 4, 1)])
+def test_deepspeed_reads_the_number_of_the_gpu_that_a_rank_sees(
+    environment, local, visible, number
+):
+    chosen = []
+    environment.setenv("LOCAL_RANK", str(local))
+    environment.setattr(torch.cuda, "device_count", lambda: visible)
+    environment.setattr(torch.cuda, "set_device", chosen.append)
+    world.choose_gpu()
+    assert chosen == [number] and os.environ["LOCAL_RANK"] == str(number)
 
 
 def test_a_launchers_variables_are_left_alone(environment):

@@ -182,6 +182,7 @@ def test_the_defaults_of_a_run_with_rollouts_are_reverse_kl_alone(place):
         (["rollouts.top_p=0"], "rollouts.top_p: got 0"),
         (["rollouts.max_tokens=5"], "did you mean rollouts.max_new_tokens"),
         (["rollouts.generate=sharded", "compile=true"], "cannot write with the layers of compile"),
+        (["teacher.kind=cached", "teacher.directory=kept"], "the student has yet to write"),
         (["packed_sequence.packed_sequence_size=8"], "holds no prompt beside such an answer"),
     ],
 )

@@ -43,7 +43,7 @@ WRONG = [
         ("overlap_comm", '"yes"'), ("overlap_comm", "1"), ("contiguous_gradients", "null"),
         ("reduce_bucket_size", "1" + "0" * 400), ("reduce_bucket_size", "1e400"),
         ("reduce_bucket_size", "1.5"), ("sub_group_size", "[1]"), ("sub_group_size", "-1"),
-        ("stage3_max_live_parameters", "true"), ("mics_shard_size", '"a"'), ("zenflow", "3"),
+        ("stage3_max_live_parameters", "true"), ("mics_shard_size", "8"), ("zenflow", "3"),
         ("leaf_module", '"x"'), ("leaf_module", '{"classes": 3}'), ("zenflow", '{"topk_ratio": 2}'),
          ("stage", "1" + "0" * 400), ("stage", "[3]"),
         ("x" * 100_000, "1"), ("offload_param", "[" + "1, " * 50_000 + "1]"),
@@ -66,6 +66,12 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["mics_shard_size", "mics_hierarchical_params_gather"])
+def test_a_key_that_deepspeed_no_longer_has_is_refused(name):
+    with pytest.raises(ValueError, match=f"{name} is unknown; DeepSpeed has no such key"):
+        load_zero_config({"zero_optimization": {name: 8}}, "deepspeed.student")
+
+
 @pytest.mark.parametrize("text", WRONG, ids=range(len(WRONG)))
 def test_a_wrong_value_is_one_short_sentence(text, tmp_path):
     (tmp_path / "z.json").write_text(text)
@@ -77,7 +83,7 @@ def test_a_wrong_value_is_one_short_sentence(text, tmp_path):
 @pytest.mark.parametrize(
     "zero",
     [
-        {"reduce_bucket_size": 5e8, "overlap_comm": None, "mics_shard_size": -1},
+        {"reduce_bucket_size": 5e8, "overlap_comm": None, "zero_hpz_partition_size": 8},
         {"offload_optimizer": {"device": "cpu", "ratio": 1, "pin_memory": False}},
         {"stage3_param_persistence_threshold": 0, "sub_group_size": "auto", "offload_param": None},
     ],

@@ -4,16 +4,18 @@ of `_target_` sections."""
 from __future__ import annotations
 
 import re
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 from ds_kd.config.checks.adapters import find_unknown_map
+from ds_kd.config.checks.files import check_directory, is_directory
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
+from ds_kd.config.losses import is_of_layers
 from ds_kd.config.methods.check_rollouts import check_rollouts
-from ds_kd.config.names import COLLATER
+from ds_kd.config.names import CACHE_RECORD, COLLATER
 from ds_kd.config.permissions import translate
-from ds_kd.config.schema import SHARED_BASE, RunConfig, StepScheduler
+from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 from ds_kd.config.task import WITH_TEACHER, find_wrong_entry
 
@@ -43,6 +45,8 @@ _WORDS = {
 }
 #: As sbatch reads a time limit.
 _TIME = re.compile(r"(\d+-)?\d+(:\d+){0,2}|UNLIMITED|INFINITE")
+#: Below this time ranks may give up on one that writes a checkpoint.
+_MINUTES_OF_A_SAVE = 5
 #: `train`, `train[:10%]`, `train[5:]+validation`, as `datasets` reads them.
 _MOST_SPLITS = 100
 _SPLIT = re.compile(r"\w+(\.\w+)*(\[(-?[\d_]+%?)?:(-?[\d_]+%?)?\])?(\([^)]*\))?")
@@ -108,6 +112,28 @@ def _check_teacher(cfg: RunConfig, data: dict, problems: list[str]) -> None:
             "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
             "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
         )
+    if cfg.teacher.kind == CACHED and (wrong := _find_wrong_cache(cfg, data)):
+        problems.append(wrong)
+
+
+def _find_wrong_cache(cfg: RunConfig, data: dict) -> str:
+    """Return the problem of a cached teacher, or an empty text."""
+    key, given = "teacher.directory", cfg.teacher.directory
+    command = "python launch/cache_teacher.py --config YAML --output DIR"
+    if cfg.kd_loss_fn is not None and any(is_of_layers(part) for part in cfg.kd_losses):
+        return f"kd_loss_fn: hidden_states compares layers, and {key} keeps the last one alone"
+    if given is None:
+        return f"{key}: missing; name the directory that {command} writes"
+    if cfg.teacher.fill:
+        if data.get("teacher_model") is None:
+            return "teacher_model: missing; teacher.fill runs it where the cache lacks rows"
+        return check_directory(key, given) or ""
+    if not is_directory(given) or not (Path(given) / CACHE_RECORD).is_file():
+        expected = f"a directory with {CACHE_RECORD}"
+        return problem(
+            key, given, expected, f"{command} writes one, and so does teacher.fill: true"
+        )
+    return ""
 
 
 def _repeats(dataset: Component | None) -> bool:
@@ -142,8 +168,14 @@ def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
         problems.append("evaluation.tasks: missing; write [{task: hellaswag, data: rows.jsonl}]")
     for k, entry in enumerate(entries):
         problems += find_wrong_entry(f"evaluation.tasks[{k}]", entry)
-    has_teacher = cfg.teacher_model is not None or cfg.teacher.kind == SHARED_BASE
-    if WITH_TEACHER in names and not has_teacher:
+
+    # A distance is measured on rows of its own, for which the teacher has to run.
+    if WITH_TEACHER in names and cfg.teacher.kind == CACHED:
+        problems.append(
+            "evaluation.tasks: kl asks the teacher about other rows than the cache has; remove it, "
+            "or teacher.kind: cached"
+        )
+    elif WITH_TEACHER in names and cfg.teacher_model is None and cfg.teacher.kind != SHARED_BASE:
         problems.append(
             "evaluation.tasks: kl compares with a teacher, and there is no teacher_model; name one"
         )
@@ -346,3 +378,14 @@ def _check_loader(component: Component, problems: list[str]) -> None:
                 f"{component.key}.{name}: is for worker processes; set "
                 f"{component.key}.num_workers, or remove it"
             )
+
+
+def note_on_timeout(cfg: RunConfig) -> list[str]:
+    """Return a note if ranks wait so shortly for each other that a save may end the run."""
+    minutes = cfg.dist_env.timeout_minutes
+    if minutes >= _MINUTES_OF_A_SAVE or not cfg.checkpoint.enabled:
+        return []
+    return [
+        f"dist_env.timeout_minutes: {minutes:g} is short, as ranks also wait while one of them "
+        f"writes a checkpoint of a large model or hashes it on a slow disk; 10 is the default"
+    ]

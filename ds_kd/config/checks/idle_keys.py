@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.config.components import Component
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import CACHED, RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
 _WITH_A_VALIDATION = (
@@ -20,6 +20,7 @@ _OF_LOADING = (
     "dataloader.num_workers", "dataloader.group_by_length", "dataloader.prefetch_factor",
     "dataloader.persistent_workers", "dataloader.pin_memory",
 )  # fmt: skip
+_OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
 _OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
 
 
@@ -52,6 +53,9 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
         (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),
         (cfg.rolls_out, _OF_LOADING, "rollouts make each step's micro-batches when it begins"),
+        (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
+        (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
+         "the teacher is read from a cache"),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for is_off, keys, reason in rules:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,7 +19,7 @@ _STAGE3 = {
 ZERO: dict[str, Any] = {
     "stage": "size", "offload_param": "any", "offload_optimizer": "any",
     "reduce_bucket_size": "size", "allgather_bucket_size": "size", "sub_group_size": "size",
-    "zero_hpz_partition_size": "size", "mics_shard_size": "integer", "overlap_comm": "switch",
+    "zero_hpz_partition_size": "size", "overlap_comm": "switch",
     "leaf_module": dict.fromkeys(("classes", "names", "name_suffixes"), "name or names"),
     "zenflow": {
         "topk_ratio": "share", "select_strategy": ("auto", "step", "epoch"),
@@ -34,9 +33,9 @@ ZERO: dict[str, Any] = {
         "cpu_offload_param", "cpu_offload_use_pin_memory", "cpu_offload",
         "ignore_unused_parameters", "legacy_stage1", "round_robin_gradients", "parameter_alignment",
         "zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients",
-        "mics_hierarchical_params_gather", "memory_efficient_linear",
-        "pipeline_loading_checkpoint", "override_module_apply", "log_trace_cache_warnings",
-        "enable_sanity_checks", "save_muon_momentum_buffer_in_memory",
+        "memory_efficient_linear", "pipeline_loading_checkpoint", "override_module_apply",
+        "log_trace_cache_warnings", "enable_sanity_checks",
+        "save_muon_momentum_buffer_in_memory",
     ), "switch"),
     **_STAGE3, **{f"stage3_{name}": kind for name, kind in _STAGE3.items()},
 }  # fmt: skip
@@ -68,7 +67,6 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 _WORDS = {
     "size": "a whole number ≥ 0 and below 2^63",
-    "integer": "a whole number",
     "share": "a number from 0 to 1",
     "switch": "true or false",
     "text": "text",
@@ -105,9 +103,8 @@ def _is_of_kind(value: Any, kind: Any) -> bool:
     if isinstance(kind, tuple):
         return isinstance(value, str) and value.lower() in kind
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if kind in ("size", "integer"):  # 5e8 is a whole number too
-        whole = is_number and abs(value) < _LARGEST and math.isfinite(value) and value == int(value)
-        return whole and (kind == "integer" or value >= 0)
+    if kind == "size":  # 5e8 is a whole number too
+        return is_number and 0 <= value < _LARGEST and value == int(value)
     if kind == "share":
         return is_number and 0 <= value <= 1
     if kind == "name or names" and isinstance(value, str):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ds_kd.config.components import problem
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import CACHED, RunConfig
 
 
 def check_rollouts(cfg: RunConfig, problems: list[str]) -> None:
@@ -15,6 +15,11 @@ def check_rollouts(cfg: RunConfig, problems: list[str]) -> None:
     if cfg.kd_ratio < 1:
         hint = "cross-entropy to the student's own words teaches it nothing; remove kd_ratio"
         problems.append(problem("kd_ratio", cfg.kd_ratio, "1 with rollouts", hint))
+    if cfg.teacher.kind == CACHED:
+        problems.append(
+            "teacher.kind: got cached, and nothing is kept of texts that the student has yet to "
+            "write; write resident, or remove rollouts"
+        )
     if wanted.samples_per_prompt > 1 and wanted.temperature == 0:
         problems.append(
             f"rollouts.samples_per_prompt: all {wanted.samples_per_prompt} answers are the same at "
