@@ -113,22 +113,11 @@ def resume_within_a_buffer(world, directory, paths):
     return [same, began, len(written), len(anew), kept["window"], len(kept["tokens"]), at_end]
 
 
-def without_rollouts(world, directory, paths):
-    """Whether a ratio of 0 is bitwise a run without the section, under the same loss."""
-    more = ["kd_loss_fn.name=reverse_kl", "kd_ratio=1"]
-    off, written = run(make_trainer(world, paths, directory / "zero", more=more, ratio=0))
-    made = make_trainer(world, paths, directory / "absent", more=[*more, "rollouts=null"])
-    absent, _ = run(made)
-    return [all(torch.equal(off[name], absent[name]) for name in off), written]
-
-
 def everything(world, directory, paths):
     out = {"cuts": cut_in_every_way(world, directory, paths)}
     if world.size == 2:
         out["adapter"] = write_with_an_adapter(world, directory, paths)
         out["resumed"] = resume_within_a_buffer(world, directory, paths)
-    else:
-        out["off"] = without_rollouts(world, directory, paths)
     return out
 
 
@@ -172,7 +161,3 @@ def test_a_run_that_is_killed_in_the_middle_of_a_buffer_goes_on_bitwise(runs):
         same, began, written, anew, window, texts, at_end = rank["resumed"]
         assert same and (began, written, anew, window) == (4, 2, 0, 1)
         assert texts % 2 == 0 and texts > 0 and not at_end
-
-
-def test_a_ratio_of_0_is_bitwise_a_run_without_rollouts(runs):
-    assert runs[1][0]["off"] == [True, []]

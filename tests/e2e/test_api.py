@@ -79,7 +79,9 @@ assert not (root / "one" / "RUNNING").exists()
 # Every divergence trains, all in one sum; another sum is another run.
 from ds_kd.config.signatures import divergences_by_name
 def summed(weight):
-    return f"kd_loss_fn={[{'name': name, 'weight': weight} for name in divergences_by_name()]}"
+    more = {"hidden_states": {"layers": [[0, 1]]}}
+    parts = [{"name": n, "weight": weight, **more.get(n, {})} for n in divergences_by_name()]
+    return f"kd_loss_fn={parts}"
 steps = ["step_scheduler.max_steps=1", "step_scheduler.val_at_start=true"]
 runs.append(run("four", summed(0.1), *steps))
 try:
