@@ -16,11 +16,11 @@ _OF_CHECKPOINTS = (
     "checkpoint.keep_best", "checkpoint.on_failed_save",
 )  # fmt: skip
 _OF_COMPILE = ("compile.mode", "compile.dynamic", "compile.backend")
+_OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
 _OF_LOADING = (
     "dataloader.num_workers", "dataloader.group_by_length", "dataloader.prefetch_factor",
     "dataloader.persistent_workers", "dataloader.pin_memory",
 )  # fmt: skip
-_OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
 _OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
 
 
@@ -51,11 +51,11 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),
         (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
-        (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),
-        (cfg.rolls_out, _OF_LOADING, "rollouts make each step's micro-batches when it begins"),
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
          "the teacher is read from a cache"),
+        (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),
+        (cfg.rolls_out, _OF_LOADING, "rollouts make each step's micro-batches when it begins"),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for is_off, keys, reason in rules:

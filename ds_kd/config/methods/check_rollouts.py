@@ -16,10 +16,8 @@ def check_rollouts(cfg: RunConfig, problems: list[str]) -> None:
         hint = "cross-entropy to the student's own words teaches it nothing; remove kd_ratio"
         problems.append(problem("kd_ratio", cfg.kd_ratio, "1 with rollouts", hint))
     if cfg.teacher.kind == CACHED:
-        problems.append(
-            "teacher.kind: got cached, and nothing is kept of texts that the student has yet to "
-            "write; write resident, or remove rollouts"
-        )
+        hint = "a cache has nothing on texts that the student has yet to write"
+        problems.append(problem("teacher.kind", CACHED, "resident or shared_base", hint))
     if wanted.samples_per_prompt > 1 and wanted.temperature == 0:
         problems.append(
             f"rollouts.samples_per_prompt: all {wanted.samples_per_prompt} answers are the same at "
