@@ -61,7 +61,10 @@ def tokenize_prompt_answer(
 
 
 def conversation_of(
-    row: dict[str, Any], any_role: bool = False, column: str = "messages"
+    row: dict[str, Any],
+    any_role: bool = False,
+    column: str = "messages",
+    needs_answer: bool = True,
 ) -> tuple[list[dict], list | None]:
     """Return a row's messages and its tools, or None in place of tools.
 
@@ -73,6 +76,7 @@ def conversation_of(
         row: has `messages`, perhaps `tools` and `system`.
         column: the column of the messages.
         any_role: accept roles that `ROLES` does not list.
+        needs_answer: refuse a conversation without an assistant turn.
 
     Raises:
         ValueError: it is no conversation, or has no assistant turn.
@@ -85,7 +89,7 @@ def conversation_of(
     has_turn = any(message["role"] == "system" for message in messages)
     if isinstance(system, str) and system.strip() and not has_turn:
         messages.insert(0, {"role": "system", "content": system})
-    if not any(message["role"] == "assistant" for message in messages):
+    if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
     tools = _decode_json(_drop_nulls(row.get("tools")))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -202,6 +206,17 @@ def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kw
     # Some templates refuse a system turn or two user turns in a row; others fail on absent values.
     except (TemplateError, TypeError) as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
+def tokenize_open_turn(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
+) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant's next turn begins.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    return list(_render(tokenizer, messages, tools, add_generation_prompt=True)["input_ids"])
 
 
 def _count_prefix(
