@@ -143,6 +143,8 @@ _WITHOUT_INFLUENCE = (
     "recipe",
     "slurm.",
     "evaluation.",
+    "teacher.directory",
+    "teacher.fill",
     "step_scheduler.val_",
     "step_scheduler.ckpt_",
 )

@@ -8,6 +8,7 @@ MODEL = "transformers.AutoModelForCausalLM.from_pretrained"
 _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 COLLATER = "ds_kd.data.collate.default_collater"
 
+CACHE_RECORD = "cache.json"  # what a teacher's cache is of
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
 NAMED = f"{LOSSES}named."  # divergences that kd_loss_fn.name chooses, beside KDLoss

@@ -36,7 +36,7 @@ from ds_kd.config.sections import (
 from ds_kd.config.task import WITH_TEACHER
 from ds_kd.config.text.yaml_source import Source
 
-SHARED_BASE = "shared_base"  # a value of teacher.kind
+SHARED_BASE, CACHED = "shared_base", "cached"  # values of teacher.kind
 _KEPT_BY_TIME = 2  # newest checkpoints, where no steps are named to save after
 
 
@@ -50,7 +50,7 @@ class RunConfig:
     teacher_model: Component | None = key(
         None,
         "Names the teacher; its keys are arguments of from_pretrained. At kd_ratio 0 only "
-        "validation uses it, and it may be absent.",
+        "validation uses it, and it may be absent, as with a cache that has all rows.",
         component=OF_MODEL,
     )
     teacher: Teacher = key(Teacher, "Says where the teacher's distribution comes from.")
@@ -154,13 +154,19 @@ class RunConfig:
         measures = self.step_scheduler.validate_teacher and self.validates
         tasks = [] if self.evaluation is None else self.evaluation.tasks
         measures = measures or any(entry["task"] == WITH_TEACHER for entry in tasks)
-        is_there = self.teacher_model is not None or self.teacher.kind == SHARED_BASE
+        is_there = self.teacher_model is not None or self.teacher.kind in (SHARED_BASE, CACHED)
         return is_there and (self.kd_ratio > 0 or measures)
 
     @property
     def loads_teacher(self) -> bool:
         """Return whether a teacher is loaded beside the student."""
-        return self.asks_teacher and self.teacher_model is not None
+        is_read = self.teacher.kind == CACHED and not self.teacher.fill
+        return self.asks_teacher and self.teacher_model is not None and not is_read
+
+    @property
+    def reads_cache(self) -> bool:
+        """Return whether the teacher's outputs come from a directory."""
+        return self.asks_teacher and self.teacher.kind == CACHED
 
     @property
     def keep_last(self) -> int | None:

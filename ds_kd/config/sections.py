@@ -192,10 +192,24 @@ class LRScheduler:
 
 @dataclass
 class Teacher:
-    kind: Literal["resident", "shared_base"] = key(
+    kind: Literal["resident", "shared_base", "cached"] = key(
         "resident",
         "Chooses the teacher: resident runs teacher_model in an engine of its own; shared_base is "
-        "the student's own base, its adapter (peft) off, without a second set of weights.",
+        "the student's own base, its adapter (peft) off, without a second set of weights; cached "
+        "reads what a teacher gave before from a directory.",
+    )
+    directory: str | None = key(
+        None, "Names the directory of a cached teacher, which launch/cache_teacher.py writes."
+    )
+    fill: bool = key(
+        False,
+        "Has a cached teacher run where its directory lacks rows, and writes them: the first epoch "
+        "fills it, later ones only read.",
+    )
+    dtype: Literal["auto", "fp16", "bf16", "fp32"] = key(
+        "auto",
+        "Chooses the numbers that a cache keeps hidden states in: auto is bf16 for a teacher in "
+        "bf16, which is exact, and fp16 for one in fp32; fp32 is always exact.",
     )
 
 

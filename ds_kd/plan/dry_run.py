@@ -10,12 +10,13 @@ from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
 from ds_kd.config.names import OF_DIVERGENCE, home_of
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.packing import pack
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
+from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.samples import describe_sharing, load_first
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
@@ -119,12 +120,12 @@ def describe(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
     )
-    lines += _describe_steps(cfg, rows) + describe_sharing(cfg)
+    lines += _describe_steps(cfg, rows) + describe_sharing(cfg) + describe_cache(cfg, rows)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
     lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
     lines += _describe_worlds(student, teacher, work, machine)
-    asked = student if teacher is None and cfg.asks_teacher else teacher  # its own base
+    asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
     flops = memory.count_operations(student, asked, work)
     lines.append(
         f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
@@ -347,6 +348,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
         "offload_teacher": cfg.offload_teacher_model or is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
+        "cached_head": count_head_bytes(find_record(cfg)),
     }
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):
         if key in zero["student"]:

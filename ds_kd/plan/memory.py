@@ -60,6 +60,7 @@ class Work:
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: every rank has the whole teacher (stage 0).
+        cached_head: bytes of the head of a teacher that is read from a cache.
         bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
     """
 
@@ -75,6 +76,7 @@ class Work:
     offload_optimizer: bool = False
     offload_teacher: bool = False
     teacher_is_whole: bool = False
+    cached_head: int = 0
     bucket: int = _BUCKET
     reuse: int = _REUSE
 
@@ -150,6 +152,10 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
         heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
         buffers = 3 if work.shares_softmax else 4
 
+    if work.cached_head:
+        out["teacher's head"] = work.cached_head
+        buffers = 3 if work.shares_softmax else 4
+
     rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
     out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and in transit
     gradient = 4 * student.vocabulary * student.hidden if student.head_trained else 0
@@ -165,7 +171,7 @@ def is_state(name: str) -> bool:
     """Return whether a part of `estimate_bytes` stays between steps."""
     return name.removeprefix("host ") in {
         "student weights", "student weights, gathered", "fp32 weights", "optimizer", "gradients",
-        "teacher weights",
+        "teacher weights", "teacher's head",
     }  # fmt: skip
 
 

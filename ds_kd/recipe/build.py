@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate
+from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
-from ds_kd.config.losses import is_of_layers
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
-from ds_kd.losses.contract import check_cross_entropy, check_divergence
 from ds_kd.losses.named.hidden_states import HiddenStates
-from ds_kd.losses.weighted import Weighted
 from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
@@ -32,8 +26,8 @@ from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import build_loader, build_samples, packs
 from ds_kd.recipe.in_run import build_evaluation
+from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
-    build_layer_losses,
     check_lengths,
     config_of,
     fix_rope,
@@ -42,11 +36,14 @@ from ds_kd.recipe.models import (
     tokenizer_of,
     training_dtype,
 )
+from ds_kd.recipe.offline.rows import list_asked
+from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.teachers.base import Teacher
+from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.teachers.shared_base import SharedBaseTeacher
-from ds_kd.train.batches import LoaderBatches
+from ds_kd.train.batches import Batches, LoaderBatches, NotedPasses
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
@@ -81,17 +78,18 @@ def build(
     # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
-    loss = _build_loss(cfg, tokenizer, world)
-    _check_lengths(cfg, [loader, *validation.values()])
+    loss = build_loss(cfg, tokenizer, world)
+    check_lengths(cfg, [loader, *validation.values()])
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
-    teacher, student = _build_models(cfg, loss, schedule, world)
+    asked = list_asked(cfg, samples, held_out)
+    teacher, student = _build_models(cfg, tokenizer, asked, loss, schedule, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
         teacher=teacher if cfg.kd_ratio > 0 else None,
-        batches=batches,
+        batches=_settle_after_passes(batches, teacher),
         validation=Validation(validation, teacher, world, generations),
         schedule=schedule,
         metrics=metrics,
@@ -107,6 +105,13 @@ def build(
     )
 
 
+def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
+    """Return the batches, with a cache that is filled made known to all ranks after each pass."""
+    if isinstance(teacher, FillingTeacher):
+        return NotedPasses(batches, teacher.settle)
+    return batches
+
+
 def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) -> dict[str, Any]:
     """Return a loader for each validation set."""
     return {
@@ -116,14 +121,30 @@ def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) ->
 
 
 def _build_models(
-    cfg: RunConfig, loss: DistillationLoss, schedule: Schedule, world: World
+    cfg: RunConfig,
+    tokenizer: Any,
+    asked: dict[str, Any],
+    loss: DistillationLoss,
+    schedule: Schedule,
+    world: World,
 ) -> tuple[Teacher | None, Any]:
-    """Return the teacher, if the run loads one, and the student's engine."""
+    """Return the teacher, if the run has one, and the student's engine.
+
+    Args:
+        tokenizer: the student's.
+        asked: from `list_asked`.
+    """
     layer_losses = build_layer_losses(cfg)
     compared = [other for _, part in layer_losses for _, other in part.pairs]
-    teacher = _build_teacher(cfg, compared, world) if cfg.loads_teacher else None
-    if cfg.kd_ratio == 0:
-        # A teacher that only validation uses must not change the random numbers of training.
+    teacher: Teacher | None = None
+    if cfg.reads_cache:
+        load = functools.partial(build_teacher, cfg, [], world)
+        teacher = build_cached(cfg, tokenizer, asked, load, world)
+    elif cfg.loads_teacher:
+        teacher = build_teacher(cfg, compared, world)
+    if cfg.kd_ratio == 0 or cfg.reads_cache:
+        # A teacher that only validation uses must not change the random numbers of training, and
+        # nor must one that is loaded only where a cache lacks rows.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
@@ -175,51 +196,6 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss:
-    """Return the student's loss, over the ids that it shares with the teacher."""
-    shared = None
-    rows = [config_of(cfg.model).get_text_config().vocab_size]
-    if cfg.loads_teacher:
-        assert cfg.teacher_model is not None
-        teacher_tokenizer = tokenizer_of(cfg.teacher_model, world)
-        rows.append(config_of(cfg.teacher_model).get_text_config().vocab_size)
-        expected = "a teacher with the student's tokenizer"
-        if cfg.kd_ratio == 0:
-            expected += ", or step_scheduler.validate_teacher: false"
-        with config_error("teacher_model", name_of(cfg.teacher_model), expected):
-            shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
-    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_divergence(cfg, shared or rows[0], world)
-    return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
-
-
-def _build_divergence(cfg: RunConfig, vocab: int, world: World) -> Any:
-    """Return the distillation loss over so many ids, or the weighted sum of several."""
-    build = functools.partial(_build_part_of_loss, check=check_divergence, vocab=vocab, world=world)
-    if not cfg.kd_loss_fn.parts:
-        return build(cfg.kd_loss_fn)
-    parts = [(w, build(part)) for w, part in cfg.kd_loss_fn.parts if not is_of_layers(part)]
-    if [weight for weight, _ in parts] == [1.0]:
-        return parts[0][1]
-    try:
-        return Weighted(parts)
-    except ValueError as error:
-        raise ConfigError([f"kd_loss_fn: {error}"]) from error
-
-
-def _build_part_of_loss(
-    component: Component, check: Callable[[Any, int], None], vocab: int, world: World
-) -> Any:
-    """Return the loss of a section on this rank's device, after checking its contract with logits
-    of `vocab` ids."""
-    try:
-        loss = instantiate(component)
-        check(loss, vocab)
-    except ValueError as error:
-        raise ConfigError([f"{component.key}: {component.name}: {error}"]) from error
-    return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
-
-
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
@@ -229,7 +205,12 @@ def _make_engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
-def _build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Teacher:
+def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
+    """Return the teacher in an engine of its own.
+
+    Args:
+        compared: the layers whose outputs it gives too.
+    """
     component = cfg.teacher_model
     assert component is not None
     zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
@@ -321,14 +302,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that are too long for the table of a `longrope` model."""
-    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
-    for component, loader in itertools.product(used, loaders):
-        with config_error(component.key, name_of(component), "a model that treats samples alike"):
-            check_lengths(config_of(component), loader.dataset.dataset)  # without the filler
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:

@@ -18,6 +18,7 @@ from ds_kd.config.text.secrets import blank_secrets
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import SHOWN, read_lines
 from ds_kd.recipe.models import name_of, training_dtype
+from ds_kd.recipe.offline.record import read_record
 from ds_kd.recipe.results import log_of
 
 _BODY = """
@@ -81,7 +82,8 @@ def write_card(cfg: RunConfig, ranks: int, state: TrainState) -> str:
         state: the counters at that step; validations of later steps are left out.
     """
     student = _name_short(cfg.model)
-    teacher = "its data" if cfg.teacher_model is None else _name_short(cfg.teacher_model)
+    named = _find_teacher(cfg)
+    teacher = "its data" if named is None else _shorten(named)
     teacher = student if cfg.teacher.kind == SHARED_BASE else teacher
     training = _describe_training(cfg, ranks, state)
     body = _BODY.format(
@@ -116,9 +118,20 @@ def _is_on_hub(name: str) -> bool:
     return "/" in name and not is_directory(name) and not looks_local(name)
 
 
+def _find_teacher(cfg: RunConfig) -> str | None:
+    """Return the directory or hub id of the teacher, also of one that only a cache knows."""
+    if cfg.teacher_model is not None:
+        return name_of(cfg.teacher_model)
+    found = read_record(Path(cfg.teacher.directory or "")) if cfg.reads_cache else None
+    return None if found is None else found.teacher
+
+
 def _name_short(model: Component) -> str:
+    return _shorten(name_of(model))
+
+
+def _shorten(name: str) -> str:
     """Return a hub id, or the last part of a path."""
-    name = name_of(model)
     return name if _is_on_hub(name) else Path(name).name or name
 
 
@@ -135,8 +148,8 @@ def _summarize(cfg: RunConfig, state: TrainState, student: str, teacher: str) ->
 def _describe_training(cfg: RunConfig, ranks: int, state: TrainState) -> dict[str, Any]:
     """Return what the student was made from and how, by name."""
     told: dict[str, Any] = {"started from": name_of(cfg.model)}
-    if cfg.teacher_model is not None and cfg.kd_ratio > 0:
-        told["teacher"] = name_of(cfg.teacher_model)
+    if (teacher := _find_teacher(cfg)) is not None and cfg.kd_ratio > 0:
+        told["teacher"] = teacher
     elif cfg.teacher.kind == SHARED_BASE and cfg.kd_ratio > 0:
         told["teacher"] = "the model it started from, without the adapter"
     if cfg.peft is not None:

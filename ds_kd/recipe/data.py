@@ -22,6 +22,7 @@ from ds_kd.evaluate.show import render
 from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
+from ds_kd.teachers.cache.keys import AddKeys
 
 _NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
@@ -207,6 +208,8 @@ def build_loader(
             # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
         )
+    if cfg.reads_cache:
+        built.collate_fn = AddKeys(built.collate_fn)
     return built, sampler
 
 

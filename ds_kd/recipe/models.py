@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
-from ds_kd.config.losses import is_of_layers
+from ds_kd.config.components import Component, config_error, instantiate
 from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
-from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.files.weight_files import (
@@ -203,7 +202,22 @@ def _find_longrope_length(config: Any) -> int | None:
     return int(ropes[0]["original_max_position_embeddings"]) if ropes else None
 
 
-def check_lengths(config: Any, samples: Any) -> None:
+def check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
+    """Refuse samples that are too long for the table of a `longrope` model.
+
+    Args:
+        loaders: of all samples of a run.
+
+    Raises:
+        ConfigError: names the model.
+    """
+    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
+    for component, loader in itertools.product(used, loaders):
+        with config_error(component.key, name_of(component), "a model that treats samples alike"):
+            check_longrope(config_of(component), loader.dataset.dataset)  # without the filler
+
+
+def check_longrope(config: Any, samples: Any) -> None:
     """Refuse samples for which transformers would use the other table of `longrope`, so that the
     trained model would not be the one that runs later.
 
@@ -259,29 +273,3 @@ def config_of(component: Component) -> Any:
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
         return AutoConfig.from_pretrained(name_of(component), **_select_location(component))
-
-
-def build_layer_losses(cfg: RunConfig) -> list[tuple[float, HiddenStates]]:
-    """Return the losses that compare layers of both models, with their weights; none at kd_ratio 0.
-
-    Raises:
-        ConfigError: a model has no such layer.
-    """
-    if cfg.kd_ratio == 0:
-        return []
-    teacher = cfg.teacher_model or cfg.model  # a student with an adapter may learn from its base
-    found = []
-    for weight, part in cfg.kd_loss_fn.parts:
-        if is_of_layers(part):
-            loss: HiddenStates = instantiate(part)
-            student, other = (config_of(c).get_text_config() for c in (cfg.model, teacher))
-            for pair in loss.pairs:
-                if pair[0] >= student.num_hidden_layers or pair[1] >= other.num_hidden_layers:
-                    expected = (
-                        f"a student's layer below {student.num_hidden_layers} and a teacher's "
-                        f"below {other.num_hidden_layers}"
-                    )
-                    raise ConfigError([problem(f"{part.key}.layers", [*pair], expected)])
-            loss.add_projectors(student.hidden_size, other.hidden_size, cfg.rng.seed)
-            found.append((weight, loss))
-    return found

@@ -18,6 +18,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.process import check_caches
 from ds_kd.recipe.build import build
 from ds_kd.recipe.changes import refuse_changes
+from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.train.trainer import Trainer
 
 
@@ -44,6 +45,8 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
         held.push(lambda error, *_: None if error else distributed.stop())
         trainer = _build_trainer(cfg, world, listens)
         _resume(cfg, trainer, lock)
+        if isinstance(trainer.teacher, FillingTeacher):
+            held.callback(trainer.teacher.close)
         trainer.held = held.pop_all()
         return trainer
     raise AssertionError("none of the contexts above suppresses an error")

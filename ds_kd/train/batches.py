@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +49,29 @@ class LoaderBatches:
                 yield [next(batches) for _ in range(self._sampler.micro_batches(step_in_epoch))]
             del batches  # its workers end before those of the next epoch start
             epoch, done = epoch + 1, 0
+
+
+class NotedPasses:
+    """Micro-batches of another source, before each pass over which a function is called.
+
+    Args:
+        batches: the source.
+        at_pass: called on all ranks at once, also before the first step of a resumed run if that
+            begins a pass.
+    """
+
+    def __init__(self, batches: Batches, at_pass: Callable[[], None]):
+        self.batches, self.at_pass = batches, at_pass
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.batches.steps_per_epoch
+
+    def after(self, step: int) -> Iterator[list[Batch]]:
+        for number, micro_batches in enumerate(self.batches.after(step), step):
+            if number % self.steps_per_epoch == 0:
+                self.at_pass()
+            yield micro_batches
 
 
 def move_batch(batch: Batch, device: torch.device) -> Batch:

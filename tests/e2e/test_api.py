@@ -46,6 +46,20 @@ with ds_kd.build(shared) as trainer:
     trainer.train()
     runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
 
+# The shipped run on a cache: its teacher is run once by the command, and is then away.
+from tests.scripts import script
+example = "ds_configs/runs/cached_teacher.yaml"
+kept = [*overrides, *small[:2], f"checkpoint.checkpoint_dir={root / 'cached'}"]
+kept += [f"teacher.directory={root / 'cache'}"]
+assert script("cache_teacher").main(["--config", example, *kept]) == 0
+(root / "teacher").rename(root / "away")
+words = [word for word in kept if not word.startswith("teacher_model")]
+alone = ["teacher_model=null", "teacher.fill=false"]
+with ds_kd.build(ds_kd.load_config(example, [*words, *alone])) as trainer:
+    trainer.train()
+    runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
+(root / "away").rename(root / "teacher")
+
 # A build that fails gives back what it holds; a signal ends a run that listens.
 try:
     ds_kd.build(config("one", "kd_ratio=0.1"))
@@ -93,7 +107,7 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    first, resumed, straight, shared, refused, summed, other, stopped = json.loads(
+    first, resumed, straight, shared, cached, refused, summed, other, stopped = json.loads(
         done.stdout.splitlines()[-1]
     )
     assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
@@ -106,6 +120,7 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     assert last["eval_kl/forward_kl"] == pytest.approx(last["val_kl_at_t1"], rel=1e-4)
     shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
     assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
+    assert cached[0] == 2 and cached[1] > 0.1, cached
     assert "kd_ratio was 0.5 and is 0.1" in refused
     assert summed[1:3] == [1, True] and "kd_loss_fn was [{" in other
     log = tmp_path / "four" / "tensorboard" / "metrics.jsonl"

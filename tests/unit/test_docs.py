@@ -73,6 +73,7 @@ RUN_BY = {
     "python launch/evaluate.py": "unit/test_evaluate.py::test_hellaswag_agrees_with_lm",
     "torchrun --nproc-per-node 8 launch/evaluate.py": "distributed/test_evaluation.py::test_two_r",
     "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
+    "python launch/cache_teacher.py": "e2e/test_api.py::test_a_run_is_built_trained_and_closed",
     "python launch/sweep.py": "e2e/test_sweep.py::test_the_command_leaves_out_finished_runs",
     "python launch/report.py": "unit/test_report.py::test_what_is_no_run_is_told",
     "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",

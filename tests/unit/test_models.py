@@ -170,7 +170,7 @@ def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
 
 
 def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
-    from ds_kd.recipe.models import check_lengths, fix_rope, load_model
+    from ds_kd.recipe.models import check_longrope, fix_rope, load_model
 
     path = tiny.llama(tmp_path / "model")
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}
@@ -178,9 +178,9 @@ def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
     edit_config(path, rope_parameters={**rope, "original_max_position_embeddings": 16})
     model = load_model(target_of(path), {"zero_optimization": {"stage": 0}}, False)
     assert "longrope keeps its table for up to 16 tokens" in fix_rope(model)
-    check_lengths(model.config, [{"input_ids": [3] * 16}])
+    check_longrope(model.config, [{"input_ids": [3] * 16}])
     with pytest.raises(ValueError, match=r"up to 16 tokens.*a sample has 17.*seq_length: 16"):
-        check_lengths(model.config, [{"input_ids": [3] * 17}])
+        check_longrope(model.config, [{"input_ids": [3] * 17}])
     ids = torch.randint(3, 96, (1, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         long, short = model(ids).logits[:, :10], model(ids[:, :10]).logits

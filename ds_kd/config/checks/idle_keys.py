@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.config.components import Component
-from ds_kd.config.schema import RunConfig
+from ds_kd.config.schema import CACHED, RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
 _WITH_A_VALIDATION = (
@@ -16,6 +16,7 @@ _OF_CHECKPOINTS = (
     "checkpoint.keep_best", "checkpoint.on_failed_save",
 )  # fmt: skip
 _OF_COMPILE = ("compile.mode", "compile.dynamic", "compile.backend")
+_OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
 _OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
 
 
@@ -46,6 +47,9 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),
         (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
+        (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
+        (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
+         "the teacher is read from a cache"),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for is_off, keys, reason in rules:
