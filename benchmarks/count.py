@@ -28,6 +28,8 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
 _ONLY_WRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")
+#: Operations that touch few numbers of their first argument, or none.
+_TOUCH_FEW = ("aten::gather", "aten::scatter_add_", "aten::new_full", "aten::new_zeros")
 #: How often a kernel of our own reads its arguments, by name; it writes over the first once.
 _READS = {"ds_kd::distil_rows": {"student": 2, "teacher": 2}}
 
@@ -67,6 +69,7 @@ class Cost(TorchDispatchMode):
             (value, self._times(schema, part, value))
             for part in schema.arguments
             if isinstance(value := given.get(part.name), Tensor)
+            and not (part.name == "self" and schema.name in _TOUCH_FEW)
         ]
         moved += [(part, 1) for part, info in zip(_flat(out), returned, strict=False) if not info]
         self.bytes += sum(times * part.numel() * part.element_size() for part, times in moved)

@@ -79,6 +79,8 @@ class States:
         else:
             place = name if stays else "product"
             product = buffers.for_product(place, len(hidden), vocab, hidden.dtype)
+
+        # Both forms write where they are told to, so that no chunk allocates.
         weight = head.weight[:vocab].t()
         if head.bias is None:
             torch.mm(hidden, weight, out=product)

@@ -78,7 +78,7 @@ def test_the_kernel_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     from ds_kd.losses.fused import forward_kl
     from ds_kd.losses.fused.kernel import distil_row
 
-    kinds = "*bf16 *bf16 *i64 *fp32 i32 i32 i32 i32 fp32 fp32 fp32".split()
+    kinds = ["*bf16", "*bf16", "*i64", "*fp32", "i32", "i32", "i32", "i32", "fp32", "fp32", "fp32"]
     kinds += ["constexpr"] * (len(distil_row.arg_names) - len(kinds))
     fixed = [*options, len(forward_kl.COLUMNS), forward_kl._BLOCK]
     source = ASTSource(

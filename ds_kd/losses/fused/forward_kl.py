@@ -83,6 +83,8 @@ def distil_rows(
     found = student.new_empty(tokens, len(COLUMNS), dtype=torch.float32)
     if not tokens:
         return found
+
+    # A program for each token; the strides are those of aligned rows (`Buffers.for_product`).
     distil_row[(tokens,)](
         student,
         teacher,

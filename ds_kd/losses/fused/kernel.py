@@ -13,22 +13,10 @@ import triton.language as tl
 
 @triton.jit
 def distil_row(
-    student,
-    teacher,
-    labels,
-    found,
-    shared,
-    vocab,
-    student_step,
-    teacher_step,
-    inverse_t,
-    ce_weight,
-    kd_weight,
-    HAS_CE: tl.constexpr,
-    IS_HIGH: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, labels, found, shared, vocab, student_step, teacher_step,
+    inverse_t, ce_weight, kd_weight,
+    HAS_CE: tl.constexpr, IS_HIGH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Compute CE and forward KL of one token, and write their gradient over its student logits.
 
     Args:
@@ -49,7 +37,8 @@ def distil_row(
     found += row * COLUMNS
     label = tl.maximum(tl.load(labels + row), 0)
     label_logit = tl.load(student + label).to(tl.float32)
-    tl.debug_barrier()  # every thread has read it before one writes a gradient there
+    # Every thread has read it before one writes a gradient there.
+    tl.debug_barrier()
 
     lse_1, lse_s, lse_t, mean_t, gap, agrees = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
@@ -127,21 +116,9 @@ def _sum_rest(student, shared, vocab, top, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def _write_shared(
-    student,
-    teacher,
-    shared,
-    inverse_t,
-    lse_1,
-    lse_s,
-    lse_t,
-    gap,
-    label,
-    ce_weight,
-    kd_weight,
-    HAS_CE: tl.constexpr,
-    IS_HIGH: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    student, teacher, shared, inverse_t, lse_1, lse_s, lse_t, gap, label, ce_weight, kd_weight,
+    HAS_CE: tl.constexpr, IS_HIGH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Write the gradient of the shared ids, and return the two sums of `near_kl`, 0 unless
     IS_HIGH: Σ p·(e^d - 1 - d) and max |d|, d being the log-ratio less its mean."""
     at = tl.arange(0, BLOCK)
@@ -152,6 +129,8 @@ def _write_shared(
         inside = column < shared
         z_s = tl.load(student + column, inside, other=-float("inf")).to(tl.float32)
         z_t = tl.load(teacher + column, inside, other=-float("inf")).to(tl.float32)
+
+        # (1 - α)·(q - onehot) at T = 1, and α·T·(q - p) at T.
         p = tl.exp(z_t * inverse_t - lse_t)
         gradient = kd_weight * (tl.exp(z_s * inverse_t - lse_s) - p)
         if HAS_CE:
