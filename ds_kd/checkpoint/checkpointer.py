@@ -6,6 +6,7 @@
             state.json          TrainState, world size, fingerprint of the run
             config.yaml         the run's YAML with its overrides, secrets blanked
             rng_rank0.pt …      random-number generators of each rank
+            rollouts.json       texts of the student that later steps still train on, if any
             model/              Hugging Face config, tokenizer and model card (README.md); the
                                 weights too, if consolidated
             adapter/            LoRA weights as peft writes them, if the run trains such
@@ -17,9 +18,10 @@
         PREEMPTED                       exists while a run that a signal stopped is to go on
 
 A checkpoint holds the engine (weights, optimizer, LR schedule), `TrainState` (from which the
-position in the data follows) and the RNG of each rank. DeepSpeed alone would write its `latest`
-before other ranks have finished, load flipped bytes without noticing, and start from step 0 if
-`latest` is missing. So a manifest is written, and the whole directory is renamed.
+position in the data follows), the RNG of each rank, and what the student wrote for later steps.
+DeepSpeed alone would write its `latest` before other ranks have finished, load flipped bytes
+without noticing, and start from step 0 if `latest` is missing. So a manifest is written, and the
+whole directory is renamed.
 """
 
 from __future__ import annotations
@@ -46,13 +48,14 @@ from ds_kd.checkpoint.manifest import (
     FINAL,
     LATEST,
     MODEL,
+    ROLLOUTS,
     STATE,
     CheckpointError,
     error_of,
 )
 from ds_kd.checkpoint.retention import Retention, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
-from ds_kd.checkpoint.state import TrainState, rng_state
+from ds_kd.checkpoint.state import Buffer, TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
 from ds_kd.models.files.file_names import write_config, write_tokenizer
@@ -98,6 +101,7 @@ class Checkpointer:
         changes: the differences that `resume` found in the fingerprint, a line each, by name.
         validation: settings that decide the validation loss of given weights, like `fingerprint`.
         validation_changes: the differences in `validation`, like `changes`.
+        buffer: what else outlives a step; None if nothing does.
     """
 
     directory: Path
@@ -115,6 +119,7 @@ class Checkpointer:
     changes: dict[str, str] = field(default_factory=dict)
     validation: dict[str, Any] = field(default_factory=dict)
     validation_changes: dict[str, str] = field(default_factory=dict)
+    buffer: Buffer | None = None
 
     def save(
         self,
@@ -259,6 +264,8 @@ class Checkpointer:
         # For another number of ranks the shards are converted in `scratch`.
         scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
+        if self.buffer is not None and (found / ROLLOUTS).is_file():
+            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text()))
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
         if "validation" in saved:  # earlier versions did not save it
             self.validation_changes = differences(saved["validation"], self.validation)
@@ -309,6 +316,8 @@ class Checkpointer:
         }
         (aside / STATE).write_text(json.dumps(saved))
         (aside / CONFIG).write_text(self.config_text)
+        if self.buffer is not None and (kept := self.buffer.state_dict(state.step)) is not None:
+            (aside / ROLLOUTS).write_text(json.dumps(kept))
 
         # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model

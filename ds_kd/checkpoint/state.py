@@ -5,9 +5,20 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+
+
+class Buffer(Protocol):
+    """Something that outlives a step and cannot be made again, such as texts that the student wrote
+    with earlier weights."""
+
+    def state_dict(self, step: int) -> dict[str, Any] | None:
+        """Return what the steps after `step` need, as plain values, or None if that is nothing."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what a saved run had."""
 
 
 @dataclass

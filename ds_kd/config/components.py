@@ -98,6 +98,11 @@ class Component:
     declaration: DataSet | None = None
     parts: tuple[tuple[float, Component], ...] = ()
 
+    @property
+    def is_without_answers(self) -> bool:
+        """Return whether this is a data set of prompts alone."""
+        return self.declaration is not None and not self.declaration.has_answers
+
 
 def resolve(dotted: str) -> Any:
     """Return the object behind a permitted name.

@@ -29,6 +29,7 @@ from ds_kd.config.checks.tokenizers import find_other_tokenizer
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
+from ds_kd.config.methods.rollouts import add_defaults
 from ds_kd.config.nemo import Translation
 from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.schema import Rng, RunConfig
@@ -64,6 +65,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
         ConfigError: lists all problems.
     """
     written = data.get("lr_scheduler")
+    data = add_defaults(data)
     translated = Translation(data)
     problems = translated.problems
     values = check_section(RunConfig, data, "", problems)
@@ -178,7 +180,7 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
 #: Keys by which runs differ in their results, and are compared.
 _SETTINGS = (
     "model.pretrained", "teacher_model.pretrained", "kd_ratio", "kd_loss_fn.", "optimizer.",
-    "lr_scheduler.", "clip_grad_norm", "step_scheduler.global_batch_size",
+    "lr_scheduler.", "clip_grad_norm", "rollouts.", "step_scheduler.global_batch_size",
     "step_scheduler.max_steps", "step_scheduler.num_epochs", "peft.", "rng.seed", "seed",
 )  # fmt: skip
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, key
+from ds_kd.config.methods.rollouts import Rollouts
 from ds_kd.config.names import (  # fmt: skip
     OF_CROSS_ENTROPY,
     OF_DATA,
@@ -71,6 +72,11 @@ class RunConfig:
         "arguments, temperature, ignore_index, fp32_upcast, chunk_size. A list of such sections, "
         "each with a weight, is their weighted sum.",
         component=OF_DIVERGENCE,
+    )
+    rollouts: Rollouts | None = key(
+        None,
+        "Trains on answers that the student writes itself (on-policy; docs/on_policy.md). "
+        "kd_loss_fn is then reverse_kl and kd_ratio 1, if they are not given.",
     )
     peft: Peft | None = key(
         None, "Trains small adapters (LoRA) and leaves the student's weights as they are."
@@ -147,6 +153,11 @@ class RunConfig:
     def kd_losses(self) -> list[Component]:
         """Return the distillation loss, or the parts of a weighted sum."""
         return [part for _, part in self.kd_loss_fn.parts] or [self.kd_loss_fn]
+
+    @property
+    def rolls_out(self) -> bool:
+        """Return whether the student writes some of its samples itself."""
+        return self.rollouts is not None and self.rollouts.ratio > 0
 
     @property
     def asks_teacher(self) -> bool:

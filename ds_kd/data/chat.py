@@ -61,7 +61,10 @@ def tokenize_prompt_answer(
 
 
 def conversation_of(
-    row: dict[str, Any], any_role: bool = False, column: str = "messages"
+    row: dict[str, Any],
+    any_role: bool = False,
+    column: str = "messages",
+    needs_answer: bool = True,
 ) -> tuple[list[dict], list | None]:
     """Return a row's messages and its tools, or None in place of tools.
 
@@ -73,6 +76,7 @@ def conversation_of(
         row: has `messages`, perhaps `tools` and `system`.
         column: the column of the messages.
         any_role: accept roles that `ROLES` does not list.
+        needs_answer: refuse a conversation without an assistant turn.
 
     Raises:
         ValueError: it is no conversation, or has no assistant turn.
@@ -85,7 +89,7 @@ def conversation_of(
     has_turn = any(message["role"] == "system" for message in messages)
     if isinstance(system, str) and system.strip() and not has_turn:
         messages.insert(0, {"role": "system", "content": system})
-    if not any(message["role"] == "assistant" for message in messages):
+    if needs_answer and not any(message["role"] == "assistant" for message in messages):
         raise ValueError("a conversation without an assistant turn has nothing to learn")
     tools = _decode_json(_drop_nulls(row.get("tools")))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
@@ -183,6 +187,22 @@ def tokenize_chat(
             )
             mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def tokenize_chat_prompt(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
+) -> list[int]:
+    """Return the tokens of a conversation to the point where its last assistant turn begins, or a
+    new one if it has none.
+
+    Raises:
+        ValueError: the template refuses the conversation, or nothing precedes that turn.
+    """
+    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
+    before = messages[: turns[-1]] if turns else messages
+    if not before:
+        raise ValueError("nothing precedes the assistant's turn, so there is no prompt")
+    return list(_render(tokenizer, before, tools, add_generation_prompt=True)["input_ids"])
 
 
 def _has_content(message: dict[str, Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 IGNORE_INDEX = -100  # label of positions that are not supervised, as in Hugging Face and torch
+IS_PROMPT = "is_prompt"  # the key of a sample without an answer, all of whose tokens are the prompt
 _MOST = 1000  # samples that are inspected if each has to be made
 _NAMED = 5  # samples named in the message
 _TOLERATED = 0.01  # share of samples without a supervised token; above it the message is a warning

@@ -9,10 +9,11 @@ from ds_kd.data.chat import (
     conversation_of,
     cut_length,
     tokenize_chat,
+    tokenize_chat_prompt,
     tokenize_prompt_answer,
     use_template,
 )
-from ds_kd.data.labels import shift
+from ds_kd.data.labels import IGNORE_INDEX, IS_PROMPT, shift
 from ds_kd.data.rows.declaration import ColumnsError, data_set
 from ds_kd.data.rows.source import make_samples, text_of
 
@@ -165,6 +166,61 @@ def make_text_dataset(
         return shift(ids, [True] * len(ids), length)
 
     return make_samples(dataset_name, split, (column,), limit_dataset_samples, sample)
+
+
+def _read_prompt(row: dict[str, Any], arguments: dict[str, Any]) -> tuple[list[dict], Any]:
+    """Return a row's messages and its tools; a text is one message of the user.
+
+    Raises:
+        ValueError: it is neither a text nor a conversation, or is empty.
+    """
+    column = arguments.get("column", "prompt")
+    if isinstance(row[column], str) and not row[column].lstrip().startswith("["):
+        if not row[column].strip():
+            raise ValueError(f"{column} is empty")
+        return [{"role": "user", "content": row[column]}], None
+    any_role = arguments.get("chat_template") is not None
+    return conversation_of(row, any_role, column, needs_answer=False)
+
+
+@data_set("path_or_dataset_id", ("prompt",), _read_prompt, columns_from="column", has_answers=False)
+def make_prompt_dataset(
+    path_or_dataset_id: str | list,
+    tokenizer: Any,
+    column: str = "prompt",
+    split: str | None = "train",
+    limit_dataset_samples: int | None = None,
+    chat_template: str | None = None,
+) -> Any:
+    """Return prompts alone, for a student that writes all answers itself (`rollouts.ratio: 1`).
+
+    A text is the user's turn if the tokenizer has a chat template, else running text. Messages go
+    through the template without the last turn of the assistant, if there is one.
+
+    Args:
+        path_or_dataset_id, split: see `load_rows`.
+        tokenizer: the student's.
+        column: the column of the prompt: a text, or messages.
+        limit_dataset_samples: keep only the first rows, this many.
+        chat_template: Jinja text or file in place of the tokenizer's own.
+
+    Raises:
+        ValueError: the data cannot be read, or lack the column; messages without a chat template.
+    """
+    use_template(tokenizer, chat_template)
+    arguments = {"column": column, "chat_template": chat_template}
+
+    def sample(row: dict[str, Any]) -> dict[str, Any]:
+        talk, tools = _read_prompt(row, arguments)
+        if tokenizer.chat_template is not None:
+            ids = tokenize_chat_prompt(tokenizer, talk, tools)
+        elif isinstance(row[column], str):
+            ids = list(tokenizer(row[column].rstrip())["input_ids"])
+        else:
+            raise ValueError(f"{tokenizer.name_or_path} has no chat template for messages")
+        return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), IS_PROMPT: True}
+
+    return make_samples(path_or_dataset_id, split, (column,), limit_dataset_samples, sample)
 
 
 def _find_cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:

@@ -185,7 +185,9 @@ class Student(_Split):
     ):
         super().__init__(model)
         self.loss = loss
-        self.layer_losses = nn.ModuleList(part for _, part in layer_losses)
+        # ZeRO-3 keeps all parameters of an optimizer in one buffer, so they have one dtype.
+        parts = nn.ModuleList(part for _, part in layer_losses)
+        self.layer_losses = parts.to(self.model.dtype) if len(parts) else parts
         self._weights = [weight for weight, _ in layer_losses]
         self.watch(own for _, part in layer_losses for own, _ in part.pairs)
 

@@ -17,6 +17,7 @@ from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
+from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import describe_sharing, load_first
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
@@ -108,14 +109,12 @@ def describe(
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
     rows, tokens, supervised, told = data_of(cfg, length)
     steps = cfg.step_scheduler
-    packed = cfg.packed_sequence.packed_sequence_size
-    work = work_of(cfg, world, packed or tokens, supervised)
+    work = work_of(cfg, world, tokens, supervised)
+    writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
+    work = add_answers(cfg, work, writing, world)
 
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
-    for name, shape in (("student", student), ("teacher", teacher)):
-        if shape is not None:
-            trained = f", {_format_count(shape.trained)} trained" if name == "student" else ""
-            lines.append(f"  {name}: {_format_count(shape.parameters)} parameters{trained}")
+    lines += _describe_models(student, teacher)
     lines.append(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
@@ -123,15 +122,24 @@ def describe(
     lines += _describe_steps(cfg, rows) + describe_sharing(cfg) + describe_cache(cfg, rows)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
-    lines += _describe_memory(memory.estimate_bytes(student, teacher, work, world))
+    parts = memory.estimate_bytes(student, teacher, work, world)
+    lines += _describe_memory(parts)
     lines += _describe_worlds(student, teacher, work, machine)
     asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
     flops = memory.count_operations(student, asked, work)
-    lines.append(
-        f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {flops / (mfu * tflops * 1e12):.3g} s "
-        f"at {mfu:.0%} of {tflops:g} TFLOP/s"
-    )
+    told = f"{flops / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
+    lines.append(f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {told}")
+    lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
+
+
+def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
+    """Return a line on each model's parameters."""
+    trained = f"{_format_count(student.parameters)} parameters, {_format_count(student.trained)}"
+    lines = [f"  student: {trained} trained"]
+    if teacher is not None:
+        lines.append(f"  teacher: {_format_count(teacher.parameters)} parameters")
+    return lines
 
 
 def _describe_memory(parts: dict[str, int]) -> list[str]:
@@ -192,10 +200,12 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
             [f"dataloader.drop_last: {rows} samples make no global batch of "
              f"{steps.global_batch_size}; write false, or a smaller one"]
         )  # fmt: skip
+    if cfg.rollouts is not None and cfg.rolls_out:
+        of_epoch *= cfg.rollouts.reuse
     of_data = of_epoch * steps.num_epochs
     total = min(of_data, steps.max_steps or of_data)
     packs = cfg.packed_sequence.packed_sequence_size
-    note = ", fewer as samples are packed" if packs else ""
+    note = ", fewer as samples are packed" if packs and not cfg.rolls_out else ""
     left = " (validation_share holds the others out)" if share is not None else ""
     return [f"  steps: {total:,} from {rows:,} samples{left}{note}"]
 

@@ -39,12 +39,14 @@ from ds_kd.recipe.models import (
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.teachers.shared_base import SharedBaseTeacher
-from ds_kd.train.batches import Batches, LoaderBatches, NotedPasses
+from ds_kd.train.batches import Batches, NotedPasses
 from ds_kd.train.metrics import Metrics
+from ds_kd.train.rollouts import RolloutBatches
 from ds_kd.train.schedule import Schedule
 from ds_kd.train.trainer import Trainer
 from ds_kd.train.validation import Validation
@@ -72,8 +74,7 @@ def build(
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
     validation = _build_validation(cfg, held_out, world)
-    batches = LoaderBatches(loader)
-    schedule = _make_schedule(cfg, batches.steps_per_epoch)
+    schedule = _make_schedule(cfg, steps_per_epoch(cfg, loader))
 
     # Parts that may fail are built before the models, which take minutes to load.
     metrics = _open_metrics(cfg, schedule, world)
@@ -81,10 +82,11 @@ def build(
     loss = build_loss(cfg, tokenizer, world)
     check_lengths(cfg, [loader, *validation.values()])
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
-    asked = list_asked(cfg, samples, held_out)
-    teacher, student = _build_models(cfg, tokenizer, asked, loss, schedule, world)
+    teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
+    batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
+        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -123,7 +125,8 @@ def _build_validation(cfg: RunConfig, held_out: dict[str, Any], world: World) ->
 def _build_models(
     cfg: RunConfig,
     tokenizer: Any,
-    asked: dict[str, Any],
+    samples: Any,
+    held_out: dict[str, Any],
     loss: DistillationLoss,
     schedule: Schedule,
     world: World,
@@ -132,25 +135,26 @@ def _build_models(
 
     Args:
         tokenizer: the student's.
-        asked: from `list_asked`.
+        samples, held_out: those about which the teacher is asked.
     """
     layer_losses = build_layer_losses(cfg)
     compared = [other for _, part in layer_losses for _, other in part.pairs]
     teacher: Teacher | None = None
     if cfg.reads_cache:
         load = functools.partial(build_teacher, cfg, [], world)
+        asked = list_asked(cfg, samples, held_out)
         teacher = build_cached(cfg, tokenizer, asked, load, world)
     elif cfg.loads_teacher:
         teacher = build_teacher(cfg, compared, world)
+
     if cfg.kd_ratio == 0 or cfg.reads_cache:
         # A teacher that only validation uses must not change the random numbers of training, and
         # nor must one that is loaded only where a cache lacks rows.
         seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
-        student.module.watch(
-            [*compared, *(own for _, part in layer_losses for own, _ in part.pairs)]
-        )
+        own = [number for _, part in layer_losses for number, _ in part.pairs]
+        student.module.watch([*own, *compared])
         return SharedBaseTeacher(student), student
     return teacher, student
 

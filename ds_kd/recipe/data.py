@@ -14,7 +14,7 @@ from ds_kd.config.names import COLLATER, LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import describe_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples, explain_failure
-from ds_kd.data.packing import PackedDataset, lengths_of
+from ds_kd.data.packing import PackedDataset, lengths_of, refuse_longest
 from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
@@ -48,7 +48,7 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, di
         held_out[""] = _pack(cfg, cfg.dataset.key, chosen)
     for name, dataset in cfg.validation_dataset.items():
         held_out[name] = _pack(cfg, dataset.key, samples_of(dataset, tokenizer, world))
-    return _pack(cfg, cfg.dataset.key, training), held_out
+    return _pack(cfg, cfg.dataset.key, training, later=cfg.rolls_out), held_out
 
 
 def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
@@ -72,20 +72,37 @@ def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:
     return Subset(samples, others), Subset(samples, chosen)
 
 
-def _pack(cfg: RunConfig, key: str, samples: Any) -> Any:
-    """Return the samples in packs, if `packed_sequence` is on, else the samples."""
+def _pack(cfg: RunConfig, key: str, samples: Any, later: bool = False) -> Any:
+    """Return the samples in packs, if `packed_sequence` is on, else the samples.
+
+    Args:
+        later: each step packs its samples with what the student writes; they only have to fit.
+    """
     if not packs(cfg):
         return samples
     size = cfg.packed_sequence.packed_sequence_size
     expected = f"room for every sample of {key}"
     with config_error("packed_sequence.packed_sequence_size", size, expected):
-        if not cfg.packed_sequence.share_prefixes:
-            return PackedDataset(samples, size, cfg.rng.seed)
-        # A user's own loss of whole logits has no value for each token to count several times.
-        of_logits = [part for part in cfg.kd_losses if not is_of_layers(part)]
-        losses = [resolve(part.name) for part in (cfg.loss_fn, *of_logits)]
-        counts = all(hasattr(loss, "of_chunk") for loss in losses)
-        return SharedDataset(samples, size, cfg.rng.seed, counts)
+        if later:
+            refuse_longest(lengths_of(samples), size)
+            return samples
+        return make_packs(cfg, samples)
+
+
+def make_packs(cfg: RunConfig, samples: Any) -> Any:
+    """Return samples in packs of the size that the config names.
+
+    Raises:
+        ValueError: a sample is longer than a pack.
+    """
+    size = cfg.packed_sequence.packed_sequence_size
+    if not cfg.packed_sequence.share_prefixes:
+        return PackedDataset(samples, size, cfg.rng.seed)
+    # A user's own loss of whole logits has no value for each token to count several times.
+    of_logits = [part for part in cfg.kd_losses if not is_of_layers(part)]
+    losses = [resolve(part.name) for part in (cfg.loss_fn, *of_logits)]
+    counts = all(hasattr(loss, "of_chunk") for loss in losses)
+    return SharedDataset(samples, size, cfg.rng.seed, counts)
 
 
 def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
@@ -98,7 +115,7 @@ def samples_of(dataset: Component, tokenizer: Any, world: World) -> Any:
     rows = _build(dataset, tokenizer, world)
     key, given = _name_source(dataset)
     with config_error(key, given, "samples that teach"):
-        told = describe_unsupervised(rows)
+        told = "" if dataset.is_without_answers else describe_unsupervised(rows)
     for line in filter(None, (told, _warn_of_longest(rows, tokenizer)) if world.is_main else ()):
         print(f"{dataset.key}: {line}", flush=True)
     return rows

@@ -191,11 +191,11 @@ def fix_rope(model: Any) -> str:
                 setattr(module, long, getattr(module, name))
     return (
         f"{model.config.name_or_path}: longrope keeps its table for up to "
-        f"{_find_longrope_length(model.config)} tokens in the whole run"
+        f"{find_longrope_length(model.config)} tokens in the whole run"
     )
 
 
-def _find_longrope_length(config: Any) -> int | None:
+def find_longrope_length(config: Any) -> int | None:
     """Return the number of tokens up to which a model of type `longrope` uses the table that a run
     keeps, or None for other models."""
     ropes = [rope for rope in _find_ropes(config) if rope.get("rope_type") == "longrope"]
@@ -228,7 +228,7 @@ def check_longrope(config: Any, samples: Any) -> None:
     Raises:
         ValueError: names the longest sample's tokens and the model's.
     """
-    if (length := _find_longrope_length(config)) is None:
+    if (length := find_longrope_length(config)) is None:
         return
     longest = max(getattr(samples, "lengths", None) or lengths_of(samples), default=0)
     if longest > length:

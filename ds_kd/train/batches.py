@@ -24,6 +24,9 @@ class Batches(Protocol):
         Every rank gets as many as the others: ZeRO-3's collectives need all ranks in every forward.
         """
 
+    def describe(self) -> dict[str, Any]:
+        """Return what is logged of the micro-batches of the last step, by tag."""
+
 
 class LoaderBatches:
     """Micro-batches of a data loader.
@@ -38,6 +41,9 @@ class LoaderBatches:
     @property
     def steps_per_epoch(self) -> int:
         return int(self._sampler.steps_per_epoch)
+
+    def describe(self) -> dict[str, Any]:
+        return {}
 
     def after(self, step: int) -> Iterator[list[Batch]]:
         epoch, done = divmod(step, self.steps_per_epoch)
@@ -66,6 +72,9 @@ class NotedPasses:
     @property
     def steps_per_epoch(self) -> int:
         return self.batches.steps_per_epoch
+
+    def describe(self) -> dict[str, Any]:
+        return self.batches.describe()
 
     def after(self, step: int) -> Iterator[list[Batch]]:
         for number, micro_batches in enumerate(self.batches.after(step), step):

@@ -30,6 +30,10 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "KL at T = 1 by position in the text": (r"val_kl_at_t1_from_\d+",),
         "entropy": ("teacher_entropy", "val_(teacher|student)_entropy_at_t1"),
     },
+    "What does the student write?": {
+        "tokens of a text": ("rollouts/length",),
+        "share of texts that the limit cut": ("rollouts/truncated",),
+    },
     "Optimizer": {"learning rate": ("learning_rate",), "gradient norm": ("grad_norm",)},
     "Throughput": {
         "tokens per second": ("tokens_per_sec", "val_tokens_per_sec"),
@@ -40,7 +44,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "Time and memory": {
         "seconds of a step, by part": (
-            "time/(step|data|teacher|student_forward|backward|optimizer)",
+            "time/(step|data|rollouts|teacher|student_forward|backward|optimizer)",
         ),
         "seconds between steps": ("time/(validation|checkpoint)",),
         "peak memory of each rank, GiB": (r"memory/rank_\d+",),

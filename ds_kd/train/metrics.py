@@ -99,8 +99,8 @@ class Metrics:
         else:
             print(text, file=self.out, flush=True)
 
-    def train(self, step: int, values: dict[str, float]) -> None:
-        """Record a training step, with its values by tag."""
+    def train(self, step: int, values: dict[str, Any]) -> None:
+        """Record a training step, with its values by tag: numbers, or texts by name."""
         self._record(step, values)
         self._show_progress(step, values)
         self.say(self._format_line(step, values))

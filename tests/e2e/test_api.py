@@ -60,6 +60,16 @@ with ds_kd.build(ds_kd.load_config(example, [*words, *alone])) as trainer:
     runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
 (root / "away").rename(root / "teacher")
 
+# The shipped run on the student's own words, at a small scale.
+place = f"checkpoint.checkpoint_dir={root / 'on_policy'}"
+small = ["packed_sequence.packed_sequence_size=96", "rollouts.max_new_tokens=8"]
+small += ["step_scheduler.val_every_steps=null", "step_scheduler.val_at_start=false"]
+mine = ds_kd.load_config("ds_configs/runs/on_policy.yaml", [*overrides, place, *small])
+with ds_kd.build(mine) as trainer:
+    trainer.train()
+lines = (root / "on_policy" / "tensorboard" / "metrics.jsonl").read_text().splitlines()
+runs.append([json.loads(line) for line in lines if "rollouts/count" in line])
+
 # A build that fails gives back what it holds; a signal ends a run that listens.
 try:
     ds_kd.build(config("one", "kd_ratio=0.1"))
@@ -70,7 +80,9 @@ assert not (root / "one" / "RUNNING").exists()
 # Every divergence trains, all in one sum; another sum is another run.
 from ds_kd.config.signatures import divergences_by_name
 def summed(weight):
-    return f"kd_loss_fn={[{'name': name, 'weight': weight} for name in divergences_by_name()]}"
+    parts = [{'name': name, 'weight': weight} for name in divergences_by_name()]
+    next(part for part in parts if part["name"] == "hidden_states")["layers"] = [[0, 2]]
+    return f"kd_loss_fn={parts}"
 steps = ["step_scheduler.max_steps=1", "step_scheduler.val_at_start=true"]
 runs.append(run("four", summed(0.1), *steps))
 try:
@@ -107,9 +119,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
         cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    first, resumed, straight, shared, cached, refused, summed, other, stopped = json.loads(
-        done.stdout.splitlines()[-1]
-    )
+    made = json.loads(done.stdout.splitlines()[-1])
+    first, resumed, straight, shared, cached, own, refused, summed, other, stopped = made
     assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
     assert resumed[3] == straight[3] < first[3]
     records = (tmp_path / "shared/tensorboard/metrics.jsonl").read_text().splitlines()
@@ -121,6 +132,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
     assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
     assert cached[0] == 2 and cached[1] > 0.1, cached
+    assert len(own) == 2 and "kd_loss" in own[0] and own[0]["rollouts/count"] >= 1
+    assert {"prompt", "student"} == {*own[0]["rollouts/texts"][0]}
     assert "kd_ratio was 0.5 and is 0.1" in refused
     assert summed[1:3] == [1, True] and "kd_loss_fn was [{" in other
     log = tmp_path / "four" / "tensorboard" / "metrics.jsonl"

@@ -544,7 +544,7 @@ HUGE = "1" + "0" * 400
         ("optimizer._target_=torch.optim.Adamw", "did you mean torch.optim.AdamW?"),
         ("max-steps=3", "max_steps: unknown key; did you mean step_scheduler.max_steps?"),
         ("max_step=3", "did you mean step_scheduler.max_steps?"),
-        ("temperature=3", "did you mean kd_loss_fn.temperature?"),
+        ("temperature=3", "did you mean kd_loss_fn.temperature or rollouts.temperature?"),
     ],
 )
 def test_what_a_newcomer_found_is_refused(override, words):

@@ -12,6 +12,7 @@ from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
 from ds_kd.config.losses import is_of_layers
+from ds_kd.config.methods.check_rollouts import check_rollouts
 from ds_kd.config.names import CACHE_RECORD, COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
@@ -79,6 +80,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
 
     _check_evaluation(cfg, problems)
     _check_sharing(cfg, problems)
+    check_rollouts(cfg, problems)
     _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)

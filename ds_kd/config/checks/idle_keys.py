@@ -17,6 +17,10 @@ _OF_CHECKPOINTS = (
 )  # fmt: skip
 _OF_COMPILE = ("compile.mode", "compile.dynamic", "compile.backend")
 _OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
+_OF_LOADING = (
+    "dataloader.num_workers", "dataloader.group_by_length", "dataloader.prefetch_factor",
+    "dataloader.persistent_workers", "dataloader.pin_memory",
+)  # fmt: skip
 _OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
 
 
@@ -50,6 +54,8 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
          "the teacher is read from a cache"),
+        (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),
+        (cfg.rolls_out, _OF_LOADING, "rollouts make each step's micro-batches when it begins"),
     ]  # fmt: skip
     found: dict[str, str] = {}
     for is_off, keys, reason in rules:

@@ -32,6 +32,7 @@ class DataSet:
             nothing can be learnt from it.
         limit: the argument that limits the number of rows.
         columns_from: the argument that names other columns, as one name or a mapping to names.
+        has_answers: its rows have something to learn; otherwise they are prompts.
     """
 
     name: str
@@ -41,6 +42,7 @@ class DataSet:
     read: Callable[[dict[str, Any], dict[str, Any]], Any]
     limit: str
     columns_from: str
+    has_answers: bool = True
 
     @property
     def has_parts(self) -> bool:
@@ -74,12 +76,15 @@ def data_set(
     read: Callable[[dict[str, Any], dict[str, Any]], Any] = lambda row, arguments: None,
     limit: str = "limit_dataset_samples",
     columns_from: str = "",
+    has_answers: bool = True,
 ) -> Callable[[Build], Build]:
     """Declare the decorated function as a data set; the arguments are those of `DataSet`."""
 
     def declare(build: Build) -> Build:
         name = f"{build.__module__}.{build.__qualname__}"
-        _DECLARED[build] = DataSet(name, build, source, columns, read, limit, columns_from)
+        _DECLARED[build] = DataSet(
+            name, build, source, columns, read, limit, columns_from, has_answers
+        )
         return build
 
     return declare

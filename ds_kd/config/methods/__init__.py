@@ -1,0 +1,1 @@
+"""Sections of the config for ways to distil, and their checks."""

@@ -1,0 +1,177 @@
+"""The student's own texts: the same on one and two ranks, however they are written and a step is
+cut, and after a resume in the middle of a buffer."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests import tiny
+from tests.parity.test_step import weights
+from tests.ranks import run_ranks
+
+GLOBAL, STEPS = 8, 2
+#: Cuts of a step on so many ranks: samples of a micro-batch, size of a pack, and what writes.
+CUTS = {
+    1: [(8, 0, "replica"), (2, 40, "replica")],
+    2: [(1, 0, "auto"), (2, 40, "sharded")],
+}
+
+
+def make_trainer(world, paths, place, local=4, pack=0, steps=STEPS, more=(), **rollouts):
+    from ds_kd.config.load import load
+    from ds_kd.recipe.build import build
+
+    rows = {"_target_": "ds_kd.data.squad.make_squad_dataset", "dataset_name": paths["rows"]}
+    content = {
+        "model": {"pretrained_model_name_or_path": paths["student"], "torch_dtype": "fp32"},
+        "teacher_model": {"pretrained_model_name_or_path": paths["teacher"], "torch_dtype": "fp32"},
+        "dataset": rows,
+        "dataloader": {"shuffle": True},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.3},
+        "step_scheduler": {
+            "global_batch_size": GLOBAL, "local_batch_size": local, "max_steps": steps,
+            "num_epochs": 9, "ckpt_every_steps": 2,
+        },
+        "packed_sequence": {"packed_sequence_size": pack},
+        "checkpoint": {"checkpoint_dir": str(place), "save_consolidated": "false"},
+        "rollouts": {"max_new_tokens": 12, "temperature": 0.9, "top_p": 0.98, **rollouts},
+    }  # fmt: skip
+    return build(load(content, list(more)), world)
+
+
+def run(trainer):
+    """Train to the end: the weights, and all that the student wrote."""
+    written = []
+    write = getattr(trainer.batches, "_write", None)
+
+    def record(prompts, draws):
+        found = write(prompts, draws)
+        texts = zip(draws, prompts, found, strict=True)
+        written.append(sorted([*d, p, f.tokens, f.is_whole] for d, p, f in texts))
+        return found
+
+    if write is not None:
+        trainer.batches._write = record
+    assert trainer.train()
+    if trainer.metrics is not None:
+        trainer.metrics.close()
+    return weights(trainer.student), written
+
+
+def lists(found):
+    return {name: tensor.flatten().tolist() for name, tensor in found.items()}
+
+
+def cut_in_every_way(world, directory, paths):
+    out = []
+    for local, pack, way in CUTS[world.size]:
+        name = directory / f"cut{local}{pack}"
+        made = make_trainer(world, paths, name, local, pack, ratio=0.6, generate=way)
+        got, written = run(made)
+        assert made.student.training
+        out.append([lists(got), written])
+    return out
+
+
+def write_with_an_adapter(world, directory, paths):
+    """Whether a merged copy and the sharded student with its adapter write the same."""
+    adapter = ["peft={match_all_linear: true, lora_A_init: uniform}"]
+    written = [
+        run(make_trainer(world, paths, directory / way, 1, 40, 2, adapter, generate=way))[1]
+        for way in ("replica", "sharded")
+    ]
+    # The adapter is zero at first, so that only later texts tell whether it was merged.
+    return [written[0] == written[1], len(written[0])]
+
+
+def resume_within_a_buffer(world, directory, paths):
+    """Whether a run of six steps with two buffers ends with the same weights if it is killed after
+    the first save inside the second, the fourth step's."""
+    from ds_kd.parallel.world import on_rank0
+
+    how = {"reuse": 3, "samples_per_prompt": 2, "ratio": 0.7, "pack": 40, "local": 1, "steps": 6}
+    share = ["packed_sequence.share_prefixes=true"]
+    place, killed = directory / "whole", directory / "killed"
+    whole, written = run(make_trainer(world, paths, place, more=share, **how))
+    kept = json.loads((place / "step_0000004" / "rollouts.json").read_text())
+
+    def kill():
+        shutil.copytree(place / "step_0000004", killed / "step_0000004")
+        (killed / "LATEST").symlink_to("step_0000004")
+
+    on_rank0(kill, world)
+    again = make_trainer(world, paths, killed, more=share, **how)
+    again.checkpointer.resume(again.student, again.state)
+    began = again.state.step
+    got, anew = run(again)
+    same = all(torch.equal(got[name], whole[name]) for name in whole)
+    at_end = (place / "LATEST" / "rollouts.json").exists()
+    return [same, began, len(written), len(anew), kept["window"], len(kept["tokens"]), at_end]
+
+
+def without_rollouts(world, directory, paths):
+    """Whether a ratio of 0 is bitwise a run without the section, under the same loss."""
+    more = ["kd_loss_fn.name=reverse_kl", "kd_ratio=1"]
+    off, written = run(make_trainer(world, paths, directory / "zero", more=more, ratio=0))
+    made = make_trainer(world, paths, directory / "absent", more=[*more, "rollouts=null"])
+    absent, _ = run(made)
+    return [all(torch.equal(off[name], absent[name]) for name in off), written]
+
+
+def everything(world, directory, paths):
+    out = {"cuts": cut_in_every_way(world, directory, paths)}
+    if world.size == 2:
+        out["adapter"] = write_with_an_adapter(world, directory, paths)
+        out["resumed"] = resume_within_a_buffer(world, directory, paths)
+    else:
+        out["off"] = without_rollouts(world, directory, paths)
+    return out
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    place = tmp_path_factory.mktemp("rollouts")
+    (place / "rows.jsonl").write_text(tiny.squad_rows(24))
+    paths = {
+        "student": str(tiny.llama(place / "student", seed=1)),
+        "teacher": str(tiny.llama(place / "teacher", layers=3, hidden=64, tie=False, seed=2)),
+        "rows": str(place / "rows.jsonl"),
+    }
+    found = {}
+    for size in (1, 2):
+        (place / str(size)).mkdir()
+        found[size] = run_ranks(everything, size, place / str(size), paths)
+    shutil.rmtree(place)
+    return found
+
+
+def test_texts_and_weights_are_the_same_on_one_and_two_ranks_and_however_a_step_is_cut(runs):
+    """With samples or packs, a micro-batch or four, a copy of the student or its shards."""
+    (weights_, texts), *others = [*runs[1][0]["cuts"], *runs[2][0]["cuts"]]
+    for other, written in others:
+        assert written == texts
+        for name, values in weights_.items():
+            assert torch.allclose(torch.tensor(values), torch.tensor(other[name]), 0, 1e-6)
+    # About six of ten samples are on-policy; their texts differ in length, and some are cut.
+    assert len(texts) == STEPS and all(2 <= len(step) < GLOBAL for step in texts)
+    rows = [row for step in texts for row in step]
+    assert len({len(row[5]) for row in rows}) >= 2 and {row[6] for row in rows} == {True, False}
+
+
+def test_a_copy_of_the_student_has_its_adapter_merged(runs):
+    assert all(rank["adapter"] == [True, 2] for rank in runs[2])
+
+
+def test_a_run_that_is_killed_in_the_middle_of_a_buffer_goes_on_bitwise(runs):
+    for rank in runs[2]:
+        same, began, written, anew, window, texts, at_end = rank["resumed"]
+        assert same and (began, written, anew, window) == (4, 2, 0, 1)
+        assert texts % 2 == 0 and texts > 0 and not at_end
+
+
+def test_a_ratio_of_0_is_bitwise_a_run_without_rollouts(runs):
+    assert runs[1][0]["off"] == [True, []]

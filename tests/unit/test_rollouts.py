@@ -1,0 +1,213 @@
+"""Prompts of samples, what becomes of a text that the student wrote, and the keys of rollouts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
+from ds_kd.data.collate import default_collater
+from ds_kd.data.rows.detect import recognise
+from ds_kd.data.sampler import GlobalBatchSampler
+from ds_kd.data.text import make_prompt_dataset
+from ds_kd.models.generation.sampling import Written
+from ds_kd.parallel.world import World
+from ds_kd.train.prompts import find_opening, join_rollout, prompt_of
+from ds_kd.train.rollouts import Policy, RolloutBatches
+from tests import tiny
+
+TEMPLATE = (
+    "{% for m in messages %}w0 {% if m['role'] == 'assistant' %}w2{% else %}w1{% endif %} "
+    "{{ m['content'] }} <eos> {% endfor %}{% if add_generation_prompt %}w0 w2 {% endif %}"
+)
+W0, W1, W2, W5, EOS = 3, 4, 5, 8, 1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models")
+    tiny.llama(path / "student", seed=1)
+    tiny.llama(path / "teacher", layers=3, seed=2)
+    (path / "rows.jsonl").write_text(tiny.squad_rows(8))
+    (path / "prompts.jsonl").write_text('{"prompt": "w5 w6"}\n{"prompt": "w7"}\n')
+    return path
+
+
+@pytest.fixture
+def chatty(tmp_path):
+    made = tiny.tokenizer(tmp_path / "tokenizer")
+    made.chat_template = TEMPLATE
+    return made
+
+
+def config(place, *overrides, **sections):
+    content = {
+        "model": {"pretrained_model_name_or_path": str(place / "student")},
+        "teacher_model": {"pretrained_model_name_or_path": str(place / "teacher")},
+        "dataset": {
+            "_target_": "ds_kd.data.squad.make_squad_dataset",
+            "dataset_name": str(place / "rows.jsonl"),
+        },
+        "rollouts": {"max_new_tokens": 8},
+        "checkpoint": {"checkpoint_dir": str(place / "checkpoints")},
+        **sections,
+    }
+    return load(content, list(overrides))
+
+
+def refusal(place, *overrides, **sections):
+    with pytest.raises(ConfigError) as caught:
+        config(place, *overrides, **sections)
+    return "\n".join(caught.value.problems)
+
+
+def test_a_prompt_is_what_precedes_the_last_supervised_run():
+    sample = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 7, -100, 9, 10]}
+    assert prompt_of(sample, []) == [5, 6, 7, 8]
+    assert prompt_of({**sample, "labels": [6, 7, 8, 9, 10]}, []) == [5]
+    assert prompt_of({**sample, "labels": [-100] * 5}, []) is None
+    # Padding of a sample is no part of it.
+    padded = {"input_ids": [5, 6, 2, 2], "labels": [-100, 7, -100, -100], "num_tokens": 2}
+    assert prompt_of(padded, []) == [5, 6]
+    alone = {"input_ids": [5, 6], "labels": [-100, -100], "is_prompt": True}
+    assert prompt_of(alone, [9]) == [5, 6]
+
+
+def test_of_a_conversation_the_last_answer_is_left_to_write_and_its_header_is_given(chatty):
+    from ds_kd.data.chat import tokenize_chat
+    from ds_kd.data.labels import shift
+
+    talk = [
+        {"role": role, "content": f"w{k}"}
+        for k, role in enumerate(["user", "assistant", "user", "assistant"], 5)
+    ]
+    opening = find_opening(chatty)
+    assert opening == [W0, W2]
+    expected = chatty.apply_chat_template(talk[:3], add_generation_prompt=True)["input_ids"]
+    assert prompt_of(shift(*tokenize_chat(chatty, talk)), opening) == expected
+
+
+def test_a_text_is_supervised_whole_its_end_too_and_an_empty_one_not_at_all():
+    made = join_rollout([5, 6], [7, EOS], "a")
+    assert made == {"input_ids": [5, 6, 7], "labels": [-100, 7, EOS], "sample_id": "a"}
+    assert join_rollout([5, 6], [7], "a")["labels"] == [-100, 7]  # the limit cut it: no end
+    assert join_rollout([5, 6], [], "a")["labels"] == [-100]
+
+
+def test_rows_of_prompts_need_no_answers(place, chatty):
+    rows = make_prompt_dataset(str(place / "prompts.jsonl"), tiny.tokenizer(place / "plain"))
+    assert [row["input_ids"] for row in rows] == [[8, 9], [10]]
+    assert recognise(["prompt"]).name.endswith("make_prompt_dataset")
+    assert recognise(["prompt", "completion"]).name.endswith("make_instruction_dataset")
+    path = place / "talks.jsonl"
+    talk = [{"role": "user", "content": "w5"}]
+    answered = [*talk, {"role": "assistant", "content": "w6"}]
+    path.write_text("\n".join(json.dumps({"messages": t}) for t in (talk, answered)))
+    rows = make_prompt_dataset(str(path), chatty, column="messages")
+    assert [row["input_ids"] for row in rows] == [[W0, W1, W5, EOS, W0, W2]] * 2
+    with pytest.raises(ValueError, match="no chat template for messages"):
+        make_prompt_dataset(str(path), tiny.tokenizer(place / "plain"), column="messages")
+
+
+def make_batches(ratio, write, size=4, reuse=1, samples_per_prompt=1):
+    samples = tiny.samples(10, seed=3, masked=(2,))
+    return RolloutBatches(
+        samples,
+        GlobalBatchSampler(len(samples), size, 2, 0, 1),
+        default_collater,
+        lambda made: made,
+        write,
+        str,
+        Policy(ratio, samples_per_prompt, reuse, 7, []),
+        World(0, 1, torch.device("cpu"), "gloo"),
+    )
+
+
+def test_texts_take_the_place_of_answers_and_are_counted_anew():
+    """Of the first window sample 2 has no answer; all others get two texts of three tokens."""
+    write = lambda prompts, draws: [Written([9, 9, EOS], True) for _ in draws]  # noqa: E731
+    batches = make_batches(1, write, samples_per_prompt=2)
+    step = next(batches.after(0))
+    ids = [name for batch in step for name in batch["sample_ids"]]
+    assert ids == ["s2", "s0", "s0#1", "s1", "s1#1", "s3", "s3#1"]
+    assert [batch["num_labels"] for batch in step] == [3, 6, 6, 3]
+    assert batches.describe()["rollouts/length"] == 3
+    assert batches.describe() == {}  # told once
+
+
+def test_the_samples_that_are_on_policy_differ_from_epoch_to_epoch():
+    drawn = []
+
+    def write(prompts, draws):
+        drawn.extend(draws)
+        return [Written([9, EOS], True) for _ in draws]
+
+    batches = make_batches(0.5, write)
+    steps = batches.after(0)
+    for _ in range(2 * batches.steps_per_epoch):
+        next(steps)
+    first, second = ({draw.sample for draw in drawn if draw.epoch == e} for e in (0, 1))
+    assert first != second and all(1 < len(epoch) < 9 for epoch in (first, second))
+
+
+def test_empty_texts_leave_a_step_with_nothing_supervised_and_every_batch_there():
+    batches = make_batches(1, lambda prompts, draws: [Written([], False)] * len(draws))
+    step = next(batches.after(0))
+    assert [batch["num_labels"] for batch in step] == [0, 0]
+    assert all(len(batch["input_ids"]) == 2 for batch in step)
+
+
+def test_the_defaults_of_a_run_with_rollouts_are_reverse_kl_alone(place):
+    cfg = config(place)
+    assert cfg.kd_ratio == 1 and cfg.kd_loss_fn.name.endswith("ReverseKL") and cfg.rolls_out
+    cfg = config(place, "kd_loss_fn.temperature=2")
+    assert cfg.kd_loss_fn.name.endswith("ReverseKL") and cfg.kd_loss_fn.kwargs["temperature"] == 2
+    assert config(place, "kd_loss_fn.name=jsd").kd_loss_fn.name.endswith("JSD")
+    off = config(place, "rollouts.ratio=0")
+    assert off.kd_ratio == 0.5 and off.kd_loss_fn.name.endswith("KDLoss") and not off.rolls_out
+    assert any("rollouts: has no effect" in note for note in off.notes)
+    assert any("num_workers: has no" in n for n in config(place, "dataloader.num_workers=2").notes)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["kd_ratio=0.5"], "kd_ratio: got 0.5, expected 1 with rollouts"),
+        (["rollouts.samples_per_prompt=2", "rollouts.temperature=0"], "the same at temperature 0"),
+        (["rollouts.generate=vllm"], "rollouts.generate: got 'vllm', expected auto or replica"),
+        (["rollouts.ratio=2"], "rollouts.ratio: got 2, expected a number from 0 to 1"),
+        (["rollouts.top_p=0"], "rollouts.top_p: got 0"),
+        (["rollouts.max_tokens=5"], "did you mean rollouts.max_new_tokens"),
+        (["rollouts.generate=sharded", "compile=true"], "cannot write with the layers of compile"),
+        (["packed_sequence.packed_sequence_size=8"], "holds no prompt beside such an answer"),
+    ],
+)
+def test_what_rollouts_cannot_do_is_refused_by_name(place, overrides, words):
+    assert words in refusal(place, *overrides)
+
+
+def test_rows_without_answers_are_for_a_student_that_writes_all_of_them(place):
+    prompts = {
+        "_target_": "ds_kd.data.text.make_prompt_dataset",
+        "path_or_dataset_id": str(place / "prompts.jsonl"),
+    }
+    assert config(place, dataset=prompts).dataset.is_without_answers
+    assert "no answers to learn" in refusal(place, "rollouts.ratio=0.5", dataset=prompts)
+    assert "no answers to learn" in refusal(place, "rollouts=null", dataset=prompts)
+    assert "cannot be validated" in refusal(place, "validation_share=0.5", dataset=prompts)
+    assert "no answers to validate" in refusal(place, validation_dataset=prompts)
+
+
+def test_the_plan_tells_what_the_student_writes_and_the_memory_for_it(place):
+    from ds_kd.plan.dry_run import plan_of
+
+    small = ["step_scheduler.global_batch_size=8", "rollouts.samples_per_prompt=2"]
+    told = plan_of(config(place, *small, "rollouts.reuse=3"), 2, "1GB")
+    assert "16 answers of up to 8 tokens" in told and "4 batch(es) of up to 4, every 3" in told
+    # Two of the four batches on each rank, eight tokens one after another.
+    assert "16 forwards of one token after another" in told and "steps: 3 from 8 samples" in told
+    assert "on a rank, fits" in told
+    assert "rollouts:\n" not in plan_of(config(place, "rollouts=null"), 1).partition("plan for")[2]
