@@ -3,6 +3,7 @@ have shapes and no numbers, and every operation of torch is recorded.
 
     python benchmarks/count.py                       Llama 3.2 3B → 1B, one sample of 4,096 tokens
     python benchmarks/count.py --length 8192 --temperature 2 --divergence jsd
+    python benchmarks/count.py --samples 24         the same tokens, as a pack of so many samples
 
 A pass is one reading or writing of `[tokens, vocabulary]` in fp32; matrix products are counted by
 their operations instead. Launches are operations that are not views: a kernel each, about.
@@ -100,7 +101,12 @@ def _flat(out: Any) -> list[Tensor]:
 
 
 def make_step(
-    student: dict[str, Any], teacher: dict[str, Any], loss: Any, length: int, dtype: torch.dtype
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    loss: Any,
+    lengths: list[int],
+    dtype: torch.dtype,
+    parents: list[int] | None = None,
 ) -> Callable[[], None]:
     """Return one micro-batch of a step without engines, on meta tensors: the teacher's forward, the
     student's, and backward.
@@ -108,7 +114,8 @@ def make_step(
     Args:
         student, teacher: arguments of `LlamaConfig`.
         loss: the `DistillationLoss`.
-        length: tokens of the sample, all of them supervised.
+        lengths: tokens of the samples of a pack, all of them supervised; of one, without packing.
+        parents: of the nodes, where samples share their beginnings (`ds_kd.models.tree`).
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -121,12 +128,14 @@ def make_step(
             models.append(LlamaForCausalLM(LlamaConfig(**shape)).to(dtype))
         attend_by_sample(models[-1])
     learner, guide = causal_lm.Student(models[0], loss), causal_lm.FrozenModel(models[1])
-    whole = torch.zeros(1, length, dtype=torch.int64, device="meta")
-    batch = {
+    whole = torch.zeros(1, sum(lengths), dtype=torch.int64, device="meta")
+    batch: dict[str, Any] = {
         "input_ids": whole,
         "supervised": whole[0],
         "supervised_labels": whole[0],
     }
+    if len(lengths) > 1:
+        batch |= {"position_ids": whole, "segment_lengths": lengths, "segment_parents": parents}
 
     def step() -> None:
         from ds_kd.losses.head import States
@@ -156,6 +165,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=4096)
+    parser.add_argument("--samples", type=int, default=1, help="of a pack of so many tokens")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--divergence", default="forward_kl", help="as kd_loss_fn.name")
     args = parser.parse_args()
@@ -174,7 +184,9 @@ def main() -> None:
         {**common, "num_attention_heads": HEADS[name], **SHAPES[name]}
         for name in ("student", "teacher")
     )
-    step = make_step(student, teacher, loss, args.length, torch.bfloat16)
+    each, more = divmod(args.length, args.samples)
+    lengths = [each + (k < more) for k in range(args.samples)]
+    step = make_step(student, teacher, loss, lengths, torch.bfloat16)
     cost, tflop = count(step, VOCABULARY, args.length)
     print(f"passes over [tokens, vocabulary]  {cost.passes:.1f}")
     for operation, moved in cost.by_operation.most_common():

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.count import Cost, count, make_step
@@ -21,6 +22,7 @@ from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import Gradients, Head, States
+from ds_kd.models import attention, varlen
 
 
 class Calls(TorchDispatchMode):
@@ -115,7 +117,7 @@ SHAPE = dict(
 def count_step(temperature: float) -> Cost:
     """The cost of a step of 4,096 tokens of two small models in bf16."""
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(temperature=temperature), 0.5)
-    step = make_step(SHAPE, {**SHAPE, "hidden_size": 96}, loss, 4096, torch.bfloat16)
+    step = make_step(SHAPE, {**SHAPE, "hidden_size": 96}, loss, [4096], torch.bfloat16)
     return count(step, VOCAB, 4096)[0]
 
 
@@ -146,3 +148,67 @@ def test_the_heads_gradient_is_summed_in_fp32_by_the_products_themselves():
     assert [each["out"].dtype for each in sums[-3:]] == [torch.float32] * 3
     # Beside them its numbers are read once more: times the outer gradient, rounded on the way.
     assert [each["out"].dtype for each in calls.of("aten.mul.out")] == [torch.bfloat16]
+
+
+def launch_by_runs(query, key, value, runs, back, scale):
+    """What `varlen_attn` says that it does: causal attention of each run of queries, whose last one
+    is at the end of its run of keys."""
+    out = []
+    starts = [torch.as_tensor(each).tolist() for each in (runs.queries, runs.keys)]
+    for q, end_q, k, end_k in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
+        at = torch.arange(end_k - k)[-(end_q - q) :, None]
+        other = torch.arange(end_k - k)
+        mask = (other <= at) & (other >= (at - back if back >= 0 else 0))
+        parts = [query[q:end_q], key[k:end_k], value[k:end_k]]
+        parts = [part.transpose(0, 1)[None] for part in parts]
+        got = F.scaled_dot_product_attention(*parts, mask, scale=scale, enable_gqa=True)
+        out.append(got[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+TREES = {
+    "samples": ([5, 1, 9, 3], None),
+    "one beginning": ([6, 2, 3, 1], [-1, 0, 0, 0]),
+    "nested, two trees": ([4, 3, 2, 2, 1, 5, 7], [-1, 0, 1, 1, 0, -1, 5]),
+}
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("name", TREES)
+def test_one_launch_for_a_pack_has_the_queries_and_keys_of_every_sample(name, window, monkeypatch):
+    """Forward and backward, against the calls sample by sample that a CPU makes."""
+    lengths, parents = TREES[name]
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(1, heads, sum(lengths), 8, generator=generator) for heads in (4, 2, 2)]
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 2, True
+    found = []
+    for at_once in (False, True):
+        monkeypatch.setattr(varlen, "can_run", lambda *_, at_once=at_once: at_once)
+        monkeypatch.setattr(varlen, "_launch", launch_by_runs)
+        parts = [leaf.clone().requires_grad_() for leaf in leaves]
+        segments = attention.Segments(lengths, parents)
+        out, _ = attention.sdpa_by_sample(
+            module, *parts, None, segments, sliding_window=window, scaling=0.3
+        )
+        out.square().sum().backward()
+        found.append([out, *(part.grad for part in parts)])
+    for one_by_one, together in zip(*found, strict=True):
+        assert one_by_one.shape == together.shape
+        assert (one_by_one - together).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("parents", [None, "shared"])
+def test_launches_do_not_depend_on_the_number_of_samples(parents):
+    """Of a real step on meta tensors, and the host waits for none."""
+    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5)
+    counted = []
+    for samples in (2, 24):
+        lengths = [4096 - 100 * (samples - 1), *[100] * (samples - 1)]
+        tree = None if parents is None else [-1, *[0] * (samples - 1)]
+        step = make_step(SHAPE, SHAPE, loss, lengths, torch.bfloat16, tree)
+        with Calls() as calls:
+            cost, _ = count(step, VOCAB, 4096)
+        assert len(calls.of("torch_attn._varlen_attn.default")) == 2 * SHAPE["num_hidden_layers"]
+        counted.append((cost.launches, cost.waits))
+    assert counted[0] == counted[1] and counted[0][1] == 0
