@@ -78,6 +78,8 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
         prepare = name_bad_row(source, None, lambda row: task.prepare(row, encoder))
         with name_bad_text(source):
             made = [prepare(row, index) for index, row in enumerate(rows)]
+        if all(item.get("references") == [] for items in made for item in items):
+            raise ValueError(f"{source!r}: no row has a reference answer; give labelled rows")
     else:
         samples = samples_of(source, encoder.tokenizer, limit)
         made = [task.prepare(sample, encoder) for sample in samples]

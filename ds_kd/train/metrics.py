@@ -262,10 +262,12 @@ def _show(values: dict[str, float]) -> str:
 def _keep_before(path: Path, place: float) -> None:
     """Remove the records from `place` on and a torn last line from a log, atomically.
 
-    A log of which no record would stay belongs to another run and is renamed.
+    A log of which no record would stay belongs to another run and is renamed; so does every log if
+    this run begins with its first step, which no record of its own precedes.
     """
     text = path.read_text(errors="replace") if path.is_file() else ""
     kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
+    kept = kept if place > 1 else []
     if "".join(kept) == text:
         return
     if not kept:

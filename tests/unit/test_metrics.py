@@ -95,6 +95,15 @@ def test_a_run_that_begins_anew_sets_the_log_before_it_aside(tmp_path):
     assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_validation_at_step_0_of_another_run_is_not_the_new_ones(tmp_path):
+    metrics = Metrics(tmp_path, total_steps=9, out=io.StringIO())
+    metrics.validation(0, {"loss": 9.0})
+    metrics.close()
+    log(tmp_path, (1,), value=2.0)  # a run that does not validate at its start
+    assert [r.get("train_loss") for r in records(tmp_path)] == [2.0]
+    assert "9.0" in (tmp_path / "metrics.before1.jsonl").read_text()
+
+
 def test_no_name_of_a_validation_set_takes_the_tags_of_another(tmp_path):
     """`ce` with its loss is not the mean's `ce_loss`, nor `a` with `ce_loss` the loss of `a_ce`."""
     metrics = Metrics(tmp_path, out=io.StringIO())

@@ -35,6 +35,28 @@ def test_so_are_large_ones_of_which_only_blocks_are_read(tmp_path):
     assert first != write(tmp_path / "model", weight=weight)
 
 
+def test_a_change_of_one_tensor_among_many_is_seen(tmp_path):
+    names = [f"layer{k}" for k in range(40)]
+    weights = {name: torch.zeros(1 << 16) for name in names}  # 10 MiB, 256 KiB each
+    first = write(tmp_path / "model", **weights)
+    for name in names:
+        changed = {**weights, name: weights[name] + 1}
+        assert first != write(tmp_path / "model", **changed), name
+    assert first == write(tmp_path / "model", **weights)
+
+
+def test_so_is_one_of_a_file_that_names_no_tensors(tmp_path):
+    path = tmp_path / "pytorch_model.bin"
+    content = bytearray(20 << 20)
+    path.write_bytes(content)
+    first = identity_of(str(tmp_path), {})
+    content[9 << 20 : 11 << 20] = bytes([1]) * (2 << 20)
+    path.write_bytes(content)
+    assert identity_of(str(tmp_path), {}) != first
+    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)  # damaged
+    assert identity_of(str(tmp_path), {}) is not None
+
+
 def test_a_hub_model_is_known_by_its_commit(tmp_path):
     repository = tmp_path / "models--some--model"
     for commit in ("a1b2", "c3d4"):

@@ -84,8 +84,9 @@ class Encoder:
 
     def make_windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
         """Return (tokens, labels) of the parts of a long text, so that each token is predicted
-        once: the first after `first_token`, those of the last part after as much as there is room
-        for."""
+        once: the first after `first_token`, which is not predicted itself if the tokenizer has put
+        it in front, and those of the last part after as much as there is room for."""
+        ids = ids[1:] if ids[:1] == [self.first_token] else ids
         size = self.longest or max(1, len(ids))
         before = [self.first_token, *ids]
         windows = []

@@ -173,7 +173,7 @@ class Generation:
         room = [0] * self.new_tokens
         item = {
             "prompt": encoder.cut(ids, room),
-            "references": references or [""],
+            "references": references,
             "stop": [] if is_chat else list(self.stop),
         }
         return [item]
@@ -188,7 +188,8 @@ class Generation:
 
     def _judge(self, item: Item, text: str) -> Record:
         answer = text if self.pattern is None else _find(self.pattern, text)
-        scored = {name: score_best(name, answer, item["references"]) for name in self.scores}
+        right = item["references"] or [""]  # SQuAD 2.0: no reference, no answer
+        scored = {name: score_best(name, answer, right) for name in self.scores}
         return {"text": text, **scored}
 
 

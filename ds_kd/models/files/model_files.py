@@ -1,26 +1,27 @@
 """Identify the files of a model without reading them whole, to notice that a directory's weights
-were replaced between a checkpoint and its resume."""
+were replaced: between a checkpoint and its resume, or between two evaluations."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 #: The end of the names of these entries in a run's fingerprint.
 FILES = " files"
 
 _KINDS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
-_BLOCK = 1 << 20
-_SAMPLES = 8
+_BLOCK = 4 << 10  # bytes that are read at a place
+_SPREAD = 1 << 20  # bytes from one place to the next in a file that does not tell its tensors
 
 
 def identity_of(name: str, options: dict[str, Any]) -> str | None:
     """Return a text that changes if the model is replaced, or None if there is none.
 
-    For a directory it is made of the sizes of its config and weight files and a hash of blocks
-    spread over each file, as files of one architecture have the same size and header. For a hub
-    model it is the commit.
+    For a directory it is made of the sizes of its config and weight files and a hash of blocks of
+    every tensor, as files of one architecture have the same size and header, and fine-tuning may
+    change a few tensors alone. For a hub model it is the commit.
 
     Args:
         name: a directory, or a hub id whose files have been downloaded.
@@ -61,15 +62,33 @@ def _of_directory(directory: Path) -> str | None:
 
 
 def _add_blocks(sha: Any, path: Path, size: int) -> None:
-    """Hash blocks spread from a file's beginning to its end, or the whole of a small file."""
-    last = max(size - _BLOCK, 0)
-    places = [*range(0, min(size, _SAMPLES * _BLOCK), _BLOCK)]
-    if size > _SAMPLES * _BLOCK:
-        places = [last * k // (_SAMPLES - 1) for k in range(_SAMPLES)]
+    """Hash the header of a file, and the beginning, middle and end of each of its tensors; of a
+    file of another kind than safetensors, blocks from its beginning to its end."""
     with path.open("rb") as file:
-        for place in places:
+        for place in _find_places(file, path, size):
             file.seek(place)
             sha.update(file.read(_BLOCK))
+
+
+def _find_places(file: BinaryIO, path: Path, size: int) -> list[int]:
+    """Return the places of a file at which blocks are read."""
+    spread = [*range(0, size, _SPREAD), max(size - _BLOCK, 0)]
+    if path.suffix != ".safetensors":
+        return spread
+    length = int.from_bytes(file.read(8), "little")
+    try:
+        header = json.loads(file.read(min(length, size)))
+        ends = [part["data_offsets"] for name, part in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: loading it says so
+        return spread
+
+    # The header itself is read whole, as it names the tensors.
+    start = 8 + length
+    places = [*range(0, start, _BLOCK)]
+    for begin, end in sorted(ends):
+        last = max(begin, end - _BLOCK)
+        places += [start + begin, start + (begin + last) // 2, start + last]
+    return places
 
 
 def explain_no_tokenizer(name: str) -> str:
