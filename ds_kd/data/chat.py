@@ -8,6 +8,7 @@ This module imports no torch, as the check of a config imports it.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -254,20 +255,24 @@ def _count_prefix(
     return len(part)
 
 
-def use_template(tokenizer: Any, chat_template: str | None) -> None:
-    """Set the tokenizer's chat template: Jinja text, or the path of a file that holds it.
+def with_template(tokenizer: Any, chat_template: str | None) -> Any:
+    """Return the tokenizer with another chat template, as a copy: other data sets have it too.
+
+    Args:
+        chat_template: Jinja text, or the path of a file that holds it; None keeps the tokenizer's.
 
     Raises:
         ValueError: it is neither.
     """
     if chat_template is None:
-        return
-    if "{" in chat_template:
-        tokenizer.chat_template = chat_template
-    elif Path(chat_template).is_file():
-        tokenizer.chat_template = Path(chat_template).read_text()
-    else:  # a mistyped path is valid Jinja, and would render every conversation to itself
+        return tokenizer
+    is_text = "{" in chat_template
+    if not is_text and not Path(chat_template).is_file():
+        # A mistyped path is valid Jinja, and would render every conversation to itself.
         raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
+    changed = copy.copy(tokenizer)
+    changed.chat_template = chat_template if is_text else Path(chat_template).read_text()
+    return changed
 
 
 def cut_length(seq_length: int | None, truncation: bool | str | None) -> int | None:
@@ -301,7 +306,7 @@ def ChatDataset(  # a class in NeMo-AutoModel, hence the name
         ValueError: no rows, a row without an assistant turn, or a tokenizer without a chat
             template.
     """
-    use_template(tokenizer, chat_template)
+    tokenizer = with_template(tokenizer, chat_template)
     if tokenizer.chat_template is None:
         raise ValueError(
             f"{tokenizer.name_or_path} has no chat template; give chat_template: a Jinja file or "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.data.chat import cut_length, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.chat import cut_length, tokenize_chat, tokenize_prompt_answer, with_template
 from ds_kd.data.labels import IGNORE_INDEX, shift
 from ds_kd.data.rows.declaration import data_set
 from ds_kd.data.rows.source import make_samples, text_of
@@ -78,7 +78,7 @@ def make_squad_dataset(
         raise ValueError("padding: max_length and truncation need seq_length: an integer")
 
     # The arguments are right; a bad template is refused too before rows are read.
-    use_template(tokenizer, chat_template)
+    tokenizer = with_template(tokenizer, chat_template)
     length = cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:

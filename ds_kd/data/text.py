@@ -11,7 +11,7 @@ from ds_kd.data.chat import (
     tokenize_chat,
     tokenize_chat_prompt,
     tokenize_prompt_answer,
-    use_template,
+    with_template,
 )
 from ds_kd.data.labels import IGNORE_INDEX, IS_PROMPT, shift
 from ds_kd.data.rows.declaration import ColumnsError, data_set
@@ -82,7 +82,7 @@ def make_instruction_dataset(
     arguments = {"column_mapping": column_mapping}
     columns = tuple((column_mapping or _PROMPT_COMPLETION).values())
     _read_texts(dict.fromkeys(columns, ""), arguments)
-    use_template(tokenizer, chat_template)
+    tokenizer = with_template(tokenizer, chat_template)
     length = _find_cut_length(seq_length, truncation)
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:
@@ -207,7 +207,7 @@ def make_prompt_dataset(
     Raises:
         ValueError: the data cannot be read, or lack the column; messages without a chat template.
     """
-    use_template(tokenizer, chat_template)
+    tokenizer = with_template(tokenizer, chat_template)
     arguments = {"column": column, "chat_template": chat_template}
 
     def sample(row: dict[str, Any]) -> dict[str, Any]:

@@ -78,8 +78,6 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
         prepare = name_bad_row(source, None, lambda row: task.prepare(row, encoder))
         with name_bad_text(source):
             made = [prepare(row, index) for index, row in enumerate(rows)]
-        if all(item.get("references") == [] for items in made for item in items):
-            raise ValueError(f"{source!r}: no row has a reference answer; give labelled rows")
     else:
         samples = samples_of(source, encoder.tokenizer, limit)
         made = [task.prepare(sample, encoder) for sample in samples]
@@ -87,6 +85,8 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
     # Of a sample without a supervised token nothing can be said.
     if not any(made):
         raise ValueError(f"{source!r}: none of its {len(made)} rows has anything to score")
+    if all(item.get("references") == [] for items in made for item in items):
+        raise ValueError(f"{source!r}: no row has a reference answer; give labelled rows")
     rows_of = [row for row, items in enumerate(made) for _ in items]
     return Items([item for items in made for item in items], rows_of, len(made))
 

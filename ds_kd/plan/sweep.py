@@ -50,7 +50,8 @@ def lay_out(config: str, overrides: list[str], allow: tuple[str, ...]) -> list[R
         words = [f"{key}={value}" for key, value in chosen.items()]
 
         # The directory is below the one that the YAML, or an override, names.
-        root = Path(load(config, words, allow).checkpoint.checkpoint_dir)
+        cfg = load(config, words, allow)
+        root = Path(cfg.checkpoint.checkpoint_dir)
         words += [f"checkpoint.checkpoint_dir={root / name}", "tensorboard.log_dir=null"]
         if name in runs:
             raise ConfigError([f"two runs would be in {root / name}; give values that differ"])

@@ -12,6 +12,7 @@ from ds_kd.config.components import Component, config_error, instantiate, resolv
 from ds_kd.config.losses import is_of_layers
 from ds_kd.config.names import COLLATER, LOADER_FLAGS
 from ds_kd.config.schema import RunConfig
+from ds_kd.data.chat import with_template
 from ds_kd.data.labels import describe_unsupervised
 from ds_kd.data.own import SHIFTED, OwnSamples, explain_failure
 from ds_kd.data.packing import PackedDataset, lengths_of, refuse_longest
@@ -35,11 +36,15 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, di
     """Return the samples to train on, and those to validate with by the name of their set, which is
     empty if there is only one.
 
+    A chat template that the training data names becomes the tokenizer's: data to validate with that
+    name no other, the evaluation and the exported student have it.
+
     Raises:
         ConfigError: see `samples_of`; there are too few samples to split, or one is too long for a
             pack.
     """
     training = samples_of(cfg.dataset, tokenizer, world)
+    tokenizer.chat_template = with_template(tokenizer, _find_template(cfg.dataset)).chat_template
     held_out: dict[str, Any] = {}
     if cfg.validation_share is not None:
         share, seed = cfg.validation_share, cfg.rng.seed
@@ -49,6 +54,14 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, di
     for name, dataset in cfg.validation_dataset.items():
         held_out[name] = _pack(cfg, dataset.key, samples_of(dataset, tokenizer, world))
     return _pack(cfg, cfg.dataset.key, training, later=cfg.rolls_out), held_out
+
+
+def _find_template(dataset: Component) -> str | None:
+    """Return the chat template that a data set names, or the first one among its parts."""
+    data, parts = dataset.declaration, [dataset.kwargs]
+    if data is not None and data.has_parts:
+        parts += dataset.kwargs[data.source]
+    return next((p["chat_template"] for p in parts if p.get("chat_template") is not None), None)
 
 
 def hold_out(samples: Any, share: float, seed: int) -> tuple[Any, Any]:

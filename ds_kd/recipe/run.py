@@ -128,7 +128,8 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
         if trainer.is_done:
             checkpointer.export_final(trainer.student)
             _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")
-    checkpointer.check_room(trainer.student)
+    if not trainer.is_done:  # a finished run saves no checkpoint any more
+        checkpointer.check_room(trainer.student)
 
 
 def _forget_validations(trainer: Trainer, changed: list[str]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.data.chat import ChatDataset, tokenize_chat, tokenize_prompt_answer, use_template
+from ds_kd.data.chat import ChatDataset, tokenize_chat, tokenize_prompt_answer, with_template
 from ds_kd.data.collate import default_collater
 from ds_kd.data.hellaswag import HellaSwag
 from ds_kd.data.labels import shift
@@ -239,10 +239,10 @@ def test_a_template_is_text_or_a_file_and_a_mistyped_file_is_not_taken_for_text(
         (None, None),
     ):
         tokenizer = make_tokenizer()
-        use_template(tokenizer, given)
-        assert tokenizer.chat_template == expected
+        assert with_template(tokenizer, given).chat_template == expected
+        assert tokenizer.chat_template is None
     with pytest.raises(ValueError, match=r"chta\.jinja.*neither a file nor Jinja"):
-        use_template(make_tokenizer(), str(tmp_path / "chta.jinja"))
+        with_template(make_tokenizer(), str(tmp_path / "chta.jinja"))
 
 
 # ---- SQuAD

@@ -8,21 +8,26 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import yaml
 
 from ds_kd.config.checks.data import check_data
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
+from ds_kd.data.chat import ChatDataset
 from ds_kd.data.mixture import make_mixture
 from ds_kd.data.rows.detect import known_data_sets
 from ds_kd.data.rows.source import load_rows
 from ds_kd.data.squad import make_squad_dataset
 from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset
-from ds_kd.recipe.data import hold_out
+from ds_kd.parallel.world import World
+from ds_kd.recipe.data import build_samples, hold_out
 from tests.unit.test_data import TEMPLATE, make_tokenizer, write
 from tests.unit.test_supervised import byte_level_bpe
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 PAIRS = [{"prompt": "what", "completion": name} for name in ("it", "is", "Paris")]
+TWICE = TEMPLATE.replace("m.content", "m.content + ' ' + m.content")  # another template
 TEXT = {each.name.rpartition(".")[2]: each for each in known_data_sets()}
 
 
@@ -304,6 +309,33 @@ def sources(tmp_path):
         {"_target_": "ds_kd.data.squad.make_squad_dataset", "padding": "max_length",
          "seq_length": 64, "dataset_name": write(tmp_path / "squad.jsonl", [squad] * 20)},
     ]  # fmt: skip
+
+
+def test_the_chat_template_of_one_source_does_not_reach_the_others(sources):
+    chat, squad = ({**part} for part in sources[1:])
+    chat["chat_template"] = TEMPLATE
+    tokenizer = make_tokenizer()
+    made = [make_mixture(tokenizer, order) for order in ([chat, squad], [squad, chat])]
+    by_kind = [[made[k]["input_ids"][n] for n in at] for k, at in enumerate(((0, 20), (20, 0)))]
+    assert by_kind[0] == by_kind[1] and tokenizer.chat_template is None
+
+
+def test_the_training_sets_chat_template_is_the_students_and_the_default_of_validation(sources):
+    chat = {"path_or_dataset_id": sources[1]["dataset_name"]}
+    mixture = {"_target_": "ds_kd.data.mixture.make_mixture",
+               "sources": [sources[2], {"dataset_name": sources[1]["dataset_name"],
+                                        "chat_template": TEMPLATE}]}  # fmt: skip
+    other = {"_target_": "ds_kd.data.chat.ChatDataset", **chat, "chat_template": TWICE}
+    same = {"_target_": "ds_kd.data.chat.ChatDataset", **chat}
+    for training in ({**same, "chat_template": TEMPLATE}, mixture):
+        data = {"dataset": training, "validation_dataset": {"a": other, "b": same}}
+        cfg = load({**yaml.safe_load(GUIDE.read_text()), **data})
+        tokenizer = make_tokenizer()
+        _, held_out = build_samples(cfg, tokenizer, World(0, 1, torch.device("cpu"), "gloo"))
+        assert tokenizer.chat_template == TEMPLATE
+        own = ChatDataset(chat["path_or_dataset_id"], make_tokenizer(TEMPLATE))
+        assert held_out["b"][0]["input_ids"] == own[0]["input_ids"]
+        assert held_out["a"][0]["input_ids"] != own[0]["input_ids"]
 
 
 def test_a_mixture_holds_every_sample_once_or_draws_by_weight(sources):

@@ -36,7 +36,7 @@ def _read_squad(row: dict[str, Any]) -> tuple[str, list[str]]:
 
 _TASKS: tuple[Task, ...] = (
     MultipleChoice("hellaswag", ("ctx", "endings", "label"), _read_hellaswag),
-    Generation("squad", ("context", "question", "answers"), _read_squad),
+    Generation("squad", ("context", "question", "answers"), _read_squad, asks_for_none=True),
     Perplexity("perplexity"),
     Distances("kl"),
 )

@@ -146,6 +146,8 @@ class Generation:
         new_tokens: the most tokens of an answer.
         uses_chat: whether the prompt is a user's turn, if the tokenizer has a chat template.
         pattern: a regular expression; what it finds first in an answer is compared, or its group.
+        asks_for_none: whether a row without a reference asks for an empty answer, as in SQuAD 2.0;
+            otherwise nothing can be said of it.
     """
 
     name: str
@@ -156,6 +158,7 @@ class Generation:
     new_tokens: int = 64
     uses_chat: bool = True
     pattern: str | None = None
+    asks_for_none: bool = False
     needs_teacher = False
 
     @property
@@ -168,6 +171,8 @@ class Generation:
 
     def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
         prompt, references = self.read(row)
+        if not (references or self.asks_for_none):
+            return []
         is_chat = self.uses_chat and encoder.tokenizer.chat_template is not None
         ids = encoder.encode_prompt(prompt, is_chat)
         room = [0] * self.new_tokens
@@ -188,7 +193,7 @@ class Generation:
 
     def _judge(self, item: Item, text: str) -> Record:
         answer = text if self.pattern is None else _find(self.pattern, text)
-        right = item["references"] or [""]  # SQuAD 2.0: no reference, no answer
+        right = item["references"] or [""]
         scored = {name: score_best(name, answer, right) for name in self.scores}
         return {"text": text, **scored}
 
