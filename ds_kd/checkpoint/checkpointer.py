@@ -293,6 +293,15 @@ class Checkpointer:
         link = self.directory / LATEST
         return link.resolve() if link.exists() else None
 
+    def note_validation(self, step: int, loss: float) -> None:
+        """Add the loss of a validation to the checkpoint of a step, which was saved before it."""
+        checkpoint = self.directory / step_name(step)
+        if self.world.is_main and checkpoint.is_dir():
+            try:
+                publication.note_validation(checkpoint, loss, self.validation)
+            except OSError as error:  # the checkpoint is there, which is what counts
+                self.say(f"{checkpoint}: its validation loss cannot be noted: {error}")
+
     def mark(self, step: int, finished: bool) -> None:
         """Write the marker of a run that was stopped before its end, or remove it if it
         finished."""

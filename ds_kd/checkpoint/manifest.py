@@ -16,6 +16,7 @@ from ds_kd.errors import UserError
 
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
 STATE, CONFIG, CARD = "state.json", "config.yaml", "README.md"
+VALIDATION = "validation.json"  # of a validation that was made after the save; in no manifest
 ROLLOUTS = "rollouts.json"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
 #: Errors of the system, torch and safetensors on a full disk.

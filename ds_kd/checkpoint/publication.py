@@ -15,13 +15,15 @@ time.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ds_kd.checkpoint import manifest
-from ds_kd.checkpoint.manifest import BEST, CARD, FINAL, LATEST, MODEL, CheckpointError
+from ds_kd.checkpoint.manifest import BEST, CARD, FINAL, LATEST, MODEL, VALIDATION, CheckpointError
 from ds_kd.checkpoint.retention import Retention, best_in, find_superfluous, leftovers_in, prune
 
 FRESH_FINAL, _OLD_FINAL, _REPLACED = ".final.new", ".final.old", ".replaced."
@@ -61,6 +63,16 @@ def complete(checkpoint: Path, directory: Path) -> None:
     if holds_student(checkpoint) and not _is_student_of(directory / FINAL, checkpoint):
         _put_final(checkpoint, directory)
     _point_best(directory, set())
+
+
+def note_validation(checkpoint: Path, loss: float, settings: dict[str, Any]) -> None:
+    """Write the loss of a validation that was made after the checkpoint was saved, atomically
+    beside its files, and make `BEST` agree."""
+    aside = checkpoint / f".{VALIDATION}.new"
+    aside.write_text(json.dumps({"validation_loss": loss, "validation": settings}))
+    manifest.fsync(aside)
+    aside.replace(checkpoint / VALIDATION)
+    _point_best(checkpoint.parent, set())
 
 
 def retain(directory: Path, keep: Retention) -> None:

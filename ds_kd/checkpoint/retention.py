@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_kd.checkpoint.manifest import LATEST, STATE, fsync
+from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, fsync
 
 _OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.resharded|\.final\.(new|old)")
 _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")
@@ -89,12 +89,14 @@ def best_in(directory: Path) -> list[Path]:
 def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
     """Return the validation loss of a checkpoint and the settings it was measured with, or None if
     it was not validated."""
-    try:
-        saved = json.loads((checkpoint / STATE).read_text())
-    except (OSError, ValueError):
-        return None
-    loss = saved.get("validation_loss")
-    return None if loss is None else (loss, saved.get("validation"))
+    for name in (VALIDATION, STATE):
+        try:
+            saved = json.loads((checkpoint / name).read_text())
+        except (OSError, ValueError):
+            continue
+        if (loss := saved.get("validation_loss")) is not None:
+            return loss, saved.get("validation")
+    return None
 
 
 def find_superfluous(directory: Path, keep: Retention) -> list[Path]:

@@ -165,6 +165,8 @@ class Trainer:
         if not (self._owes_validation() or self.schedule.max_steps == 0):
             return not self._evaluate()
         validated = self.validate()
+        if validated is not None and self.checkpointer is not None:
+            self.checkpointer.note_validation(self.state.step, validated["loss"])
         if self._ends_early:  # its last checkpoint was saved as one of many
             self._say_that_it_ends()
             if self.checkpointer is not None:

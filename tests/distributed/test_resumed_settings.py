@@ -15,10 +15,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd.checkpoint.retention import best_in
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.config.sections import LRScheduler
 from ds_kd.parallel.signals import StopRequest
+from ds_kd.parallel.world import barrier
 from ds_kd.recipe.optimizer import build_schedule
 from ds_kd.recipe.run import _resume
 from tests import tiny
@@ -178,7 +180,19 @@ def broken_off(world, root, paths):
     made.asked_to_stop = look
     finished = made.train()
     validated = "validation" in made.metrics.out.getvalue()
-    return {"broken off": [finished, made.state.step], "validated": validated}
+    out = {"broken off": [finished, made.state.step], "validated": validated}
+
+    # The run that goes on makes that validation, of the checkpoint that is already there.
+    again = prepare(world, paths, root / "broken", 1, adamw(**OLD))
+    again.validation.loaders = {"": again.batches.loader}
+    again.schedule = replace(again.schedule, val_every_steps=1)
+    again.checkpointer.resume(again.student, again.state)
+    best = root / "broken" / "BEST"
+    before = best.is_symlink()
+    assert again.train()
+    barrier(world)  # rank 0 has noted it
+    out["noted"] = [before, best.resolve().name, best_in(best.parent)[0].name]
+    return out
 
 
 def ended_early(world, root, paths):
@@ -287,6 +301,7 @@ def test_a_checkpoint_is_saved_by_rank_0s_clock(two):
 
 def test_a_signal_during_validation_does_not_wait_for_its_end(two):
     assert two[0]["broken off"] == two[1]["broken off"] == [False, 1]
+    assert two[0]["noted"] == [False, "step_0000001", "step_0000001"]
     assert not two[0]["validated"] and not two[1]["validated"]
 
 
