@@ -221,7 +221,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
     """Load the model and tokenizer of a directory or hub id.
 
     Raises:
-        PruneError: they cannot be loaded.
+        PruneError: they cannot be loaded, or the files lack weights.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -242,9 +242,19 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
             f"--teacher {source}: no model with a tokenizer {where}: {reason}"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
         raise PruneError(f"--teacher {source}: {first_line(error)}") from error
+
+    model, found = loaded
+    # transformers initialises what the files lack, and the student would be random there.
+    if missing := sorted(found["missing_keys"]):
+        raise PruneError(
+            f"--teacher {source}: its files lack {len(missing)} weights of "
+            f"{type(model).__name__}, such as {missing[0]}; give a whole causal language model"
+        )
     return model.eval(), tokenizer
 
 

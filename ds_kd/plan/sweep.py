@@ -44,6 +44,7 @@ def lay_out(config: str, overrides: list[str], allow: tuple[str, ...]) -> list[R
     if not varied:
         raise ConfigError(["nothing varies: give a key several values, such as kd_ratio=0,0.5,1"])
     runs: dict[str, Run] = {}
+    plain: list[RunConfig] = []
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values, strict=True))
         name = re.sub(r"[^\w.=+-]+", "-", "_".join(f"{key}={chosen[key]}" for key in varied))[:200]
@@ -55,6 +56,9 @@ def lay_out(config: str, overrides: list[str], allow: tuple[str, ...]) -> list[R
         words += [f"checkpoint.checkpoint_dir={root / name}", "tensorboard.log_dir=null"]
         if name in runs:
             raise ConfigError([f"two runs would be in {root / name}; give values that differ"])
+        if cfg in plain:  # 0.5 and 0.50 have two names, and one value
+            raise ConfigError([f"two runs would be equal: {name}; give values that differ"])
+        plain.append(cfg)
         runs[name] = Run(name, load(config, words, allow), words)
     return [*runs.values()]
 

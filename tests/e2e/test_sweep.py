@@ -36,6 +36,8 @@ def test_the_runs_are_all_combinations_each_in_its_directory_and_all_are_checked
         lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5"], ())
     with pytest.raises(ConfigError, match="two runs would be in"):
         lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5,0.5"], ())
+    with pytest.raises(ConfigError, match=r"would be equal: kd_ratio=0\.50"):
+        lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5,0.50"], ())
 
 
 def test_the_command_leaves_out_finished_runs_goes_on_after_failed_ones_and_ends_in_a_table(

@@ -7,12 +7,18 @@ import math
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from ds_kd.evaluate.run import load_items
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
+from ds_kd.evaluate.tasks.builtin import PLAIN_TEXT
+from ds_kd.evaluate.tasks.encoding import Encoder
+from ds_kd.evaluate.tasks.kinds import Generation
 from ds_kd.evaluate.tasks.scores import exact_match, f1, normalize
 from tests import harness, tiny
 from tests.scripts import script
@@ -303,6 +309,31 @@ def test_answers_are_compared_as_squads_official_script_does():
     assert f1("", "") == 1.0 and f1("", "stone") == 0.0 and f1("an", "stone") == 0.0
     # A word counts as often as it is in both: one of three, and one of one.
     assert f1("no no no", "no") == pytest.approx(0.5)
+
+
+def test_a_bos_that_the_tokenizer_puts_in_front_is_read_and_not_scored():
+    encoder = Encoder(SimpleNamespace(bos_token_id=1, eos_token_id=2), longest=2)
+    # BOS 1 before the text 5 6 7; the last window sees one token again for room.
+    expected = [([1, 5], [5, 6]), ([5, 6], [-100, 7])]
+    assert encoder.make_windows([1, 5, 6, 7]) == encoder.make_windows([5, 6, 7]) == expected
+
+
+def test_rows_without_a_reference_are_left_out_unless_they_ask_for_no_answer(place):
+    encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"))
+    rows = [{"q": "the river", "a": ["old"]}, {"q": "the bread", "a": []}]
+    one, none = (write_rows(place / "some.jsonl", rows), write_rows(place / "no.jsonl", rows[1:]))
+    for asks in (False, True):
+        task = Generation("own", ("q", "a"), lambda r: (r["q"], r["a"]), asks_for_none=asks)
+        assert load_items(task, str(one), None, encoder).rows == ([0, 1] if asks else [0])
+        with pytest.raises(ValueError, match="reference answer" if asks else "anything to score"):
+            load_items(task, str(none), None, encoder)
+
+
+def test_texts_without_a_token_are_told_as_what_they_are(place):
+    encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"))
+    rows = write_rows(place / "empty.jsonl", [{"text": ""}])
+    with pytest.raises(ValueError, match="anything to score"):
+        load_items(PLAIN_TEXT, str(rows), None, encoder)
 
 
 def test_an_interval_is_about_that_of_the_normal_distribution():

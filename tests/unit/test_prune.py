@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ds_kd.models import prune as pruning
 from tests import tiny
@@ -205,6 +206,17 @@ def test_a_missing_teacher_tokenizer_or_free_output_is_a_users_error(tmp_path, c
         message = capsys.readouterr().err
         assert says in message and message.count("\n") == 1
     assert not output.exists()
+
+
+def test_a_teacher_whose_files_lack_a_weight_is_refused(tmp_path, capsys):
+    teacher, lost = tiny.llama(tmp_path / "teacher"), "model.layers.1.mlp.down_proj.weight"
+    weights = load_file(teacher / "model.safetensors")
+    del weights[lost]
+    save_file(weights, teacher / "model.safetensors", {"format": "pt"})
+    output = tmp_path / "student"
+    command = ["--teacher", str(teacher), "--output", str(output), "--keep-layers", "2"]
+    assert prune.main(command) == 2
+    assert lost in capsys.readouterr().err and not output.exists()
 
 
 def test_a_users_error_shows_no_traceback(tmp_path):
