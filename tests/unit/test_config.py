@@ -989,9 +989,12 @@ def test_listing_keys_that_are_not_there_is_an_error_with_a_hint(prefix, words, 
         (["--dry-run", "--gpu-memory", "80GB"], "error: launch/plan.py has --gpu-memory"),
         (["--chek"], "--chek: no such option; did you mean --check?"),
         (["--check=yes", "--dryrun"], "--dryrun: no such option; did you mean --dry-run?"),
+        (["--validation_dataset"], "error: --validation_dataset expects a value"),
+        (["--kd_ratio", "--check"], "error: --kd_ratio expects a value"),
+        (["--dry-run", "--check"], "error: --check and --dry-run are two questions"),
     ],
 )
-def test_an_option_that_is_misspelt_or_another_scripts_is_told(words, told, capsys):
+def test_an_option_that_is_misspelt_incomplete_or_another_scripts_is_told(words, told, capsys):
     with pytest.raises(SystemExit) as caught:
         script("kd").parse(["--config", str(GUIDE), *words])
     assert caught.value.code == 2 and told in capsys.readouterr().err
