@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import Component, problem
-from ds_kd.config.schema import Peft
+from ds_kd.config.sections import Peft
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 _MAX_BYTES = 100_000_000
