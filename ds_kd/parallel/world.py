@@ -57,8 +57,7 @@ class World:
     """This process's place in the job.
 
     `rank` and `size` count processes; files, random generators and decisions depend on them. Data
-    is
-    divided, and results are averaged, over a named group: `data` or `everyone`.
+    is divided, and results are averaged, over a named group: `data` or `everyone`.
     """
 
     rank: int

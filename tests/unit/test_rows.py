@@ -67,6 +67,7 @@ def test_a_directory_without_rows_of_these_columns_is_told(tmp_path):
     (tmp_path / "sub").mkdir()
     assert "expected a directory of rows with prompt, completion" in wrong(tmp_path)
     (tmp_path / "sub" / "info.json").write_text('{"n": 1}')
+    (tmp_path / "sub" / "settings.xml").write_text("<a/>")
     (tmp_path / "sub" / "notes.txt").write_text("prompt, completion")
     assert "none of its files has them" in wrong(tmp_path)
     assert not wrong(tmp_path, "make_text_dataset")  # a text file is read as rows of `text`

@@ -109,7 +109,7 @@ def find_wrong_source(key: str, source: Any) -> str | None:
 
 #: Files in a directory that are looked at, and endings of other files that `datasets` reads.
 _MOST_FILES = 2000
-_FORMATS_LEFT = (".arrow", ".ndjson", ".tar", ".zip", ".xml", ".hdf5", ".h5", ".lance", ".avro")
+_FORMATS_LEFT = (".arrow", ".ndjson", ".tar", ".zip", ".hdf5", ".h5", ".lance", ".avro")
 
 
 def _may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
