@@ -12,6 +12,7 @@ from ds_kd.config.checks.sections import check_section
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.keys import key
 from ds_kd.config.text.yaml_source import read
+from ds_kd.data.rows.detect import columns_known, recognise
 from ds_kd.data.rows.files import columns_of, files_of
 from ds_kd.errors import first_line
 
@@ -98,19 +99,21 @@ def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
         hint = f"did you mean {near[0]}?" if near else ""
         return [problem(f"{key}.task", name, f"{', '.join(BUILTIN)} or a task's .yaml", hint)]
     wrong = find_wrong_source(f"{key}.data", data)
-    return [wrong] if wrong else _find_wrong_columns(f"{key}.data", data, COLUMNS.get(name, ()))
+    return [wrong] if wrong else _find_wrong_columns(f"{key}.data", name, data)
 
 
-def _find_wrong_columns(key: str, data: str, columns: tuple[str, ...]) -> list[str]:
-    """Return the problem of files that lack the columns of a task. A task without columns of its
-    own takes the rows of any data set."""
+def _find_wrong_columns(key: str, task: str, data: str) -> list[str]:
+    """Return the problem of files that lack the columns of a task. One of ours without columns of
+    its own takes the rows of any data set; those of a YAML are left to the run."""
+    columns = COLUMNS.get(task, ())
+    expected = f"rows with {', '.join(columns) or columns_known()}"
     for name in files_of(data) or ():
-        expected = f"rows with {', '.join(columns)}" if columns else "rows"
         try:
             found = columns_of(name)
         except (OSError, ValueError, RecursionError) as error:
             return [problem(key, name, expected, first_line(error))]
-        if not {*columns} <= {*found}:
+        fits = {*columns} <= {*found} if columns else task not in BUILTIN or recognise(found)
+        if not fits:
             return [problem(key, name, expected, f"its first row has {', '.join(found)}")]
     return []
 

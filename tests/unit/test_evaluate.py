@@ -518,8 +518,10 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
     from ds_kd.config.load import load
 
     (place / "broken.yaml").write_text("{kind: perplexity, reference: '{{a'}")
+    (place / "other.jsonl").write_text('{"n": 1}')
     text = json.dumps(section).replace("{rows}", str(place / "questions.jsonl"))
-    filled = json.loads(text.replace("{broken}", str(place / "broken.yaml")))
+    text = text.replace("{broken}", str(place / "broken.yaml"))
+    filled = json.loads(text.replace("{other}", str(place / "other.jsonl")))
     data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
     given = {
         "model": {

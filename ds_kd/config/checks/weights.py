@@ -51,7 +51,7 @@ def find_wrong_files(directory: Path, kwargs: dict[str, Any]) -> str:
     if not isinstance(config, dict):
         return f"its config.json holds {type(config).__name__}, not a mapping"
     kind = config.get("model_type")
-    if kind in _ENCODERS and not config.get("is_decoder"):
+    if kind in _ENCODERS and not (config | kwargs).get("is_decoder"):
         return f"its config.json describes an encoder ({kind}), which predicts no next token"
 
     # Weights that transformers finds in another way are left to the run.
