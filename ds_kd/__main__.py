@@ -63,15 +63,19 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
     # The deepspeed launcher passes this option; it is not for users.
     option("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parse_run(parser, argv, without_config=("list_keys",), of_plan=OF_PLAN)
+    args = parse_run(parser, argv, without_config=("list_keys",), of_plan=OF_PLAN)
+    asked = {"--check": args.check, "--dry-run": args.dry_run, "--show-samples": args.show_samples}
+    given = [name for name, value in asked.items() if value]
+    if len(given) > 1:
+        parser.error(f"{' and '.join(given)} are two questions; ask one at a time")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
     if args.list_keys is not None:
         print_keys(args.list_keys)
         return
-    only_plan = args.dry_run and not args.check
-    cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=only_plan)
+    cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=args.dry_run)
     with cfg.source.add_places():
         if args.check:
             check(cfg, args)
@@ -112,11 +116,12 @@ def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
 
 
 def train(cfg: RunConfig, args: argparse.Namespace) -> None:
-    from ds_kd.recipe.results import closing_message
+    from ds_kd.recipe.results import closing_message, mark_without_checkpoints
 
     with ds_kd.build(cfg, listens=True) as trainer:
         finished = trainer.train()
         if trainer.metrics is not None:  # on rank 0
+            mark_without_checkpoints(cfg, trainer.state.step, finished)
             trainer.metrics.say(closing_message(cfg, trainer.state.step, finished))
 
 

@@ -82,7 +82,10 @@ def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]
         elif equals:
             words.append(f"{name[2:]}={value}")
         else:
-            words.append(f"{name[2:]}={next(rest, '')}")
+            following = next(rest, None)
+            if following is None or following.startswith("--"):
+                parser.error(f"{name} expects a value; {name}=null gives none")
+            words.append(f"{name[2:]}={following}")
     return words
 
 

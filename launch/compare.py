@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
+from ds_kd.script import run_script
 
 
 def show(label: str, text: str) -> None:
@@ -76,14 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"give --config, or {', '.join(missing)}")
     if args.row < 0:
         parser.error(f"--row: got {args.row}, expected a number ≥ 0")
-    from ds_kd.errors import UserError
-
-    try:
-        run(args)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return run_script(lambda: run(args))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
+from ds_kd.script import run_script
 
 DTYPES = {"auto": "auto", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
@@ -41,18 +42,17 @@ def main(argv: list[str] | None = None) -> int:
         "--dtype", choices=DTYPES, default="auto", help="of the weights; auto keeps the teacher's"
     )
     args = parser.parse_args(argv)
-    quiet()
-    from ds_kd.models.prune import PruneError, write_pruned
+    return run_script(lambda: run(args))
 
-    try:
-        described = write_pruned(
-            args.teacher, args.keep_layers, args.output, DTYPES[args.dtype], args.calibration
-        )
-    except PruneError as error:
-        print(error, file=sys.stderr)
-        return 2
+
+def run(args: argparse.Namespace) -> None:
+    quiet()
+    from ds_kd.models.prune import write_pruned
+
+    described = write_pruned(
+        args.teacher, args.keep_layers, args.output, DTYPES[args.dtype], args.calibration
+    )
     print(f"{described}\nwrote {args.output}")
-    return 0
 
 
 if __name__ == "__main__":

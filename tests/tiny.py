@@ -56,6 +56,12 @@ def llama(
     return path
 
 
+def weightless(path: Path, config: str = "{}") -> None:
+    """A config.json, and a file of weights that is whole and holds none, at `path`."""
+    (path / "config.json").write_text(config)
+    (path / "model.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
+
+
 def squad_rows(count: int) -> str:
     """JSON lines in SQuAD's schema, of the tokenizer's words."""
     rows = [

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ds_kd.checkpoint.manifest import CheckpointError
-from ds_kd.checkpoint.optimizer_settings import apply_settings, settings_of, states_of
+from ds_kd.checkpoint.optimizer_settings import apply_settings, read_settings, states_of
 from ds_kd.parallel.engines import optimizer_numbers
 
 
@@ -75,7 +75,7 @@ def load_engine(engine: Any, directory: Path, tag: str) -> bool:
         RuntimeError: the files belong to another model.
     """
     optimizer = engine.optimizer.optimizer
-    settings = settings_of(optimizer)
+    settings = read_settings(optimizer)
 
     # The settings are read before DeepSpeed overwrites them with those of the checkpoint.
     try:

@@ -10,7 +10,7 @@ import torch
 _KERNELS = {"fused", "foreach", "capturable", "differentiable"}
 
 
-def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+def read_settings(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
     """Return the hyper-parameters of every parameter group (lr, betas, weight decay …), by name."""
     names = (optimizer.defaults.keys() | {"initial_lr"}) - _KERNELS
     return [
@@ -29,7 +29,7 @@ def apply_settings(
 
     Args:
         optimizer: the loaded optimizer, with the settings of the run that saved it.
-        settings: the result of `settings_of` before loading.
+        settings: the result of `read_settings` before loading.
         scheduler: this run's `LambdaLR`, if any.
         steps: number of optimizer steps that were applied.
     """

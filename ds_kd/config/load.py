@@ -25,7 +25,7 @@ from ds_kd.config.checks.components import (
 from ds_kd.config.checks.files import check_directory, note_on_model
 from ds_kd.config.checks.idle_keys import find_idle_keys
 from ds_kd.config.checks.sections import check_section
-from ds_kd.config.checks.tokenizers import find_other_tokenizer
+from ds_kd.config.checks.tokenizers import find_missing_template, find_other_tokenizer
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
@@ -89,6 +89,10 @@ def _check(data: dict, config_only: bool) -> RunConfig:
     if not config_only and cfg.model and cfg.teacher_model and cfg.loads_teacher:
         other = find_other_tokenizer(cfg.model, cfg.teacher_model, cfg.kd_ratio > 0)
         problems += [other] if other else []
+    if not config_only and cfg.model:
+        sets = [each for each in (cfg.dataset, *cfg.validation_dataset.values()) if each]
+        missing = find_missing_template(cfg.model, sets)
+        problems += [missing] if missing else []
     if problems:
         raise ConfigError(_drop_repeats(problems, written))
 

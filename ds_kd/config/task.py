@@ -7,16 +7,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from ds_kd.config.checks.data import find_wrong_source
 from ds_kd.config.checks.sections import check_section
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.keys import key
 from ds_kd.config.text.yaml_source import read
-from ds_kd.data.rows.files import files_of
+from ds_kd.data.rows.detect import columns_known, recognise
+from ds_kd.data.rows.files import columns_of, files_of
+from ds_kd.errors import first_line
 
 KINDS = ("multiple_choice", "generation", "perplexity")
 #: The tasks that need no YAML, and the one of them that compares with a teacher.
 BUILTIN = ("hellaswag", "squad", "perplexity", "kl")
 WITH_TEACHER = "kl"
+#: The columns of those whose rows have a form of their own.
+COLUMNS = {
+    "hellaswag": ("ctx", "endings", "label"),
+    "squad": ("context", "question", "answers"),
+}
 METRICS = ("exact_match", "f1")
 
 
@@ -90,10 +98,23 @@ def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
         near = difflib.get_close_matches(name, BUILTIN, n=1)
         hint = f"did you mean {near[0]}?" if near else ""
         return [problem(f"{key}.task", name, f"{', '.join(BUILTIN)} or a task's .yaml", hint)]
-    try:
-        files_of(data)
-    except ValueError as error:
-        return [problem(f"{key}.data", data, "a file of rows", str(error))]
+    wrong = find_wrong_source(f"{key}.data", data)
+    return [wrong] if wrong else _find_wrong_columns(f"{key}.data", name, data)
+
+
+def _find_wrong_columns(key: str, task: str, data: str) -> list[str]:
+    """Return the problem of files that lack the columns of a task. One of ours without columns of
+    its own takes the rows of any data set; those of a YAML are left to the run."""
+    columns = COLUMNS.get(task, ())
+    expected = f"rows with {', '.join(columns) or columns_known()}"
+    for name in files_of(data) or ():
+        try:
+            found = columns_of(name)
+        except (OSError, ValueError, RecursionError) as error:
+            return [problem(key, name, expected, first_line(error))]
+        fits = {*columns} <= {*found} if columns else task not in BUILTIN or recognise(found)
+        if not fits:
+            return [problem(key, name, expected, f"its first row has {', '.join(found)}")]
     return []
 
 
@@ -121,8 +142,8 @@ def _find_contradictions(task: TaskFile, data: dict[str, Any]) -> list[str]:
 
 
 def _find_wrong_values(task: TaskFile) -> list[str]:
-    """Return what is wrong inside lists and mappings."""
-    choices, found = task.choices, []
+    """Return what is wrong inside lists, mappings and templates."""
+    choices, found = task.choices, _find_wrong_templates(task)
     if isinstance(choices, list):
         found += [
             problem(f"choices[{k}]", each, "text", "put it in quotes")
@@ -141,4 +162,28 @@ def _find_wrong_values(task: TaskFile) -> list[str]:
     for name, column in task.columns.items():
         if not isinstance(column, str):
             found.append(problem(f"columns.{name}", column, "the name of a column"))
+    return found
+
+
+def _find_wrong_templates(task: TaskFile) -> list[str]:
+    """Return the problem of each text that is not of Jinja's language, as
+    `evaluate.tasks.own.compile_value` reads it."""
+    from jinja2 import Environment, TemplateError
+
+    several = task.choices if isinstance(task.choices, list) else []
+    texts = {f"choices[{k}]": text for k, text in enumerate(several)} | {"prompt": task.prompt}
+    expressions = {"reference": task.reference}
+    expressions |= {} if several else {"choices": task.choices}
+
+    # A text without braces stays as it is; an expression is one with or without them.
+    found = []
+    for name, text in (texts | expressions).items():
+        if not isinstance(text, str):
+            continue
+        is_bare = name in expressions and "{{" not in text and "{%" not in text
+        try:
+            Environment().parse(f"{{{{ ({text}) }}}}" if is_bare else text)
+        except TemplateError as error:
+            expected = "a column's name, an expression of Jinja or a text with {{column}}"
+            found.append(problem(name, text, expected, first_line(error)))
     return found

@@ -25,23 +25,30 @@ SHOWN = (
 class CompareError(UserError):
     """A model, log or row to compare is missing."""
 
+    exit_code = 2
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the records of a JSON-lines file.
 
     Raises:
-        CompareError: it cannot be read, or a line is not JSON.
+        CompareError: it cannot be read, or a line is no record.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise CompareError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise CompareError(f"{path}: not text, expected lines of JSON") from error
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records += [json.loads(line)] if line.strip() else []
+            record = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
             raise CompareError(f"{path}, line {number}: not JSON: {error.msg}") from error
+        if not isinstance(record, dict):
+            raise CompareError(f"{path}, line {number}: got {line:.80}, expected a mapping")
+        records += [record] if record else []
     return records
 
 

@@ -53,7 +53,7 @@ class Items:
         return [*merged.values()]
 
 
-def columns_of(source: str) -> list[str]:
+def columns_in(source: str) -> list[str]:
     """Return the columns of a file's rows.
 
     Raises:
@@ -97,7 +97,7 @@ def is_plain_text(source: str) -> bool:
     Raises:
         ValueError: it cannot be read.
     """
-    found = recognise(columns_of(source))
+    found = recognise(columns_in(source))
     return found is not None and found.columns == ("text",)
 
 

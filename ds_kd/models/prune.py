@@ -34,6 +34,8 @@ LISTS_OF_LAYERS = ("mlp_only_layers",)
 class PruneError(UserError):
     """The command cannot be carried out; the message is for the user."""
 
+    exit_code = 2
+
 
 def space_evenly(keep: int, total: int) -> list[int]:
     """Return `keep` of `total` layers, first and last included: 6 of 30 → 0, 6, 12, 17, 23, 29."""
@@ -223,6 +225,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
     Raises:
         PruneError: they cannot be loaded, or the files lack weights.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = Path(source)
@@ -245,7 +248,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, output_loading_info=True
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise PruneError(f"--teacher {source}: {first_line(error)}") from error
 
     model, found = loaded

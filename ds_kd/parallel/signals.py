@@ -8,12 +8,15 @@ import functools
 import multiprocessing
 import os
 import signal
+import subprocess
 import time
 from typing import Any
 
-#: Variables that the `deepspeed` launcher and torchrun set. A signal to the process group reaches
-#: the launcher too, which passes it on, so each rank gets it twice, or SIGTERM after SIGINT.
-_PASSED_ON_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID")
+#: Set for the commands of `StoppableCommands`.
+SENT_ON = "DS_KD_SENT_ON"
+#: Variables that the `deepspeed` launcher, torchrun and a sweep set. A signal to the process group
+#: reaches them too, and they pass it on, so each rank gets it twice, or SIGTERM after SIGINT.
+_PASSED_ON_BY = ("CROSS_SIZE", "TORCHELASTIC_RUN_ID", SENT_ON)
 _ECHO_SECONDS = 3.0
 _REQUESTS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 
@@ -55,6 +58,36 @@ class StopRequest:
     def _is_echo(self) -> bool:
         launched = any(name in os.environ for name in _PASSED_ON_BY)
         return launched and time.monotonic() - self._since < _ECHO_SECONDS
+
+
+class StoppableCommands:
+    """Runs commands one after another, and hands requests to stop on to the one that runs.
+
+    A terminal sends Ctrl-C to that process itself. Any other request may have reached this process
+    alone and is handed on as SIGTERM, as torchrun dies of some others. The variable `SENT_ON` keeps
+    a rank that got it too from taking this for a second request. `is_asked` tells of any.
+    """
+
+    def __init__(self) -> None:
+        self.is_asked = False
+        self._child: subprocess.Popen | None = None
+        for number in _REQUESTS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._hand_on)
+
+    def run(self, command: list[str]) -> int:
+        """Return the exit code of a command; that of a process that a signal killed is 128 and
+        the signal's number, as in a shell."""
+        self._child = subprocess.Popen(command, env={**os.environ, SENT_ON: "1"})
+        if self.is_asked:  # while it was being started
+            self._child.terminate()
+        code = self._child.wait()
+        return code if code >= 0 else 128 - code
+
+    def _hand_on(self, number: int, frame: Any) -> None:
+        self.is_asked = True
+        if self._child is not None and number != signal.SIGINT:
+            self._child.terminate()
 
 
 def ignore_requests(worker: int) -> None:

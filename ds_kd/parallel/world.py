@@ -57,8 +57,7 @@ class World:
     """This process's place in the job.
 
     `rank` and `size` count processes; files, random generators and decisions depend on them. Data
-    is
-    divided, and results are averaged, over a named group: `data` or `everyone`.
+    is divided, and results are averaged, over a named group: `data` or `everyone`.
     """
 
     rank: int
@@ -210,7 +209,7 @@ def on_rank0(function: Callable[[], T], world: World) -> T:
         try:
             box[0] = function()
         except Exception as error:  # raised on every rank, so that none waits in vain
-            failed, box[1] = error, _pack(error)
+            failed, box[1] = error, _pack_error(error)
     if world.size > 1:
         key = _name_call()
         if world.is_main:
@@ -247,7 +246,7 @@ def rank0_first(function: Callable[[], T], world: World) -> T:
     _store().wait([f"{key}/all"], _PATIENCE)
 
     packed: list[Any] = [None] * world.size
-    mine = None if failed is None else _pack(failed)
+    mine = None if failed is None else _pack_error(failed)
     dist.all_gather_object(packed, mine, group=world.host_group)
     for each in filter(None, packed):
         raise failed or _unpack(each)
@@ -261,7 +260,7 @@ def _name_call() -> str:
     return f"ds_kd/call/{_calls}"
 
 
-def _pack(error: Exception) -> tuple[bytes | None, Exception]:
+def _pack_error(error: Exception) -> tuple[bytes | None, Exception]:
     """Return an exception in a form that can be sent to other ranks: pickled, and as a known class
     with its first line, in case pickle cannot restore it."""
     text = first_line(error)
@@ -328,11 +327,15 @@ def name_lost_ranks(world: World) -> Iterator[None]:
         lost = lost_ranks(error, world)
         if lost is None:
             raise
-        who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
         raise RankLostError(
-            f"{who} does not answer (killed, out of memory, hung or cut off); the same command "
-            f"goes on from the last checkpoint"
+            f"{describe_lost(lost)} does not answer (killed, out of memory, hung or cut off); the "
+            f"same command goes on from the last checkpoint"
         ) from error
+
+
+def describe_lost(ranks: list[int]) -> str:
+    """Return words for the result of `lost_ranks`."""
+    return f"rank {', '.join(map(str, ranks))}" if ranks else "the network between ranks"
 
 
 def is_first_to_fail() -> bool:

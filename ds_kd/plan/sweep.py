@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import yaml
 
 from ds_kd.config.components import ConfigError
-from ds_kd.config.load import load
+from ds_kd.config.load import check_world, load
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.text.yaml_source import Source
 from ds_kd.evaluate.comparison import SHOWN, read_lines
-from ds_kd.recipe.results import log_of
+from ds_kd.recipe.results import log_of, marker_of
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,28 @@ class Run:
         """Return the file that says that it has ended, and with which settings."""
         return Path(self.cfg.checkpoint.checkpoint_dir) / "FINISHED"
 
+    @property
+    def was_stopped(self) -> bool:
+        """Return whether a signal ended it, and it is to go on."""
+        return marker_of(self.cfg).exists()
 
-def lay_out(config: str, overrides: list[str], allow: tuple[str, ...]) -> list[Run]:
+
+def lay_out(config: str, overrides: list[str], allow: tuple[str, ...], ranks: int = 1) -> list[Run]:
     """Return the checked runs of all combinations, in order, the last key varying fastest.
 
     Args:
         overrides: `key=value`, or `key=value,value` for a key to vary.
+        ranks: of each run.
 
     Raises:
-        ConfigError: no key varies, or a combination is refused.
+        ConfigError: no key varies, two runs are the same, or a combination is refused.
     """
     given = {key: _split(values) for key, _, values in (each.partition("=") for each in overrides)}
     varied = [key for key, values in given.items() if len(values) > 1]
     if not varied:
         raise ConfigError(["nothing varies: give a key several values, such as kd_ratio=0,0.5,1"])
     runs: dict[str, Run] = {}
-    plain: list[RunConfig] = []
+    seen: dict[str, RunConfig] = {}
     for values in itertools.product(*given.values()):
         chosen = dict(zip(given, values, strict=True))
         name = re.sub(r"[^\w.=+-]+", "-", "_".join(f"{key}={chosen[key]}" for key in varied))[:200]
@@ -56,9 +63,12 @@ def lay_out(config: str, overrides: list[str], allow: tuple[str, ...]) -> list[R
         words += [f"checkpoint.checkpoint_dir={root / name}", "tensorboard.log_dir=null"]
         if name in runs:
             raise ConfigError([f"two runs would be in {root / name}; give values that differ"])
-        if cfg in plain:  # 0.5 and 0.50 have two names, and one value
-            raise ConfigError([f"two runs would be equal: {name}; give values that differ"])
-        plain.append(cfg)
+        check_world(cfg, ranks)
+
+        # 0.5 and 0.50 are two texts and one value.
+        seen[name] = replace(cfg, text="", notes=[], source=Source())
+        if same := next((each for each in runs if seen[each] == seen[name]), None):
+            raise ConfigError([f"{same} and {name} are the same run; give values that differ"])
         runs[name] = Run(name, load(config, words, allow), words)
     return [*runs.values()]
 

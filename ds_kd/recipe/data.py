@@ -25,7 +25,7 @@ from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 from ds_kd.teachers.cache.keys import AddKeys
 
-_NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
+NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
 
 def packs(cfg: RunConfig) -> bool:
@@ -138,7 +138,7 @@ def _warn_of_longest(samples: Any, tokenizer: Any) -> str:
     """Return a warning if a sample is longer than the tokenizer's `model_max_length`, or an empty
     text."""
     most = tokenizer.model_max_length
-    if not hasattr(samples, "column_names") or most > _NO_LIMIT:
+    if not hasattr(samples, "column_names") or most > NO_LIMIT:
         return ""
     longest = max(lengths_of(samples))
     if longest <= most:

@@ -39,6 +39,7 @@ from ds_kd.losses.head import States
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.files.model_files import identity_of
 from ds_kd.parallel.world import World, on_rank0, rank0_first
+from ds_kd.recipe.data import NO_LIMIT
 from ds_kd.recipe.models import (
     check_files,
     check_whole,
@@ -47,8 +48,6 @@ from ds_kd.recipe.models import (
     tokenizer_of,
     training_dtype,
 )
-
-_NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
 
 class EvaluationError(UserError):
@@ -347,4 +346,4 @@ def find_longest(config: Any, tokenizer: Any) -> int | None:
     """Return the most tokens that a model reads at once, or None if nothing names a limit."""
     named = getattr(config.get_text_config(), "max_position_embeddings", None)
     limits = [named, tokenizer.model_max_length]
-    return next((int(n) for n in limits if isinstance(n, int) and 0 < n < _NO_LIMIT), None)
+    return next((int(n) for n in limits if isinstance(n, int) and 0 < n < NO_LIMIT), None)

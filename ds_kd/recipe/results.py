@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ds_kd.checkpoint.checkpointer import PREEMPTED
 from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST
 from ds_kd.config.components import ConfigError
 from ds_kd.config.schema import RunConfig
@@ -28,6 +29,22 @@ def models_of(cfg: RunConfig) -> dict[str, Path]:
 def log_of(cfg: RunConfig) -> Path:
     """Return the path of a run's metrics.jsonl."""
     return Path(cfg.tensorboard_dir) / "metrics.jsonl"
+
+
+def marker_of(cfg: RunConfig) -> Path:
+    """Return the path of the file that is there while a run that a signal stopped is to go on."""
+    directory = cfg.checkpoint.checkpoint_dir if cfg.checkpoint.enabled else cfg.tensorboard_dir
+    return Path(directory) / PREEMPTED
+
+
+def mark_without_checkpoints(cfg: RunConfig, step: int, finished: bool) -> None:
+    """Write or remove the marker of a run that has no checkpointer to do it; call it on rank 0."""
+    if cfg.checkpoint.enabled:
+        return
+    if finished:
+        marker_of(cfg).unlink(missing_ok=True)
+    else:
+        marker_of(cfg).write_text(f"preempted at step {step}\n")
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
@@ -62,7 +79,7 @@ def _describe_validation(cfg: RunConfig, step: int) -> list[str]:
     """Return a line on the lowest validation loss of a run's log up to a step, if there is one."""
     try:
         records = read_lines(log_of(cfg))
-    except (UserError, UnicodeDecodeError):  # no log, or a damaged one
+    except UserError:  # no log, or a damaged one
         return []
     found = {r["step"]: r["val_loss"] for r in records if "val_loss" in r and r["step"] <= step}
     if not found:

@@ -25,7 +25,7 @@ from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import TrainingError
 from ds_kd.models.operations import Operations
 from ds_kd.parallel.engines import read_gradient_norm
-from ds_kd.parallel.world import World, lost_ranks, sum_by_name, sum_over
+from ds_kd.parallel.world import World, describe_lost, lost_ranks, sum_by_name, sum_over
 from ds_kd.teachers.base import Teacher
 from ds_kd.train.batches import Batch, Batches, add_up, list_samples, move_batch
 from ds_kd.train.clock import Clock, Counts
@@ -256,10 +256,9 @@ class Trainer:
         return stops
 
     def _name_lost(self, lost: list[int]) -> TrainingError:
-        who = f"rank {', '.join(map(str, lost))}" if lost else "the network between ranks"
         return TrainingError(
-            f"{who} does not answer in step {self.state.step + 1} (killed, out of memory, "
-            f"hung or cut off); {self._describe_resumption()}"
+            f"{describe_lost(lost)} does not answer in step {self.state.step + 1} (killed, out of "
+            f"memory, hung or cut off); {self._describe_resumption()}"
         )
 
     def _describe_resumption(self) -> str:

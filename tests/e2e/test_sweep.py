@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.config.components import ConfigError
 from ds_kd.plan.sweep import _split, lay_out
+from ds_kd.recipe.results import mark_without_checkpoints
 from tests import tiny
 from tests.e2e.test_run import GUIDE, ROOT, environment
+from tests.scripts import heed_signals
 
 
 def test_values_are_split_at_commas_outside_brackets_and_quotes():
@@ -36,8 +41,53 @@ def test_the_runs_are_all_combinations_each_in_its_directory_and_all_are_checked
         lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5"], ())
     with pytest.raises(ConfigError, match="two runs would be in"):
         lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5,0.5"], ())
-    with pytest.raises(ConfigError, match=r"would be equal: kd_ratio=0\.50"):
-        lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5,0.50"], ())
+    with pytest.raises(ConfigError, match=r"kd_ratio=0.5 and kd_ratio=0.50 are the same run"):
+        lay_out(str(ROOT / GUIDE), ["kd_ratio=0.5,1,0.50"], ())
+    sizes = ["step_scheduler.global_batch_size=4,8", "step_scheduler.local_batch_size=1"]
+    with pytest.raises(ConfigError, match=r"global_batch_size: got 4, .*3 ranks = 3; write 6"):
+        lay_out(str(ROOT / GUIDE), sizes, (), ranks=3)
+
+
+def test_a_run_without_checkpoints_that_a_signal_stopped_is_not_finished(tmp_path):
+    words = ["kd_ratio=0.5,1", f"checkpoint.checkpoint_dir={tmp_path}", "checkpoint.enabled=false"]
+    run, _ = lay_out(str(ROOT / GUIDE), words, ())
+    Path(run.cfg.tensorboard_dir).mkdir(parents=True)
+    mark_without_checkpoints(run.cfg, 3, finished=False)
+    assert run.was_stopped
+    mark_without_checkpoints(run.cfg, 5, finished=True)
+    assert not run.was_stopped
+
+
+#: What a sweep does with a run, and a run with its requests; the second word says if it has both.
+SENDER = """
+import sys
+from ds_kd.parallel.signals import StoppableCommands
+commands = StoppableCommands()
+print(commands.run([sys.executable, "-c", sys.argv[1]]), commands.is_asked, flush=True)
+"""
+LISTENER = """
+import time
+from ds_kd.parallel.signals import StopRequest
+stop = StopRequest()
+stop.listen()
+print("ready", flush=True)
+while not stop():
+    time.sleep(0.02)
+time.sleep(0.5)  # a second request would end it here
+print("saved", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+@pytest.mark.parametrize("to_group", [False, True])
+def test_a_request_to_stop_reaches_the_run_once_and_is_waited_for(number, to_group):
+    process = subprocess.Popen(
+        [sys.executable, "-c", SENDER, LISTENER], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, preexec_fn=heed_signals,
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    (os.killpg if to_group else os.kill)(process.pid, number)
+    assert process.stdout.read() == "saved\n0 True\n" and process.wait() == 0
 
 
 def test_the_command_leaves_out_finished_runs_goes_on_after_failed_ones_and_ends_in_a_table(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ds_kd.config.components import Component, ConfigError, bind, resolve
 from ds_kd.config.keys import keys_of
@@ -45,7 +47,7 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
         (tmp_path / "study" / "data" / f"{name}.jsonl").write_text(row)
     for name in ("quickstart/student", "quickstart/teacher", "study/student"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
+        tiny.weightless(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_text("{}")
     cfg = load(path)
     bind(cfg.optimizer, params=[])
@@ -602,7 +604,51 @@ def test_a_model_directory_without_config_or_tokenizer_is_told_by_key(tmp_path):
     with pytest.raises(ConfigError, match=f"{key}.*a tokenizer"):
         load(GUIDE, [f"{key}={tmp_path}"])
     (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"it has no weights \(no model.safetensors\)"):
+        load(GUIDE, [f"{key}={tmp_path}"])
+    tiny.weightless(tmp_path)
     load(GUIDE, [f"{key}={tmp_path}"])
+
+
+def test_damaged_files_of_a_model_are_told_by_key(tmp_path):
+    key, model = "model.pretrained_model_name_or_path", tiny.llama(tmp_path / "model", tie=False)
+    config, weights = model / "config.json", model / "model.safetensors"
+    content, whole = config.read_text(), weights.read_bytes()
+    tensors = {name: value.clone() for name, value in load_file(weights).items()}  # not its mapping
+    load(GUIDE, [f"{key}={model}"])
+
+    def told() -> str:
+        with pytest.raises(ConfigError, match=f"{key}: .* expected a directory with a whole") as e:
+            load(GUIDE, [f"{key}={model}"])
+        assert len(e.value.problems) == 1
+        return str(e.value)
+
+    for text, said in (
+        ("{", "its config.json is not JSON: "),
+        ("[]", "its config.json holds list, not a mapping"),
+        ('{"model_type": "bert"}', "describes an encoder (bert), which predicts no next token"),
+    ):
+        config.write_text(text)
+        assert said in told()
+    config.write_text(content)
+    for data, said in (
+        (whole[:-4], f"has {len(whole) - 4} bytes and not {len(whole)}, as its header says"),
+        (whole[:20], "model.safetensors is no whole safetensors file"),
+        (b"version https://git-lfs", "model.safetensors is no whole safetensors file"),
+    ):
+        weights.write_bytes(data)
+        assert said in told()
+    for name in ("model.layers.1.mlp.down_proj.weight", "model.embed_tokens.weight"):
+        save_file({n: value for n, value in tensors.items() if n != name}, weights)
+        assert f"its files lack {name}" in told()
+
+    # An index places each tensor in a file.
+    weights.rename(model / "one.safetensors")
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, "one.safetensors")}))
+    assert "one.safetensors lacks model.embed_tokens.weight, which model.saf" in told()
+    (model / "one.safetensors").unlink()
+    assert "it has no one.safetensors, which its model.safetensors.index.json names" in told()
 
 
 def test_checking_a_config_takes_no_heavy_import_and_tells_all_at_once(tmp_path):
@@ -993,9 +1039,12 @@ def test_listing_keys_that_are_not_there_is_an_error_with_a_hint(prefix, words, 
         (["--dry-run", "--gpu-memory", "80GB"], "error: launch/plan.py has --gpu-memory"),
         (["--chek"], "--chek: no such option; did you mean --check?"),
         (["--check=yes", "--dryrun"], "--dryrun: no such option; did you mean --dry-run?"),
+        (["--validation_dataset"], "error: --validation_dataset expects a value"),
+        (["--kd_ratio", "--check"], "error: --kd_ratio expects a value"),
+        (["--dry-run", "--check"], "error: --check and --dry-run are two questions"),
     ],
 )
-def test_an_option_that_is_misspelt_or_another_scripts_is_told(words, told, capsys):
+def test_an_option_that_is_misspelt_incomplete_or_another_scripts_is_told(words, told, capsys):
     with pytest.raises(SystemExit) as caught:
         script("kd").parse(["--config", str(GUIDE), *words])
     assert caught.value.code == 2 and told in capsys.readouterr().err

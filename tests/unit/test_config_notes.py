@@ -29,6 +29,11 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
             "step_scheduler.val_at_start",
             "no v",
         ),
+        (
+            [NO_VALIDATION, "step_scheduler.val_samples=3"],
+            "step_scheduler.val_samples",
+            "no validation_dataset or validation_share",
+        ),
         ([NO_VALIDATION], "validation_dataloader", "no validation_dataset or validation_share"),
         (["checkpoint.keep_best=2"], "checkpoint.keep_best", "without checkpoint.keep_last"),
         (

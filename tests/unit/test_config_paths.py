@@ -91,7 +91,7 @@ def test_a_wrong_key_is_told_once_in_a_traceback_too():
 
 def tokenizer_files(path: Path, words: list[str]) -> Path:
     tiny.tokenizer(path, words=["<unk>", "<eos>", "<pad>", *words])
-    (path / "config.json").write_text("{}")
+    tiny.weightless(path)
     return path
 
 
@@ -164,14 +164,9 @@ def test_a_map_that_the_students_files_do_not_hold_is_told_by_the_check(tmp_path
     right = "peft={target_modules: [v_proj, '*.q_proj']}"
     ds_kd.load_config(GUIDE, [f"{KEY}={student}", right])
 
-    # An index of several files names the weights; files that cannot be read are left to the run.
-    (student / "model.safetensors").write_bytes(b"\xff" * 8)
-    wrong = [f"{KEY}={student}", "peft={target_modules: [other]}"]
-    ds_kd.load_config(GUIDE, wrong)
-    index = {"weight_map": {"model.layers.0.self_attn.q_proj.weight": "a.safetensors"}}
-    (student / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(ConfigError, match="no linear map is called other; there are q_proj"):
-        ds_kd.load_config(GUIDE, wrong)
+    # Files whose names say nothing are left to the run.
+    tiny.weightless(student)
+    ds_kd.load_config(GUIDE, [f"{KEY}={student}", "peft={target_modules: [other]}"])
 
 
 def test_importing_the_package_is_light():

@@ -531,6 +531,16 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
         ({"tasks": [{"task": "no.yaml", "data": "{rows}"}]}, "tasks[0]: no.yaml: cannot be read"),
         ({"tasks": [{"task": "kl", "data": "{rows}"}]}, "kl compares with a teacher"),
         ({"tasks": [{"task": "squad", "data": "{rows}"}] * 2}, "squad is there twice"),
+        (
+            {"tasks": [{"task": "squad", "data": "/nonexistent"}]},
+            "tasks[0].data: got '/nonexistent'",
+        ),
+        ({"tasks": [{"task": "hellaswag", "data": "{rows}"}]}, "expected rows with ctx, endings"),
+        (
+            {"tasks": [{"task": "{broken}", "data": "{rows}"}]},
+            ": reference: got '{{a",
+        ),
+        ({"tasks": [{"task": "squad", "dta": "{rows}"}]}, "its keys are task, data, limit"),
         ({"every": 0}, "evaluation.every: got 0, expected an integer ≥ 1, or end"),
     ],
 )
@@ -538,7 +548,11 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
     from ds_kd.config.components import ConfigError
     from ds_kd.config.load import load
 
-    filled = json.loads(json.dumps(section).replace("{rows}", str(place / "questions.jsonl")))
+    (place / "broken.yaml").write_text("{kind: perplexity, reference: '{{a'}")
+    (place / "other.jsonl").write_text('{"n": 1}')
+    text = json.dumps(section).replace("{rows}", str(place / "questions.jsonl"))
+    text = text.replace("{broken}", str(place / "broken.yaml"))
+    filled = json.loads(text.replace("{other}", str(place / "other.jsonl")))
     data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
     given = {
         "model": {
@@ -552,7 +566,7 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
     with pytest.raises(ConfigError) as error:
         load(given)
     assert any(expected in line for line in error.value.problems), error.value.problems
-    assert sum("evaluation.tasks: " in line for line in error.value.problems) <= 1
+    assert len(error.value.problems) == 1 or "tasks" not in section
 
 
 def test_the_schema_and_the_package_know_the_same_tasks():
@@ -560,6 +574,7 @@ def test_the_schema_and_the_package_know_the_same_tasks():
     from ds_kd.evaluate.tasks.builtin import BUILTIN
 
     assert tuple(BUILTIN) == task.BUILTIN
+    assert {name: each.columns for name, each in BUILTIN.items() if each.columns} == task.COLUMNS
     assert [name for name, each in BUILTIN.items() if each.needs_teacher] == [task.WITH_TEACHER]
 
 

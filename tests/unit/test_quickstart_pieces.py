@@ -248,6 +248,13 @@ def test_the_comparison_shows_the_answers_of_all_three_models(tmp_path, capsys):
     assert compare.main(command) == 0
     shown = capsys.readouterr().out
     assert "fewer than two validations" in shown and "student after" in shown
+    for content, said in (
+        (b"\xff\x00", ": not text, expected lines of JSON"),
+        (b'{"step": 1}\n3\n', ", line 2: got 3, expected a mapping"),
+    ):
+        metrics.write_bytes(content)
+        assert compare.main(command) == 2
+        assert capsys.readouterr().err.strip() == f"{metrics}{said}"
 
 
 def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):

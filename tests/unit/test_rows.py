@@ -22,6 +22,7 @@ from ds_kd.data.squad import make_squad_dataset
 from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_samples, hold_out
+from tests import tiny
 from tests.unit.test_data import TEMPLATE, make_tokenizer, write
 from tests.unit.test_supervised import byte_level_bpe
 
@@ -65,6 +66,39 @@ def test_a_section_without_a_target_names_the_data_set_that_its_columns_tell(tmp
 
 def test_plain_text_is_told_the_form_of_its_rows():
     assert 'a .jsonl file of {"text": …} lines' in wrong("notes.txt", "make_text_dataset")
+
+
+def test_a_directory_without_rows_of_these_columns_is_told(tmp_path):
+    (tmp_path / "sub").mkdir()
+    assert "expected a directory of rows with prompt, completion" in wrong(tmp_path)
+    (tmp_path / "sub" / "info.json").write_text('{"n": 1}')
+    (tmp_path / "sub" / "settings.xml").write_text("<a/>")
+    (tmp_path / "sub" / "notes.txt").write_text("prompt, completion")
+    assert "none of its files has them" in wrong(tmp_path)
+    assert not wrong(tmp_path, "make_text_dataset")  # a text file is read as rows of `text`
+    write(tmp_path / "sub" / "train.jsonl", PAIRS)
+    assert not wrong(tmp_path)
+
+
+def test_conversations_for_a_model_without_a_template_are_told_by_the_check(tmp_path):
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    rows = write(tmp_path / "talk.jsonl", [{"messages": talk}])
+    model = tmp_path / "model"
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(model)
+    tiny.weightless(model)
+    chat = f"{{_target_: ds_kd.data.chat.ChatDataset, path_or_dataset_id: {rows}}}"
+    mixed = f"{{_target_: ds_kd.data.mixture.make_mixture, sources: [{{dataset_name: {rows}}}]}}"
+    names = [f"{name}.pretrained_model_name_or_path={model}" for name in ("model", "teacher_model")]
+    for section, key in ((chat, "dataset"), (mixed, r"dataset.sources\[0\]")):
+        with pytest.raises(
+            ConfigError, match=rf"{key}.chat_template: missing, as the tokenizer of"
+        ):
+            load(GUIDE, [*names, f"dataset={section}"])
+    load(GUIDE, [*names, f"dataset={chat}", "dataset.chat_template='{{ messages }}'"])
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(model)
+    load(GUIDE, [*names, f"dataset={chat}"])
 
 
 # ---- several files

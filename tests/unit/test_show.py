@@ -67,7 +67,7 @@ def run(tmp_path):
     """The arguments of a run whose student is a tokenizer alone: no model could be loaded."""
     student = tmp_path / "student"
     tiny.tokenizer(student)
-    (student / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    tiny.weightless(student, '{"model_type": "llama"}')
     rows = tmp_path / "q.jsonl"
     rows.write_text(tiny.squad_rows(5))
     model = {"pretrained_model_name_or_path": str(student)}

@@ -6,8 +6,8 @@ from __future__ import annotations
 import re
 from pathlib import Path, PurePath
 
-from ds_kd.config.checks.adapters import find_unknown_map
 from ds_kd.config.checks.files import check_directory, is_directory
+from ds_kd.config.checks.weights import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number

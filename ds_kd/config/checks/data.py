@@ -3,8 +3,10 @@ section names."""
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,14 @@ from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import ColumnsError, DataSet, data_set, declaration_of
-from ds_kd.data.rows.files import ENDINGS, FORMATS, columns_of, files_of, sample_rows
+from ds_kd.data.rows.files import (
+    ENDINGS,
+    FORMATS,
+    columns_of,
+    ending_of,
+    files_of,
+    sample_rows,
+)
 from ds_kd.errors import first_line
 
 
@@ -56,19 +65,14 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
     key = f"{key}.{written or data.source}"
 
     # A source that is no local file may be a hub id, which only the run itself can look for.
-    try:
-        files = files_of(source)
-    except (OSError, ValueError) as error:  # a name longer than one may be
-        expected = "a file that exists" if isinstance(source, str) else "files of rows"
-        return problem(key, source, expected, first_line(error))
+    if wrong := find_wrong_source(key, source):
+        return wrong
+    files = files_of(source)
     if files is None:
-        if (source and is_directory(source)) or not (
-            looks_local(source) or _looks_like_file(source)
-        ):
+        if not is_directory(source) or _may_hold(Path(source), columns):
             return None
-        is_text = str(source).lower().endswith((".txt", ".md"))
-        hint = 'texts are rows of their own: a .jsonl file of {"text": …} lines' if is_text else ""
-        return problem(key, source, f"{ENDINGS}, a directory, or a hub id", hint)
+        expected = f"a directory of rows with {', '.join(columns)}"
+        return problem(key, source, expected, "none of its files has them")
 
     for name in files:
         try:
@@ -85,6 +89,58 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         if wrong := _find_wrong_row(name, data, kwargs, len(files)):
             return problem(key, name, "rows that can be learnt from", wrong)
     return None
+
+
+def find_wrong_source(key: str, source: Any) -> str | None:
+    """Return the problem of a source of rows that is not there, or None. A hub id is not looked
+    up."""
+    try:
+        if files_of(source) is not None:
+            return None
+    except (OSError, ValueError) as error:  # a name longer than one may be
+        expected = "a file that exists" if isinstance(source, str) else "files of rows"
+        return problem(key, source, expected, first_line(error))
+    if (source and is_directory(source)) or not (looks_local(source) or _looks_like_file(source)):
+        return None
+    is_text = str(source).lower().endswith((".txt", ".md"))
+    hint = 'texts are rows of their own: a .jsonl file of {"text": …} lines' if is_text else ""
+    return problem(key, source, f"{ENDINGS}, a directory, or a hub id", hint)
+
+
+#: Files in a directory that are looked at, and endings of other files that `datasets` reads.
+_MOST_FILES = 2000
+_FORMATS_LEFT = (".arrow", ".ndjson", ".tar", ".zip", ".hdf5", ".h5", ".lance", ".avro")
+
+
+def _may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
+    """Return whether a directory may hold rows with these columns: a file of it has them, or is
+    one that only `datasets` can read."""
+    if any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return True
+
+    # Plain texts are rows with the column text. Other files of a kind may be documentation.
+    seen = 0
+    for place, _, names in os.walk(directory):
+        if (seen := seen + len(names)) > _MOST_FILES:
+            return True
+        for name in names:
+            if name == "README.md" and "configs:" in _begin(Path(place, name)):
+                return True  # it names the files
+            ending = Path(name).suffix.lower()
+            if ending in _FORMATS_LEFT or (ending == ".txt" and columns == ("text",)):
+                return True
+            with contextlib.suppress(OSError, ValueError, RecursionError):
+                if ending_of(name) and {*columns} <= {*columns_of(Path(place, name))}:
+                    return True
+    return False
+
+
+def _begin(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8", errors="ignore") as file:
+            return file.read(1 << 16)
+    except OSError:
+        return ""
 
 
 #: Endings of files that no data set reads, and first parts of paths that are no owners on the hub.

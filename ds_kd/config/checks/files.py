@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ds_kd.config.checks.weights import find_wrong_files
 from ds_kd.config.components import problem
 
 
@@ -24,11 +25,16 @@ def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> 
     if not isinstance(name, str) or not name:
         return problem(key, name, "a directory or a hub id")
     if is_directory(name):
-        lacking = _find_missing_file(
-            Path(name) / str(kwargs.get("subfolder", "")), kwargs, config_only
+        directory = Path(name) / str(kwargs.get("subfolder", ""))
+        if lacking := _find_missing_file(directory, kwargs, config_only):
+            hint = "save the model and its tokenizer there with save_pretrained"
+            return problem(key, name, f"a directory with {lacking}", hint)
+        if config_only or kwargs.get("gguf_file") is not None:
+            return None
+        wrong = find_wrong_files(directory, kwargs)
+        return (
+            problem(key, name, "a directory with a whole language model", wrong) if wrong else None
         )
-        hint = "save the model and its tokenizer there with save_pretrained"
-        return problem(key, name, f"a directory with {lacking}", hint) if lacking else None
     if looks_local(name):
         return problem(key, name, "a directory that exists, or a hub id")
     return None

@@ -10,6 +10,7 @@ from ds_kd.config.schema import CACHED, RunConfig
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
 _WITH_A_VALIDATION = (
     "step_scheduler.val_every_steps", "step_scheduler.val_at_start", "step_scheduler.patience",
+    "step_scheduler.val_samples",
 )  # fmt: skip
 _OF_CHECKPOINTS = (
     "step_scheduler.ckpt_every_steps", "checkpoint.save_consolidated", "checkpoint.keep_last",

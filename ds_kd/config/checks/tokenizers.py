@@ -1,4 +1,5 @@
-"""Compare the tokenizers of two model directories by their tokenizer.json."""
+"""Compare the tokenizers of two model directories by their tokenizer.json, and look for the chat
+template that a data set needs."""
 
 from __future__ import annotations
 
@@ -46,6 +47,39 @@ def find_other_tokenizer(student: Component, teacher: Component, is_needed: bool
         f"models token by token: choose a student and a teacher of one family."
     )
     return problem("teacher_model", names[1], expected, hint)
+
+
+_NEED_TEMPLATE = (".ChatDataset", ".make_sharegpt_dataset")
+#: Where transformers finds a template beside the model.
+_TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
+
+
+def find_missing_template(student: Component, sets: list[Component]) -> str | None:
+    """Return the problem of conversations for which there is no chat template, or None.
+
+    Args:
+        sets: the data sets of the run.
+    """
+    name, given = student.kwargs.get("pretrained_model_name_or_path"), student.kwargs
+    path = _path_of(student)
+    parts = [(each.key, {"_target_": each.name, **each.kwargs}) for each in sets]
+    for key, arguments in [*parts]:
+        sources = arguments.get("sources")
+        inner = sources if isinstance(sources, list) else []
+        parts += [(f"{key}.sources[{k}]", p) for k, p in enumerate(inner) if isinstance(p, dict)]
+    asking = [key for key, part in parts if str(part.get("_target_")).endswith(_NEED_TEMPLATE)]
+    if path is None or not asking or any(part.get("chat_template") for _, part in parts):
+        return None
+
+    # The other places are the tokenizer's own settings.
+    settings = _read(path.with_name("tokenizer_config.json"))
+    is_there = re.search(rb'"chat_template"\s*:\s*["\[{]', settings) or given.get("chat_template")
+    if is_there or any(path.with_name(file).exists() for file in _TEMPLATES):
+        return None
+    return (
+        f"{asking[0]}.chat_template: missing, as the tokenizer of {name} has no chat template; "
+        f"give a Jinja file or text"
+    )
 
 
 def _path_of(component: Component) -> Path | None:

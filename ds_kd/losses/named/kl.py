@@ -10,10 +10,8 @@ from torch import Tensor
 from ds_kd.losses.divergences import Divergence
 from ds_kd.losses.pair import Pair
 
-_FIRST, _TIMES = (
-    64,
-    8,
-)  # tokens among which the head is looked for first, and how their number grows
+#: Tokens among which the head is looked for first, and how their number grows.
+_FIRST, _TIMES = 64, 8
 
 
 class ReverseKL(Divergence):
