@@ -211,6 +211,13 @@ class Teacher:
         "Chooses the numbers that a cache keeps hidden states in: auto is bf16 for a teacher in "
         "bf16, which is exact, and fp16 for one in fp32; fp32 is always exact.",
     )
+    keep: Literal["hidden", "top_k", "sampled"] = key(
+        "hidden",
+        "Chooses what a cache keeps: hidden states, for any loss at any temperature; top_k, the k "
+        "likeliest ids and the rest as one, for the loss top_k; sampled, k draws, for forward_kl. "
+        "The last two hold one temperature.",
+    )
+    k: int = key(64, "Sets how many ids or draws top_k and sampled keep.", low=1)
 
 
 @dataclass
