@@ -198,6 +198,12 @@ class Teacher:
         "the student's own base, its adapter (peft) off, without a second set of weights; cached "
         "reads what a teacher gave before from a directory.",
     )
+    placement: Literal["zero3", "replicate", "cpu"] | None = key(
+        None,
+        "Places a teacher that runs, in place of deepspeed.teacher: zero3 shards it over ranks, "
+        "replicate keeps it whole on each (no gathering), cpu keeps its shards in the host's "
+        "memory. By default deepspeed.teacher decides.",
+    )
     directory: str | None = key(
         None, "Names the directory of a cached teacher, which launch/cache_teacher.py writes."
     )

@@ -210,6 +210,17 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
     """Check the two ZeRO files against each other's engines."""
+    placement = cfg.teacher.placement
+    if placement is not None and cfg.deepspeed.teacher is not None:
+        problems.append(
+            f"teacher.placement: got {placement}, and deepspeed.teacher places it too; keep one"
+        )
+    if placement in ("zero3", "replicate") and cfg.offload_teacher_model:
+        problems.append(
+            f"offload_teacher_model: teacher.placement is {placement}; write cpu, or remove one"
+        )
+
+    # Each file is read as the run reads it; a placement has no file.
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)

@@ -23,7 +23,9 @@ _OF_LOADING = (
 _OF_A_CACHE = (
     "teacher.directory", "teacher.fill", "teacher.dtype", "teacher.keep", "teacher.k",
 )  # fmt: skip
-_OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
+_OF_THE_TEACHER = (
+    "teacher_model", "offload_teacher_model", "deepspeed.teacher", "teacher.placement",
+)  # fmt: skip
 
 
 def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
