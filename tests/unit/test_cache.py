@@ -143,14 +143,18 @@ def differentiate(divergence, student, teacher):
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_the_likeliest_ids_and_the_rest_give_top_k_its_loss_and_gradient(temperature):
+def test_the_likeliest_ids_and_the_rest_give_top_k_its_loss_and_gradient(temperature, tmp_path):
     student, teacher = make_models(300)  # more than are looked at in one go
     keys, _ = make_rows(300)
     kind = TopK(12, temperature, 40, torch.device("cpu"))
     fields = kind.make(teacher, keys)
     assert {name: list(value.shape) for name, value in fields.items()} == {
-        "ids": [300, 12], "log_p": [300, 12], "rest": [300],
+        "ids": [300, 12], "log_p": [300, 12], "rest": [300, 1],
     }  # fmt: skip
+    store = Store(tmp_path)
+    store.add(keys, fields)
+    store.flush()
+    fields = store.read(keys)
     for k in (12, 5):
         loss = TopKLoss(k=k, temperature=temperature)
         value, gradient, _ = differentiate(loss, student, kind.read(fields))

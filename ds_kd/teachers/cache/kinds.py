@@ -99,7 +99,8 @@ class TopK:
         for _, logits in _chunks_of(output, len(keys), self.temperature, self.vocab):
             log_p = torch.log_softmax(logits, -1)
             top = log_p.topk(self.k)
-            rest = torch.logsumexp(log_p.scatter(1, top.indices, -torch.inf), -1)
+            others = log_p.scatter(1, top.indices, -torch.inf)
+            rest = torch.logsumexp(others, -1, keepdim=True)
             parts.append((top.indices.int(), top.values.float(), rest.clamp(min=LOWEST).float()))
         ids, log_p, rest = (torch.cat(each).cpu() for each in zip(*parts, strict=True))
         return {"ids": ids, "log_p": log_p, "rest": rest}
@@ -110,7 +111,7 @@ class TopK:
     def _write(self, fields: Fields, out: Tensor) -> None:
         # The rest is spread evenly, so that its sum is what it was.
         each = fields["rest"].to(out.dtype) - float(np.log(out.shape[1] - self.k))
-        out.copy_(each[:, None].expand_as(out))
+        out.copy_(each.expand_as(out))
         out.scatter_(1, fields["ids"].long(), fields["log_p"].to(out.dtype))
 
     def distance(self, found: Fields, stored: Fields) -> float:
