@@ -60,10 +60,9 @@ def describe_cache(cfg: RunConfig, rows: int | None) -> list[str]:
         count = round(taught / len(some) * rows)
         size = f"{format_bytes(count * of_row)} for about {count:,} supervised tokens of training"
     there = "is there" if (directory / CACHE_RECORD).is_file() else "is to be made"
-    head = format_bytes(count_head_bytes(record))
-    return [
-        f"  teacher's cache {directory} ({there}): {size}, and {head} of its head on every rank"
-    ]
+    head = f", and {format_bytes(record.head_bytes)} of its head on every rank"
+    held = head if record.head_bytes else ""
+    return [f"  teacher's cache {directory} ({there}): {size}{held}"]
 
 
 def describe_time(task: Task, teacher: memory.Shape, mfu: float, tflops: float) -> str:
