@@ -9,6 +9,7 @@ _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 COLLATER = "ds_kd.data.collate.default_collater"
 
 CACHE_RECORD = "cache.json"  # what a teacher's cache is of
+KEPT = ("hidden", "top_k", "sampled")  # what a cache keeps: values of teacher.keep
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
 NAMED = f"{LOSSES}named."  # divergences that kd_loss_fn.name chooses, beside KDLoss

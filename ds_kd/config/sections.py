@@ -198,6 +198,12 @@ class Teacher:
         "the student's own base, its adapter (peft) off, without a second set of weights; cached "
         "reads what a teacher gave before from a directory.",
     )
+    placement: Literal["zero3", "replicate", "cpu"] | None = key(
+        None,
+        "Places a teacher that runs, in place of deepspeed.teacher: zero3 shards it over ranks, "
+        "replicate keeps it whole on each (no gathering), cpu keeps its shards in the host's "
+        "memory. By default deepspeed.teacher decides.",
+    )
     directory: str | None = key(
         None, "Names the directory of a cached teacher, which launch/cache_teacher.py writes."
     )
@@ -211,6 +217,13 @@ class Teacher:
         "Chooses the numbers that a cache keeps hidden states in: auto is bf16 for a teacher in "
         "bf16, which is exact, and fp16 for one in fp32; fp32 is always exact.",
     )
+    keep: Literal["hidden", "top_k", "sampled"] = key(
+        "hidden",
+        "Chooses what a cache keeps: hidden states, for any loss at any temperature; top_k, the k "
+        "likeliest ids and the rest as one, for the loss top_k; sampled, k draws, for forward_kl. "
+        "The last two hold one temperature.",
+    )
+    k: int = key(64, "Sets how many ids or draws top_k and sampled keep.", low=1)
 
 
 @dataclass

@@ -275,13 +275,14 @@ class _Chunked(torch.autograd.Function):
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
             source = None if teacher is None else stack.enter_context(teacher.open())
+            is_bare = is_training or not getattr(source, "is_whole", True)
             for start in range(0, max(1, tokens), chunk):  # no token makes one empty chunk
                 rows = slice(start, start + chunk)
                 z_s = grads.states.logits(rows, vocab, "student", buffers)
                 z_t = None
                 if source is not None:
                     z_t = source.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
-                values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_training)
+                values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_bare)
                 if positions is not None and "kl_at_t1" in values:
                     values |= split_by_position(values["kl_at_t1"], positions[rows])
                 totals = totals + torch.cat([*values.values()], dim=1).t() @ valid[rows]

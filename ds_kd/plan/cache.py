@@ -12,7 +12,7 @@ from ds_kd.parallel.world import World
 from ds_kd.plan import memory
 from ds_kd.plan.samples import load_first
 from ds_kd.recipe.models import tokenizer_of
-from ds_kd.recipe.offline.record import STORED, Record, make_record, read_record
+from ds_kd.recipe.offline.record import Record, make_record, read_record
 from ds_kd.recipe.offline.rows import single_samples
 from ds_kd.recipe.offline.write import Task, format_bytes
 from ds_kd.teachers.cache.store import ROW_OVERHEAD
@@ -38,7 +38,7 @@ def find_record(cfg: RunConfig) -> Record | None:
 
 def count_head_bytes(record: Record | None) -> int:
     """Return the bytes of the teacher's head, which every rank of a cached run holds."""
-    return 0 if record is None else record.rows * record.hidden * STORED[record.dtype].itemsize
+    return 0 if record is None else record.head_bytes
 
 
 def describe_cache(cfg: RunConfig, rows: int | None) -> list[str]:
@@ -60,10 +60,9 @@ def describe_cache(cfg: RunConfig, rows: int | None) -> list[str]:
         count = round(taught / len(some) * rows)
         size = f"{format_bytes(count * of_row)} for about {count:,} supervised tokens of training"
     there = "is there" if (directory / CACHE_RECORD).is_file() else "is to be made"
-    head = format_bytes(count_head_bytes(record))
-    return [
-        f"  teacher's cache {directory} ({there}): {size}, and {head} of its head on every rank"
-    ]
+    head = f", and {format_bytes(record.head_bytes)} of its head on every rank"
+    held = head if record.head_bytes else ""
+    return [f"  teacher's cache {directory} ({there}): {size}{held}"]
 
 
 def describe_time(task: Task, teacher: memory.Shape, mfu: float, tflops: float) -> str:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
 from ds_kd.config.names import OF_DIVERGENCE, home_of
@@ -326,12 +326,12 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     import torch
 
     steps = cfg.step_scheduler
+    placed = cfg.teacher.placement, cfg.offload_teacher_model
     zero = {
-        name: load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", (0, 3))[
-            "zero_optimization"
-        ]
-        for name in ("student", "teacher")
+        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
+        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
     }
+    zero = {name: config["zero_optimization"] for name, config in zero.items()}
 
     def is_offloaded(name: str, part: str) -> bool:
         return (zero[name].get(part) or {}).get("device") in ("cpu", "nvme")
@@ -356,7 +356,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "checkpointing": cfg.distributed.activation_checkpointing,
         "offload_weights": is_offloaded("student", "offload_param"),
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
-        "offload_teacher": cfg.offload_teacher_model or is_offloaded("teacher", "offload_param"),
+        "offload_teacher": is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
         "cached_head": count_head_bytes(find_record(cfg)),
     }

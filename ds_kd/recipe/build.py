@@ -10,7 +10,7 @@ from typing import Any
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offload_parameters, offloads_optimizer
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
@@ -217,9 +217,8 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    zero = load_zero_config(cfg.deepspeed.teacher, "deepspeed.teacher", (0, 3))
-    if cfg.offload_teacher_model:
-        zero = offload_parameters(zero)
+    placed = cfg.teacher.placement, cfg.offload_teacher_model
+    zero = place_teacher(cfg.deepspeed.teacher, *placed)
     config = _make_engine_config(cfg, component, zero, world, None)
     module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
     module.watch(compared)

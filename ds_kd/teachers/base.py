@@ -12,7 +12,11 @@ from ds_kd.losses.buffers import Buffers
 
 
 class OpenedOutput(Protocol):
-    """A teacher's output while a loss reads it, a chunk of supervised tokens at a time."""
+    """A teacher's output while a loss reads it, a chunk of supervised tokens at a time.
+
+    One whose logits are only in part those of a teacher has `is_whole = False`: validation then
+    measures nothing but the loss.
+    """
 
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
         """Return the first `vocab` logits of some supervised tokens, `[tokens, vocab]`, in

@@ -96,6 +96,14 @@ def compare(world, root):
     out["other"] = train(world, root, "other", *padded, packs)
     out["fills"] = train(world, root, "fill1", *padded, filled)
     out["reads"] = train(world, root, "fill2", *padded, filled)
+    loss = "kd_loss_fn={name: top_k, k: 6, temperature: 2.0}"
+    likeliest = (
+        f"teacher={{kind: cached, directory: {root / 'top'}, fill: true, keep: top_k, k: 9}}"
+    )
+    out["top_k"] = [
+        train(world, root, f"top{k}", *padded, loss, *kind)[0]
+        for k, kind in enumerate(((), (likeliest,)))
+    ]
     out["answers"] = answer(world, root, "answers2.jsonl")
     return out
 
@@ -147,6 +155,11 @@ def test_a_run_fills_its_cache_in_the_first_epoch_and_the_next_run_asks_no_teach
     assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-3)
     assert again == pytest.approx(losses, rel=1e-6)
     assert 0 < forwards < results["padded"]["resident"][1] and none == 0
+
+
+def test_the_loss_top_k_reads_the_likeliest_ids_alone(results):
+    expected, losses = results["top_k"]
+    assert losses == pytest.approx(expected, rel=1e-5) and losses != results["fills"][0]
 
 
 def test_a_teachers_answers_are_the_same_on_one_rank_and_on_two(results):

@@ -15,10 +15,16 @@ from ds_kd.config.components import ConfigError
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
 from ds_kd.data.prefixes import SharedDataset
+from ds_kd.losses.buffers import Buffers
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.head import Head, States
+from ds_kd.losses.named.top_k import TopK as TopKLoss
 from ds_kd.parallel.world import World
 from ds_kd.teachers.cache.keys import find_keys, keys_of_sample
+from ds_kd.teachers.cache.kinds import Hidden, Sampled, TopK
 from ds_kd.teachers.cache.store import CacheError, Store
-from ds_kd.teachers.cached import round_hidden
 from tests import tiny
 from tests.scripts import script
 
@@ -112,9 +118,78 @@ def test_a_flipped_bit_and_a_cut_file_are_told_with_the_files_name(tmp_path):
 
 
 def test_a_hidden_state_beyond_fp16_is_told_and_not_kept_as_infinity():
+    head = Head(torch.zeros(3, 1))
+    output = States(torch.tensor([[7e4]]), head)
     with pytest.raises(CacheError, match=r"7e.04 is too large for float16; write bf16 or fp32"):
-        round_hidden(torch.tensor([[7e4]]), torch.float16)
-    assert round_hidden(torch.tensor([[7e4]]), torch.bfloat16).item() == 70144.0
+        Hidden(head, torch.float16).make(output, np.zeros((1, 2), np.uint64))
+    kept = Hidden(head, torch.bfloat16).make(output, np.zeros((1, 2), np.uint64))
+    assert kept["hidden"].item() == 70144.0
+
+
+def make_models(tokens: int, vocab: int = 40):
+    """Hidden states of both models with a head, wide enough that their distributions differ."""
+    generator = torch.Generator().manual_seed(5)
+    rand = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    student = States(rand(tokens, 8).requires_grad_(), Head(rand(vocab, 8)))
+    return student, States(rand(tokens, 8), Head(rand(vocab, 8)))
+
+
+def differentiate(divergence, student, teacher):
+    """Value and gradient of a loss, and the names of what it gives."""
+    labels = torch.zeros(len(student.hidden), dtype=torch.int64)
+    value, sums = DistillationLoss(MaskedCrossEntropy(), divergence, 1.0)(student, labels, teacher)
+    (gradient,) = torch.autograd.grad(value, student.hidden)
+    return value.item(), gradient, {*sums}
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_likeliest_ids_and_the_rest_give_top_k_its_loss_and_gradient(temperature, tmp_path):
+    student, teacher = make_models(300)  # more than are looked at in one go
+    keys, _ = make_rows(300)
+    kind = TopK(12, temperature, 40, torch.device("cpu"))
+    fields = kind.make(teacher, keys)
+    assert {name: list(value.shape) for name, value in fields.items()} == {
+        "ids": [300, 12], "log_p": [300, 12], "rest": [300, 1],
+    }  # fmt: skip
+    store = Store(tmp_path)
+    store.add(keys, fields)
+    store.flush()
+    fields = store.read(keys)
+    for k in (12, 5):
+        loss = TopKLoss(k=k, temperature=temperature)
+        value, gradient, _ = differentiate(loss, student, kind.read(fields))
+        exact, expected, _ = differentiate(loss, student, teacher)
+        assert value == pytest.approx(exact, rel=1e-5)
+        assert torch.allclose(gradient, expected, atol=1e-5)
+    # Validation measures nothing on a distribution of which a part is made up.
+    with torch.no_grad():
+        labels, loss = torch.zeros(300, dtype=torch.int64), TopKLoss(temperature=temperature, k=5)
+        whole = DistillationLoss(MaskedCrossEntropy(), loss, 0.5)
+        _, sums = whole(student, labels, kind.read(fields))
+        assert {*whole(student, labels, teacher)[1]} - {*sums} >= {"kl_at_t1"}
+    assert len(kind.read(None).logits(slice(0, 9), 40, "t", Buffers(4, torch.float32, "cpu"))) == 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_mean_gradient_of_draws_is_that_of_the_whole_distribution(temperature):
+    one, guide = make_models(1)
+    rows = 4000
+    keys, _ = make_rows(rows, seed=2)
+    student = States(one.hidden.detach().repeat(rows, 1).requires_grad_(), one.head)
+    teacher = States(guide.hidden.repeat(rows, 1), guide.head)
+    kind = Sampled(6, temperature, 40, torch.device("cpu"))
+    fields = kind.make(teacher, keys)
+    assert fields["ids"].shape == (rows, 6) and torch.equal(
+        fields["ids"], kind.make(teacher, keys)["ids"]
+    )
+    loss = KDLoss(temperature=temperature)
+    value, found, _ = differentiate(loss, student, kind.read(fields))
+    _, exact, _ = differentiate(loss, student, teacher)
+    # Rows are draws of one distribution, so their spread tells how far their mean may be off.
+    error = (found - exact).mean(0).abs()
+    sigma = found.std(0) / rows**0.5
+    assert np.isfinite(value) and (sigma > 0).all()
+    assert (error <= 4 * sigma).all(), (error / sigma).max()
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +296,8 @@ def test_another_teacher_dtype_tokenizer_and_a_damaged_record_are_refused_by_nam
         open_cache(config(kept, teacher_model=other))
     with pytest.raises(ConfigError, match=r"teacher\.dtype: got 'fp32', expected float16"):
         open_cache(config(kept, "teacher.dtype=fp32"))
+    with pytest.raises(ConfigError, match=r"teacher\.keep: got 'sampled', expected hidden, what"):
+        open_cache(config(kept, "teacher.keep=sampled"))
     with pytest.raises(ConfigError, match="torch_dtype: got 'bfloat16', expected float32"):
         open_cache(config(kept, "teacher_model.torch_dtype=bf16"))
     words = ["<unk>", "<eos>", "<pad>", *(f"w{i}" for i in reversed(range(93)))]
@@ -255,6 +332,14 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
     assert "keeps the last one alone" in told(
         teacher=filled, kd_loss_fn=[losses[0], {**losses[1], "weight": 1}]
     )
+    draws = {**filled, "keep": "sampled", "k": 12}
+    assert "expected hidden, or kd_loss_fn: {name: forward_kl}" in told(
+        teacher=draws, kd_loss_fn={"name": "reverse_kl"}
+    )
+    assert "teacher.k: got 12, expected at least kd_loss_fn.k 64" in told(
+        teacher={**draws, "keep": "top_k"}, kd_loss_fn={"name": "top_k"}
+    )
+    config(place, teacher=draws)
     resident = config(place, teacher={"directory": "x"})
     assert "teacher.directory: has no effect, as teacher.kind is resident" in resident.notes
 

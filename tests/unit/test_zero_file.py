@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
-from ds_kd.config.checks.zero_file import load_zero_config
+import ds_kd
+from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO
+from ds_kd.config.components import ConfigError
+
+GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 
 
 def fields(model):
@@ -90,3 +95,21 @@ def test_a_wrong_value_is_one_short_sentence(text, tmp_path):
 )
 def test_right_values_are_accepted(zero):
     load_zero_config(json.loads(json.dumps({"zero_optimization": zero})), "x")
+
+
+def test_a_teachers_placement_is_a_zero_configuration_that_run_and_plan_share():
+    def place(placement, offloads=False, given=None):
+        return place_teacher(given, placement, offloads)["zero_optimization"]
+
+    assert place(None)["stage"] == place("zero3")["stage"] == place("cpu")["stage"] == 3
+    assert place("replicate") == {"stage": 0} and "offload_param" not in place("zero3")
+    assert place("cpu") == place(None, offloads=True) == place("cpu", offloads=True)
+    assert place("cpu")["offload_param"]["device"] == "cpu"
+    words = ["teacher.placement=replicate", "distributed.dp_size=1"]
+    assert ds_kd.load_config(GUIDE, words).teacher.placement == "replicate"
+    with pytest.raises(ConfigError) as caught:
+        more = ["offload_teacher_model=true", "deepspeed.teacher={zero_optimization: {stage: 3}}"]
+        ds_kd.load_config(GUIDE, [*words, *more])
+    told = str(caught.value)
+    assert "got replicate, and deepspeed.teacher places it too; keep one" in told
+    assert "offload_teacher_model: teacher.placement is replicate; write cpu" in told

@@ -4,16 +4,15 @@ of `_target_` sections."""
 from __future__ import annotations
 
 import re
-from pathlib import Path, PurePath
+from pathlib import PurePath
 
-from ds_kd.config.checks.files import check_directory, is_directory
 from ds_kd.config.checks.weights import find_unknown_map
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
-from ds_kd.config.losses import is_of_layers
+from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_rollouts import check_rollouts
-from ds_kd.config.names import CACHE_RECORD, COLLATER
+from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
@@ -112,28 +111,8 @@ def _check_teacher(cfg: RunConfig, data: dict, problems: list[str]) -> None:
             "teacher.kind: got shared_base, which needs an adapter to leave out; write peft: "
             "{match_all_linear: true}, or name a teacher_model and remove teacher.kind"
         )
-    if cfg.teacher.kind == CACHED and (wrong := _find_wrong_cache(cfg, data)):
+    if cfg.teacher.kind == CACHED and (wrong := find_wrong_cache(cfg, data)):
         problems.append(wrong)
-
-
-def _find_wrong_cache(cfg: RunConfig, data: dict) -> str:
-    """Return the problem of a cached teacher, or an empty text."""
-    key, given = "teacher.directory", cfg.teacher.directory
-    command = "python launch/cache_teacher.py --config YAML --output DIR"
-    if cfg.kd_loss_fn is not None and any(is_of_layers(part) for part in cfg.kd_losses):
-        return f"kd_loss_fn: hidden_states compares layers, and {key} keeps the last one alone"
-    if given is None:
-        return f"{key}: missing; name the directory that {command} writes"
-    if cfg.teacher.fill:
-        if data.get("teacher_model") is None:
-            return "teacher_model: missing; teacher.fill runs it where the cache lacks rows"
-        return check_directory(key, given) or ""
-    if not is_directory(given) or not (Path(given) / CACHE_RECORD).is_file():
-        expected = f"a directory with {CACHE_RECORD}"
-        return problem(
-            key, given, expected, f"{command} writes one, and so does teacher.fill: true"
-        )
-    return ""
 
 
 def _repeats(dataset: Component | None) -> bool:
@@ -233,6 +212,17 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
     """Check the two ZeRO files against each other's engines."""
+    placement = cfg.teacher.placement
+    if placement is not None and cfg.deepspeed.teacher is not None:
+        problems.append(
+            f"teacher.placement: got {placement}, and deepspeed.teacher places it too; keep one"
+        )
+    if placement in ("zero3", "replicate") and cfg.offload_teacher_model:
+        problems.append(
+            f"offload_teacher_model: teacher.placement is {placement}; write cpu, or remove one"
+        )
+
+    # Each file is read as the run reads it; a placement has no file.
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)

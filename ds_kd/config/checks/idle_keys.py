@@ -17,12 +17,16 @@ _OF_CHECKPOINTS = (
     "checkpoint.keep_best", "checkpoint.on_failed_save",
 )  # fmt: skip
 _OF_COMPILE = ("compile.mode", "compile.dynamic", "compile.backend")
-_OF_A_CACHE = ("teacher.directory", "teacher.fill", "teacher.dtype")
 _OF_LOADING = (
     "dataloader.num_workers", "dataloader.group_by_length", "dataloader.prefetch_factor",
     "dataloader.persistent_workers", "dataloader.pin_memory",
 )  # fmt: skip
-_OF_THE_TEACHER = ("teacher_model", "offload_teacher_model", "deepspeed.teacher")
+_OF_A_CACHE = (
+    "teacher.directory", "teacher.fill", "teacher.dtype", "teacher.keep", "teacher.k",
+)  # fmt: skip
+_OF_THE_TEACHER = (
+    "teacher_model", "offload_teacher_model", "deepspeed.teacher", "teacher.placement",
+)  # fmt: skip
 
 
 def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
@@ -53,6 +57,8 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
+        (cfg.teacher.keep == "hidden", ("teacher.k",), "hidden states are kept"),
+        (cfg.teacher.keep != "hidden", ("teacher.dtype",), f"teacher.keep is {cfg.teacher.keep}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
          "the teacher is read from a cache"),
         (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),

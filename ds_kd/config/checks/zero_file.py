@@ -140,6 +140,23 @@ def offload_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return config if there else {**config, "zero_optimization": {**zero, "offload_param": host}}
 
 
+def place_teacher(given: Any, placement: str | None, offloads: bool) -> dict[str, Any]:
+    """Return the ZeRO configuration of a teacher.
+
+    Args:
+        given: `deepspeed.teacher`, as a path or a mapping, or None.
+        placement: `teacher.placement`, or None.
+        offloads: `offload_teacher_model`.
+
+    Raises:
+        ValueError: as `load_zero_config`.
+    """
+    config = load_zero_config(given, "deepspeed.teacher", (0, 3))
+    if placement == "replicate":
+        return {**config, "zero_optimization": {"stage": 0}}
+    return offload_parameters(config) if offloads or placement == "cpu" else config
+
+
 def offloads_optimizer(config: dict[str, Any]) -> bool:
     """Return whether the optimizer's states are offloaded from the accelerator."""
     part = config["zero_optimization"].get("offload_optimizer") or {}

@@ -6,14 +6,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.config.names import CACHE_RECORD
+from ds_kd.config.names import CACHE_RECORD, KEPT
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.head import Head
 from ds_kd.models.causal_lm import DTYPES
@@ -22,6 +22,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
 
 _FORMAT = 1
+HIDDEN, TOP_K, SAMPLED = KEPT  # values of teacher.keep
 STORED = {**DTYPES, "fp16": torch.float16, "float16": torch.float16}
 
 
@@ -40,6 +41,10 @@ class Record:
         largest: the largest id of a token.
         vocabulary: hash of the tokenizer's map from tokens to ids.
         template: hash of the chat template with which the samples were made.
+        keep: what rows hold: `hidden`, `top_k` or `sampled`.
+        k: ids or draws of a row; 0 of hidden states.
+        temperature: at which the last two hold the distribution.
+        shared: number of ids over which they hold it.
         format: of the files.
     """
 
@@ -55,12 +60,31 @@ class Record:
     largest: int
     vocabulary: str
     template: str
+    keep: str = HIDDEN
+    k: int = 0
+    temperature: float = 1.0
+    shared: int = 0
     format: int = _FORMAT
 
     @property
     def row_bytes(self) -> int:
-        """Return the bytes of one stored hidden state."""
-        return self.hidden * STORED[self.stored].itemsize
+        """Return the bytes of the fields of one row."""
+        if self.keep == HIDDEN:
+            return self.hidden * STORED[self.stored].itemsize
+        return 4 * self.k if self.keep == SAMPLED else 8 * self.k + 4
+
+    @property
+    def head_bytes(self) -> int:
+        """Return the bytes of the teacher's head, which hidden states need beside them."""
+        width = STORED[self.dtype].itemsize
+        return self.rows * self.hidden * width if self.keep == HIDDEN else 0
+
+    def describe(self) -> str:
+        """Return what a row holds, in words."""
+        if self.keep == HIDDEN:
+            return f"{self.hidden} numbers in {self.stored}"
+        of = "draws" if self.keep == SAMPLED else "likeliest ids and the rest"
+        return f"{self.k} {of} at T = {self.temperature:g}"
 
 
 def make_record(cfg: RunConfig, head: Head | None, student: Any, world: World) -> Record:
@@ -79,7 +103,7 @@ def make_record(cfg: RunConfig, head: Head | None, student: Any, world: World) -
     wanted = cfg.teacher.dtype
     stored = STORED.get(wanted, torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     vocabulary = tokenizer.get_vocab()
-    return Record(
+    made = Record(
         name_of(component),
         on_rank0(lambda: identity_of(name_of(component), component.kwargs), world),
         _name(dtype),
@@ -93,6 +117,25 @@ def make_record(cfg: RunConfig, head: Head | None, student: Any, world: World) -
         hash_vocabulary(vocabulary),
         hash_template(student),
     )
+    if cfg.teacher.keep == HIDDEN:
+        return made
+    rows = config_of(cfg.model).get_text_config().vocab_size
+    partial = replace(
+        made,
+        keep=cfg.teacher.keep,
+        k=cfg.teacher.k,
+        temperature=temperature_of(cfg),
+        shared=share_vocabulary(cfg, made, rows) or rows,
+    )
+    if partial.k >= partial.shared:
+        expected = f"fewer than the {partial.shared} ids of the models"
+        raise ConfigError([problem("teacher.k", partial.k, expected)])
+    return partial
+
+
+def temperature_of(cfg: RunConfig) -> float:
+    """Return the temperature of a run's distillation loss."""
+    return float(cfg.kd_losses[0].kwargs.get("temperature", 1.0))
 
 
 def read_record(directory: Path) -> Record | None:
@@ -148,6 +191,7 @@ def refuse_other(cfg: RunConfig, found: Record, student: Any, world: World) -> N
         hint = "write auto, or another directory"
         expected = f"{found.stored}, as the rows of {directory} are"
         raise ConfigError([problem("teacher.dtype", wanted, expected, hint)])
+    _refuse_other_kind(cfg, found)
     if component is None:
         return
 
@@ -165,6 +209,28 @@ def refuse_other(cfg: RunConfig, found: Record, student: Any, world: World) -> N
         given = _name(training_dtype(component))
         expected = f"{found.dtype}, in which the outputs in {directory} were computed"
         raise ConfigError([problem("teacher_model.torch_dtype", given, expected)])
+
+
+def _refuse_other_kind(cfg: RunConfig, found: Record) -> None:
+    """Refuse a cache that keeps something else than the config asks for.
+
+    Raises:
+        ConfigError: names the key.
+    """
+    place, wanted = f"what {cfg.teacher.directory} keeps", cfg.teacher
+    if wanted.keep != found.keep:
+        raise ConfigError([problem("teacher.keep", wanted.keep, f"{found.keep}, {place}")])
+    if found.keep == HIDDEN:
+        return
+    if wanted.k != found.k:
+        raise ConfigError([problem("teacher.k", wanted.k, f"{found.k}, {place}")])
+    if temperature_of(cfg) != found.temperature:
+        key, expected = f"{cfg.kd_losses[0].key}.temperature", f"{found.temperature:g}, {place}"
+        raise ConfigError([problem(key, temperature_of(cfg), expected)])
+    rows = config_of(cfg.model).get_text_config().vocab_size
+    if (share_vocabulary(cfg, found, rows) or rows) != found.shared:
+        given = Path(cfg.teacher.directory or "")
+        raise ConfigError([_problem(given, "a cache for a head of this student's size")])
 
 
 def share_vocabulary(cfg: RunConfig, found: Record, student_rows: int) -> int | None:
@@ -198,5 +264,5 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _problem(directory: Path, expected: str, hint: str) -> str:
+def _problem(directory: Path, expected: str, hint: str = "") -> str:
     return problem("teacher.directory", str(directory), expected, hint)

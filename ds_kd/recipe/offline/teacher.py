@@ -23,6 +23,8 @@ from ds_kd.parallel.engines import gather
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import name_of
 from ds_kd.recipe.offline.record import (
+    HIDDEN,
+    SAMPLED,
     STORED,
     Record,
     hash_template,
@@ -33,13 +35,14 @@ from ds_kd.recipe.offline.record import (
 )
 from ds_kd.recipe.offline.rows import Absent, find_absent, single_samples
 from ds_kd.teachers.cache.keys import KEYS, find_keys
+from ds_kd.teachers.cache.kinds import Hidden, Kind, Sampled, TopK
 from ds_kd.teachers.cache.store import Store, write_file
-from ds_kd.teachers.cached import HIDDEN, CachedTeacher, FillingTeacher
+from ds_kd.teachers.cached import CachedTeacher, FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
 from ds_kd.train.batches import move_batch
 
 _HEAD, _VERIFIED = "head.safetensors", "verified.json"
-#: Relative distance of a live row from the stored one: rounding stays below, another model is at 1.
+#: Distance of live rows from the stored ones: rounding stays below, another model is at about 1.
 _SAME = 0.05
 _LOOKED_AT = 64  # samples among which one is sought that the cache has
 
@@ -84,12 +87,12 @@ def build_cached(
     # A teacher that nothing needs is not loaded, unless this software has not run it yet.
     is_new = not _is_verified(cfg, directory, world)
     live = load() if absent.rows or found is None or is_new else None
-    if live is not None:
-        if found is None:
-            found = create_cache(cfg, live, student, world)
-        verify(live, store, sets, directory, world)
+    if live is not None and found is None:
+        found = create_cache(cfg, live, student, world)
     assert found is not None
-    cached = CachedTeacher(store, load_head(directory, found, world))
+    cached = CachedTeacher(store, build_kind(directory, found, world))
+    if live is not None:
+        verify(live, cached, sets, directory, world)
     if not absent.rows:
         del live
         gc.collect()
@@ -99,9 +102,9 @@ def build_cached(
     # The teacher is an argument, so that it can be let go of.
     def is_full(teacher: ResidentTeacher) -> bool:
         lacks = find_absent(sets, store, world).rows > 0
-        return not lacks and verify(teacher, store, sets, directory, world)
+        return not lacks and verify(teacher, cached, sets, directory, world)
 
-    return FillingTeacher(cached, live, STORED[found.stored], world, is_full)
+    return FillingTeacher(cached, live, world, is_full)
 
 
 def _describe_absent(cfg: RunConfig, absent: Absent, found: Record | None, student: Any) -> str:
@@ -130,11 +133,24 @@ def create_cache(cfg: RunConfig, live: ResidentTeacher, student: Any, world: Wor
     record = make_record(cfg, head, student, world)
 
     def write() -> None:
-        write_file(directory / _HEAD, tensors)
+        if record.keep == HIDDEN:
+            write_file(directory / _HEAD, tensors)
         write_record(directory, record)  # last: a directory with a record has a head
 
     on_rank0(write, world)
     return record
+
+
+def build_kind(directory: Path, record: Record, world: World) -> Kind:
+    """Return what the rows of a cache hold.
+
+    Raises:
+        ConfigError: the file of the teacher's head is damaged.
+    """
+    if record.keep == HIDDEN:
+        return Hidden(load_head(directory, record, world), STORED[record.stored])
+    make = Sampled if record.keep == SAMPLED else TopK
+    return make(record.k, record.temperature, record.shared, world.device)
 
 
 def load_head(directory: Path, record: Record, world: World) -> Head:
@@ -161,7 +177,11 @@ def load_head(directory: Path, record: Record, world: World) -> Head:
 
 
 def verify(
-    live: ResidentTeacher, store: Store, sets: dict[str, Any], directory: Path, world: World
+    live: ResidentTeacher,
+    cached: CachedTeacher,
+    sets: dict[str, Any],
+    directory: Path,
+    world: World,
 ) -> bool:
     """Run the teacher on one sample that the cache has, and return whether there was one; a
     collective.
@@ -169,16 +189,15 @@ def verify(
     Raises:
         ConfigError: the teacher gives something else than the cache.
     """
-    batch = _choose_batch(store, sets)
+    batch = _choose_batch(cached.store, sets)
     if batch is None:
         return False
-    stored = store.read(batch[KEYS])[HIDDEN].float()
-    found = live(move_batch(batch, world.device)).hidden.cpu().float()
-    distance = ((found - stored).norm() / stored.norm().clamp(min=1e-30)).item()
+    found = cached.kind.make(live(move_batch(batch, world.device)), batch[KEYS])
+    distance = cached.kind.distance(found, cached.store.read(batch[KEYS]))
     if not distance <= _SAME:
         hint = (
-            f"sample {batch['sample_ids'][0]} gives hidden states that are {distance:.0%} away "
-            f"from the stored ones; delete the directory and write it again"
+            f"sample {batch['sample_ids'][0]} gives an output that is {distance:.0%} away from "
+            f"the stored one; delete the directory and write it again"
         )
         raise ConfigError(
             [problem("teacher.directory", str(directory), "what the teacher gives now", hint)]

@@ -18,9 +18,9 @@ from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.build import build_teacher
 from ds_kd.recipe.data import build_loader, build_samples
 from ds_kd.recipe.models import check_lengths, tokenizer_of
-from ds_kd.recipe.offline.record import STORED, Record, make_record
+from ds_kd.recipe.offline.record import Record, make_record
 from ds_kd.recipe.offline.rows import Absent, find_absent, list_asked
-from ds_kd.recipe.offline.teacher import create_cache, load_head, open_record, verify
+from ds_kd.recipe.offline.teacher import build_kind, create_cache, open_record, verify
 from ds_kd.teachers.cache.store import ROW_OVERHEAD, Store
 from ds_kd.teachers.cached import CachedTeacher, FillingTeacher
 from ds_kd.train.batches import move_batch
@@ -62,12 +62,11 @@ class Task:
             f"teacher: {record.teacher}, run in {record.dtype}",
             f"samples: {self.absent.of:,} in {', '.join(self.sets)}",
             f"rows: {self.absent.rows:,} to compute, {len(self.store):,} there, each "
-            f"{record.hidden} numbers in {record.stored}",
+            f"{record.describe()}",
             f"size: {format_bytes(self.bytes_absent)} to write into {directory}",
         ]
-        if self.is_new:
-            head = record.rows * record.hidden * STORED[record.dtype].itemsize
-            lines[-1] += f", and {format_bytes(head)} of the teacher's head"
+        if self.is_new and record.head_bytes:
+            lines[-1] += f", and {format_bytes(record.head_bytes)} of the teacher's head"
         return lines
 
 
@@ -142,15 +141,15 @@ def write_cache(task: Task, world: World, should_stop: Callable[[], bool]) -> bo
     check_lengths(cfg, task.loaders)
     live = build_teacher(cfg, [], world)
     record = create_cache(cfg, live, task.tokenizer, world) if task.is_new else task.record
-    cached = CachedTeacher(task.store, load_head(directory, record, world))
-    filling = FillingTeacher(cached, live, STORED[record.stored], world)
+    cached = CachedTeacher(task.store, build_kind(directory, record, world))
+    filling = FillingTeacher(cached, live, world)
     try:
         stops = _fill(task, filling, world, should_stop)
     finally:
         filling.close()
     filling.settle()
     if not stops:
-        verify(live, task.store, task.sets, directory, world)
+        verify(live, cached, task.sets, directory, world)
     return not stops
 
 
