@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.count import Cost, count, make_step
+from ds_kd.config.load import load
 from ds_kd.losses import chunked
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.chunked import DistillationLoss
@@ -23,6 +24,8 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.models import attention, varlen
+from ds_kd.parallel.world import World
+from ds_kd.recipe.data import build_loader, fill_for_gpu
 
 
 class Calls(TorchDispatchMode):
@@ -212,3 +215,27 @@ def test_launches_do_not_depend_on_the_number_of_samples(parents):
         assert len(calls.of("torch_attn._varlen_attn.default")) == 2 * SHAPE["num_hidden_layers"]
         counted.append((cost.launches, cost.waits))
     assert counted[0] == counted[1] and counted[0][1] == 0
+
+
+def test_a_gpus_loader_has_the_next_step_ready_in_pinned_memory():
+    """The order stays that of a CPU's loader; what the section sets stays too."""
+    rows = [
+        {"input_ids": [k, k + 1], "labels": [k + 1, -100], "sample_id": str(k)} for k in range(48)
+    ]
+    guide = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+    cfg = load(guide, ["step_scheduler.global_batch_size=8", "step_scheduler.local_batch_size=1"])
+    found = {}
+    for kind in ("cpu", "cuda"):
+        world = World(0, 1, torch.device(kind), "gloo")
+        found[kind], _ = build_loader(cfg, rows, cfg.dataloader, world, True)
+    cpu, cuda = found.values()
+    assert (cpu.num_workers, cpu.pin_memory) == (0, False)
+    assert cuda.pin_memory and cuda.num_workers * cuda.prefetch_factor >= 8
+    cuda.pin_memory = False  # it cannot be done here
+    ids = [[batch["sample_ids"] for batch in loader] for loader in (cpu, cuda)]
+    assert ids[0] == ids[1] and len(ids[0]) == 48
+
+    assert fill_for_gpu({"num_workers": 0, "pin_memory": False}, 8) == {
+        "num_workers": 0, "pin_memory": False,
+    }  # fmt: skip
+    assert fill_for_gpu({"num_workers": 3, "prefetch_factor": None}, 8)["prefetch_factor"] == 3
