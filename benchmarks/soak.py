@@ -2,6 +2,7 @@
 
     python benchmarks/soak.py                       50 kills on 2 ranks, about 10 minutes on 2 cores
     python benchmarks/soak.py --kills 200 --seed 7
+    python benchmarks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
 
 A small Llama with dropout is distilled on shuffled data. Every attempt gets SIGKILL for all its
 processes while it starts, in a step, while a checkpoint is written or while the student is
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 MOMENTS = {"start": 1, "step": 4, "saving": 5}
 
 
-def config(root: Path, steps: int, directory: Path) -> list[str]:
+def config(root: Path, steps: int, directory: Path, more: Sequence[str] = ()) -> list[str]:
     """Make models and rows, if there are none, and return the overrides of the run."""
     from tests import tiny
 
@@ -59,6 +61,7 @@ def config(root: Path, steps: int, directory: Path) -> list[str]:
         f"step_scheduler.max_steps={steps}",
         "step_scheduler.ckpt_every_steps=2",
         "optimizer.lr=0.001",
+        *more,
     ]
 
 
@@ -101,8 +104,13 @@ class Attempt:
         self.process.wait()
 
 
-def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dict[str, Any]:
+def soak(
+    kills: int, ranks: int, seed: int, root: Path, say: Any = print, more: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run, kill `kills` times, finish, compare.
+
+    Args:
+        more: overrides of the run.
 
     Returns:
         Figures: kills by moment, attempts, steps done again.
@@ -113,9 +121,9 @@ def soak(kills: int, ranks: int, seed: int, root: Path, say: Any = print) -> dic
     dice = random.Random(seed)
     steps = 8 * kills + 8
     straight, disturbed = root / "straight", root / "disturbed"
-    one = Attempt(config(root, steps, straight), ranks, root / "straight.log")
+    one = Attempt(config(root, steps, straight, more), ranks, root / "straight.log")
     assert one.process.wait() == 0, one.text()
-    overrides = config(root, steps, disturbed)
+    overrides = config(root, steps, disturbed, more)
     done: Counter[str] = Counter()
     repeated = attempts = 0
     expected = 0  # the step that the next attempt must start from
@@ -203,12 +211,12 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--more", nargs="*", default=[], help="overrides of the run")
     args = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        figures = soak(
-            args.kills, args.ranks, args.seed, Path(directory), functools.partial(print, flush=True)
-        )
+        say = functools.partial(print, flush=True)
+        figures = soak(args.kills, args.ranks, args.seed, Path(directory), say, args.more)
     print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
     return 0
 

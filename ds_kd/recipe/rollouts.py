@@ -49,7 +49,8 @@ def build_batches(
     wanted = cfg.rollouts
     if wanted is None or not cfg.rolls_out:
         return LoaderBatches(loader)
-    _warn_of_ends(student, teacher, tokenizer, world)
+    if world.is_main and (engine := getattr(teacher, "engine", None)) is not None:
+        warn_of_ends(student.module.model, engine.module.model, tokenizer)
 
     # Packs are made of each step's own samples; without them those of similar length come together.
     def lay_out(made: list[dict[str, Any]]) -> Any:
@@ -122,13 +123,11 @@ def _has_room(model: Any, world: World) -> bool:
     return float(lacking[0]) == 0
 
 
-def _warn_of_ends(student: Any, teacher: Teacher | None, tokenizer: Any, world: World) -> None:
-    """Warn if the teacher ends its texts with a token that does not end the student's."""
-    engine = getattr(teacher, "engine", None)
-    if engine is None or not world.is_main:
-        return
-    own, other = (find_ends(each.module.model, tokenizer) for each in (student, engine))
-    if not (lacking := {*other} - {*own}):
+def warn_of_ends(student: Any, teacher: Any, tokenizer: Any) -> None:
+    """Warn if one Hugging Face model, the teacher, ends its texts with a token that does not end
+    the other's."""
+    own, others = (find_ends(model, tokenizer) for model in (student, teacher))
+    if not (lacking := {*others} - {*own}):
         return
     names = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(lacking))))
     print(

@@ -14,10 +14,11 @@ from tests.parity.test_step import weights
 from tests.ranks import run_ranks
 
 GLOBAL, STEPS = 8, 2
-#: Cuts of a step on so many ranks: samples of a micro-batch, size of a pack, and what writes.
+SHARES = ["packed_sequence.share_prefixes=true"]
+#: Cuts of a step on so many ranks: samples of a micro-batch, size of a pack, what writes, and keys.
 CUTS = {
-    1: [(8, 0, "replica"), (2, 40, "replica")],
-    2: [(1, 0, "auto"), (2, 40, "sharded")],
+    1: [(8, 0, "replica", []), (2, 40, "replica", SHARES)],
+    2: [(1, 0, "auto", []), (2, 40, "sharded", [])],
 }
 
 
@@ -68,9 +69,9 @@ def lists(found):
 
 def cut_in_every_way(world, directory, paths):
     out = []
-    for local, pack, way in CUTS[world.size]:
-        name = directory / f"cut{local}{pack}"
-        made = make_trainer(world, paths, name, local, pack, ratio=0.6, generate=way)
+    for local, pack, way, more in CUTS[world.size]:
+        name, how = directory / f"cut{local}{pack}", {"ratio": 0.6, "samples_per_prompt": 2}
+        made = make_trainer(world, paths, name, local, pack, more=more, generate=way, **how)
         got, written = run(made)
         assert made.student.training
         out.append([lists(got), written])
@@ -94,9 +95,8 @@ def resume_within_a_buffer(world, directory, paths):
     from ds_kd.parallel.world import on_rank0
 
     how = {"reuse": 3, "samples_per_prompt": 2, "ratio": 0.7, "pack": 40, "local": 1, "steps": 6}
-    share = ["packed_sequence.share_prefixes=true"]
     place, killed = directory / "whole", directory / "killed"
-    whole, written = run(make_trainer(world, paths, place, more=share, **how))
+    whole, written = run(make_trainer(world, paths, place, more=SHARES, **how))
     kept = json.loads((place / "step_0000004" / "rollouts.json").read_text())
 
     def kill():
@@ -104,7 +104,7 @@ def resume_within_a_buffer(world, directory, paths):
         (killed / "LATEST").symlink_to("step_0000004")
 
     on_rank0(kill, world)
-    again = make_trainer(world, paths, killed, more=share, **how)
+    again = make_trainer(world, paths, killed, more=SHARES, **how)
     again.checkpointer.resume(again.student, again.state)
     began = again.state.step
     got, anew = run(again)
@@ -113,22 +113,11 @@ def resume_within_a_buffer(world, directory, paths):
     return [same, began, len(written), len(anew), kept["window"], len(kept["tokens"]), at_end]
 
 
-def without_rollouts(world, directory, paths):
-    """Whether a ratio of 0 is bitwise a run without the section, under the same loss."""
-    more = ["kd_loss_fn.name=reverse_kl", "kd_ratio=1"]
-    off, written = run(make_trainer(world, paths, directory / "zero", more=more, ratio=0))
-    made = make_trainer(world, paths, directory / "absent", more=[*more, "rollouts=null"])
-    absent, _ = run(made)
-    return [all(torch.equal(off[name], absent[name]) for name in off), written]
-
-
 def everything(world, directory, paths):
     out = {"cuts": cut_in_every_way(world, directory, paths)}
     if world.size == 2:
         out["adapter"] = write_with_an_adapter(world, directory, paths)
         out["resumed"] = resume_within_a_buffer(world, directory, paths)
-    else:
-        out["off"] = without_rollouts(world, directory, paths)
     return out
 
 
@@ -150,14 +139,15 @@ def runs(tmp_path_factory):
 
 
 def test_texts_and_weights_are_the_same_on_one_and_two_ranks_and_however_a_step_is_cut(runs):
-    """With samples or packs, a micro-batch or four, a copy of the student or its shards."""
+    """With samples, packs or packs that compute a prompt once for its two answers, one micro-batch
+    or several, a copy of the student or its shards."""
     (weights_, texts), *others = [*runs[1][0]["cuts"], *runs[2][0]["cuts"]]
     for other, written in others:
         assert written == texts
         for name, values in weights_.items():
             assert torch.allclose(torch.tensor(values), torch.tensor(other[name]), 0, 1e-6)
     # About six of ten samples are on-policy; their texts differ in length, and some are cut.
-    assert len(texts) == STEPS and all(2 <= len(step) < GLOBAL for step in texts)
+    assert len(texts) == STEPS and all(4 <= len(step) < 2 * GLOBAL for step in texts)
     rows = [row for step in texts for row in step]
     assert len({len(row[5]) for row in rows}) >= 2 and {row[6] for row in rows} == {True, False}
 
@@ -171,7 +161,3 @@ def test_a_run_that_is_killed_in_the_middle_of_a_buffer_goes_on_bitwise(runs):
         same, began, written, anew, window, texts, at_end = rank["resumed"]
         assert same and (began, written, anew, window) == (4, 2, 0, 1)
         assert texts % 2 == 0 and texts > 0 and not at_end
-
-
-def test_a_ratio_of_0_is_bitwise_a_run_without_rollouts(runs):
-    assert runs[1][0]["off"] == [True, []]

@@ -172,6 +172,36 @@ def test_the_defaults_of_a_run_with_rollouts_are_reverse_kl_alone(place):
     assert any("num_workers: has no" in n for n in config(place, "dataloader.num_workers=2").notes)
 
 
+def test_a_ratio_of_0_trains_on_the_loaders_own_micro_batches(place):
+    from types import SimpleNamespace
+
+    from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+    from ds_kd.train.batches import LoaderBatches
+
+    loader = SimpleNamespace(batch_sampler=GlobalBatchSampler(10, 4, 2, 0, 1))
+    off = config(place, "rollouts.ratio=0", "rollouts.reuse=3")
+    world = World(0, 1, torch.device("cpu"), "gloo")
+    made = build_batches(off, loader, None, None, None, None, world)
+    assert isinstance(made, LoaderBatches) and steps_per_epoch(off, loader) == 3
+    assert steps_per_epoch(config(place, "rollouts.reuse=3"), loader) == 9
+
+
+def test_a_teacher_that_ends_with_another_token_is_warned_of(place, capsys):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from ds_kd.recipe.rollouts import warn_of_ends
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(place / n) for n in ("student", "teacher")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(place / "student")
+    warn_of_ends(student, teacher, tokenizer)
+    assert capsys.readouterr().out == ""
+    teacher.generation_config.eos_token_id = [1, W5]
+    warn_of_ends(student, teacher, tokenizer)
+    assert "ends its answers with 'w5', and the student's" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -182,6 +212,7 @@ def test_the_defaults_of_a_run_with_rollouts_are_reverse_kl_alone(place):
         (["rollouts.top_p=0"], "rollouts.top_p: got 0"),
         (["rollouts.max_tokens=5"], "did you mean rollouts.max_new_tokens"),
         (["rollouts.generate=sharded", "compile=true"], "cannot write with the layers of compile"),
+        (["teacher.kind=cached", "teacher.directory=kept"], "the student has yet to write"),
         (["packed_sequence.packed_sequence_size=8"], "holds no prompt beside such an answer"),
     ],
 )

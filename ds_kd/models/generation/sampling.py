@@ -4,13 +4,12 @@ Every token is drawn by one number that depends on (seed, epoch, sample, draw, p
 inversion of the distribution's sum over ids, in integers. The number of ranks, the batch that a
 prompt is in, its place there and the state of torch's generators have no influence on the draw.
 
-A batch's composition still changes a model's logits in their last bits (by about 1e-6 in fp32, more
-in bf16), and a number that falls so near to the border between two tokens would choose the other.
-Prompts are therefore written in batches that depend on the prompts alone (`group`), so that the
-logits too are the same bit for bit on any number of ranks, as long as weights, device and libraries
-are. With weights that differ by rounding, about one token in a million differs in fp32. The sum
-goes by ids, not by falling probability, where two tokens that change places would exchange their
-shares.
+A batch's composition still changes a model's logits in their last bits, and a number that falls so
+near to the border between two tokens would choose the other: of a pruned SmolLM2-135M, alone and
+in a batch of eight, 6 tokens in 100,000 in fp32, and 1 in 100 in bf16. Prompts are therefore
+written in batches that depend on the prompts alone (`group`), so that the logits too are the same
+bit for bit on any number of ranks, as long as weights, device and libraries are. The sum goes by
+ids, not by falling probability, where two tokens that change places would exchange their shares.
 """
 
 from __future__ import annotations
