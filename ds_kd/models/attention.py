@@ -137,6 +137,25 @@ def is_by_sample(model: Any) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == NAME)
 
 
+def flash_arguments(model: Any, lengths: list[int], device: torch.device) -> dict[str, Any]:
+    """Return the arguments that tell transformers' flash attention where the samples of a pack are.
+    Without them it finds out from the positions in every layer, for which the host waits.
+
+    Args:
+        model: a Hugging Face model; nothing is returned for one with another attention.
+        lengths: of the samples.
+    """
+    if not str(model.config.get_text_config()._attn_implementation).startswith("flash_attention"):
+        return {}
+    runs = varlen.make_runs(lengths, None, device)
+    return {
+        "cu_seq_lens_q": runs.queries,
+        "cu_seq_lens_k": runs.keys,
+        "max_length_q": runs.longest_query,
+        "max_length_k": runs.longest_key,
+    }
+
+
 @contextmanager
 def record_windows() -> Iterator[list[int | None]]:
     """Record the sliding window of every call of `sdpa_by_sample`, in the order of the layers."""

@@ -79,6 +79,10 @@ class _Split(nn.Module):
             segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
         elif parents is not None:
             raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
+        else:
+            lengths = batch["segment_lengths"]
+            segments = attention.flash_arguments(self.model, lengths, ids.device)
+
         rows = batch["supervised"]
         once = batch.get("supervised_once", rows)  # a position may have several labels
         with self._last_mlp.only(once), self.layers.of(rows):

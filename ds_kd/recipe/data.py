@@ -27,6 +27,9 @@ from ds_kd.teachers.cache.keys import AddKeys
 
 NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
+#: Worker processes of a training loader on a GPU, unless its section says how many.
+_WORKERS_ON_GPU = 2
+
 
 def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
@@ -216,6 +219,8 @@ def build_loader(
     if not training:
         local = kwargs.pop("batch_size", None) or local
     shuffle, drop_last, grouped = (bool(kwargs.pop(name, False)) for name in LOADER_FLAGS)
+    if training and world.device.type == "cuda":
+        kwargs = fill_for_gpu(kwargs, -(-steps.global_batch_size // (local * world.data.size)))
     kwargs |= _defaults_of(kwargs, cfg.dist_env.timeout_minutes * 60)
 
     with config_error(loader.key, loader.kwargs, "arguments that fit the data"):
@@ -241,6 +246,21 @@ def build_loader(
     if cfg.reads_cache:
         built.collate_fn = AddKeys(built.collate_fn)
     return built, sampler
+
+
+def fill_for_gpu(kwargs: dict[str, Any], micro_batches: int) -> dict[str, Any]:
+    """Return a training loader's arguments with those that keep a GPU from waiting for data: worker
+    processes, which hold the micro-batches of the next step while this one runs, in pinned memory.
+    Those that its section sets stay.
+
+    Args:
+        micro_batches: of one step.
+    """
+    kept = {name: value for name, value in kwargs.items() if value is not None}
+    filled = {"num_workers": _WORKERS_ON_GPU, "pin_memory": True, **kept}
+    if filled["num_workers"]:
+        filled.setdefault("prefetch_factor", max(2, -(-micro_batches // filled["num_workers"])))
+    return filled
 
 
 def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:

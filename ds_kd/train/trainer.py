@@ -211,13 +211,12 @@ class Trainer:
             with clock.part("backward"):
                 self.student.backward(loss * weight, scale_wrt_gas=False)
 
-        totals = sum_by_name(sums, self.world.data)
-        means = {name: total / counts.labels for name, total in totals.items()}
-        if self.state.skipped >= self.max_skipped:
-            self._check_finite(means["loss"], "loss", micro_batches)
+        # Only now does the host wait for the device, which has the optimizer step to do meanwhile.
         lr = self.student.get_lr()[0]
         with clock.part("optimizer"):
             self.student.step()
+        totals = sum_by_name(sums, self.world.data)
+        means = {name: total / counts.labels for name, total in totals.items()}
         norm = read_gradient_norm(self.student)
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
         self.state.advance(counts.labels, counts.tokens)
@@ -334,8 +333,8 @@ class Trainer:
                 f"{list_samples(micro_batches)}"
             )
             return True
-        self._check_finite(norm, "gradient norm", micro_batches)
         self._check_finite(loss, "loss", micro_batches)
+        self._check_finite(norm, "gradient norm", micro_batches)
         return False
 
     def _say(self, text: str) -> None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.count import Cost, count, make_step
+from ds_kd.config.load import load
 from ds_kd.losses import chunked
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.chunked import DistillationLoss
@@ -23,6 +24,10 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.models import attention, varlen
+from ds_kd.models.causal_lm import FrozenModel
+from ds_kd.parallel.world import World
+from ds_kd.recipe.data import build_loader, fill_for_gpu
+from tests import tiny
 
 
 class Calls(TorchDispatchMode):
@@ -212,3 +217,63 @@ def test_launches_do_not_depend_on_the_number_of_samples(parents):
         assert len(calls.of("torch_attn._varlen_attn.default")) == 2 * SHAPE["num_hidden_layers"]
         counted.append((cost.launches, cost.waits))
     assert counted[0] == counted[1] and counted[0][1] == 0
+
+
+def test_a_gpus_loader_has_the_next_step_ready_in_pinned_memory():
+    """The order stays that of a CPU's loader; what the section sets stays too."""
+    rows = [
+        {"input_ids": [k, k + 1], "labels": [k + 1, -100], "sample_id": str(k)} for k in range(48)
+    ]
+    guide = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+    cfg = load(guide, ["step_scheduler.global_batch_size=8", "step_scheduler.local_batch_size=1"])
+    found = {}
+    for kind in ("cpu", "cuda"):
+        world = World(0, 1, torch.device(kind), "gloo")
+        found[kind], _ = build_loader(cfg, rows, cfg.dataloader, world, True)
+    cpu, cuda = found.values()
+    assert (cpu.num_workers, cpu.pin_memory) == (0, False)
+    assert cuda.pin_memory and cuda.num_workers * cuda.prefetch_factor >= 8
+    cuda.pin_memory = False  # it cannot be done here
+    ids = [[batch["sample_ids"] for batch in loader] for loader in (cpu, cuda)]
+    assert ids[0] == ids[1] and len(ids[0]) == 48
+
+    assert fill_for_gpu({"num_workers": 0, "pin_memory": False}, 8) == {
+        "num_workers": 0, "pin_memory": False,
+    }  # fmt: skip
+    assert fill_for_gpu({"num_workers": 3, "prefetch_factor": None}, 8)["prefetch_factor"] == 3
+
+
+def test_flash_attention_is_told_where_the_samples_of_a_pack_are(tmp_path):
+    """A stand-in takes its place, as it needs a GPU; it finds the samples by what it is told."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    tiny.llama(tmp_path, seed=1)
+    lengths, told = [5, 1, 9], []
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    batch = {
+        "input_ids": torch.arange(15)[None] % 7, "position_ids": positions,
+        "segment_lengths": lengths, "supervised": torch.arange(15),
+    }  # fmt: skip
+
+    def flash(module, query, key, value, mask, *, cu_seq_lens_q, scaling, **kwargs):
+        told.append((kwargs["max_length_q"], kwargs["max_length_k"], mask))
+        runs = varlen.Runs(cu_seq_lens_q, kwargs["cu_seq_lens_k"], 0, 0, None)
+        parts = (part[0].transpose(0, 1) for part in (query, key, value))
+        return launch_by_runs(*parts, runs, -1, scaling)[None], None
+
+    known = dict(AttentionInterface._global_mapping)
+    found = []
+    try:
+        AttentionInterface.register("flash_attention_2", flash)
+        for kind in ("by sample", "flash"):
+            model = AutoModelForCausalLM.from_pretrained(tmp_path)
+            if kind == "flash":
+                model.config._attn_implementation = "flash_attention_2"
+            else:
+                attention.attend_by_sample(model)
+            found.append(FrozenModel(model)(batch))
+    finally:
+        AttentionInterface._global_mapping.clear()
+        AttentionInterface._global_mapping.update(known)
+    assert {(a, b) for a, b, _ in told} == {(9, 9)} and all(mask is None for *_, mask in told)
+    assert torch.allclose(*found, atol=1e-5)

@@ -87,7 +87,8 @@ def test_chunked_equals_plain(
     value, sums, grads = evaluate(chunked, *inputs, scale=scale, softcap=softcap)
     expected, expected_sums, expected_grads = evaluate(plain, *inputs, scale=scale, softcap=softcap)
     top = max(1.0, expected_sums.abs().max().item())
-    assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6 * top)
+    # KL is a difference of numbers of about 1, times T².
+    assert torch.allclose(value, expected, rtol=1e-5, atol=1e-6 * max(top, temperature**2))
     # At equal logits "the" best token is a matter of order. Entropies and KL are differences of
     # numbers as large as the logits, some tens: fp32 leaves a few millionths of them a token.
     assert torch.allclose(sums, expected_sums, rtol=1e-5, atol=1e-5 * top)

@@ -109,5 +109,5 @@ def _note_idle_loader_keys(loader: Component, data: dict[str, Any], packs: bool)
     if not loader.kwargs.get("num_workers"):
         for name in _NEEDS_WORKERS:
             if _is_set(data, f"{loader.key}.{name}"):
-                notes.append(f"{loader.key}.{name}: has no effect, as num_workers is 0")
+                notes.append(f"{loader.key}.{name}: has no effect on a CPU, as num_workers is 0")
     return notes
