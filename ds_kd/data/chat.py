@@ -224,6 +224,17 @@ def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kw
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
+def tokenize_open_turn(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
+) -> list[int]:
+    """Return the tokens of a conversation up to where the assistant's next turn begins.
+
+    Raises:
+        ValueError: the template refuses the conversation.
+    """
+    return list(_render(tokenizer, messages, tools, add_generation_prompt=True)["input_ids"])
+
+
 def _count_prefix(
     tokenizer: Any, messages: list[dict], tools: list[dict] | None, ids: list[int]
 ) -> int:

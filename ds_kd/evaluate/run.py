@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 
@@ -118,8 +118,15 @@ def plan_batches(task: Task, items: list[Item], tokens: int, most: int) -> list[
     return batches
 
 
+class Runs(Protocol):
+    """The part of a task that is put to a model."""
+
+    def run(self, subject: Subject, items: list[Item]) -> list[Record]:
+        """Return the record of each item of a batch."""
+
+
 def run_task(
-    task: Task,
+    task: Runs,
     load: Callable[[], Subject],
     items: list[Item],
     batches: list[list[int]],

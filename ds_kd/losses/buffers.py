@@ -17,10 +17,15 @@ class Buffers:
         chunk: rows of every buffer.
         dtype: default dtype of a buffer.
         device: device of every buffer.
+        keeps_products: logits may stay as the heads' products have rounded them, in the models'
+            dtype; their reader takes any.
     """
 
-    def __init__(self, chunk: int, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self, chunk: int, dtype: torch.dtype, device: torch.device, keeps_products: bool = False
+    ):
         self.chunk, self.dtype, self.device = chunk, dtype, device
+        self.keeps_products = keeps_products
         self._made: dict[tuple[str, int, torch.dtype], Tensor] = {}
         self._smaller: dict[tuple[int, torch.dtype], Buffers] = {}
 

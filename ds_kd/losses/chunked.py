@@ -29,6 +29,8 @@ from torch.autograd.function import once_differentiable
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.losses.buffers import Buffers
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.fused.forward_kl import can_run, distil
 from ds_kd.losses.head import Gradients, States
 from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
 from ds_kd.losses.pair import Pair, find_largest
@@ -130,7 +132,8 @@ class DistillationLoss:
         """Compute both losses of one chunk, and the metrics that are logged beside them.
 
         Args:
-            student: logits `[tokens, student vocab]`, unchanged on return.
+            student: logits `[tokens, student vocab]`, unchanged on return; if the buffers keep
+                products, the gradient is written over them.
             teacher: logits `[tokens, shared vocab]`, overwritten; None without a teacher.
             labels: `[tokens]`.
             is_training: if not, metrics that need another softmax are computed too.
@@ -139,6 +142,9 @@ class DistillationLoss:
             Values per token by name, each `[tokens, 1]`, and d loss / d student logits
             `[tokens, student vocab]`.
         """
+        if buffers.keeps_products and teacher is not None:
+            t, alpha = self.divergence.temperature, self.kd_ratio
+            return distil(student, teacher, labels, t, alpha)
         if teacher is None:
             largest = student.amax(-1, keepdim=True)
             ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
@@ -212,14 +218,24 @@ class DistillationLoss:
         wanted = default_chunk(device.type) if wanted is None else wanted
         return max(1, min(wanted or tokens, tokens))
 
-    def buffers(self, chunk: int, dtype: torch.dtype, device: torch.device) -> Buffers:
+    def is_fused(self, student: States, is_training: bool) -> bool:
+        """Return whether one kernel computes both losses of a chunk. Subclasses, and what changes
+        the logits once more, are left to the plain code."""
+        is_known = type(self.ce) is MaskedCrossEntropy and "fuses" in vars(type(self.divergence))
+        is_wanted = is_known and is_training and self.kd_ratio > 0
+        is_plain = student.head.softcap is None
+        return is_wanted and is_plain and can_run(student.hidden.device, student.hidden.dtype)
+
+    def buffers(
+        self, chunk: int, dtype: torch.dtype, device: torch.device, keeps_products: bool
+    ) -> Buffers:
         """Return the buffers for a chunk.
 
         On a CPU they are kept for the next call: the system clears every page of new memory, which
         costs more than a softmax. A GPU's allocator keeps freed memory itself.
         """
-        if device.type != "cpu":
-            return Buffers(chunk, dtype, device)
+        if device.type != "cpu" or keeps_products:
+            return Buffers(chunk, dtype, device, keeps_products)
         kept = self._kept
         if kept is None or kept.chunk < chunk or kept.dtype != dtype:
             kept = self._kept = Buffers(chunk, dtype, device)
@@ -247,7 +263,8 @@ class _Chunked(torch.autograd.Function):
         tokens, vocab = hidden.shape[0], weight.shape[0]
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         chunk = loss.chunk_size(hidden.device, tokens)
-        buffers = loss.buffers(chunk, dtype, hidden.device)
+        fuses = teacher is not None and loss.is_fused(student, is_training)
+        buffers = loss.buffers(chunk, dtype, hidden.device, fuses)
         wanted = [is_training and needed for needed in ctx.needs_input_grad[:3]]
         # Inside a Function these tensors have no graph, so that the products are not recorded.
         grads = Gradients(States(hidden, student.head), dtype, wanted)
@@ -273,6 +290,7 @@ class _Chunked(torch.autograd.Function):
         found = dict(zip(values, totals.unbind(), strict=True))
         sums.update({name: part.float() for name, part in found.items()})
         ctx.gradients = grads.found
+        ctx.dtypes = hidden.dtype, weight.dtype, None if bias is None else bias.dtype
         return loss.weigh(found)
 
     @staticmethod
@@ -281,7 +299,17 @@ class _Chunked(torch.autograd.Function):
         found, ctx.gradients = ctx.gradients, None
         if found is None:
             raise RuntimeError("the chunked loss can be differentiated once only")
-        return *(None if g is None else g.mul_(grad) for g in found), *[None] * 8
+        dtypes = ctx.dtypes
+        scaled = [_times(g, grad, dtype) for g, dtype in zip(found, dtypes, strict=True)]
+        return *scaled, *[None] * 8
+
+
+def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Return a gradient times a scalar, in the dtype of what it belongs to: rounded while it is
+    multiplied, without another pass."""
+    if gradient is None or gradient.dtype == dtype:
+        return None if gradient is None else gradient.mul_(factor)
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
 def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:

@@ -30,10 +30,7 @@ from torch import Tensor
 
 from ds_kd.data.labels import IGNORE_INDEX, check_ignore_index
 from ds_kd.losses.head import LOWEST
-from ds_kd.losses.pair import HIGH_TEMPERATURE, Pair
-
-#: |log-ratio| up to which `near_kl`'s series is exact to 1e-5.
-NEAR = 0.5
+from ds_kd.losses.pair import HIGH_TEMPERATURE, NEAR, Pair
 
 
 class Divergence(ABC):
@@ -152,6 +149,8 @@ class KDLoss(Divergence):
 
     name = "forward_kl"
     takes_whole_chunks = True
+    #: On a GPU `losses/fused` takes its place.
+    fuses = True
 
     @property
     def reads_teacher_logits(self) -> bool:  # type: ignore[override]

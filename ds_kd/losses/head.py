@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -67,21 +68,26 @@ class States:
     def logits(self, rows: slice, vocab: int, name: str, buffers: Buffers) -> Tensor:
         """Return the first `vocab` logits of some tokens, `[tokens, vocab]`, in the buffer `name`.
 
-        The product is rounded to the model's dtype, as it is in the model itself.
+        The product is rounded to the model's dtype, as it is in the model itself. If the buffers
+        keep products, and the head changes them no further, it is returned in this dtype.
         """
         head, hidden = self.head, self.hidden[rows]
         is_same = hidden.dtype == buffers.dtype
+        stays = buffers.keeps_products and head.scale == 1.0 and head.softcap is None
         if is_same:
             product = buffers.get(name, len(hidden), vocab)
         else:
-            product = buffers.for_product("product", len(hidden), vocab, hidden.dtype)
+            place = name if stays else "product"
+            product = buffers.for_product(place, len(hidden), vocab, hidden.dtype)
+
+        # Both forms write where they are told to, so that no chunk allocates.
         weight = head.weight[:vocab].t()
         if head.bias is None:
             torch.mm(hidden, weight, out=product)
         else:
             lowest = max(LOWEST, torch.finfo(head.bias.dtype).min)
             torch.addmm(head.bias[:vocab].clamp(min=lowest), hidden, weight, out=product)
-        out = product if is_same else buffers.get(name, len(hidden), vocab).copy_(product)
+        out = product if is_same or stays else buffers.get(name, len(hidden), vocab).copy_(product)
         if head.scale != 1.0:
             out.mul_(head.scale)
         if head.softcap is not None:
@@ -133,12 +139,34 @@ class Gradients:
             to_hidden[rows].mul_(factor[:, None])
         scaled = (hidden * factor[:, None]).to(hidden.dtype)
         if to_weight is not None:
-            is_first = rows.start == 0
-            if to_weight.dtype == gradient.dtype:
-                to_weight.addmm_(gradient.t(), scaled, beta=0.0 if is_first else 1.0)  # 0: not read
-            elif is_first:
-                to_weight.copy_(gradient.t() @ scaled)
-            else:
-                to_weight.add_(gradient.t() @ scaled)
+            _add_product(to_weight, gradient.t(), scaled, is_first=rows.start == 0)
         if to_bias is not None:
             to_bias.add_(gradient.t() @ factor.to(gradient.dtype))
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, is_first: bool) -> None:
+    """Add a·b to a sum; the first product takes the place of what is there."""
+    beta = 0.0 if is_first else 1.0  # 0: not read
+    if total.dtype == a.dtype:
+        total.addmm_(a, b, beta=beta)
+    elif _adds_wider(total.device, a.dtype, total.dtype):
+        torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, beta=beta, out=total)
+    elif is_first:
+        total.copy_(a @ b)
+    else:
+        total.add_(a @ b)
+
+
+@functools.cache
+def _adds_wider(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Return whether this device adds a product of narrow matrices to a wide one without rounding
+    the product first. A GPU does."""
+    if device.type == "cpu":
+        return False
+    a = torch.ones(16, 16, dtype=narrow, device=device)
+    total = torch.zeros(16, 16, dtype=wide, device=device)
+    try:
+        torch.ops.aten.addmm.dtype_out(total, a, a, wide, out=total)
+    except (RuntimeError, NotImplementedError):
+        return False
+    return True

@@ -22,6 +22,8 @@ _OF_BLOCK, _OF_BLOCK_ON_GPU = 2**21, 2**24
 #: Above this temperature log-ratios are of the order of 1/T and divergences of 1/T², while the
 #: log-sum-exps that they are computed from are about ten: their difference in fp32 is too inexact.
 HIGH_TEMPERATURE = 8.0
+#: |log-ratio| up to which the series of `divergences.near_kl` is exact to 1e-5.
+NEAR = 0.5
 
 
 class Pair:

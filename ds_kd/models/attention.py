@@ -3,7 +3,7 @@
 For packs under SDPA, transformers builds a `[length, length]` block mask and discards most of the
 products. Here SDPA is called once for each sample with its causal flag. On a pack of n samples this
 does 1/n of the work, gives the same result, and can use the flash kernels of GPUs, which do not
-take an explicit mask.
+take an explicit mask. On a GPU one launch takes all samples (`varlen`).
 
 Where samples share their beginnings (`ds_kd.data.prefixes`), a call has the queries of one or more
 neighbouring subtrees, the keys of these and of all nodes above, and a mask of that size.
@@ -11,6 +11,7 @@ neighbouring subtrees, the keys of these and of all nodes above, and a mask of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.models import varlen
 from ds_kd.models.tree import Tree
 
 NAME = "sdpa_by_sample"
@@ -34,13 +36,27 @@ class Segments:
     """
 
     def __init__(self, lengths: list[int], parents: list[int] | None = None):
-        self.lengths = lengths
-        self.tree = None if parents is None else Tree(lengths, parents)
+        self.lengths, self.parents = lengths, parents
+        self._runs: varlen.Runs | None = None
+
+    @functools.cached_property
+    def tree(self) -> Tree | None:
+        """The calls that shared beginnings take, one by one."""
+        return None if self.parents is None else Tree(self.lengths, self.parents)
+
+    def runs(self, device: torch.device) -> varlen.Runs:
+        """Return the runs of one launch; made once for all layers of a model."""
+        if self._runs is None:
+            self._runs = varlen.make_runs(self.lengths, self.parents, device)
+        return self._runs
 
 
 #: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
+
+#: Arguments that the one launch for all samples does not take.
+_ONE_BY_ONE = ("dropout", "softcap")
 
 #: The sliding window of each call, inside `record_windows`.
 _recorded: list[int | None] | None = None
@@ -74,6 +90,12 @@ def sdpa_by_sample(
         _recorded.append(sliding_window)
     if attention_mask is not None:
         raise ValueError("its attention has a mask of its own; remove packed_sequence")
+
+    # A GPU takes all samples at once.
+    is_plain = not any(kwargs.get(name) for name in _ONE_BY_ONE)
+    if segments is not None and is_plain and varlen.can_run(query, value):
+        runs, scale = segments.runs(query.device), kwargs.get("scaling")
+        return varlen.attend(query, key, value, runs, sliding_window, scale), None
 
     # Shared beginnings make calls of their own; otherwise every sample is one.
     kwargs["is_causal"] = True

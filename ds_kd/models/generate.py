@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from ds_kd.errors import UserError, first_line
+from ds_kd.models.files.model_files import explain_no_tokenizer
 
 NEW_TOKENS = 256
 #: A directory below that holds the student of a run, or of a checkpoint, if any does.
@@ -229,7 +230,8 @@ def load_student(directory: str | Path, device: str | None = None) -> LoadedStud
             place, dtype=dtype, trust_remote_code=False, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise StudentError(f"{place}: cannot be loaded: {first_line(error)}") from error
+        told = explain_no_tokenizer(str(place)) or f"cannot be loaded: {first_line(error)}"
+        raise StudentError(f"{place}: {told}") from error
     model, report = loaded
     if absent := sorted(report["missing_keys"]):  # transformers would make them up
         raise StudentError(f"{place}: its files lack weights: {', '.join(absent[:3])}")

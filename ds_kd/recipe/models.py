@@ -16,6 +16,7 @@ from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.models import causal_lm
 from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
     WeightFiles,
     check_shapes,
@@ -51,9 +52,16 @@ def tokenizer_of(component: Component, world: World) -> Any:
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
-        tokenizer = rank0_first(
-            lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
-        )
+        try:
+            tokenizer = rank0_first(
+                lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
+            )
+        except (ValueError, OSError, ImportError) as error:
+            # transformers lists what it has tried, and takes a path for a name on the hub.
+            told = "" if kwargs.get("subfolder") else explain_no_tokenizer(name_of(component))
+            if told:
+                raise ValueError(told) from error
+            raise
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from ds_kd.parallel.world import World
 from tests import tiny
 from tests.ranks import run_ranks
 
@@ -95,7 +96,19 @@ def compare(world, root):
     out["other"] = train(world, root, "other", *padded, packs)
     out["fills"] = train(world, root, "fill1", *padded, filled)
     out["reads"] = train(world, root, "fill2", *padded, filled)
+    out["answers"] = answer(world, root, "answers2.jsonl")
     return out
+
+
+def answer(world, root, name):
+    """The file of a teacher's sampled answers, made on these ranks."""
+    from ds_kd.models.generation.sampling import Sampling
+    from ds_kd.recipe.offline.answers import Options, generate_data
+
+    how = Sampling(40, temperature=2.0)
+    options = Options(str(root / "rows.jsonl"), root / name, samples=2, how=how, seed=3)
+    generate_data(str(root / "teacher"), options, world)
+    return (root / name).read_text() if world.is_main else ""
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +118,7 @@ def results(tmp_path_factory):
     tiny.llama(root / "teacher", layers=2, hidden=32, tie=False, seed=2)
     (root / "rows.jsonl").write_text(rows(17))
     (root / "held.jsonl").write_text(rows(24).split("\n", 17)[-1])
-    return run_ranks(compare, 2, root)[0]
+    return {**run_ranks(compare, 2, root)[0], "root": root}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -134,3 +147,8 @@ def test_a_run_fills_its_cache_in_the_first_epoch_and_the_next_run_asks_no_teach
     assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-3)
     assert again == pytest.approx(losses, rel=1e-6)
     assert 0 < forwards < results["padded"]["resident"][1] and none == 0
+
+
+def test_a_teachers_answers_are_the_same_on_one_rank_and_on_two(results):
+    alone = World(0, 1, torch.device("cpu"), "gloo")
+    assert answer(alone, results["root"], "answers1.jsonl") == results["answers"] != ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -14,10 +15,19 @@ import pytest
 
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.parallel.rendezvous import free_port
-from tests import tiny
+from tests import browser, tiny
 
 ROOT = Path(__file__).parents[2]
 GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
+#: TensorBoard's page of a run on a CPU, by subject.
+CHARTS = (
+    "optimised loss, training and validation", "cross-entropy", "distillation loss",
+    "parts of the training loss", "agreement", "acceptance", "KL at T = 1",
+    "KL at T = 1 by position in the text", "entropy", "learning rate", "gradient norm",
+    "tokens per second", "samples per second", "TFLOP/s of a rank",
+    "share of padding and of supervised tokens", "seconds of a step, by part",
+    "peak memory of each rank, GiB", "kl, forward_kl",
+)  # fmt: skip
 
 
 def environment() -> dict[str, str]:
@@ -87,11 +97,13 @@ def overrides(root):
 
 
 @pytest.fixture(scope="module")
-def finished(overrides):
+def finished(overrides, root):
     """Two launches of one command: the first stops early, the second goes on to the end (2 epochs
     of 3 steps)."""
-    first = kd(*overrides, "step_scheduler.max_steps=2")
-    second = kd(*overrides)
+    task = {"task": "kl", "data": str(root / "swag.jsonl")}
+    watched = ["step_scheduler.val_samples=1", f"evaluation={{tasks: [{json.dumps(task)}]}}"]
+    first = kd(*overrides, *watched, "step_scheduler.max_steps=2")
+    second = kd(*overrides, *watched)
     return first, second
 
 
@@ -171,8 +183,16 @@ def test_metrics_and_events_are_complete(finished, root):
         *(f"time/{part}" for part in ("data", "teacher", "student_forward")),
         *("time/backward", "time/optimizer"),
     }
-    assert tags <= set(train[0])
-    assert {"val_loss", "val_kd_loss", "val_ce_loss", "val_top1_agreement"} <= set(records[-1])
+    assert tags | {"padding", "supervised"} <= set(train[0])
+    last = next(record for record in reversed(records) if "val_loss" in record)
+    names = ("loss", "kd_loss", "ce_loss", "top1_agreement", "top5_agreement", "acceptance_at_t1",
+             "kl_at_t1", "kl_at_t1_from_0", "teacher_entropy_at_t1", "student_entropy_at_t1",
+             "tokens_per_sec")  # fmt: skip
+    assert {f"val_{name}" for name in names} <= set(last)
+    # No sample has 64 tokens, and the same rows are evaluated as are validated with.
+    assert "val_kl_at_t1_from_64" not in last
+    assert last["val_kl_at_t1_from_0"] == pytest.approx(last["val_kl_at_t1"])
+    assert records[-1]["eval_kl/forward_kl"] == pytest.approx(last["val_kl_at_t1"], abs=0.02)
     # the logged loss is the optimised one
     assert train[0]["train_loss"] == pytest.approx(
         0.5 * train[0]["ce_loss"] + 0.5 * train[0]["kd_loss"]
@@ -188,6 +208,30 @@ def test_metrics_and_events_are_complete(finished, root):
     for record in train:
         seconds = 8 / record["throughput/samples_per_sec"]
         assert 0 < record["time/backward"] < seconds
+
+
+@pytest.mark.skipif(browser.find() is None, reason="no chromium to look at TensorBoard with")
+def test_tensorboard_shows_charts_texts_and_settings_in_a_browser(finished, root, tmp_path):
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(root / "run/tensorboard")]
+    with subprocess.Popen(
+        [*command, "--port", "0", "--load_fast=false"], env=environment(),
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    ) as server:  # fmt: skip
+        try:
+            told = (re.search(r"http://\S+?:(\d+)/", line) for line in server.stderr)
+            port = next(match[1] for match in told if match)
+            with browser.Browser(tmp_path) as page:
+                page.open(f"http://127.0.0.1:{port}/#custom_scalars")
+                shown = page.wait_for(*CHARTS, "Matches (2)", "val_loss (.)")
+                assert "share of the peak (MFU)" not in shown  # of a CPU none is known
+                page.open(f"http://127.0.0.1:{port}/#text")
+                # Prompt and answers side by side, and the YAML.
+                page.wait_for("val_samples/text_summary", "reference", "teacher", "student",
+                              "config/text_summary", "global_batch_size: 8")  # fmt: skip
+                page.open(f"http://127.0.0.1:{port}/#hparams")
+                page.wait_for("kd_loss_fn.temperature", "optimizer.lr", "val_kl_at_t1")
+        finally:
+            server.kill()
 
 
 def test_final_loads_as_the_guide_shows(finished, root):
@@ -208,7 +252,8 @@ def test_final_is_ready_to_be_pushed(finished, root):
     assert "| steps | 6 |" in card and "| ranks | 2 |" in card
     assert "--local_rank" not in card and f"python launch/kd.py --config {GUIDE} model." in card
     # The guide validates every few steps, and before the checkpoint that the card lies in.
-    last = json.loads((root / "run/tensorboard/metrics.jsonl").read_text().splitlines()[-1])
+    lines = (root / "run/tensorboard/metrics.jsonl").read_text().splitlines()
+    last = next(r for r in map(json.loads, reversed(lines)) if "val_ce_loss" in r)
     assert last["step"] == 6 and f"{last['val_ce_loss']:.4f} |" in card
 
 

@@ -8,6 +8,7 @@ import torch
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.fused import forward_kl
 from ds_kd.losses.head import Head, States
 from tests import tiny
 from tests.e2e.test_run import kd
@@ -50,6 +51,8 @@ def test_the_loss_never_waits_for_the_gpu():
     hidden, weight, _, labels, teacher, teacher_weight = on_gpu(case(2, 300, 1000))
     leaf, head = hidden.requires_grad_(), weight.requires_grad_()
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=64), 0.5)
+    # The kernel is tried once before its first use, and its numbers are looked at.
+    assert forward_kl.can_run(leaf.device, leaf.dtype)
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss(States(leaf, Head(head)), labels, States(teacher, Head(teacher_weight)))[0].backward()

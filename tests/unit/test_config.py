@@ -39,10 +39,14 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     row = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
     for name in ("train", "validation"):
         (tmp_path / "quickstart" / "data" / f"{name}.jsonl").write_text(row)
-    for name in ("student", "teacher"):
-        (tmp_path / "quickstart" / name).mkdir()
-        (tmp_path / "quickstart" / name / "config.json").write_text("{}")
-        (tmp_path / "quickstart" / name / "tokenizer.json").write_text("{}")
+    (tmp_path / "study" / "data").mkdir(parents=True)
+    row = '{"context": "a", "question": "b", "answers": {"text": ["c"]}}'
+    for name in ("squad_train", "squad_validation"):
+        (tmp_path / "study" / "data" / f"{name}.jsonl").write_text(row)
+    for name in ("quickstart/student", "quickstart/teacher", "study/student"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "tokenizer.json").write_text("{}")
     cfg = load(path)
     bind(cfg.optimizer, params=[])
     bind(cfg.loss_fn)
@@ -815,7 +819,7 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
     assert plan.main([*words, "dataset.split='train[:0]'"]) == 2
     told = capsys.readouterr().err
-    assert "dataset.dataset_name: " in told and "no data" in told
+    assert "dataset.dataset_name: " in told and "no rows" in told
     few = ["dataloader.drop_last=true", "step_scheduler.global_batch_size=64"]
     assert plan.main([*words, *few]) == 2
     assert "40 samples make no global batch of 64" in capsys.readouterr().err

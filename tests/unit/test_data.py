@@ -650,6 +650,7 @@ def test_content_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path):
         "bad.json": ("not json", "line 1: not JSON"),
         "bad.parquet": ("no", "Parquet"),
         "empty.jsonl": ("", "no rows"),
+        "blank.jsonl": ("\n\n", "no rows"),
     }
     for name, (text, said) in cases.items():
         (tmp_path / name).write_text(text)

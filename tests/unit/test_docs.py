@@ -74,6 +74,7 @@ RUN_BY = {
     "torchrun --nproc-per-node 8 launch/evaluate.py": "distributed/test_evaluation.py::test_two_r",
     "python launch/generate.py": "unit/test_generate.py::test_the_command_answers_and_talks",
     "python launch/cache_teacher.py": "e2e/test_api.py::test_a_run_is_built_trained_and_closed",
+    "python launch/generate_data.py": "unit/test_answers.py::test_draws_come_again_after_a_stop",
     "python launch/sweep.py": "e2e/test_sweep.py::test_the_command_leaves_out_finished_runs",
     "python launch/report.py": "unit/test_report.py::test_what_is_no_run_is_told",
     "python launch/export.py": "unit/test_checkpoint.py::test_an_export_that_cannot_be",

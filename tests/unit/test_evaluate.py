@@ -463,6 +463,8 @@ def without_head(place: Path) -> Path:
         ("--data {place}/empty.jsonl", "empty.jsonl"),
         ("--data {place}/unlabelled.jsonl", "line 2: label '' names none of 4 endings"),
         ("--model {place}/absent", "--model: got '{place}/absent', expected a Hugging Face model"),
+        ("--model {place}/absent", "before); no such directory"),
+        ("--model {place}/one/config.json", "it is a file; give the directory that it lies in"),
         ("--model {pickled}", "--model: Error no file named model.safetensors"),
         ("--model {headless}", "--model: got '{headless}': "),
         ("--task kl --teacher {other}", "--teacher: the student's tokenizer"),
@@ -519,6 +521,7 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
     with pytest.raises(ConfigError) as error:
         load(given)
     assert any(expected in line for line in error.value.problems), error.value.problems
+    assert sum("evaluation.tasks: " in line for line in error.value.problems) <= 1
 
 
 def test_the_schema_and_the_package_know_the_same_tasks():

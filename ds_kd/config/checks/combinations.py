@@ -78,7 +78,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     if cfg.slurm is not None and cfg.slurm.time and not _TIME.fullmatch(cfg.slurm.time):
         problems.append(problem("slurm.time", cfg.slurm.time, "days-hours:minutes:seconds"))
 
-    _check_evaluation(cfg, problems)
+    _check_evaluation(cfg, data, problems)
     _check_sharing(cfg, problems)
     check_rollouts(cfg, problems)
     _check_teacher(cfg, data, problems)
@@ -159,12 +159,14 @@ def misfit_of_batch(steps: StepScheduler, ranks: int) -> str:
     return problem(key, steps.global_batch_size, expected, f"write {up}")
 
 
-def _check_evaluation(cfg: RunConfig, problems: list[str]) -> None:
+def _check_evaluation(cfg: RunConfig, data: dict, problems: list[str]) -> None:
     """Check the tasks of an evaluation: each exists once, and a distance has a teacher."""
     if cfg.evaluation is None:
         return
     entries, names = cfg.evaluation.tasks, [entry["task"] for entry in cfg.evaluation.tasks]
-    if not entries:
+    # Tasks that are there and wrong have their problem already.
+    given = data.get("evaluation")
+    if not entries and not (isinstance(given, dict) and given.get("tasks") is not None):
         problems.append("evaluation.tasks: missing; write [{task: hellaswag, data: rows.jsonl}]")
     for k, entry in enumerate(entries):
         problems += find_wrong_entry(f"evaluation.tasks[{k}]", entry)

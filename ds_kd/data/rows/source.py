@@ -128,7 +128,8 @@ def _describe_error(error: BaseException) -> str:
     """Return an error in one line; `datasets` wraps the cause in an error that does not name it."""
     while type(error).__name__.startswith("DatasetGeneration") and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, StopIteration):
+    # A file of nothing but blank lines makes an empty split, which `datasets` does not have.
+    if isinstance(error, StopIteration) or "corresponds to no data" in str(error):
         return "no rows"
     return first_line(error)
 

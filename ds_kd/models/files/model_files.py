@@ -70,3 +70,18 @@ def _add_blocks(sha: Any, path: Path, size: int) -> None:
         for place in places:
             file.seek(place)
             sha.update(file.read(_BLOCK))
+
+
+def explain_no_tokenizer(name: str) -> str:
+    """Return why no tokenizer can be loaded from a directory; nothing for what may be a hub id, or
+    if its files are there."""
+    path = Path(name)
+    if path.is_file():
+        return "it is a file; give the directory that it lies in"
+    if path.is_dir():
+        names = {each.name for each in path.iterdir()}
+        if not any(name.startswith(("tokenizer", "vocab", "spiece")) for name in names):
+            return "no tokenizer is there; copy the files tokenizer* of the model it comes from"
+        return ""
+    is_path = path.is_absolute() or str(path).startswith(".") or len(path.parts) > 2
+    return "no such directory" if is_path else ""

@@ -1,0 +1,1 @@
+"""Losses of a chunk in one kernel of a GPU."""

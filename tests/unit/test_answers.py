@@ -1,0 +1,130 @@
+"""A teacher's answers as a data set: those of the model itself, the same again after any stop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from ds_kd.data.rows.detect import samples_of
+from ds_kd.models.generate import load_student
+from tests import tiny
+from tests.scripts import script
+
+TEMPLATE = (
+    "{% for m in messages %}w1 {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}w2 {% endif %}"
+)
+TALK = [
+    {"role": "user", "content": "w5 w6"},
+    {"role": "assistant", "content": "w7"},
+    {"role": "user", "content": "w8 w9"},
+    {"role": "assistant", "content": "w10 w11"},
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A teacher with and without a chat template, and files of prompts."""
+    root = tmp_path_factory.mktemp("answers")
+    for name in ("plain", "chat"):
+        tiny.llama(root / name, layers=1, hidden=32, tie=False, seed=4)
+    tokenizer = AutoTokenizer.from_pretrained(root / "chat")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(root / "chat")
+    prompts = [{"prompt": " ".join(f"w{(k + i) % 60}" for i in range(1 + k % 3))} for k in range(9)]
+    (root / "prompts.jsonl").write_text("\n".join(map(json.dumps, prompts)))
+    talks = [{"messages": TALK}, {"messages": TALK[:3]}, {"messages": TALK[:1]}]
+    (root / "talks.jsonl").write_text("\n".join(map(json.dumps, talks)))
+    (root / "squad.jsonl").write_text(tiny.squad_rows(4))
+    return root
+
+
+def generate(root, teacher, data, name, *words):
+    command = ["--teacher", str(root / teacher), "--data", str(root / f"{data}.jsonl")]
+    code = script("generate_data").main([*command, "--output", str(root / name), *words])
+    assert code == 0
+    return [json.loads(line) for line in (root / name).read_text().splitlines()]
+
+
+def test_greedy_answers_are_those_of_the_model_itself_and_cut_ones_are_left_out(place, capsys):
+    rows = generate(place, "plain", "prompts", "greedy.jsonl", "--max-new-tokens", "60")
+    model = load_student(place / "plain")
+    expected = []
+    for number, line in enumerate((place / "prompts.jsonl").read_text().splitlines()):
+        reply = model(json.loads(line)["prompt"], max_new_tokens=60)
+        if reply.is_whole and reply.text.strip():
+            expected.append(
+                {**json.loads(line), "completion": reply.text, "row": number, "draw": 0}
+            )
+    assert rows == expected
+    told = capsys.readouterr().out
+    assert f"{len(rows)} answers to 9 prompts" in told
+    assert len(rows) == 9 or "left out" in told
+
+
+def test_draws_come_again_after_a_stop_and_each_is_another(place):
+    words = ["--temperature", "1.5", "--samples", "3", "--max-new-tokens", "60", "--seed", "7"]
+    rows = generate(place, "plain", "prompts", "drawn.jsonl", *words)
+    assert len(rows) > 9 and len({row["completion"] for row in rows}) > len(rows) // 2
+    # Half of what was written is lost, and a line is torn, as by a kill.
+    (kept,) = (place / "drawn.samples").glob("*.jsonl")
+    lines = kept.read_text().splitlines()
+    kept.write_text("\n".join([*lines[: len(lines) // 2], lines[-1][:20]]))
+    (place / "drawn.jsonl").unlink()
+    assert generate(place, "plain", "prompts", "drawn.jsonl", *words) == rows
+    assert len(kept.read_text().splitlines()) > len(lines) // 2 + 1
+    words[-1] = "8"
+    assert generate(place, "plain", "prompts", "other.jsonl", *words) != rows
+
+
+def test_conversations_are_answered_through_the_template_and_read_again_as_data(place):
+    words = ["--temperature", "2", "--max-new-tokens", "100", "--samples", "8"]
+    rows = generate(place, "chat", "talks", "talked.jsonl", *words)
+    befores = [TALK[:3], TALK[:3], TALK[:1]]
+    assert {row["row"] for row in rows} == {0, 1, 2}
+    for row in rows:
+        assert row["messages"][:-1] == befores[row["row"]]
+        assert row["messages"][-1]["role"] == "assistant" and row["messages"][-1]["content"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "chat")
+    samples = samples_of(str(place / "talked.jsonl"), tokenizer, None)
+    assert len(samples) == len(rows)
+    answers = [[label for label in sample["labels"] if label != -100] for sample in samples]
+    spoken = [tokenizer(row["messages"][-1]["content"])["input_ids"] for row in rows]
+    assert all(
+        text == answer[-1 - len(text) : -1] for text, answer in zip(spoken, answers, strict=True)
+    )
+    squad = generate(place, "chat", "squad", "squad_out.jsonl", *words)
+    assert {*squad[0]} == {"context", "question", "answers", "row", "draw"}
+    assert len(samples_of(str(place / "squad_out.jsonl"), tokenizer, None)) == len(squad)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--data", "talks.jsonl"], "has no chat template for messages"),
+        (["--data", "text.jsonl"], "has the columns text, expected messages or conversations or"),
+        (["--data", "absent.jsonl"], "absent.jsonl"),
+        (["--teacher", "nothing"], "--teacher"),
+        (["--max-new-tokens", "128"], "no prompt of .* leaves room for --max-new-tokens 128"),
+        (["--output", "prompts.jsonl/a.jsonl"], "--output: "),
+    ],
+)
+def test_a_mistake_is_told_in_a_sentence(place, words, told, capsys, monkeypatch):
+    import re
+
+    (place / "text.jsonl").write_text('{"text": "w1 w2"}')
+    monkeypatch.chdir(place)
+    command = ["--teacher", "plain", "--data", "prompts.jsonl", "--output", "out.jsonl", *words]
+    assert script("generate_data").main(command) == 2
+    assert re.search(told, capsys.readouterr().err)
+
+
+def test_equal_answers_and_a_wrong_ending_are_refused_by_the_command(capsys):
+    command = ["--teacher", "a", "--data", "b", "--output"]
+    mistakes = ((["c.jsonl", "--samples", "2"], "are the same"), (["c"], "ends in .jsonl"))
+    for more, told in mistakes:
+        with pytest.raises(SystemExit) as ended:
+            script("generate_data").parse([*command, *more])
+        assert ended.value.code == 2 and told in capsys.readouterr().err
