@@ -18,7 +18,7 @@ SHARES = ["packed_sequence.share_prefixes=true"]
 #: Cuts of a step on so many ranks: samples of a micro-batch, size of a pack, what writes, and keys.
 CUTS = {
     1: [(8, 0, "replica", []), (2, 40, "replica", SHARES)],
-    2: [(1, 0, "auto", []), (2, 40, "sharded", [])],
+    2: [(1, 40, "sharded", [])],
 }
 
 
