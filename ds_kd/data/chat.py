@@ -190,20 +190,17 @@ def tokenize_chat(
     return ids, mask
 
 
-def tokenize_chat_prompt(
-    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None = None
-) -> list[int]:
-    """Return the tokens of a conversation to the point where its last assistant turn begins, or a
-    new one if it has none.
+def cut_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return a conversation up to where the assistant's next turn begins: without its last turn if
+    that is the assistant's.
 
     Raises:
-        ValueError: the template refuses the conversation, or nothing precedes that turn.
+        ValueError: nothing precedes that turn.
     """
-    turns = [k for k, message in enumerate(messages) if message["role"] == "assistant"]
-    before = messages[: turns[-1]] if turns else messages
+    before = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not before:
         raise ValueError("nothing precedes the assistant's turn, so there is no prompt")
-    return list(_render(tokenizer, before, tools, add_generation_prompt=True)["input_ids"])
+    return before
 
 
 def _has_content(message: dict[str, Any]) -> bool:

@@ -7,9 +7,10 @@ from typing import Any
 from ds_kd.data.chat import (
     ChatDataset,
     conversation_of,
+    cut_answer,
     cut_length,
     tokenize_chat,
-    tokenize_chat_prompt,
+    tokenize_open_turn,
     tokenize_prompt_answer,
     with_template,
 )
@@ -195,7 +196,7 @@ def make_prompt_dataset(
     """Return prompts alone, for a student that writes all answers itself (`rollouts.ratio: 1`).
 
     A text is the user's turn if the tokenizer has a chat template, else running text. Messages go
-    through the template without the last turn of the assistant, if there is one.
+    through the template without the assistant's turn at their end, if there is one.
 
     Args:
         path_or_dataset_id, split: see `load_rows`.
@@ -213,7 +214,7 @@ def make_prompt_dataset(
     def sample(row: dict[str, Any]) -> dict[str, Any]:
         talk, tools = _read_prompt(row, arguments)
         if tokenizer.chat_template is not None:
-            ids = tokenize_chat_prompt(tokenizer, talk, tools)
+            ids = tokenize_open_turn(tokenizer, cut_answer(talk), tools)
         elif isinstance(row[column], str):
             ids = list(tokenizer(row[column].rstrip())["input_ids"])
         else:

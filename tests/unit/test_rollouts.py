@@ -105,9 +105,13 @@ def test_rows_of_prompts_need_no_answers(place, chatty):
     path = place / "talks.jsonl"
     talk = [{"role": "user", "content": "w5"}]
     answered = [*talk, {"role": "assistant", "content": "w6"}]
-    path.write_text("\n".join(json.dumps({"messages": t}) for t in (talk, answered)))
+    again = [*answered, {"role": "user", "content": "w7"}]
+    path.write_text("\n".join(json.dumps({"messages": t}) for t in (talk, answered, again)))
     rows = make_prompt_dataset(str(path), chatty, column="messages")
-    assert [row["input_ids"] for row in rows] == [[W0, W1, W5, EOS, W0, W2]] * 2
+    *short, long = [row["input_ids"] for row in rows]
+    assert short == [[W0, W1, W5, EOS, W0, W2]] * 2
+    # The question that is open is asked, whoever spoke before it.
+    assert chatty.convert_tokens_to_ids("w7") in long and long[-2:] == [W0, W2]
     with pytest.raises(ValueError, match="no chat template for messages"):
         make_prompt_dataset(str(path), tiny.tokenizer(place / "plain"), column="messages")
 

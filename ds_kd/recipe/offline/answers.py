@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd import __version__
-from ds_kd.data.chat import conversation_of, tokenize_open_turn
+from ds_kd.data.chat import conversation_of, cut_answer, tokenize_open_turn
 from ds_kd.data.rows.source import load_rows, name_bad_row, name_bad_text, text_of
 from ds_kd.data.squad import answers_of, prompt_of
 from ds_kd.errors import UserError, first_line
@@ -183,9 +183,7 @@ def _read_prompt(row: Row, form: tuple[str, ...], encoder: Encoder, uses_chat: b
             name = encoder.tokenizer.name_or_path
             raise ValueError(f"{name} has no chat template for messages, or --plain leaves it out")
         talk, tools = conversation_of(row, column=form[0], needs_answer=False)
-        before = talk[:-1] if talk[-1]["role"] == "assistant" else talk
-        if not before:
-            raise ValueError("nothing precedes the assistant's turn, so there is no prompt")
+        before = cut_answer(talk)
         more = {} if tools is None else {"tools": tools}
         return Prompt(
             tokenize_open_turn(encoder.tokenizer, before, tools),
