@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import gc
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -237,6 +238,16 @@ def _identify(loaded: Loaded, against: Loaded | None, task: Task, items: Items) 
     return fingerprint(__version__, task.rules, models, items.rows, items.items)
 
 
+def _hash_settings(directory: Path) -> str:
+    """Return a hash of the files that decide where a text ends and how tokens are read; that of
+    nothing for a hub id, whose commit says it."""
+    sha = hashlib.sha256()
+    for name in ("generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        if (path := directory / name).is_file():
+            sha.update(path.read_bytes())
+    return sha.hexdigest()[:12]
+
+
 class _Alone(nn.Module):
     """A model on one rank, called as a DeepSpeed engine is."""
 
@@ -265,7 +276,7 @@ class Loaded:
             self.config = config_of(self.component)
             self.dtype = self._choose_dtype(dtype)
         self.encoder = Encoder(self.tokenizer, find_longest(self.config, self.tokenizer))
-        self.identity = identity_of(name, {}) or name
+        self.identity = f"{identity_of(name, {}) or name} {_hash_settings(Path(name))}"
         self._engine: _Alone | None = None
 
     def _choose_dtype(self, wanted: str) -> torch.dtype:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -382,10 +383,14 @@ def test_a_stopped_evaluation_goes_on_and_gives_the_same_numbers(place, capfd):
     assert len(written) == 24 - 8
     assert "24/24 samples" in capfd.readouterr().err
 
-    # Another model, or other rows, is another evaluation.
+    # Another model, other rows, or another token that ends a text is another evaluation.
     assert run_command("--model", place / "two", *again) == 0
     assert run_command("--model", place / "one", *again, "--limit", 8) == 0
-    assert len(list(output.with_suffix(".samples").iterdir())) == 3
+    other = place / "other end"
+    shutil.copytree(place / "one", other)
+    (other / "generation_config.json").write_text('{"eos_token_id": 3}')
+    assert run_command("--model", other, *again) == 0
+    assert len(list(output.with_suffix(".samples").iterdir())) == 4
 
 
 # ----------------------------------------------------------------------------------- own tasks
