@@ -8,6 +8,8 @@ import json
 import re
 import shlex
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -117,9 +119,10 @@ def write_starter(
         "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
     }  # fmt: skip
-    cfg = _load(values)
+    with _name_option_of_template(models[0]):
+        cfg = _load(values)
+        rows, tokens, supervised, _ = data_of(cfg)
 
-    rows, tokens, supervised, _ = _measure_data(cfg, models[0])
     if rows is not None and rows < 2:
         raise ConfigError([problem("--data", given.data, "at least 2 rows", f"it has {rows}")])
     if given.validation is None and rows is not None:
@@ -141,10 +144,11 @@ def _refuse_references(models: tuple[str, str], given: Rows) -> None:
             raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
 
 
-def _measure_data(cfg: RunConfig, student: str) -> tuple[int | None, int, float, str]:
-    """Return the result of `data_of`; an error about a missing chat template names the option."""
+@contextmanager
+def _name_option_of_template(student: str) -> Iterator[None]:
+    """Make an error about a missing chat template name the option that gives one."""
     try:
-        return data_of(cfg)
+        yield
     except ConfigError as error:
         if "has no chat template" not in str(error):
             raise

@@ -49,6 +49,7 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         tiny.weightless(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_text("{}")
+        (tmp_path / name / "chat_template.jinja").write_text("{{ messages }}")
     cfg = load(path)
     bind(cfg.optimizer, params=[])
     bind(cfg.loss_fn)
