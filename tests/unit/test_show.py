@@ -107,6 +107,8 @@ def test_a_number_of_samples_below_one_is_refused(run, capsys):
 )
 def test_dataset_name_names_the_rows_of_every_data_set(run, tmp_path, target, own, row):
     text = json.loads(run.read_text())
+    student = Path(text["model"]["pretrained_model_name_or_path"])
+    (student / "chat_template.jinja").write_text("{{ messages }}")  # conversations need one
     section = text["dataset"]
     section["_target_"] = f"ds_kd.data.{target}"
     section["dataset_name"] = path = write(tmp_path / "r.jsonl", [row])
