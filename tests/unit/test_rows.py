@@ -95,7 +95,11 @@ def test_conversations_for_a_model_without_a_template_are_told_by_the_check(tmp_
             ConfigError, match=rf"{key}.chat_template: missing, as the tokenizer of"
         ):
             load(GUIDE, [*names, f"dataset={section}"])
-    load(GUIDE, [*names, f"dataset={chat}", "dataset.chat_template='{{ messages }}'"])
+    # The training set's template is also that of data to validate with, and not the reverse.
+    both = [*names, f"dataset={chat}", f"validation_dataset={chat}"]
+    load(GUIDE, [*both, "dataset.chat_template='{{ messages }}'"])
+    with pytest.raises(ConfigError, match=r"- .*dataset.chat_template: missing, as"):
+        load(GUIDE, [*both, "validation_dataset.chat_template='{{ messages }}'"])
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(model)
     load(GUIDE, [*names, f"dataset={chat}"])

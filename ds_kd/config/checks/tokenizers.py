@@ -4,6 +4,7 @@ template that a data set needs."""
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import re
 from pathlib import Path
@@ -58,17 +59,18 @@ def find_missing_template(student: Component, sets: list[Component]) -> str | No
     """Return the problem of conversations for which there is no chat template, or None.
 
     Args:
-        sets: the data sets of the run.
+        sets: the data sets of the run, the training one first; a template that it names is also
+            that of the others.
     """
     name, given = student.kwargs.get("pretrained_model_name_or_path"), student.kwargs
-    path = _path_of(student)
-    parts = [(each.key, {"_target_": each.name, **each.kwargs}) for each in sets]
-    for key, arguments in [*parts]:
-        sources = arguments.get("sources")
-        inner = sources if isinstance(sources, list) else []
-        parts += [(f"{key}.sources[{k}]", p) for k, p in enumerate(inner) if isinstance(p, dict)]
-    asking = [key for key, part in parts if str(part.get("_target_")).endswith(_NEED_TEMPLATE)]
-    if path is None or not asking or any(part.get("chat_template") for _, part in parts):
+    path, parts = _path_of(student), [_list_parts(each) for each in sets]
+    is_named = any(part.get("chat_template") for _, part in (parts or [[]])[0])
+    asking = [
+        key
+        for key, part in itertools.chain(*(parts[:1] if is_named else parts))
+        if str(part.get("_target_")).endswith(_NEED_TEMPLATE) and not part.get("chat_template")
+    ]
+    if path is None or not asking:
         return None
 
     # The other places are the tokenizer's own settings.
@@ -80,6 +82,15 @@ def find_missing_template(student: Component, sets: list[Component]) -> str | No
         f"{asking[0]}.chat_template: missing, as the tokenizer of {name} has no chat template; "
         f"give a Jinja file or text"
     )
+
+
+def _list_parts(dataset: Component) -> list[tuple[str, dict[str, Any]]]:
+    """Return (key, section) of a data set and of the sources that it mixes."""
+    sources = dataset.kwargs.get("sources")
+    inner = sources if isinstance(sources, list) else []
+    whole = (dataset.key, {"_target_": dataset.name, **dataset.kwargs})
+    parts = ((f"{dataset.key}.sources[{k}]", p) for k, p in enumerate(inner))
+    return [whole, *((key, part) for key, part in parts if isinstance(part, dict))]
 
 
 def _path_of(component: Component) -> Path | None:
