@@ -59,7 +59,7 @@ from ds_kd.checkpoint.state import Buffer, TrainState, rng_state
 from ds_kd.errors import first_line
 from ds_kd.models import lora
 from ds_kd.models.files.file_names import write_config, write_tokenizer
-from ds_kd.models.files.model_files import FILES
+from ds_kd.models.files.model_files import EARLIER_FILES, FILES
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
@@ -70,9 +70,11 @@ _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the 
 def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
     """Return a line for each difference between two fingerprints, by name.
 
-    Earlier versions saved no identity of model files and labels; its absence is no difference.
+    Earlier versions saved no identity of labels, and another one of models' files, or none; its
+    absence is no difference.
     """
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
+    unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
     return {
         name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
         for name in sorted((saved.keys() | present.keys()) - unknown)

@@ -150,8 +150,8 @@ def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root)
     assert result.returncode == 2 and "Traceback" not in result.stderr, result.stderr
     assert "optimizer.lr was 0.01 and is 0.02" in result.stderr
     assert "another directory, or the old values" in result.stderr and "done" not in result.stdout
-    assert "resuming, but teacher_model files was " in result.stdout
-    assert "resuming, but model files was " not in result.stdout
+    assert "resuming, but teacher_model weights was " in result.stdout
+    assert "resuming, but model weights was " not in result.stdout
 
 
 def test_a_checkpoint_of_another_model_is_refused_without_a_traceback(finished, overrides, root):

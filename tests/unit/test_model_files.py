@@ -71,11 +71,12 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path):
 
 
 def test_a_checkpoint_from_before_such_names_is_not_called_different():
-    present = {"model files": "9 bytes, 1f", "rng.seed": 1}
+    present = {"model weights": "9 bytes, 1f", "rng.seed": 1}
     assert not differences({"rng.seed": 1}, present)
-    assert [*differences({"model files": "9 bytes, 2e", "rng.seed": 1}, present).values()] == [
-        "model files was '9 bytes, 2e' and is '9 bytes, 1f'"
+    assert [*differences({"model weights": "9 bytes, 2e", "rng.seed": 1}, present).values()] == [
+        "model weights was '9 bytes, 2e' and is '9 bytes, 1f'"
     ]
+    assert not differences({"model files": "9 bytes, 2e", "rng.seed": 1}, present)  # earlier texts
 
 
 def test_an_edited_mask_is_another_data_set_and_its_tokens_are_known_as_before():

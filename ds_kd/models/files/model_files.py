@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 #: The end of the names of these entries in a run's fingerprint.
-FILES = " files"
+FILES = " weights"
+#: That of earlier versions, which looked at fewer places and found other texts.
+EARLIER_FILES = " files"
 
 _KINDS = (".safetensors", ".gguf", ".bin", ".pt", ".pth")
 _BLOCK = 4 << 10  # bytes that are read at a place
