@@ -85,7 +85,6 @@ class Store:
         self.directory = directory
         self._parts: list[_Part] = []
         self._indices: list[_Index] = []
-        self._new: list[tuple[np.ndarray, Fields]] = []
         self._flushed = time.monotonic()
         self.refresh()
 
