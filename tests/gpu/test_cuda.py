@@ -132,6 +132,7 @@ def test_the_real_command_on_one_gpu(tmp_path, packs):
         "validation_dataset=null",
         "step_scheduler.global_batch_size=4",
         "step_scheduler.max_steps=3",
+        "step_scheduler.num_epochs=5",
         f"packed_sequence.packed_sequence_size={packs}",
         ranks=1,
     )
