@@ -69,7 +69,7 @@ def build(
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
-    seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+    seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
@@ -150,7 +150,7 @@ def _build_models(
     if cfg.kd_ratio == 0 or cfg.reads_cache:
         # A teacher that only validation uses must not change the random numbers of training, and
         # nor must one that is loaded only where a cache lacks rows.
-        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+        seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
         own = [number for _, part in layer_losses for number, _ in part.pairs]
