@@ -34,16 +34,14 @@ from ds_kd.recipe.models import (
     load_model,
     name_of,
     tokenizer_of,
-    training_dtype,
 )
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
-from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
 from ds_kd.recipe.tuning.gradients import reduces_once
-from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
@@ -74,7 +72,7 @@ def build(
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
-    seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+    seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
@@ -89,9 +87,8 @@ def build(
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
-    if checkpointer is not None:  # by now all files are downloaded
-        add_model_files(checkpointer, cfg, world)
-        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if checkpointer is not None:
+        _complete(checkpointer, batches, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -109,10 +106,14 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
-        reduce_once=reduces_once(
-            cfg.deepspeed.reduce_once, _count_micro_batches(cfg, world), student, Machine.of(world)
-        ),
+        reduce_once=reduces_once(cfg, student, world),
     )
+
+
+def _complete(checkpointer: Checkpointer, batches: Batches, cfg: RunConfig, world: World) -> None:
+    """Tell the checkpointer what is known when the models are there (a collective)."""
+    add_model_files(checkpointer, cfg, world)  # by now all of them are downloaded
+    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -158,7 +159,7 @@ def _build_models(
     if cfg.kd_ratio == 0 or cfg.reads_cache:
         # A teacher that only validation uses must not change the random numbers of training, and
         # nor must one that is loaded only where a cache lacks rows.
-        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+        seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
         own = [number for _, part in layer_losses for number, _ in part.pairs]
@@ -208,22 +209,6 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _make_engine_config(
-    cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
-) -> dict[str, Any]:
-    zero, said = tune(zero, measure(component), Machine.of(world))
-    if said and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
-    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
-
-
-def _count_micro_batches(cfg: RunConfig, world: World) -> int:
-    """Return the number of micro-batches that a step has on one rank."""
-    steps = cfg.step_scheduler
-    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
-
-
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
     """Return the teacher in an engine of its own.
 
@@ -234,13 +219,15 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     assert component is not None
     placed = cfg.teacher.placement, cfg.offload_teacher_model
     zero = place_teacher(cfg.deepspeed.teacher, *placed)
-    config = _make_engine_config(cfg, component, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    config = make_engine_config(cfg, component, zero, world, None)
+    model = load_model(component, config, packs(cfg))
+    _replace_kernels(component, model, world)
+    module = causal_lm.FrozenModel(model)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
     compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
-    is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
+    is_one = count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
     wanted = 1 if is_one else cfg.teacher.window
     return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
 
@@ -253,8 +240,9 @@ def _build_student(
     world: World,
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
-    config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
+    config = make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    _replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -322,6 +310,14 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
+
+
+def _replace_kernels(component: Component, model: Any, world: World) -> None:
+    """Use the kernels that a model section asks for, and print where that cannot be done."""
+    if component.kwargs.get("use_liger_kernel"):
+        reason = causal_lm.use_liger_kernels(model)
+        if reason and world.is_main:
+            print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

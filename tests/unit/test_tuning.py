@@ -10,12 +10,12 @@ import torch
 from ds_kd.config.components import ConfigError
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
-from ds_kd.models.causal_lm import FrozenModel, compile_layers
+from ds_kd.models.causal_lm import FrozenModel
 from ds_kd.parallel.nodes import count_ranks_per_node
 from ds_kd.parallel.world import World
-from ds_kd.recipe.tuning.compile import Fallback
+from ds_kd.recipe.tuning.compile import Fallback, compile_layers
 from ds_kd.recipe.tuning.gathering import Size, tune
-from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.gradients import choose
 from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.window import Window, join
@@ -115,13 +115,13 @@ def test_gradients_are_added_up_by_themselves_on_accelerators_with_room():
 
     eight, one = Machine(8, 8, H100, True), Machine(1, 1, H100, True)
     bf16 = engine(torch.bfloat16)  # 6 GB of 10
-    assert reduces_once("auto", 4, bf16, eight)
-    assert not reduces_once("auto", 1, bf16, eight)
-    assert not reduces_once("auto", 4, bf16, one)
-    assert reduces_once("auto", 4, engine(torch.bfloat16, offloads=True), one)
-    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100, False))
-    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100 // 2, True))
-    assert reduces_once("true", 1, bf16, one) and not reduces_once("false", 4, bf16, eight)
+    assert choose("auto", 4, bf16, eight)
+    assert not choose("auto", 1, bf16, eight)
+    assert not choose("auto", 4, bf16, one)
+    assert choose("auto", 4, engine(torch.bfloat16, offloads=True), one)
+    assert not choose("auto", 4, bf16, Machine(8, 8, H100, False))
+    assert not choose("auto", 4, bf16, Machine(8, 8, H100 // 2, True))
+    assert choose("true", 1, bf16, one) and not choose("false", 4, bf16, eight)
 
 
 @pytest.mark.parametrize("kind", CHOSEN)

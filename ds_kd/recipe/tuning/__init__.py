@@ -1,1 +1,1 @@
-"""What ranks exchange in a step, chosen from the machines, the models and the memory at hand."""
+"""Choices that follow from the machines of a run, its models and its memory."""
