@@ -40,6 +40,11 @@ from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+from ds_kd.recipe.tuning.compile import compile_model
+from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.machine import Machine
+from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
@@ -104,6 +109,9 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
+        reduce_once=reduces_once(
+            cfg.deepspeed.reduce_once, _count_micro_batches(cfg, world), student, Machine.of(world)
+        ),
     )
 
 
@@ -203,10 +211,17 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
+    zero, said = tune(zero, measure(component), Machine.of(world))
+    if said and world.is_main:
+        print(f"{component.key}: {said}", flush=True)
+    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
+    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
+
+
+def _count_micro_batches(cfg: RunConfig, world: World) -> int:
+    """Return the number of micro-batches that a step has on one rank."""
     steps = cfg.step_scheduler
-    dtype = training_dtype(component)
-    accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
-    return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
@@ -226,8 +241,10 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    _compile(cfg, module.model)
-    return ResidentTeacher(engine)
+    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
+    is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
+    wanted = 1 if is_one else cfg.teacher.window
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
 
 
 def _build_student(
@@ -261,7 +278,7 @@ def _build_student(
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
-    _compile(cfg, model)
+    compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
 
@@ -316,14 +333,6 @@ def _replace_kernels(component: Component, model: Any, world: World) -> None:
         reason = causal_lm.use_liger_kernels(model)
         if reason and world.is_main:
             print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
-
-
-def _compile(cfg: RunConfig, model: Any) -> None:
-    wanted = cfg.compile
-    if wanted.enabled:
-        causal_lm.compile_layers(
-            model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
-        )
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
