@@ -86,7 +86,7 @@ def build(
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
-        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+        _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -105,6 +105,15 @@ def build(
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
     )
+
+
+def _add_what_outlives_a_step(
+    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+) -> None:
+    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if isinstance(teacher, FillingTeacher):
+        checkpointer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:

@@ -45,8 +45,8 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
         held.push(lambda error, *_: None if error else distributed.stop())
         trainer = _build_trainer(cfg, world, listens)
         _resume(cfg, trainer, lock)
-        if isinstance(trainer.teacher, FillingTeacher):
-            held.callback(trainer.teacher.close)
+        if isinstance(filling := trainer.validation.teacher, FillingTeacher):
+            held.callback(filling.close)
         trainer.held = held.pop_all()
         return trainer
     raise AssertionError("none of the contexts above suppresses an error")
