@@ -25,6 +25,7 @@ def _rank(
     directory: str,
     args: tuple,
     timeout_minutes: float,
+    layout: dict[str, int],
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -40,7 +41,7 @@ def _rank(
         from ds_kd.parallel import world as distributed
 
         torch.set_num_threads(1)
-        world = distributed.start("gloo", timeout_minutes)
+        world = distributed.start("gloo", timeout_minutes, **layout)
         result = worker(world, Path(directory), *args)
         (Path(directory) / f"result{rank}.json").write_text(json.dumps(result))
         distributed.stop()
@@ -72,14 +73,16 @@ def run_ranks(
     *args,
     seconds: float = 600,
     timeout_minutes: float = 1,
+    **layout: int,
 ) -> list:
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
-    order."""
+    order. `layout` has the sizes of `world.start`."""
     context = _server()
     port = free_port()
     ranks = [
         context.Process(
-            target=_rank, args=(worker, r, size, port, str(directory), args, timeout_minutes)
+            target=_rank,
+            args=(worker, r, size, port, str(directory), args, timeout_minutes, layout),
         )
         for r in range(size)
     ]

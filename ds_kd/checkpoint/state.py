@@ -73,7 +73,11 @@ class TrainState:
 
 
 def seed_rank(seed: int, rank: int, ranked: bool) -> None:
-    """Seed Python's and torch's generators; with `ranked` each rank has its own dropout masks."""
+    """Seed Python's and torch's generators; with `ranked` each rank has its own dropout masks.
+
+    Args:
+        rank: of the group of ranks that see different tokens.
+    """
     value = seed + rank if ranked else seed
     random.seed(value)
     torch.manual_seed(value)

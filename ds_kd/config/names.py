@@ -104,7 +104,7 @@ NOT_WITH_ZERO = {
 
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
 NEMO_KERNELS = (
-    "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "backend",
+    "use_sdpa_patching", "sdpa_method", "force_hf", "backend",
     "output_hidden_states",
 )  # fmt: skip
 

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_kd.parallel.linear import replace_linear
+
 #: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
 #: Adagrad is one of them, but DeepSpeed replaces it by another that follows no schedule.
 ELEMENTWISE = {
@@ -82,6 +84,7 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+        replace_linear()
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ds_kd.errors import MachineError, UserError, first_line
+from ds_kd.parallel.layout import Group, Layout, check_size, lay_out
 from ds_kd.parallel.rendezvous import (
     clear_stale_locks,
     fill_environment,
@@ -37,27 +38,12 @@ _KNOWN: tuple[type[Exception], ...] = (MachineError, UserError, ValueError, OSEr
 
 
 @dataclass(frozen=True)
-class Group:
-    """A group of ranks, and this rank's place in it.
-
-    Args:
-        rank: 0 to `size` - 1.
-        size: number of ranks.
-        host_group: a gloo group for small CPU tensors (counts, decisions). An NCCL collective
-            followed by `.item()` would make the host wait for the GPU's queue.
-    """
-
-    rank: int
-    size: int
-    host_group: dist.ProcessGroup | None = None
-
-
-@dataclass(frozen=True)
 class World:
     """This process's place in the job.
 
     `rank` and `size` count processes; files, random generators and decisions depend on them. Data
-    is divided, and results are averaged, over a named group: `data` or `everyone`.
+    is divided, and results are summed, over a named group: one of `Layout`, or `everyone`. Without
+    a layout all ranks see different samples, as only ZeRO splits a model over them.
     """
 
     rank: int
@@ -65,6 +51,7 @@ class World:
     device: torch.device
     backend: str
     host_group: dist.ProcessGroup | None = None
+    layout: Layout | None = None
 
     @property
     def is_main(self) -> bool:
@@ -77,24 +64,52 @@ class World:
 
     @property
     def data(self) -> Group:
-        """Return the group of ranks that see different samples. These are all ranks, as only ZeRO
-        splits a model over ranks."""
-        return self.everyone
+        """Return the group of ranks that see different samples."""
+        return self.everyone if self.layout is None else self.layout.data
+
+    @property
+    def tokens(self) -> Group:
+        """Return the group of ranks that see different tokens."""
+        return self.everyone if self.layout is None else self.layout.tokens
+
+    @property
+    def sequence(self) -> Group:
+        """Return the group of ranks that see the parts of the same samples."""
+        return Group(0, 1) if self.layout is None else self.layout.sequence
+
+    @property
+    def tensor(self) -> Group:
+        """Return the group of ranks that hold the parts of the same matrices."""
+        return Group(0, 1) if self.layout is None else self.layout.tensor
 
 
-def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
+def start(
+    backend: str = "nccl", timeout_minutes: float = 10, tensor: int = 1, sequence: int = 1
+) -> World:
     """Join the job and return this process's `World`.
 
     Args:
         backend: `nccl` or `gloo`; without CUDA `nccl` becomes `gloo`, which the caller reports.
         timeout_minutes: longest wait of a collective for a missing rank.
+        tensor, sequence: sizes of these groups of the layout.
 
     Raises:
-        MachineError: a variable of the environment is invalid, or the ranks cannot meet.
+        MachineError: a variable of the environment is invalid, the ranks cannot meet, or their
+            number does not fit the layout.
     """
     fill_environment()
+    check_size(int(os.environ["WORLD_SIZE"]), tensor, sequence)
     with free_master_port():
-        return _join(backend, timeout_minutes)
+        world = _join(backend, timeout_minutes)
+    if tensor * sequence == 1:
+        return world
+    timeout = timedelta(minutes=timeout_minutes)
+
+    def new_group(ranks: list[int], on_host: bool) -> dist.ProcessGroup:
+        return dist.new_group(ranks, timeout, backend="gloo" if on_host else world.backend)
+
+    made = lay_out(world.rank, world.size, tensor, sequence, world.everyone, new_group)
+    return replace(world, layout=made)
 
 
 def start_or_alone() -> World:
@@ -167,7 +182,7 @@ def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tens
     Args:
         values: numbers on the host, or a tensor on the device, which is summed there without a
             synchronisation of the host.
-        group: `world.data` for sums over samples, `world.everyone` for decisions.
+        group: `world.tokens` for sums over tokens, `world.everyone` for decisions.
 
     Returns:
         A tensor of the same shape, in fp64 for numbers (integers are exact to 2⁵³) and in its own
@@ -176,7 +191,7 @@ def sum_over(values: Sequence[float] | torch.Tensor, group: Group) -> torch.Tens
     if isinstance(values, torch.Tensor):
         total = values.clone()
         if group.size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total, group=group.device_group)
         return total
     total = torch.tensor(list(values), dtype=torch.float64)
     if group.size > 1:

@@ -69,7 +69,7 @@ def build(
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
     check_world(cfg, world.data.size)
-    seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+    seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
     loader, _ = build_loader(cfg, samples, cfg.dataloader, world, True)
@@ -159,7 +159,7 @@ def _build_models(
     if cfg.kd_ratio == 0 or cfg.reads_cache:
         # A teacher that only validation uses must not change the random numbers of training, and
         # nor must one that is loaded only where a cache lacks rows.
-        seed_rank(cfg.rng.seed, world.rank, cfg.rng.ranked)
+        seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     student = _build_student(cfg, loss, layer_losses, schedule, world)
     if cfg.asks_teacher and teacher is None:
         own = [number for _, part in layer_losses for number, _ in part.pairs]
@@ -229,7 +229,9 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     placed = cfg.teacher.placement, cfg.offload_teacher_model
     zero = place_teacher(cfg.deepspeed.teacher, *placed)
     config = _make_engine_config(cfg, component, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    model = load_model(component, config, packs(cfg))
+    _replace_kernels(component, model, world)
+    module = causal_lm.FrozenModel(model)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
@@ -247,6 +249,7 @@ def _build_student(
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    _replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -314,6 +317,14 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
+
+
+def _replace_kernels(component: Component, model: Any, world: World) -> None:
+    """Use the kernels that a model section asks for, and print where that cannot be done."""
+    if component.kwargs.get("use_liger_kernel"):
+        reason = causal_lm.use_liger_kernels(model)
+        if reason and world.is_main:
+            print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
 
 
 def _compile(cfg: RunConfig, model: Any) -> None:

@@ -82,7 +82,8 @@ def load_model(
     Raises:
         ConfigError: it cannot be loaded, or its files lack weights.
     """
-    kwargs = {n: v for n, v in component.kwargs.items() if n not in ("torch_dtype", "dtype")}
+    ours = ("torch_dtype", "dtype", "use_liger_kernel")
+    kwargs = {n: v for n, v in component.kwargs.items() if n not in ours}
     extra: dict[str, Any] = {"dtype": training_dtype(component)}
     if component.name == MODEL:
         extra["output_loading_info"] = True

@@ -72,7 +72,7 @@ class Counts:
         slots: tokens and padding.
         samples: samples, those of packs one by one.
         shared: tokens that another sample's computation served.
-        memory: peak of each data rank before the step, GiB.
+        memory: peak of each rank before the step, GiB.
     """
 
     labels: int
@@ -84,7 +84,7 @@ class Counts:
 
     @classmethod
     def of(cls, micro_batches: list[Batch], world: World, memory: float) -> Counts:
-        """Count a step's work (a collective of the data ranks).
+        """Count a step's work (a collective).
 
         Args:
             memory: this rank's.
@@ -93,10 +93,12 @@ class Counts:
         here = [float(sum(b[name] for b in micro_batches)) for name in names]
         here += [sum(b.get("num_shared", 0) for b in micro_batches)]
         here += [sum(i != "" for batch in micro_batches for i in batch["sample_ids"])]
+        if world.tensor.rank > 0:  # these tokens are counted by the group's first rank
+            here = [0.0] * len(here)
         # Every rank adds its memory in a place of its own, so that this costs no exchange.
-        peaks = [0.0] * world.data.size
-        peaks[world.data.rank] = memory
-        sums = sum_over([*here, *peaks], world.data).tolist()
+        peaks = [0.0] * world.size
+        peaks[world.rank] = memory
+        sums = sum_over([*here, *peaks], world.everyone).tolist()
         labels, tokens, slots, shared, samples = (int(total) for total in sums[:5])
         return cls(labels, tokens, slots, samples, shared, tuple(sums[5:]))
 

@@ -205,9 +205,9 @@ class Trainer:
             # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step on
             # every rank.
             loss = loss * (1.0 + 0.0 * loss.detach())
-            # ZeRO averages gradients over data ranks. Multiplying by their number undoes this, and
-            # dividing by n gives the mean over all tokens of the step.
-            weight = self.world.data.size / counts.labels
+            # ZeRO averages gradients over the ranks that see different tokens. Multiplying by their
+            # number undoes this, and dividing by n gives the mean over all tokens of the step.
+            weight = self.world.tokens.size / counts.labels
             with clock.part("backward"):
                 self.student.backward(loss * weight, scale_wrt_gas=False)
 
@@ -215,7 +215,7 @@ class Trainer:
         lr = self.student.get_lr()[0]
         with clock.part("optimizer"):
             self.student.step()
-        totals = sum_by_name(sums, self.world.data)
+        totals = sum_by_name(sums, self.world.tokens)
         means = {name: total / counts.labels for name, total in totals.items()}
         norm = read_gradient_norm(self.student)
         skipped = self._is_skipped(means["loss"], norm, micro_batches)

@@ -104,10 +104,10 @@ class Validation:
             loss, parts = student(batch, teacher_output)
             add_up(sums, {"loss": loss, **parts})
 
-        labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.data))
+        labels, tokens = (int(x) for x in sum_over([labels, tokens], self.world.tokens))
         if labels == 0:
             raise TrainingError(
                 f"{'.'.join(filter(None, ('validation_dataset', name)))}: no sample has a "
                 f"supervised token; look at seq_length, truncation and the answers"
             )
-        return sum_by_name(sums, self.world.data), labels, tokens
+        return sum_by_name(sums, self.world.tokens), labels, tokens

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 
+import pytest
+
+from ds_kd.errors import MachineError
+from ds_kd.parallel.layout import check_size, list_ranks
 from tests.ranks import run_ranks
 
 
@@ -45,3 +49,41 @@ def test_a_rank_may_work_longer_than_a_collective_waits_and_its_error_reaches_al
     told = ["ValueError: lr is high", "ValueError: lr is low", "ValueError: held"]
     expected = [[0, 0, told, 0], [1, 1, told, 0]]
     assert run_ranks(long_work, 2, tmp_path, timeout_minutes=2 / 60) == expected
+
+
+def sums_of_groups(world, directory):
+    import torch
+
+    from ds_kd.parallel.world import sum_over
+
+    groups = [world.data, world.tokens, world.sequence, world.tensor, world.everyone]
+    on_host = [int(sum_over([2.0**world.rank], group)[0]) for group in groups]
+    on_device = [int(sum_over(torch.tensor(2.0**world.rank), group)) for group in groups]
+    assert on_host == on_device
+    return [[group.rank, bin(ranks)[:1:-1]] for group, ranks in zip(groups, on_host, strict=True)]
+
+
+def test_groups_cross_each_other_and_sums_stay_inside_one(tmp_path):
+    # A text such as "0101" names ranks 1 and 3.
+    assert run_ranks(sums_of_groups, 4, tmp_path, tensor=2) == [
+        [[0, "101"], [0, "101"], [0, "1"], [0, "11"], [0, "1111"]],
+        [[0, "0101"], [0, "0101"], [0, "01"], [1, "11"], [1, "1111"]],
+        [[1, "101"], [1, "101"], [0, "001"], [0, "0011"], [2, "1111"]],
+        [[1, "0101"], [1, "0101"], [0, "0001"], [1, "0011"], [3, "1111"]],
+    ]
+
+
+def test_ranks_that_exchange_the_most_are_neighbours():
+    assert list_ranks(8, 2, 2) == {
+        "data": [[0, 4], [1, 5], [2, 6], [3, 7]],
+        "tokens": [[0, 2, 4, 6], [1, 3, 5, 7]],
+        "sequence": [[0, 2], [1, 3], [4, 6], [5, 7]],
+        "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
+    }
+
+
+def test_a_number_of_ranks_that_cannot_be_laid_out_is_refused():
+    check_size(8, 2, 2)
+    told = r"distributed.tp_size 2 × distributed.cp_size 2: got 6 rank.*start 8 ranks"
+    with pytest.raises(MachineError, match=told):
+        check_size(6, 2, 2)

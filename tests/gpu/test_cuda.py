@@ -10,7 +10,7 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.fused import forward_kl
 from ds_kd.losses.head import Head, States
-from ds_kd.models import varlen
+from ds_kd.models import causal_lm, varlen
 from ds_kd.models.attention import Segments, attend_by_sample
 from tests import tiny
 from tests.e2e.test_run import kd
@@ -111,6 +111,29 @@ def test_one_launch_for_a_pack_equals_its_samples_in_fp32(parents, tmp_path):
         found[dtype] = [row.float().detach() for row in rows] + gradients
     for got, want in zip(*found.values(), strict=True):
         assert (got - want).norm() < 0.15 * want.norm()  # 0.08 is rounding
+
+
+def test_ligers_kernels_compute_what_transformers_does(tmp_path):
+    """In fp32, through a wrapped model as in a run: hidden states and gradients."""
+    pytest.importorskip("liger_kernel")
+    from transformers import AutoModelForCausalLM
+
+    path, found = tiny.llama(tmp_path / "model", hidden=128), []
+    ids = torch.randint(3, tiny.VOCAB, (2, 20), generator=torch.manual_seed(0)).cuda()
+    batch = {"input_ids": ids, "supervised": torch.arange(3, 40, 2, device="cuda")}
+    for is_replaced in (False, True):  # the rotary positions of the class are replaced last
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda()
+        if is_replaced:
+            assert causal_lm.use_liger_kernels(model) == ""
+        module = causal_lm.FrozenModel(model)
+        model.requires_grad_(True)
+        hidden = module.hidden(batch)
+        weights = torch.randn(hidden.shape, generator=torch.manual_seed(1)).cuda()
+        (hidden * weights).sum().backward()
+        gradients = [each.grad for each in model.model.layers.parameters()]
+        found.append([hidden.detach(), *gradients])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()
 
 
 @pytest.mark.parametrize("packs", [0, 64])
