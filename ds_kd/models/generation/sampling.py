@@ -187,10 +187,7 @@ def write(
             out = engine({"arguments": arguments}, probe="generate")
     finally:
         model.generation_config = own
-    texts = [_cut(row[length:], ends) for row in out.tolist()]
-    entropies = torch.stack(chooser.entropies, 1).tolist()
-    pairs = zip(texts, entropies, strict=True)
-    return [replace(text, entropy=sum(each[: len(text.tokens)])) for text, each in pairs]
+    return chooser.cut(out[:, length:].tolist(), ends)
 
 
 class _Chooser:
@@ -199,16 +196,22 @@ class _Chooser:
 
     def __init__(self, draws: Sequence[Draw], how: Sampling, length: int, device: torch.device):
         self._how, self._length = how, length
-        self.entropies: list[Tensor] = []
+        self._entropies: list[Tensor] = []
         rows = np.stack([uniforms(draw, how.max_new_tokens) for draw in draws])
         self._numbers = torch.from_numpy(rows).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # With `synced_gpus` a rank whose texts have ended goes on beside the others.
         at = min(input_ids.shape[1] - self._length, self._numbers.shape[1] - 1)
-        self.entropies.append(_measure_entropy(scores[:, : self._how.vocab].float()))
+        self._entropies.append(_measure_entropy(scores[:, : self._how.vocab].float()))
         chosen = choose(scores, self._numbers[:, at], self._how)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def cut(self, rows: list[list[int]], ends: Sequence[int]) -> list[Written]:
+        """Return the texts that rows of new tokens begin with."""
+        entropies = torch.stack(self._entropies, 1).tolist()
+        pairs = [(_cut(row, ends), each) for row, each in zip(rows, entropies, strict=True)]
+        return [replace(text, entropy=sum(each[: len(text.tokens)])) for text, each in pairs]
 
 
 def _measure_entropy(logits: Tensor) -> Tensor:
