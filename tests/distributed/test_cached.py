@@ -21,7 +21,7 @@ LAYOUTS = {
 
 #: Padded and shuffled without a worker process, which takes seconds to start.
 ALONE = ["dataloader.shuffle=true"]
-PLACES = ("replicate", "cpu")
+PLACES = ("replicate", "cpu", "int8")
 
 
 def rows(count: int) -> str:
@@ -239,6 +239,12 @@ def test_wherever_a_teacher_lies_its_losses_are_the_same(results, place):
     expected, forwards = results["padded"]["resident"]
     losses, asked = results[place]
     assert losses == pytest.approx(expected, rel=1e-6) and asked == forwards > 0
+
+
+def test_a_teacher_in_8_bits_gives_nearly_the_same_losses(results):
+    expected, forwards = results["padded"]["resident"]
+    losses, asked = results["int8"]
+    assert losses != expected and losses == pytest.approx(expected, rel=0.02) and asked == forwards
 
 
 def test_the_loss_top_k_reads_the_likeliest_ids_alone(results):
