@@ -25,6 +25,7 @@ from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
+from ds_kd.parallel.engines import read_weight
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -102,7 +103,8 @@ class _Split(nn.Module):
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
         module = self.model.get_output_embeddings()
-        return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
+        weight = read_weight(module.weight)
+        return Head(weight, getattr(module, "bias", None), self._scale, self._softcap)
 
     def next_tokens(self, batch: dict[str, Any]) -> Tensor:
         """Return the likeliest next token at each supervised position, `[rows]`."""

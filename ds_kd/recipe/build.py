@@ -10,7 +10,7 @@ from typing import Any
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer, place_teacher
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
@@ -38,6 +38,7 @@ from ds_kd.recipe.models import (
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
 from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
@@ -88,7 +89,7 @@ def build(
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:
-        _complete(checkpointer, batches, cfg, world)
+        _complete(checkpointer, batches, teacher, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -110,10 +111,19 @@ def build(
     )
 
 
-def _complete(checkpointer: Checkpointer, batches: Batches, cfg: RunConfig, world: World) -> None:
-    """Tell the checkpointer what is known when the models are there (a collective)."""
+def _complete(
+    checkpointer: Checkpointer,
+    batches: Batches,
+    teacher: Teacher | None,
+    cfg: RunConfig,
+    world: World,
+) -> None:
+    """Tell the checkpointer of the models' files, and have checkpoints hold the student's texts,
+    and come after the rows of a filled cache (a collective)."""
     add_model_files(checkpointer, cfg, world)  # by now all of them are downloaded
     checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if isinstance(teacher, FillingTeacher):
+        checkpointer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -217,8 +227,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
-    zero = place_teacher(cfg.deepspeed.teacher, *placed)
+    zero = make_teacher_zero(cfg, world.size)
     config = make_engine_config(cfg, component, zero, world, None)
     model = load_model(component, config, packs(cfg))
     _replace_kernels(component, model, world)

@@ -92,8 +92,10 @@ def test_several_machines_get_a_copy_of_the_weights_each_if_it_takes_a_quarter_o
     assert "zero_hpz_partition_size" not in keys(zero) and "94 GiB a rank would take more" in said
 
     offloaded = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    quantised = {**ZERO, "weight_quantization": {}}
     uneven, single = Machine(12, None, H100, True), Machine(4, 1, H100, True)
-    for other in (tune(offloaded, LARGE, two_nodes), tune(ZERO, LARGE, uneven)):
+    for zero, machine in ((offloaded, two_nodes), (quantised, two_nodes), (ZERO, uneven)):
+        other = tune(zero, LARGE, machine)
         assert "zero_hpz_partition_size" not in keys(other[0]) and not other[1]
     assert "zero_hpz_partition_size" not in keys(tune(ZERO, LARGE, single)[0])
 
