@@ -65,10 +65,9 @@ _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 def build(
     cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run from a checked config.
 
     Args:
-        cfg: a checked config.
         world: this process's place in the job.
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
@@ -91,8 +90,8 @@ def build(
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
-    if checkpointer is not None:  # by now all files are downloaded
-        add_model_files(checkpointer, cfg, world)
+    if checkpointer is not None:
+        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
         _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
