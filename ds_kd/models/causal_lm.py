@@ -9,8 +9,6 @@ only if the module that owns it is called.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -239,29 +237,27 @@ class Student(_Split):
         return positions.flatten()[rows]
 
 
-def use_liger_kernels(model: Any) -> str:
-    """Replace a model's RMSNorm, rotary positions and gated MLP by the kernels of liger-kernel, one
-    launch each, and return an empty text, or why that cannot be done.
+def compile_layers(
+    model: Any,
+    dynamic: bool = True,
+    guard: Callable[[Callable, Callable], Callable] = lambda compiled, _: compiled,
+    **options: Any,
+) -> None:
+    """Compile each transformer layer, so that the operations between its matrix products are fused.
 
-    It comes before `FrozenModel`, which wraps the last MLP. Rotary positions are replaced for all
-    models of the class.
+    ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
+    does `sdpa_by_sample`.
 
     Args:
         model: an HF model.
+        dynamic: compile one version for all lengths, as packs differ in length.
+        guard: returns a layer's forward, made of the compiled and the plain one.
+        options: of `torch.compile`.
     """
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return "they need an NVIDIA GPU"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "pip install liger-kernel"
-    from liger_kernel.transformers import monkey_patch
-
-    kind = model.config.model_type
-    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return f"liger-kernel has none for {kind}"
-    monkey_patch._apply_liger_kernel_to_instance(
-        model, cross_entropy=False, fused_linear_cross_entropy=False
-    )
-    return ""
+    names = getattr(model, "_no_split_modules", None) or ()
+    for layer in [part for part in model.modules() if type(part).__name__ in names]:
+        plain = layer.forward
+        layer.forward = guard(torch.compile(plain, dynamic=dynamic, **options), plain)
 
 
 def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:

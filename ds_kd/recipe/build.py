@@ -43,6 +43,7 @@ from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
 from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
 from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.kernels import replace_kernels
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
@@ -62,10 +63,9 @@ _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 def build(
     cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run from a checked config.
 
     Args:
-        cfg: a checked config.
         world: this process's place in the job.
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
@@ -230,7 +230,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     zero = make_teacher_zero(cfg, world.size)
     config = make_engine_config(cfg, component, zero, world, None)
     model = load_model(component, config, packs(cfg))
-    _replace_kernels(component, model, world)
+    replace_kernels(component, model, world)
     module = causal_lm.FrozenModel(model)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
@@ -251,7 +251,7 @@ def _build_student(
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
-    _replace_kernels(cfg.model, model, world)
+    replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -319,14 +319,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _replace_kernels(component: Component, model: Any, world: World) -> None:
-    """Use the kernels that a model section asks for, and print where that cannot be done."""
-    if component.kwargs.get("use_liger_kernel"):
-        reason = causal_lm.use_liger_kernels(model)
-        if reason and world.is_main:
-            print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

@@ -58,7 +58,6 @@ def build(
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
     from ds_kd.recipe.models import check_whole
-    from ds_kd.recipe.tuning.compile import compile_layers
     from ds_kd.teachers.resident import ResidentTeacher
     from ds_kd.train.batches import LoaderBatches
     from ds_kd.train.metrics import Metrics
@@ -102,7 +101,7 @@ def build(
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in (teacher.engine, student):
-            compile_layers(engine.module.model)
+            causal_lm.compile_layers(engine.module.model)
     student.train()
     sampler = GlobalBatchSampler(
         len(rows), accumulation * local * world.size, local, world.rank, world.size

@@ -10,10 +10,10 @@ import torch
 from ds_kd.config.components import ConfigError
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
-from ds_kd.models.causal_lm import FrozenModel
+from ds_kd.models.causal_lm import FrozenModel, compile_layers
 from ds_kd.parallel.nodes import count_ranks_per_node
 from ds_kd.parallel.world import World
-from ds_kd.recipe.tuning.compile import Fallback, compile_layers
+from ds_kd.recipe.tuning.compile import Fallback
 from ds_kd.recipe.tuning.gathering import Size, tune
 from ds_kd.recipe.tuning.gradients import choose
 from ds_kd.recipe.tuning.machine import Machine

@@ -1,1 +1,1 @@
-"""Choices that follow from the machines of a run, its models and its memory."""
+"""Exchanges of ranks, kernels and compilation, as machines, models and memory allow."""

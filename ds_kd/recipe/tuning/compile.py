@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ds_kd.config.sections import Compile
 from ds_kd.errors import first_line
+from ds_kd.models.causal_lm import compile_layers
 from ds_kd.parallel.world import World, sum_over
 
 
@@ -36,29 +37,6 @@ def compile_model(wanted: Compile, is_auto: bool, model: Any, world: World) -> N
             compile_layers(model, guard=Fallback().guard, **options)
         elif fault:
             print(f"layers are not compiled, as torch.compile fails here: {fault}", file=sys.stderr)
-
-
-def compile_layers(
-    model: Any,
-    dynamic: bool = True,
-    guard: Callable[[Callable, Callable], Callable] = lambda compiled, _: compiled,
-    **options: Any,
-) -> None:
-    """Compile each transformer layer, so that the operations between its matrix products are fused.
-
-    ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
-    does `sdpa_by_sample`.
-
-    Args:
-        model: an HF model.
-        dynamic: compile one version for all lengths, as packs differ in length.
-        guard: returns a layer's forward, made of the compiled and the plain one.
-        options: of `torch.compile`.
-    """
-    names = getattr(model, "_no_split_modules", None) or ()
-    for layer in [part for part in model.modules() if type(part).__name__ in names]:
-        plain = layer.forward
-        layer.forward = guard(torch.compile(plain, dynamic=dynamic, **options), plain)
 
 
 @functools.cache
