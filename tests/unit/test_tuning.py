@@ -13,7 +13,7 @@ from ds_kd.data.packing import PackedDataset
 from ds_kd.models.causal_lm import FrozenModel, compile_layers
 from ds_kd.parallel.nodes import count_ranks_per_node
 from ds_kd.parallel.world import World
-from ds_kd.recipe.tuning.compile import Fallback
+from ds_kd.recipe.tuning.compile import Fallback, _find_fault
 from ds_kd.recipe.tuning.gathering import Size, tune
 from ds_kd.recipe.tuning.gradients import choose
 from ds_kd.recipe.tuning.machine import Machine
@@ -167,6 +167,8 @@ def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_so_once(capsys):
     def broken(*_):
         raise RuntimeError("no such instruction\nmore")
 
+    assert _find_fault(CPU, backend="eager", dynamic=True, mode="default") == ""
+    assert _find_fault(CPU, backend=broken, dynamic=True, mode="default") == "no such instruction"
     compile_layers(model, guard=Fallback().guard, backend=broken)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
     told = capsys.readouterr().err
