@@ -152,6 +152,7 @@ _WITHOUT_INFLUENCE = (
     "evaluation.",
     "teacher.directory",
     "teacher.fill",
+    "teacher.window",
     "step_scheduler.val_",
     "step_scheduler.ckpt_",
 )

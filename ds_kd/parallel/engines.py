@@ -73,11 +73,15 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     transformers keeps one DeepSpeed configuration in a global weak reference, so each of two models
     with two configurations is loaded in a block of its own.
     """
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if zero_config["zero_optimization"]["stage"] != 3:
         yield
         return
+    # DeepSpeed makes the groups of `zero_hpz_partition_size` while a model is loaded, and refuses
+    # to make those of a second model as long as it knows the first one's.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     keep_alive = HfDeepSpeedConfig(zero_config)
     try:
         yield
