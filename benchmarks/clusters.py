@@ -37,20 +37,18 @@ COLUMNS = (
     "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
 )  # fmt: skip
 PLAIN = {
-    "local": 1, "checkpointing": "false", "why": "", "teacher_place": "", "zero": "null",
-    "teacher_zero": "null",
+    "local": 1, "checkpointing": "false", "why": "", "placement": "zero3", "zero": "null",
 }  # fmt: skip
 TEMPLATE = """\
 # {gpus} GPUs
 {why}model: {{pretrained_model_name_or_path: {student}, torch_dtype: bf16}}
 teacher_model: {{pretrained_model_name_or_path: {teacher}, torch_dtype: bf16}}
-{teacher_place}dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
+teacher: {{placement: {placement}}}
+dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 step_scheduler: {{global_batch_size: {batch}, local_batch_size: {local}, max_steps: 1000}}
 distributed: {{activation_checkpointing: {checkpointing}}}
-deepspeed:
-  student: {zero}
-  teacher: {teacher_zero}
+deepspeed: {{student: {zero}}}
 """
 
 

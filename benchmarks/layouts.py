@@ -27,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+import psutil  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
@@ -182,11 +183,14 @@ def plan_layout(cfg: Any, ranks: int) -> dict[str, Any]:
     from ds_kd.plan.dry_run import model_shape, work_of
     from ds_kd.plan.samples import data_of
     from ds_kd.plan.step.traffic import count_exchanges
+    from ds_kd.plan.step.tuning import tune_work
 
     student = model_shape(cfg.model, cfg)
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher else None
     _, tokens, supervised, _ = data_of(cfg)
+    host = psutil.virtual_memory().total // ranks
     work = work_of(cfg, ranks, tokens, supervised)
+    work = tune_work(cfg, work, student, teacher, memory.Machine(host, None, ranks, True), ranks)
     parts = memory.estimate_bytes(student, teacher, work, ranks)
     states = sum(size for name, size in parts.items() if memory.is_state(name))
     exchange = sum(each.received for each in count_exchanges(student, teacher, work, ranks))

@@ -9,8 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.config.names import CPU, REPLICATE, ZERO3
+from ds_kd.config.schema import RunConfig
 from ds_kd.plan import memory
-from ds_kd.plan.step.time import Cluster, estimate_phases
+from ds_kd.plan.step.cluster import Cluster
+from ds_kd.plan.step.time import estimate_phases
+from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
 _ROOM = 0.9  # share of an accelerator that may be planned
@@ -31,11 +35,10 @@ class Layout:
 
     @property
     def placement(self) -> str:
-        """Return where the teacher lies: `replicate`, `hpz`, `cpu` or `zero3`."""
-        work = self.work
-        if work.teacher_is_whole:
-            return "replicate"
-        return "cpu" if work.offload_teacher else "hpz" if work.hpz > 1 else "zero3"
+        """Return where the teacher lies, as `teacher.placement`."""
+        if self.work.teacher_is_whole:
+            return REPLICATE
+        return CPU if self.work.offload_teacher else ZERO3
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,7 @@ class Chooser:
     """Chooses the layout of two models on a machine.
 
     Args:
+        cfg: of the run.
         student, teacher: their sizes.
         plain: a micro-batch of one sample, without offload or recomputation.
         machine: the memory of a rank and its node.
@@ -67,6 +71,7 @@ class Chooser:
         widest: samples that a step may have at most; None does not limit it.
     """
 
+    cfg: RunConfig
     student: memory.Shape
     teacher: memory.Shape
     plain: memory.Work
@@ -136,31 +141,35 @@ class Chooser:
             )
             yield self._widen(Layout(1, work), local)
 
-    def _list_places(self) -> dict[str, dict[str, Any]]:
+    @staticmethod
+    def _list_places() -> dict[str, dict[str, bool]]:
         """Return the places where a teacher may lie, as values of `memory.Work`."""
-        plain = {"teacher_is_whole": False, "offload_teacher": False, "hpz": 1}
-        places: dict[str, dict[str, Any]] = {
-            "zero3": plain,
-            "replicate": {**plain, "teacher_is_whole": True},
-            "cpu": {**plain, "offload_teacher": True},
+        plain = {"teacher_is_whole": False, "offload_teacher": False}
+        return {
+            ZERO3: plain,
+            REPLICATE: {**plain, "teacher_is_whole": True},
+            CPU: {**plain, "offload_teacher": True},
         }
-        world, per_node = self.cluster.world, self.cluster.per_node
-        if world > per_node > 1 and world % per_node == 0:
-            places["hpz"] = {**plain, "hpz": per_node}
-        return places
 
     def _widen(self, layout: Layout, local: int) -> Layout:
         """Return a layout with micro-batches of so many samples."""
         count = self.batch(local) // (local * self.cluster.world)
         tokens = self.plain.tokens * local
-        return Layout(local, replace(layout.work, tokens=tokens, micro_batches=count))
+        return self._settle(Layout(local, replace(layout.work, tokens=tokens, micro_batches=count)))
+
+    def _settle(self, layout: Layout) -> Layout:
+        """Return a layout with what a run of it decides by itself on this machine."""
+        plain = replace(layout.work, hpz=self.plain.hpz, student_hpz=self.plain.student_hpz)
+        sizes = self.student, self.teacher, self.machine, self.cluster.world
+        return replace(layout, work=tune_work(self.cfg, plain, *sizes))
 
     def _explain(self, layout: Layout) -> list[str]:
         """Return a sentence for each part of a layout: what would be lost without it."""
         work = layout.work
 
         def compare(**changes: Any) -> str:
-            return self._compare(Layout(layout.local, replace(work, **changes)), layout)
+            other = Layout(layout.local, replace(work, **changes))
+            return self._compare(self._settle(other), layout)
 
         reasons = []
         larger = [n for n in _LOCAL_SIZES if n > layout.local]
@@ -219,7 +228,7 @@ def _count_moves(layout: Layout) -> tuple[int, int]:
     teacher is."""
     work = layout.work
     moves = 2 * work.offload_weights + 2 * work.offload_optimizer + work.checkpointing
-    return moves, ("zero3", "replicate", "hpz", "cpu").index(layout.placement)
+    return moves, (ZERO3, REPLICATE, CPU).index(layout.placement)
 
 
 def _gib(size: int) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
-from ds_kd.config.names import OF_DIVERGENCE, home_of
+from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
@@ -20,6 +20,7 @@ from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.step.cluster import Cluster, divide_over_nodes, make_cluster
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import count_exchanges, describe_traffic
+from ds_kd.plan.step.tuning import tune_work
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
 from ds_kd.recipe.models import config_of, name_of, training_dtype
@@ -125,9 +126,11 @@ def describe(
     work = work_of(cfg, world, tokens, supervised)
     writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
     work = add_answers(cfg, work, writing, world)
+    work, placed = _settle_placement(cfg, student, teacher, work, machine, world)
+    work = tune_work(cfg, work, student, teacher, machine, world)
 
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
-    lines += _describe_models(student, teacher)
+    lines += _describe_models(student, teacher) + placed
     lines.append(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
@@ -147,6 +150,23 @@ def describe(
         lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
     lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
+
+
+def _settle_placement(
+    cfg: RunConfig,
+    student: memory.Shape,
+    teacher: memory.Shape | None,
+    work: memory.Work,
+    machine: memory.Machine,
+    world: int,
+) -> tuple[memory.Work, list[str]]:
+    """Return the work with the place that `auto` takes on this machine, and a line about it."""
+    if cfg.teacher.placement != AUTO or teacher is None:
+        return work, []
+    if machine.room is None:
+        return work, ["  teacher.placement: auto, here as zero3; --gpu-memory SIZE chooses"]
+    chosen, why = memory.choose_placement(student, teacher, work, machine, world)
+    return memory.place(work, chosen), [f"  teacher.placement: {chosen}, {why}"]
 
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
@@ -288,7 +308,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     import torch
 
     steps = cfg.step_scheduler
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
+    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
     zero = {
         "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
         "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
@@ -320,7 +340,9 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
         "offload_teacher": is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
-        "hpz": int(zero["teacher"].get("zero_hpz_partition_size") or 1),
+        "hpz": int(zero["teacher"].get("zero_hpz_partition_size") or 0),
+        "student_hpz": int(zero["student"].get("zero_hpz_partition_size") or 0),
+        "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):

@@ -10,8 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.config.names import CPU, REPLICATE, ZERO3
+from ds_kd.parallel.accumulation import BYTES_OF_SUM
+
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
+_SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
+_GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 _PREFETCH = 50_000_000  # elements: its stage3_prefetch_bucket_size
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -75,10 +80,12 @@ class Work:
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: every rank has the whole teacher (stage 0).
+        teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
         bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
-        hpz: ranks that hold a second whole copy of the teacher together, and gather it from each
-            other (zero_hpz_partition_size); 1 for none.
+        hpz, student_hpz: ranks that hold a second whole copy of the teacher or the student
+            together, and gather it from each other (zero_hpz_partition_size); 1 for none, 0 where
+            the run decides.
         window: micro-batches that the teacher runs on between two gatherings of its weights.
         reduces_once: a rank adds up the gradients of a step before they are exchanged.
         tensor, sequence: ranks that share a layer's weights, or a sample's tokens; 1 for none.
@@ -96,10 +103,12 @@ class Work:
     offload_optimizer: bool = False
     offload_teacher: bool = False
     teacher_is_whole: bool = False
+    teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
     reuse: int = _REUSE
-    hpz: int = 1
+    hpz: int = 0
+    student_hpz: int = 0
     window: int = 1
     reduces_once: bool = False
     tensor: int = 1
@@ -170,11 +179,11 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     trained = 4 * student.trained // world
 
     # Ranks that share a layer have parts of its weights, and ZeRO shards these over the others.
-    def shard(shape: Shape) -> int:
-        return shape.width * (shape.parameters // world + shape.small)
+    def shard(shape: Shape, width: float) -> int:
+        return round(width * (shape.parameters // world + shape.small))
 
     where = "host " if work.offload_weights else ""
-    out = {f"{where}student weights": shard(student)}
+    out = {f"{where}student weights": shard(student, student.width)}
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
@@ -182,14 +191,16 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
         whole = teacher.parameters * teacher.width // work.tensor
-        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher)
+        rounded = shard(teacher, _width_at_rest(teacher, work))
+        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
         if work.hpz > 1:
             out["teacher weights, once more"] = whole // work.hpz
+    if work.student_hpz > 1:
+        out["student weights, once more"] = student.parameters * student.width // work.student_hpz
     if work.cached_head:
         out["teacher's head"] = work.cached_head
     if work.reduces_once:
-        wider = 4 if student.width == 4 else 6  # a sum in fp32, and the gradient that it takes up
-        out["gradients, summed"] = wider * student.trained // work.tensor
+        out["gradients, summed"] = bytes_of_sums(student) // work.tensor
     return out | _estimate_step(student, teacher, work, world)
 
 
@@ -199,7 +210,9 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     heads = student.vocabulary * student.hidden * student.width
     live, buffers = _count_live(student) * student.width, 2
     if teacher is not None and not work.teacher_is_whole:
-        heads += teacher.vocabulary * teacher.hidden * teacher.width
+        # The head of a rounded teacher becomes numbers of its dtype to be read.
+        width = _width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
+        heads += round(teacher.vocabulary * teacher.hidden * width)
         live = max(live, _count_live(teacher) * teacher.width)
     if teacher is not None or work.cached_head:
         buffers = 3 if work.shares_softmax else 4
@@ -218,13 +231,25 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
         activations += tokens * student.hidden * student.layers * student.width
     if teacher is not None:  # its layers run before the student's, and keep nothing
         passing = 4 * teacher.hidden + 3 * teacher.inner // work.tensor
-        activations = max(activations, tokens * work.window * passing * teacher.width)
+        passing += 3 * teacher.hidden * (work.window - 1)
+        activations = max(activations, tokens * passing * teacher.width)
     return {
         "gathered layers and heads": (live + heads) * in_transit // work.tensor,
         "gradients before they are shared out": gradients // work.tensor,
         "logits workspace": buffers * 4 * rows * student.vocabulary // work.tensor,
         "activations": activations,
     }
+
+
+def _width_at_rest(teacher: Shape, work: Work) -> float:
+    """Return the bytes that keep a weight of the teacher between its forwards."""
+    return 1 + 2 * teacher.width / _GROUP if work.teacher_is_rounded else teacher.width
+
+
+def bytes_of_sums(student: Shape) -> int:
+    """Return the bytes of whole gradients that are added up on a rank in fp32, and of those that
+    come from backward beside them in bf16."""
+    return student.trained * BYTES_OF_SUM[student.width]
 
 
 def _count_live(shape: Shape) -> int:
@@ -245,7 +270,8 @@ def is_state(name: str) -> bool:
     """Return whether a part of `estimate_bytes` stays between steps."""
     return name.removeprefix("host ") in {
         "student weights", "fp32 weights", "optimizer", "gradients", "teacher weights",
-        "teacher weights, once more", "teacher's head", "gradients, summed",
+        "teacher weights, once more", "student weights, once more", "teacher's head",
+        "gradients, summed",
     }  # fmt: skip
 
 
@@ -266,11 +292,13 @@ class Machine:
         room: bytes of an accelerator, or None if unknown.
         host_room: bytes of a node's memory, or None if unknown.
         ranks_per_node: ranks that share a node's memory.
+        is_one: a rank computes in its node's memory, of which `room` is its part.
     """
 
     room: int | None = None
     host_room: int | None = None
     ranks_per_node: int = 8
+    is_one: bool = False
 
     def of_node(self, parts: dict[str, int], world: int) -> int:
         """Return the bytes of a node's memory that its ranks need together."""
@@ -279,7 +307,8 @@ class Machine:
     def lacks(self, parts: dict[str, int], world: int) -> list[str]:
         """Return `accelerator` and `host` if their memory is too small for these parts."""
         too_small = []
-        if self.room is not None and on_device(parts) > self.room:
+        used = sum(parts.values()) if self.is_one else on_device(parts)
+        if self.room is not None and used > self.room:
             too_small.append("accelerator")
         if self.host_room is not None and self.of_node(parts, world) > self.host_room:
             too_small.append("host")
@@ -302,6 +331,30 @@ def smallest_fit(
             if not machine.lacks(estimate_bytes(student, teacher, offer, world), world):
                 return world, offer
     return None
+
+
+def place(work: Work, placement: str) -> Work:
+    """Return the work with the teacher in a place of `teacher.placement`."""
+    return replace(
+        work, teacher_is_whole=placement == REPLICATE, offload_teacher=placement == CPU
+    )  # fmt: skip
+
+
+def choose_placement(
+    student: Shape, teacher: Shape, work: Work, machine: Machine, world: int
+) -> tuple[str, str]:
+    """Return the first of replicate, zero3 and cpu for which a machine has the memory, and the
+    reason in words. Each needs less of the accelerator than the one before, and takes longer."""
+    assert machine.room is not None
+    sure = replace(machine, room=round(_SURE * machine.room))
+    places = (REPLICATE, ZERO3) if machine.is_one else (REPLICATE, ZERO3, CPU)
+    for placement in places:
+        parts = estimate_bytes(student, teacher, place(work, placement), world)
+        used = sum(parts.values()) if machine.is_one else on_device(parts)
+        sizes = f"{used / 2**30:.1f} of {machine.room / 2**30:.1f} GiB of a rank are planned"
+        if not sure.lacks(parts, world):
+            return placement, sizes
+    return places[-1], f"which needs least, and {sizes}"
 
 
 def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:

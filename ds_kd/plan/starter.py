@@ -41,7 +41,9 @@ _TEMPLATE = """\
 teacher_model:                  # frozen
   pretrained_model_name_or_path: {teacher}
   torch_dtype: bf16
-{teacher_place}kd_ratio: 0.5                   # 0: the labels alone, 1: the teacher alone
+teacher:
+  placement: {placement}              # zero3, replicate, cpu, int8, nvme
+kd_ratio: 0.5                   # 0: the labels alone, 1: the teacher alone
 kd_loss_fn:
   temperature: 1.0
 optimizer:
@@ -67,13 +69,11 @@ distributed:
   activation_checkpointing: {checkpointing}
 deepspeed:
   student: {zero}
-  teacher: {teacher_zero}
 checkpoint:
   checkpoint_dir: checkpoints/
   keep_last: 2
 """
 _HOST = "{device: cpu, pin_memory: true}"
-_HPZ = "{{zero_optimization: {{stage: 3, zero_hpz_partition_size: {size}}}}}"
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def write_starter(
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
         "local": 1, "batch": gpus, "checkpointing": "false", "why": "",
-        "teacher_place": "", "zero": "null", "teacher_zero": "null",
+        "placement": "zero3", "zero": "null",
         "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
     }  # fmt: skip
@@ -192,7 +192,7 @@ def make_chooser(
     """
     assert cfg.teacher_model is not None
     student, teacher = model_shape(cfg.model), model_shape(cfg.teacher_model)
-    return Chooser(student, teacher, plain, machine, cluster, wanted, widest)
+    return Chooser(cfg, student, teacher, plain, machine, cluster, wanted, widest)
 
 
 def write_layout(chooser: Chooser) -> dict[str, Any]:
@@ -211,8 +211,7 @@ def write_layout(chooser: Chooser) -> dict[str, Any]:
         "local": found.layout.local,
         "batch": chooser.batch(found.layout.local),
         "checkpointing": str(work.checkpointing).lower(),
-        "teacher_place": "" if place == "hpz" else f"teacher: {{placement: {place}}}\n",
-        "teacher_zero": _HPZ.format(size=work.hpz) if place == "hpz" else "null",
+        "placement": place,
         "zero": f"{{zero_optimization: {{stage: 3{moved}}}}}" if moved else "null",
         "why": "".join(f"# {line}\n" for line in describe_choice(chooser, found)),
     }

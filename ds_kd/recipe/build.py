@@ -10,7 +10,7 @@ from typing import Any
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer, place_teacher
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
@@ -39,7 +39,14 @@ from ds_kd.recipe.models import (
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+from ds_kd.recipe.tuning.compile import compile_model
+from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.kernels import replace_kernels
+from ds_kd.recipe.tuning.machine import Machine
+from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
@@ -58,10 +65,9 @@ _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 def build(
     cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run from a checked config.
 
     Args:
-        cfg: a checked config.
         world: this process's place in the job.
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
@@ -84,9 +90,9 @@ def build(
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
-    if checkpointer is not None:  # by now all files are downloaded
-        add_model_files(checkpointer, cfg, world)
-        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if checkpointer is not None:
+        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
+        _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -104,7 +110,22 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
+        reduce_once=_reduces_once(cfg, student, world),
     )
+
+
+def _reduces_once(cfg: RunConfig, student: Any, world: World) -> bool:
+    micro_batches = _count_micro_batches(cfg, world)
+    return reduces_once(cfg.deepspeed.reduce_once, micro_batches, student, Machine.of(world))
+
+
+def _add_what_outlives_a_step(
+    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+) -> None:
+    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if isinstance(teacher, FillingTeacher):
+        checkpointer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -203,10 +224,17 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
+    zero, said = tune(zero, measure(component), Machine.of(world))
+    if said and world.is_main:
+        print(f"{component.key}: {said}", flush=True)
+    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
+    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
+
+
+def _count_micro_batches(cfg: RunConfig, world: World) -> int:
+    """Return the number of micro-batches that a step has on one rank."""
     steps = cfg.step_scheduler
-    dtype = training_dtype(component)
-    accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
-    return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
@@ -217,17 +245,18 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
-    zero = place_teacher(cfg.deepspeed.teacher, *placed)
+    zero = make_teacher_zero(cfg, world.size)
     config = _make_engine_config(cfg, component, zero, world, None)
     model = load_model(component, config, packs(cfg))
-    _replace_kernels(component, model, world)
+    replace_kernels(component, model, world)
     module = causal_lm.FrozenModel(model)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    _compile(cfg, module.model)
-    return ResidentTeacher(engine)
+    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
+    is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
+    wanted = 1 if is_one else cfg.teacher.window
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
 
 
 def _build_student(
@@ -240,7 +269,7 @@ def _build_student(
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
-    _replace_kernels(cfg.model, model, world)
+    replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -261,7 +290,7 @@ def _build_student(
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
-    _compile(cfg, model)
+    compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
 
@@ -308,22 +337,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _replace_kernels(component: Component, model: Any, world: World) -> None:
-    """Use the kernels that a model section asks for, and print where that cannot be done."""
-    if component.kwargs.get("use_liger_kernel"):
-        reason = causal_lm.use_liger_kernels(model)
-        if reason and world.is_main:
-            print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
-
-
-def _compile(cfg: RunConfig, model: Any) -> None:
-    wanted = cfg.compile
-    if wanted.enabled:
-        causal_lm.compile_layers(
-            model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
-        )
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

@@ -57,8 +57,9 @@ def count_exchanges(
     gathered = student.parameters - student.small
     head = student.vocabulary * student.hidden
     forward, again = times * width * gathered, times * width * (gathered - head)
+    ranks = work.student_hpz if work.student_hpz > 1 else group
     add("student's weights for forward", "all_gather", forward, group, "student")
-    add("student's weights for backward", "all_gather", again, group, "backward")
+    add("student's weights for backward", "all_gather", again, ranks, "backward")
     sums = 1 / work.tensor if work.reduces_once else times
     add("gradients", "reduce_scatter", sums * width * student.trained, group, "backward")
     add("small weights", "all_gather", width * student.small, group, "optimizer")
