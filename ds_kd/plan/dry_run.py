@@ -78,7 +78,7 @@ def plan_of(
     """
     rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
     sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
-    ranks = ranks or cfg.distributed.dp_size or 1
+    ranks = ranks or (cfg.distributed.dp_size or 1) * cfg.distributed.ranks_per_sample
     check_world(cfg, ranks)
     together = ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
     machine = memory.Machine(sizes[0], sizes[1], together)

@@ -21,6 +21,7 @@ from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
+from ds_kd.parallel.sequence import Exchange
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
@@ -68,7 +69,7 @@ def build(
     Raises:
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.data.size)
+    check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
@@ -209,6 +210,11 @@ def _make_engine_config(
     return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
 
 
+def _attends_by_sample(cfg: RunConfig, world: World) -> bool:
+    """Return whether the run's attention is the project's own."""
+    return packs(cfg) or world.sequence.size > 1
+
+
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
     """Return the teacher in an engine of its own.
 
@@ -220,7 +226,8 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     placed = cfg.teacher.placement, cfg.offload_teacher_model
     zero = place_teacher(cfg.deepspeed.teacher, *placed)
     config = _make_engine_config(cfg, component, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    module = causal_lm.FrozenModel(load_model(component, config, _attends_by_sample(cfg, world)))
+    module.exchange = Exchange(world.sequence)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
@@ -237,7 +244,7 @@ def _build_student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    model = load_model(cfg.model, config, _attends_by_sample(cfg, world), adapter_of(cfg))
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -245,6 +252,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.exchange = Exchange(world.sequence)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))
@@ -302,6 +310,8 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
         checks.append((probes.check_packing, "a model that keeps packed samples apart"))
     if packs(cfg) and cfg.packed_sequence.share_prefixes:
         checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
+    if world.sequence.size > 1:
+        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

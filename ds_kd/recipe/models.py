@@ -69,14 +69,15 @@ def tokenizer_of(component: Component, world: World) -> Any:
 def load_model(
     component: Component,
     zero: dict[str, Any],
-    packs: bool,
+    by_sample: bool,
     adapt: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the Hugging Face model, sharded while it loads.
 
     Args:
         zero: the engine's DeepSpeed configuration.
-        packs: keep the samples of a pack apart in attention.
+        by_sample: compute attention by `attention.sdpa_by_sample`, which keeps the samples of a
+            pack apart and joins tokens that are split over ranks.
         adapt: called with the model before it is returned.
 
     Raises:
@@ -104,7 +105,7 @@ def load_model(
         model = load_or_refuse(lambda: check_whole(instantiate(component, **extra), ties))
         if adapt is not None:
             adapt(model)
-    if packs:
+    if by_sample:
         attend_by_sample(model)
     return model
 
