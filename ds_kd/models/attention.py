@@ -186,12 +186,14 @@ def arguments(model: Any, batch: dict[str, Any], exchange: Exchange | None) -> d
         ValueError: the model's attention cannot do this.
     """
     is_split, lengths = batch.get("num_parts", 1) > 1, batch.get("segment_lengths")
+    split = {"exchange": exchange} if is_split else {}
+    if "segments" in batch:  # several micro-batches in a row (`ds_kd.teachers.window`)
+        return {"segments": batch["segments"], **split}
     if "attention_mask" in batch:
         return {"attention_mask": batch["attention_mask"]}
     if is_by_sample(model):
         parents = batch.get("segment_parents")
-        found = {} if lengths is None else {"segments": Segments(lengths, parents)}
-        return found | ({"exchange": exchange} if is_split else {})
+        return split if lengths is None else {"segments": Segments(lengths, parents), **split}
     if is_split:
         raise ValueError("tokens that are split over ranks need the attention sdpa")
     if batch.get("segment_parents") is not None:

@@ -9,6 +9,8 @@ only if the module that owns it is called.
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +25,7 @@ from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
+from ds_kd.parallel.engines import read_weight
 from ds_kd.parallel.sequence import Exchange
 
 DTYPES = {
@@ -78,7 +81,10 @@ class _Split(nn.Module):
 
         rows = batch["supervised"]
         once = batch.get("supervised_once", rows)  # a position may have several labels
-        with self._last_mlp.only(once), self.layers.of(rows):
+        with (
+            self._last_mlp.only(batch.get("supervised_parts", [once])),
+            self.layers.of(rows),
+        ):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
@@ -88,7 +94,8 @@ class _Split(nn.Module):
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
         module = self.model.get_output_embeddings()
-        return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
+        weight = read_weight(module.weight)
+        return Head(weight, getattr(module, "bias", None), self._scale, self._softcap)
 
     def next_tokens(self, batch: dict[str, Any]) -> Tensor:
         """Return the likeliest next token at each supervised position, `[rows]`."""
@@ -223,7 +230,12 @@ class Student(_Split):
         return positions.flatten()[rows]
 
 
-def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
+def compile_layers(
+    model: Any,
+    dynamic: bool = True,
+    guard: Callable[[Callable, Callable], Callable] = lambda compiled, _: compiled,
+    **options: Any,
+) -> None:
     """Compile each transformer layer, so that the operations between its matrix products are fused.
 
     ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
@@ -232,11 +244,38 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
     Args:
         model: an HF model.
         dynamic: compile one version for all lengths, as packs differ in length.
+        guard: returns a layer's forward, made of the compiled and the plain one.
         options: of `torch.compile`.
     """
     names = getattr(model, "_no_split_modules", None) or ()
     for layer in [part for part in model.modules() if type(part).__name__ in names]:
-        layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
+        plain = layer.forward
+        layer.forward = guard(torch.compile(plain, dynamic=dynamic, **options), plain)
+
+
+def use_liger_kernels(model: Any) -> str:
+    """Replace a model's RMSNorm, rotary positions and gated MLP by the kernels of liger-kernel, one
+    launch each, and return an empty text, or why that cannot be done.
+
+    It comes before `FrozenModel`, which wraps the last MLP. Rotary positions are replaced for all
+    models of the class.
+
+    Args:
+        model: an HF model.
+    """
+    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return "they need an NVIDIA GPU"
+    if importlib.util.find_spec("liger_kernel") is None:
+        return "pip install liger-kernel"
+    from liger_kernel.transformers import monkey_patch
+
+    kind = model.config.model_type
+    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
+        return f"liger-kernel has none for {kind}"
+    monkey_patch._apply_liger_kernel_to_instance(
+        model, cross_entropy=False, fused_linear_cross_entropy=False
+    )
+    return ""
 
 
 def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:
@@ -254,7 +293,8 @@ class _RowsOfLastMLP:
     """
 
     def __init__(self, model: Any):
-        self._rows: Tensor | None = None
+        self._rows: Sequence[Tensor] = ()
+        self._calls = 0
         self._owners = [model.base_model]
         layers: Any = getattr(model.base_model, "layers", None)
         mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
@@ -266,25 +306,31 @@ class _RowsOfLastMLP:
         # The other tokens get zeros, which nothing reads.
         def forward(module: nn.Module, hidden: Tensor) -> Any:
             flat = hidden.flatten(0, -2)
-            if self._rows is None or len(self._rows) == len(flat):
+            if not self._rows:
                 return plain(hidden)
-            some = plain(flat.index_select(0, self._rows)[None])
+            rows = self._rows[self._calls % len(self._rows)]
+            self._calls += 1
+            if len(rows) == len(flat):
+                return plain(hidden)
+            some = plain(flat.index_select(0, rows)[None])
             if not isinstance(some, Tensor):  # some mixtures of experts return a tuple
                 mlp.forward = plain
                 return plain(hidden)
-            return torch.zeros_like(flat).index_copy(0, self._rows, some[0]).view_as(hidden)
+            return torch.zeros_like(flat).index_copy(0, rows, some[0]).view_as(hidden)
 
         mlp.forward = types.MethodType(forward, mlp)
 
     @contextmanager
-    def only(self, rows: Tensor) -> Iterator[None]:
+    def only(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Compute these rows alone inside this block; one tensor for each call of the MLP, again
+        from the first after the last."""
         # Checkpointed layers run again in backward, after this block has ended.
         again = any(getattr(module, "gradient_checkpointing", False) for module in self._owners)
-        self._rows = None if again else rows
+        self._rows, self._calls = () if again else rows, 0
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = ()
 
 
 def _find_body(model: Any) -> Any:

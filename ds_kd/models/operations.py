@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ds_kd.parallel import engines
+
 #: A part of a GPU's name → its peak in bf16, dense, operations per second, from the vendor's data
 #: sheets; the first that fits counts.
 _PEAKS = (
@@ -78,7 +80,13 @@ def _list_tables(model: Any) -> list[Any]:
 
 
 def _size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    """Return the numbers of a weight, which DeepSpeed counts in units of its dtype where it keeps
+    them in 8 bits, with two more for each group."""
+    kept = int(getattr(parameter, "ds_numel", parameter.numel()))
+    if not engines.is_quantized(parameter):
+        return kept
+    group = parameter.quantizer.config["group_size"]
+    return round(kept / (1 / parameter.element_size() + 2 / group))
 
 
 def _find_peak(model: Any, device: torch.device) -> float | None:

@@ -10,7 +10,7 @@ from typing import Any
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer, place_teacher
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
@@ -25,7 +25,7 @@ from ds_kd.parallel.sequence import Exchange
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
-from ds_kd.recipe.data import build_loader, build_samples, packs
+from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples, packs
 from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
@@ -34,13 +34,20 @@ from ds_kd.recipe.models import (
     fix_rope,
     load_model,
     name_of,
+    replace_kernels,
     tokenizer_of,
     training_dtype,
 )
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+from ds_kd.recipe.tuning.compile import compile_model
+from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.machine import Machine
+from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
@@ -87,7 +94,7 @@ def build(
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
-        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+        _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -105,7 +112,19 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
+        reduce_once=reduces_once(
+            cfg.deepspeed.reduce_once, _count_micro_batches(cfg, world), student, Machine.of(world)
+        ),
     )
+
+
+def _add_what_outlives_a_step(
+    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+) -> None:
+    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if isinstance(teacher, FillingTeacher):
+        checkpointer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -204,15 +223,17 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
+    zero, said = tune(zero, measure(component), Machine.of(world))
+    if said and world.is_main:
+        print(f"{component.key}: {said}", flush=True)
+    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
+    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
+
+
+def _count_micro_batches(cfg: RunConfig, world: World) -> int:
+    """Return the number of micro-batches that a step has on one rank."""
     steps = cfg.step_scheduler
-    dtype = training_dtype(component)
-    accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
-    return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
-
-
-def _attends_by_sample(cfg: RunConfig, world: World) -> bool:
-    """Return whether the run's attention is the project's own."""
-    return packs(cfg) or world.sequence.size > 1
+    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
@@ -223,16 +244,20 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
-    zero = place_teacher(cfg.deepspeed.teacher, *placed)
+    zero = make_teacher_zero(cfg, world.size)
     config = _make_engine_config(cfg, component, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(component, config, _attends_by_sample(cfg, world)))
+    by_sample = attends_by_sample(cfg, world)
+    model = load_model(component, config, by_sample)
+    replace_kernels(component, model, world)
+    module = causal_lm.FrozenModel(model)
     module.exchange = Exchange(world.sequence)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    _compile(cfg, module.model)
-    return ResidentTeacher(engine)
+    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
+    has_several = cfg.rolls_out or _count_micro_batches(cfg, world) > 1
+    wanted = cfg.teacher.window if has_several else 1
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 
 def _build_student(
@@ -244,7 +269,8 @@ def _build_student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, _attends_by_sample(cfg, world), adapter_of(cfg))
+    model = load_model(cfg.model, config, attends_by_sample(cfg, world), adapter_of(cfg))
+    replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -266,7 +292,7 @@ def _build_student(
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
-    _compile(cfg, model)
+    compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
 
@@ -315,14 +341,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _compile(cfg: RunConfig, model: Any) -> None:
-    wanted = cfg.compile
-    if wanted.enabled:
-        causal_lm.compile_layers(
-            model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
-        )
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

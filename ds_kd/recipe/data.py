@@ -36,6 +36,11 @@ def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
 
 
+def attends_by_sample(cfg: RunConfig, world: World) -> bool:
+    """Return whether the attention of a run's models is `attention.sdpa_by_sample`."""
+    return packs(cfg) or world.sequence.size > 1
+
+
 def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, dict[str, Any]]:
     """Return the samples to train on, and those to validate with by the name of their set, which is
     empty if there is only one.
