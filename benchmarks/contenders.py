@@ -105,20 +105,21 @@ def _build_engines(
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.recipe.tuning.kernels import use_liger_kernels
     from ds_kd.teachers.resident import ResidentTeacher
 
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
     with engines.zero3_init(config):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
-    if liger and (reason := causal_lm.use_liger_kernels(teacher_model)):
+    if liger and (reason := use_liger_kernels(teacher_model)):
         raise RuntimeError(f"no kernels of liger-kernel: {reason}")
     teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), config))
     with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
     if liger:
-        causal_lm.use_liger_kernels(student_model)
+        use_liger_kernels(student_model)
     loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
     student = engines.build_student(
         causal_lm.Student(student_model, loss_fn),

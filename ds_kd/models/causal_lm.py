@@ -9,8 +9,6 @@ only if the module that owns it is called.
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -251,31 +249,6 @@ def compile_layers(
     for layer in [part for part in model.modules() if type(part).__name__ in names]:
         plain = layer.forward
         layer.forward = guard(torch.compile(plain, dynamic=dynamic, **options), plain)
-
-
-def use_liger_kernels(model: Any) -> str:
-    """Replace a model's RMSNorm, rotary positions and gated MLP by the kernels of liger-kernel, one
-    launch each, and return an empty text, or why that cannot be done.
-
-    It comes before `FrozenModel`, which wraps the last MLP. Rotary positions are replaced for all
-    models of the class.
-
-    Args:
-        model: an HF model.
-    """
-    if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
-        return "they need an NVIDIA GPU"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return "pip install liger-kernel"
-    from liger_kernel.transformers import monkey_patch
-
-    kind = model.config.model_type
-    if kind not in monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN:
-        return f"liger-kernel has none for {kind}"
-    monkey_patch._apply_liger_kernel_to_instance(
-        model, cross_entropy=False, fused_linear_cross_entropy=False
-    )
-    return ""
 
 
 def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:

@@ -34,7 +34,6 @@ from ds_kd.recipe.models import (
     fix_rope,
     load_model,
     name_of,
-    replace_kernels,
     tokenizer_of,
     training_dtype,
 )
@@ -46,6 +45,7 @@ from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
 from ds_kd.recipe.tuning.gathering import measure, tune
 from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.kernels import replace_kernels
 from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
@@ -66,10 +66,9 @@ _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 def build(
     cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run from a checked config.
 
     Args:
-        cfg: a checked config.
         world: this process's place in the job.
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
@@ -92,8 +91,8 @@ def build(
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
-    if checkpointer is not None:  # by now all files are downloaded
-        add_model_files(checkpointer, cfg, world)
+    if checkpointer is not None:
+        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
         _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
@@ -112,10 +111,13 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
-        reduce_once=reduces_once(
-            cfg.deepspeed.reduce_once, _count_micro_batches(cfg, world), student, Machine.of(world)
-        ),
+        reduce_once=_reduces_once(cfg, student, world),
     )
+
+
+def _reduces_once(cfg: RunConfig, student: Any, world: World) -> bool:
+    micro_batches = _count_micro_batches(cfg, world)
+    return reduces_once(cfg.deepspeed.reduce_once, micro_batches, student, Machine.of(world))
 
 
 def _add_what_outlives_a_step(

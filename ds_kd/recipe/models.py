@@ -111,14 +111,6 @@ def load_model(
     return model
 
 
-def replace_kernels(component: Component, model: Any, world: World) -> None:
-    """Use the kernels that a model section asks for, and print where that cannot be done."""
-    if component.kwargs.get("use_liger_kernel"):
-        reason = causal_lm.use_liger_kernels(model)
-        if reason and world.is_main:
-            print(f"{component.key}.use_liger_kernel: not used; {reason}", flush=True)
-
-
 def refuse_damage(load: Callable[[], Any]) -> Any:
     """Return `load()`.
 

@@ -12,6 +12,7 @@ from ds_kd.losses.fused import forward_kl
 from ds_kd.losses.head import Head, States
 from ds_kd.models import causal_lm, varlen
 from ds_kd.models.attention import Segments, attend_by_sample
+from ds_kd.recipe.tuning.kernels import use_liger_kernels
 from tests import tiny
 from tests.e2e.test_run import kd
 from tests.unit.test_distillation import case, evaluate, losses
@@ -124,7 +125,7 @@ def test_ligers_kernels_compute_what_transformers_does(tmp_path):
     for is_replaced in (False, True):  # the rotary positions of the class are replaced last
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda()
         if is_replaced:
-            assert causal_lm.use_liger_kernels(model) == ""
+            assert use_liger_kernels(model) == ""
         module = causal_lm.FrozenModel(model)
         model.requires_grad_(True)
         hidden = module.hidden(batch)

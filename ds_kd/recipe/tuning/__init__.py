@@ -1,1 +1,1 @@
-"""What ranks exchange in a step, chosen from the machines, the models and the memory at hand."""
+"""Exchanges of ranks, kernels and compilation, as machines, models and memory allow."""

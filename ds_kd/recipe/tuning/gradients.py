@@ -22,9 +22,8 @@ def reduces_once(wanted: str, micro_batches: int, engine: Any, machine: Machine)
     if wanted != "auto" or micro_batches == 1:
         return wanted == "true"
     # A single rank has nothing to exchange, but may move gradients to the host.
-    if not machine.has_accelerator or (
-        machine.ranks == 1 and not engine.optimizer.offload_optimizer
-    ):
+    has_gain = machine.ranks > 1 or engine.optimizer.offload_optimizer
+    if not (machine.has_accelerator and has_gain):
         return False
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     needed = sum(p.ds_numel * BYTES_OF_SUM[p.element_size()] for p in trained)
