@@ -26,7 +26,7 @@ def make_run(root: Path, name: str, steps: int, split: bool) -> dict:
         "model": {**model, "pretrained_model_name_or_path": str(root / "student")},
         "teacher_model": {**model, "pretrained_model_name_or_path": str(root / "teacher")},
         "dataset": data,
-        "validation_dataset": {**data, "num_samples_limit": 7},
+        "validation_dataset": {**data, "limit_dataset_samples": 7},
         "kd_loss_fn": [{"weight": 1, "temperature": 2.0}, LAYERS],
         "dataloader": {"shuffle": True},
         "packed_sequence": {"packed_sequence_size": 41, "share_prefixes": True},

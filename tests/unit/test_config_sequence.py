@@ -43,12 +43,12 @@ def test_what_cannot_be_split_is_refused_by_name():
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"num_attention_heads": 1}, "its attention has 1 heads, and each rank needs one"),
+        ({"num_attention_heads": 1}, "its attention has 1 head(s), and each rank needs one"),
         (
             {"layer_types": ["full_attention", "linear_attention"]},
             "layers of type linear_attention",
         ),
-        ({"text_config": {"n_head": 1}}, "its attention has 1 heads"),
+        ({"text_config": {"n_head": 1}}, "its attention has 1 head(s)"),
     ],
 )
 def test_a_model_that_cannot_be_split_is_refused_by_its_configuration(config, told, tmp_path):

@@ -61,7 +61,7 @@ def _find_misfit(config: dict[str, Any], size: int) -> str:
     config = config | nested if isinstance(nested, dict) else config
     heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
     if heads is not None and heads < size:
-        return f"its attention has {heads} heads, and each rank needs one; write {KEY}: {heads}"
+        return f"its attention has {heads} head(s), and each rank needs one; write {KEY}: {heads}"
     kinds = config.get("layer_types")
     others = sorted({*map(str, kinds)} - _LAYERS) if isinstance(kinds, list) else []
     return f"it has layers of type {', '.join(others)}; remove {KEY}" if others else ""
