@@ -241,7 +241,7 @@ _TASKS = Kind(
 #: Annotations of the kinds that a plain type cannot express.
 MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
-NoPipeline = Annotated[int, _NO_PIPELINE]
+NoPipe = Annotated[int, _NO_PIPELINE]
 Every = Annotated[int | str, _EVERY]
 EveryOrEnd = Annotated[int | str, _EVERY_OR_END]
 AutoOrCount = Annotated[int | str, _AUTO_OR_COUNT]

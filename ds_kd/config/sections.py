@@ -6,16 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_kd.config.keys import (
-    AutoOrCount,
-    Every,
-    EveryOrEnd,
-    NemoName,
-    NoPipeline,
-    OnlyOne,
-    Tasks,
-    key,
-)  # fmt: skip
+from ds_kd.config.keys import AutoOrCount, Every, EveryOrEnd, NemoName, NoPipe, OnlyOne, Tasks, key
 
 MAX_SEED = 2**62  # torch takes 64 bits, and each rank adds its number
 _ONLY_ONE = "Only 1 or nothing is accepted: ranks share the data alone."
@@ -171,7 +162,7 @@ class Distributed:
         "ranks",
         low=1,
     )
-    pp_size: NoPipeline | None = key(
+    pp_size: NoPipe | None = key(
         None,
         "Only 1 or nothing is accepted: ZeRO-3, which splits the layers' weights, allows no "
         "pipeline.",

@@ -17,7 +17,7 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.named.hidden_states import HiddenStates
-from ds_kd.models import causal_lm, lora, probes
+from ds_kd.models import causal_lm, lora
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
@@ -25,13 +25,13 @@ from ds_kd.parallel.sequence import Exchange
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
-from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples, packs
+from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples
 from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
     check_lengths,
+    check_model,
     config_of,
-    fix_rope,
     load_model,
     name_of,
     tokenizer_of,
@@ -255,7 +255,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     module.exchange = Exchange(world.sequence)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
-    _check_model(cfg, component, engine, world)
+    check_model(cfg, component, engine, world)
     compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
     has_several = cfg.rolls_out or _count_micro_batches(cfg, world) > 1
     wanted = cfg.teacher.window if has_several else 1
@@ -293,7 +293,7 @@ def _build_student(
         )
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
-    _check_model(cfg, cfg.model, engine, world)
+    check_model(cfg, cfg.model, engine, world)
     compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
@@ -325,24 +325,6 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         )
 
     return adapt
-
-
-def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
-    """Check the head, and packing, on the loaded model, and print what `fix_rope` changed."""
-    if (said := fix_rope(engine.module.model)) and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    checks = [(probes.check_head, "a linear head")]
-    if isinstance(engine.module, causal_lm.Student):
-        checks.append((probes.check_layers, "a model that runs each layer once"))
-    if packs(cfg):
-        checks.append((probes.check_packing, "a model that keeps packed samples apart"))
-    if packs(cfg) and cfg.packed_sequence.share_prefixes:
-        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
-    if world.sequence.size > 1:
-        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
-    for check, expected in checks:
-        with config_error(component.key, name_of(component), expected):
-            check(engine, world.device, component.key)
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:
