@@ -312,13 +312,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     """
     import torch
 
-    steps = cfg.step_scheduler
-    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
-    zero = {
-        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
-        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
-    }
-    zero = {name: config["zero_optimization"] for name, config in zero.items()}
+    steps, zero = cfg.step_scheduler, _read_zero(cfg)
 
     def is_offloaded(name: str, part: str) -> bool:
         return (zero[name].get(part) or {}).get("device") in ("cpu", "nvme")
@@ -354,6 +348,17 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         if key in zero["student"]:
             values[name] = int(float(zero["student"][key]))
     return memory.Work(**values)
+
+
+def _read_zero(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the section `zero_optimization` of the student's and of the teacher's engine."""
+    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
+    student = load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3))
+    teacher = place_teacher(cfg.deepspeed.teacher, *placed)
+    return {
+        "student": student["zero_optimization"],
+        "teacher": teacher["zero_optimization"],
+    }
 
 
 def _shares_softmax(loss: Component) -> bool:
