@@ -11,8 +11,9 @@ from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error
+from ds_kd.config.components import ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
@@ -35,7 +36,6 @@ from ds_kd.recipe.models import (
     load_model,
     name_of,
     tokenizer_of,
-    training_dtype,
 )
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
@@ -43,10 +43,9 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
-from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
 from ds_kd.recipe.tuning.gradients import reduces_once
 from ds_kd.recipe.tuning.kernels import replace_kernels
-from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
@@ -92,8 +91,7 @@ def build(
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:
-        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
-        _add_what_outlives_a_step(checkpointer, batches, teacher)
+        _complete(checkpointer, batches, teacher, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -111,19 +109,20 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
-        reduce_once=_reduces_once(cfg, student, world),
+        reduce_once=reduces_once(cfg, student, world),
     )
 
 
-def _reduces_once(cfg: RunConfig, student: Any, world: World) -> bool:
-    micro_batches = _count_micro_batches(cfg, world)
-    return reduces_once(cfg.deepspeed.reduce_once, micro_batches, student, Machine.of(world))
-
-
-def _add_what_outlives_a_step(
-    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+def _complete(
+    checkpointer: Checkpointer,
+    batches: Batches,
+    teacher: Teacher | None,
+    cfg: RunConfig,
+    world: World,
 ) -> None:
-    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    """Tell the checkpointer of the models' files, and have checkpoints hold the student's texts,
+    and come after the rows of a filled cache (a collective)."""
+    add_model_files(checkpointer, cfg, world)  # by now all of them are downloaded
     checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
     if isinstance(teacher, FillingTeacher):
         checkpointer.write_first = teacher.close
@@ -222,22 +221,6 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _make_engine_config(
-    cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
-) -> dict[str, Any]:
-    zero, said = tune(zero, measure(component), Machine.of(world))
-    if said and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
-    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
-
-
-def _count_micro_batches(cfg: RunConfig, world: World) -> int:
-    """Return the number of micro-batches that a step has on one rank."""
-    steps = cfg.step_scheduler
-    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
-
-
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
     """Return the teacher in an engine of its own.
 
@@ -247,7 +230,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     component = cfg.teacher_model
     assert component is not None
     zero = make_teacher_zero(cfg, world.size)
-    config = _make_engine_config(cfg, component, zero, world, None)
+    config = make_engine_config(cfg, component, zero, world, None)
     by_sample = attends_by_sample(cfg, world)
     model = load_model(component, config, by_sample)
     replace_kernels(component, model, world)
@@ -256,9 +239,10 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     check_model(cfg, component, engine, world)
-    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
-    has_several = cfg.rolls_out or _count_micro_batches(cfg, world) > 1
-    wanted = cfg.teacher.window if has_several else 1
+    compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
+    compile_model(cfg.compile, compiles, module.model, world)
+    is_one = count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
+    wanted = 1 if is_one else cfg.teacher.window
     return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 
@@ -270,7 +254,7 @@ def _build_student(
     world: World,
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
-    config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
+    config = make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, attends_by_sample(cfg, world), adapter_of(cfg))
     replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
