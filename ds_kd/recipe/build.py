@@ -241,8 +241,8 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     check_model(cfg, component, engine, world)
     compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
     compile_model(cfg.compile, compiles, module.model, world)
-    is_one = count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
-    wanted = 1 if is_one else cfg.teacher.window
+    has_several = cfg.rolls_out or count_micro_batches(cfg, world) > 1
+    wanted = cfg.teacher.window if has_several else 1
     return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 
