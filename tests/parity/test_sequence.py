@@ -15,7 +15,6 @@ CASES: dict[int, list[tuple[str, float, dict]]] = {
     2: [("uneven", 0.5, {}), ("uneven", 0.5, {"packs": True})],
     4: [
         *(("even", alpha, {}) for alpha in (0.0, 0.5, 1.0)),
-        ("uneven", 0.5, {"packs": True}),
         ("even", 0.5, {"packs": True, "shares": True}),
         ("uneven", 1.0, {"checkpointing": True}),
         ("uneven", 0.5, {"local": 1}),
