@@ -60,6 +60,7 @@ from ds_kd.errors import first_line
 from ds_kd.models import lora
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 from ds_kd.models.files.model_files import EARLIER_FILES, FILES
+from ds_kd.parallel.tensor import count_numbers
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
@@ -196,7 +197,8 @@ class Checkpointer:
         """Return the bytes of a checkpoint, over all ranks."""
         total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
-            total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
+            parameters = engine.module.model.parameters()
+            total += sum(count_numbers(p) * p.element_size() for p in parameters)
         return total
 
     def _raise_everywhere(self, error: Exception | None) -> None:
@@ -323,6 +325,7 @@ class Checkpointer:
             "validation": self.validation,
             "train_state": state.state_dict(),
             "world_size": self.world.size,
+            "tensor_size": self.world.tensor.size,
             "fingerprint": self.fingerprint,
         }
         (aside / STATE).write_text(json.dumps(saved))

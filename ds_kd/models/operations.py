@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ds_kd.parallel.tensor import count_numbers
+
 #: A part of a GPU's name → its peak in bf16, dense, operations per second, from the vendor's data
 #: sheets; the first that fits counts.
 _PEAKS = (
@@ -78,7 +80,7 @@ def _list_tables(model: Any) -> list[Any]:
 
 
 def _size(parameter: Any) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
+    return count_numbers(parameter)
 
 
 def _find_peak(model: Any, device: torch.device) -> float | None:

@@ -4,6 +4,8 @@ The student trains in ZeRO-3: parameters, gradients and optimizer states sharded
 teacher runs in ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist,
 sharded over the same ranks and gathered layer by layer. Both are plain `DeepSpeedEngine`s.
 
+With `distributed.tp_size` both cut the matrices of their layers too (`tensor`).
+
 The ZeRO files only place tensors. Everything that changes the mathematics (batch, accumulation,
 dtype, clipping) comes from the YAML and is written into the engine's configuration here. Clipping
 is always written, as DeepSpeed clips gradients at 1.0 by default.
@@ -18,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ds_kd.parallel import tensor
 
 #: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
 #: Adagrad is one of them, but DeepSpeed replaces it by another that follows no schedule.
@@ -76,7 +80,7 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     if zero_config["zero_optimization"]["stage"] != 3:
         yield
         return
-    keep_alive = HfDeepSpeedConfig(zero_config)
+    keep_alive = HfDeepSpeedConfig(tensor.without_cuts(zero_config))
     try:
         yield
     finally:
@@ -85,11 +89,14 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def gather(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """Gather the whole values of ZeRO-3's sharded parameters (a collective)."""
+def gather(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gather the whole values of sharded and cut parameters (a collective)."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+    with (
+        deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
+        tensor.join(parameters),
+    ):
         yield
 
 
@@ -124,6 +131,7 @@ def build_student(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config
     )
+    tensor.drop_first_check(engine)
     return engine
 
 
@@ -133,6 +141,7 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
 
     _gather_by_layer(module)
     engine, *_ = deepspeed.initialize(model=module, config=config)
+    tensor.drop_first_check(engine)
     engine.eval()
     return engine
 

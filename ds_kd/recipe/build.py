@@ -21,6 +21,7 @@ from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
+from ds_kd.parallel.tensor import cut_layers
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
@@ -206,7 +207,10 @@ def _make_engine_config(
     steps = cfg.step_scheduler
     dtype = training_dtype(component)
     accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
-    return engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+    made = engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+    with config_error(component.key, name_of(component), "a model that tp_size can cut"):
+        trains = component is cfg.model and cfg.peft is None
+        return made | cut_layers(config_of(component), world.tensor.size, trains)
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:

@@ -37,7 +37,8 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     """
     refuse_missing_packages(cfg)
     check_caches()
-    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    tensor = cfg.distributed.tp_size or 1
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes, tensor)
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directories(cfg, world))

@@ -44,7 +44,7 @@ def build(
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
     student's HF model."""
     from torchdata.stateful_dataloader import StatefulDataLoader
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ds_kd.checkpoint.state import TrainState
     from ds_kd.config.checks.zero_file import load_zero_config
@@ -56,6 +56,7 @@ def build(
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.parallel.tensor import cut_layers
     from ds_kd.recipe.models import check_whole
     from ds_kd.teachers.resident import ResidentTeacher
     from ds_kd.train.batches import LoaderBatches
@@ -71,6 +72,11 @@ def build(
         accumulation,
         None,
     )
+
+    def cut(name):
+        of_model = AutoConfig.from_pretrained(paths[name])
+        trains = name == "student" and adapt is None
+        return config | cut_layers(of_model, world.tensor.size, trains)
 
     def load(path, adapt=None):
         with engines.zero3_init(config):
@@ -90,21 +96,21 @@ def build(
     if alpha > 0:
         frozen = causal_lm.FrozenModel(load(paths["teacher"]))
         frozen.watch(other for _, part in layer_losses for _, other in part.pairs)
-        engine = engines.build_teacher(frozen, copy.deepcopy(config))
+        engine = engines.build_teacher(frozen, copy.deepcopy(cut("teacher")))
         teacher = ResidentTeacher(engine)
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
     )
     student = load(paths["student"], adapt)
     module = causal_lm.Student(student, loss, layer_losses)
+    config = cut("student")
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in (teacher.engine, student):
             causal_lm.compile_layers(engine.module.model)
     student.train()
-    sampler = GlobalBatchSampler(
-        len(rows), accumulation * local * world.size, local, world.rank, world.size
-    )
+    place = world.data.rank, world.data.size
+    sampler = GlobalBatchSampler(len(rows), accumulation * local * world.data.size, local, *place)
     loader = StatefulDataLoader(
         WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater
     )
@@ -119,11 +125,11 @@ def build(
 
 def weights(engine, master: bool = False):
     """The student's whole parameters by HF name, on every rank."""
-    import deepspeed
+    from ds_kd.parallel.engines import gather
 
     out = {}
     for name, parameter in engine.module.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with gather([parameter]):
             out[name] = parameter.detach().clone()
     return out
 

@@ -12,6 +12,7 @@ from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
 from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_rollouts import check_rollouts
+from ds_kd.config.methods.check_tensor import check_tensor
 from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
@@ -80,6 +81,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _check_evaluation(cfg, data, problems)
     _check_sharing(cfg, problems)
     check_rollouts(cfg, problems)
+    check_tensor(cfg, problems)
     _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
