@@ -58,13 +58,15 @@ def _chunks(items: list, size: int) -> list[list]:
 
 
 @contextlib.contextmanager
-def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> Iterator[Step]:
+def ds_kd(
+    job: Job, chunk_size: int | None = None, compiled: bool = False, liger: bool = False
+) -> Iterator[Step]:
     """Take the trainer's own step on its own engines; this process is one rank of them."""
     from ds_kd.checkpoint.engine_files import state_bytes
     from ds_kd.parallel import world as distributed
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
-    teacher, student = _build_engines(job, chunk_size, compiled)
+    teacher, student = _build_engines(job, chunk_size, compiled, liger)
 
     def step(samples: list[dict[str, Any]]) -> float:
         batches = _collate(job, samples)[world.rank :: world.size]
@@ -92,7 +94,9 @@ def ds_kd(job: Job, chunk_size: int | None = None, compiled: bool = False) -> It
         engine.destroy()
 
 
-def _build_engines(job: Job, chunk_size: int | None, compiled: bool) -> tuple[Any, Any]:
+def _build_engines(
+    job: Job, chunk_size: int | None, compiled: bool, liger: bool
+) -> tuple[Any, Any]:
     """Return the teacher and the student's engine, built as a run builds them."""
     from ds_kd.config.checks.zero_file import load_zero_config
     from ds_kd.losses.chunked import DistillationLoss
@@ -101,16 +105,21 @@ def _build_engines(job: Job, chunk_size: int | None, compiled: bool) -> tuple[An
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.recipe.tuning.kernels import use_liger_kernels
     from ds_kd.teachers.resident import ResidentTeacher
 
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
     with engines.zero3_init(config):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
+    if liger and (reason := use_liger_kernels(teacher_model)):
+        raise RuntimeError(f"no kernels of liger-kernel: {reason}")
     teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), config))
     with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
+    if liger:
+        use_liger_kernels(student_model)
     loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
     student = engines.build_student(
         causal_lm.Student(student_model, loss_fn),
@@ -270,6 +279,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
     "ds_kd_shared": (ds_kd, None),
     "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
+    "ds_kd_liger": (functools.partial(ds_kd, liger=True), "liger_kernel"),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),
@@ -283,6 +293,6 @@ def available(names: list[str] | None = None) -> dict[str, Callable[..., Any]]:
         name: make
         for name, (make, package) in CONTENDERS.items()
         if (names is None or name in names)
-        and (name != "liger" or torch.cuda.is_available())
+        and ("liger" not in name or torch.cuda.is_available())
         and (package is None or importlib.util.find_spec(package) is not None)
     }

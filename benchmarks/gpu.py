@@ -3,6 +3,10 @@
     python benchmarks/gpu.py                            every contender that is installed
     python benchmarks/gpu.py --length 4096 --samples 4 --contenders ds_kd plain
     python benchmarks/gpu.py --output results/gpu
+    python benchmarks/gpu.py --length 512 --samples 32 --per-forward 16
+                                                        short samples, which ds_kd packs
+    python benchmarks/gpu.py --contenders ds_kd --profile results/step
+                                                        where the time of a step goes, by kernel
     python benchmarks/gpu.py --rehearse                 tiny models, on any device: does it work?
 
 Needs one GPU with 80 GB and 10 GB of disk, no download, and about 10 minutes. Every contender is a
@@ -19,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -87,11 +92,15 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sample")
-    parser.add_argument("--samples", type=int, default=2, help="per optimizer step, one a forward")
+    parser.add_argument("--samples", type=int, default=2, help="per optimizer step")
+    parser.add_argument("--per-forward", type=int, default=1, help="samples; ds_kd packs several")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--peak", type=float, default=989.0, help="of the GPU, dense bf16 TFLOP/s")
     parser.add_argument("--contenders", nargs="+", metavar="NAME")
     parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    parser.add_argument(
+        "--profile", type=Path, help="write PROFILE-CONTENDER.txt and a trace of one more step"
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny models, on any device")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--models", type=Path, help=argparse.SUPPRESS)
@@ -109,9 +118,19 @@ def time_contender(args: argparse.Namespace) -> dict[str, Any]:
     work = flops(teacher, tokens, args.length, 1) + flops(student, tokens, args.length, 3)
     steps = make_steps(args.rounds + 1, args.samples, args.length)
     make_one, _ = CONTENDERS[args.worker]
-    with make_one(Job(teacher, student, torch.bfloat16, micro_batch=1)) as step:
+    job = Job(
+        teacher,
+        student,
+        torch.bfloat16,
+        micro_batch=args.per_forward,
+        packs=args.per_forward > 1,
+        pack_size=args.length * args.per_forward,
+    )
+    with make_one(job) as step:
         times = [measure.seconds(lambda: step(samples)) for samples in steps]  # noqa: B023
         peak = measure.peak_bytes(lambda: step(steps[-1]))
+        if args.profile is not None:
+            profile(lambda: step(steps[-1]), Path(f"{args.profile}-{args.worker}"))
 
     taken = statistics.median(times[1:])  # the first round is thrown away
     return {
@@ -122,6 +141,25 @@ def time_contender(args: argparse.Namespace) -> dict[str, Any]:
         "peak GiB": peak / measure.GIB,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }
+
+
+def profile(function: Callable[[], Any], output: Path) -> None:
+    """Write the kernels of one call by their time, and its trace for chrome://tracing."""
+    import measure
+    import torch
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    kinds = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        kinds.append(ProfilerActivity.CUDA)
+    with record(activities=kinds) as seen:
+        measure.seconds(function)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    by = f"self_{'device' if torch.cuda.is_available() else 'cpu'}_time_total"
+    table = seen.key_averages().table(sort_by=by, row_limit=40, max_name_column_width=80)
+    output.with_suffix(".txt").write_text(table + "\n")
+    seen.export_chrome_trace(f"{output}.json.gz")
 
 
 def ask_worker(name: str, models: Path) -> dict[str, Any] | None:

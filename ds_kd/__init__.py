@@ -52,9 +52,10 @@ def build(cfg: Any, listens: bool = False) -> Any:
         ds_kd.errors.UserError: something that the config names does not exist or does not fit, a
             run that is finished had other settings, or the ranks cannot meet.
     """
+    from ds_kd.plan.placement import settle_placement
     from ds_kd.recipe.run import open_run
 
-    return open_run(cfg, listens)
+    return open_run(cfg, listens, settle_placement)
 
 
 def load_student(directory: Any, device: str | None = None) -> Any:

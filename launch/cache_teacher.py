@@ -63,10 +63,12 @@ def show_plan(cfg: RunConfig, args: argparse.Namespace) -> None:
 def write(cfg: RunConfig) -> None:
     from ds_kd.parallel.signals import StopRequest
     from ds_kd.parallel.world import name_lost_ranks, start, stop
+    from ds_kd.plan.placement import settle_placement
     from ds_kd.recipe.offline.write import plan_cache, write_cache
 
     world = start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
     with name_lost_ranks(world):
+        cfg = settle_placement(cfg, world)
         task, asked_to_stop = plan_cache(cfg, world), StopRequest()
         if world.is_main:
             print(*task.describe(), sep="\n", flush=True)

@@ -105,6 +105,8 @@ class Checkpointer:
         validation: settings that decide the validation loss of given weights, like `fingerprint`.
         validation_changes: the differences in `validation`, like `changes`.
         buffer: what else outlives a step; None if nothing does.
+        write_first: called on every rank before a checkpoint is written; writes what steps up to it
+            made and later ones rely on, such as the rows of a cache.
     """
 
     directory: Path
@@ -123,6 +125,7 @@ class Checkpointer:
     validation: dict[str, Any] = field(default_factory=dict)
     validation_changes: dict[str, str] = field(default_factory=dict)
     buffer: Buffer | None = None
+    write_first: Callable[[], None] = lambda: None
 
     def save(
         self,
@@ -228,6 +231,7 @@ class Checkpointer:
 
         # After each part an error of one rank is raised on all ranks, so that none waits in vain.
         on_rank0(prepare, self.world)
+        self._raise_everywhere(error_of(self.write_first))
         self._raise_everywhere(engine_files.save_engine(engine, aside, ENGINE))
         rng = aside / f"rng_rank{self.world.rank}.pt"
         self._raise_everywhere(error_of(lambda: torch.save(rng_state(), rng)))

@@ -107,6 +107,12 @@ def _read_every_or_end(value: Any) -> int | str:
     raise _make_quotes_error(value)
 
 
+def _read_auto_or_count(value: Any) -> int | str:
+    if value == "auto" or (is_number(value) and isinstance(value, int) and value >= 1):
+        return value
+    raise _make_quotes_error(value)
+
+
 def _read_tasks(value: Any) -> list[dict[str, Any]]:
     """Return the entries of a list of tasks, each with its task, its data and perhaps a limit."""
     entries = [value] if isinstance(value, dict) else value
@@ -196,6 +202,11 @@ _EVERY_OR_END = Kind(
     {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "end"}]},
     _read_every_or_end,
 )
+_AUTO_OR_COUNT = Kind(
+    "auto, or an integer ≥ 1",
+    {"anyOf": [{"type": "integer", "minimum": 1}, {"const": "auto"}]},
+    _read_auto_or_count,
+)
 _OF_TASK = {
     "task": {"type": "string"},
     "data": {"type": "string"},
@@ -221,6 +232,7 @@ MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
 Every = Annotated[int | str, _EVERY]
 EveryOrEnd = Annotated[int | str, _EVERY_OR_END]
+AutoOrCount = Annotated[int | str, _AUTO_OR_COUNT]
 Tasks = Annotated[list, _TASKS]
 NemoName = Annotated[str, _NEMO_NAME]
 

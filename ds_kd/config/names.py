@@ -9,6 +9,10 @@ _LOADER = "torchdata.stateful_dataloader.StatefulDataLoader"
 COLLATER = "ds_kd.data.collate.default_collater"
 
 CACHE_RECORD = "cache.json"  # what a teacher's cache is of
+#: Values of teacher.placement.
+ZERO3, REPLICATE, CPU, INT8, NVME, AUTO = PLACEMENTS = (
+    "zero3", "replicate", "cpu", "int8", "nvme", "auto",
+)  # fmt: skip
 KEPT = ("hidden", "top_k", "sampled")  # what a cache keeps: values of teacher.keep
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."
@@ -104,7 +108,7 @@ NOT_WITH_ZERO = {
 
 #: Arguments of NeMo-AutoModel's from_pretrained that choose kernels and change no result.
 NEMO_KERNELS = (
-    "use_liger_kernel", "use_sdpa_patching", "sdpa_method", "force_hf", "backend",
+    "use_sdpa_patching", "sdpa_method", "force_hf", "backend",
     "output_hidden_states",
 )  # fmt: skip
 

@@ -94,7 +94,7 @@ class Translation:
 
     def _translate_switches(self) -> None:
         """Expand the sections that null or one word switches on or off."""
-        if isinstance(self.data.get("compile"), bool):
+        if isinstance(self.data.get("compile"), bool) or self.data.get("compile") == "auto":
             self.data["compile"] = {"enabled": self.data["compile"]}
         compiled = self.section("compile")
         for name in [name for name, value in compiled.items() if value is None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_kd.config.keys import Every, EveryOrEnd, NemoName, OnlyOne, Tasks, key
+from ds_kd.config.keys import AutoOrCount, Every, EveryOrEnd, NemoName, OnlyOne, Tasks, key
 
 MAX_SEED = 2**62  # torch takes 64 bits, and each rank adds its number
 _ONLY_ONE = "Only 1 or nothing is accepted: ranks share the data alone."
@@ -204,11 +204,23 @@ class Teacher:
         "the student's own base, its adapter (peft) off, without a second set of weights; cached "
         "reads what a teacher gave before from a directory.",
     )
-    placement: Literal["zero3", "replicate", "cpu"] | None = key(
+    placement: Literal["zero3", "replicate", "cpu", "int8", "nvme", "auto"] | None = key(
         None,
         "Places a teacher that runs, in place of deepspeed.teacher: zero3 shards it over ranks, "
         "replicate keeps it whole on each (no gathering), cpu keeps its shards in the host's "
-        "memory. By default deepspeed.teacher decides.",
+        "memory, nvme on a disk, int8 shards its weights rounded to 8 bits; auto takes the first "
+        "of replicate, zero3 and cpu for which there is memory. By default deepspeed.teacher "
+        "decides.",
+    )
+    nvme_path: str | None = key(
+        None, "Names the directory on an NVMe disk for placement nvme, which is emptied at start."
+    )
+    window: AutoOrCount = key(
+        "auto",
+        "Takes this many micro-batches of a step in one pass of a resident teacher, so that its "
+        "layers are gathered once for all of them; results stay the same. auto takes as many as "
+        "1/32 of a rank's memory holds hidden states of, or 1 where nothing is gathered.",
+        "micro-batches",
     )
     directory: str | None = key(
         None, "Names the directory of a cached teacher, which launch/cache_teacher.py writes."
@@ -241,6 +253,12 @@ class DeepSpeed:
     teacher: Any = key(
         None,
         "Gives the teacher's ZeRO file, as a path or a mapping. By default it is plain ZeRO-3.",
+    )
+    reduce_once: Literal["auto", "true", "false"] = key(
+        "auto",
+        "Adds up the student's gradients of a step's micro-batches on each rank and exchanges the "
+        "sum, where false exchanges each. Takes 4 bytes of a trained weight on every rank, 6 in "
+        "bf16; auto does it on accelerators that have eight times as much.",
     )
 
 
@@ -294,8 +312,10 @@ class Peft:
 
 @dataclass
 class Compile:
-    enabled: bool = key(
-        False, "Compiles the transformer layers with torch.compile; `compile: true` does the same."
+    enabled: Literal["auto", "true", "false"] = key(
+        "auto",
+        "Compiles the transformer layers with torch.compile; `compile: true` does the same. auto "
+        "does so on accelerators where it works, and not with rollouts.",
     )
     mode: Literal["default", "max-autotune", "max-autotune-no-cudagraphs"] = key(
         "default", "Chooses the mode of torch.compile."

@@ -23,6 +23,7 @@ from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
+from ds_kd.parallel.engines import read_weight
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -73,6 +74,8 @@ class _Split(nn.Module):
         parents = batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        elif "segments" in batch:  # several micro-batches in a row (`ds_kd.teachers.window`)
+            segments = {"segments": batch["segments"]}
         elif "attention_mask" in batch:
             segments = {"attention_mask": batch["attention_mask"]}
         elif attention.is_by_sample(self.model):
@@ -85,7 +88,10 @@ class _Split(nn.Module):
 
         rows = batch["supervised"]
         once = batch.get("supervised_once", rows)  # a position may have several labels
-        with self._last_mlp.only(once), self.layers.of(rows):
+        with (
+            self._last_mlp.only(batch.get("supervised_parts", [once])),
+            self.layers.of(rows),
+        ):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
@@ -95,7 +101,8 @@ class _Split(nn.Module):
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
         module = self.model.get_output_embeddings()
-        return Head(module.weight, getattr(module, "bias", None), self._scale, self._softcap)
+        weight = read_weight(module.weight)
+        return Head(weight, getattr(module, "bias", None), self._scale, self._softcap)
 
     def next_tokens(self, batch: dict[str, Any]) -> Tensor:
         """Return the likeliest next token at each supervised position, `[rows]`."""
@@ -230,7 +237,12 @@ class Student(_Split):
         return positions.flatten()[rows]
 
 
-def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
+def compile_layers(
+    model: Any,
+    dynamic: bool = True,
+    guard: Callable[[Callable, Callable], Callable] = lambda compiled, _: compiled,
+    **options: Any,
+) -> None:
     """Compile each transformer layer, so that the operations between its matrix products are fused.
 
     ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
@@ -239,11 +251,13 @@ def compile_layers(model: Any, dynamic: bool = True, **options: Any) -> None:
     Args:
         model: an HF model.
         dynamic: compile one version for all lengths, as packs differ in length.
+        guard: returns a layer's forward, made of the compiled and the plain one.
         options: of `torch.compile`.
     """
     names = getattr(model, "_no_split_modules", None) or ()
     for layer in [part for part in model.modules() if type(part).__name__ in names]:
-        layer.forward = torch.compile(layer.forward, dynamic=dynamic, **options)
+        plain = layer.forward
+        layer.forward = guard(torch.compile(plain, dynamic=dynamic, **options), plain)
 
 
 def _select(hidden: Tensor, rows: Tensor, is_distinct: bool) -> Tensor:
@@ -261,7 +275,8 @@ class _RowsOfLastMLP:
     """
 
     def __init__(self, model: Any):
-        self._rows: Tensor | None = None
+        self._rows: Sequence[Tensor] = ()
+        self._calls = 0
         self._owners = [model.base_model]
         layers: Any = getattr(model.base_model, "layers", None)
         mlp = getattr(layers[-1], "mlp", None) if layers is not None and len(layers) else None
@@ -273,25 +288,31 @@ class _RowsOfLastMLP:
         # The other tokens get zeros, which nothing reads.
         def forward(module: nn.Module, hidden: Tensor) -> Any:
             flat = hidden.flatten(0, -2)
-            if self._rows is None or len(self._rows) == len(flat):
+            if not self._rows:
                 return plain(hidden)
-            some = plain(flat.index_select(0, self._rows)[None])
+            rows = self._rows[self._calls % len(self._rows)]
+            self._calls += 1
+            if len(rows) == len(flat):
+                return plain(hidden)
+            some = plain(flat.index_select(0, rows)[None])
             if not isinstance(some, Tensor):  # some mixtures of experts return a tuple
                 mlp.forward = plain
                 return plain(hidden)
-            return torch.zeros_like(flat).index_copy(0, self._rows, some[0]).view_as(hidden)
+            return torch.zeros_like(flat).index_copy(0, rows, some[0]).view_as(hidden)
 
         mlp.forward = types.MethodType(forward, mlp)
 
     @contextmanager
-    def only(self, rows: Tensor) -> Iterator[None]:
+    def only(self, rows: Sequence[Tensor]) -> Iterator[None]:
+        """Compute these rows alone inside this block; one tensor for each call of the MLP, again
+        from the first after the last."""
         # Checkpointed layers run again in backward, after this block has ended.
         again = any(getattr(module, "gradient_checkpointing", False) for module in self._owners)
-        self._rows = None if again else rows
+        self._rows, self._calls = () if again else rows, 0
         try:
             yield
         finally:
-            self._rows = None
+            self._rows = ()
 
 
 def _find_body(model: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ds_kd.parallel import engines
 from ds_kd.parallel.tensor import count_numbers
 
 #: A part of a GPU's name → its peak in bf16, dense, operations per second, from the vendor's data
@@ -80,7 +81,13 @@ def _list_tables(model: Any) -> list[Any]:
 
 
 def _size(parameter: Any) -> int:
-    return count_numbers(parameter)
+    """Return the numbers of a weight, which DeepSpeed counts in units of its dtype where it keeps
+    them in 8 bits, with two more for each group."""
+    kept = count_numbers(parameter)
+    if not engines.is_quantized(parameter):
+        return kept
+    group = parameter.quantizer.config["group_size"]
+    return round(kept / (1 / parameter.element_size() + 2 / group))
 
 
 def _find_peak(model: Any, device: torch.device) -> float | None:

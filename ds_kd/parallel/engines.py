@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from ds_kd.parallel import tensor
+from ds_kd.parallel.linear import replace_linear
 
 #: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
 #: Adagrad is one of them, but DeepSpeed replaces it by another that follows no schedule.
@@ -75,17 +76,22 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     transformers keeps one DeepSpeed configuration in a global weak reference, so each of two models
     with two configurations is loaded in a block of its own.
     """
+    from deepspeed.utils import groups
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     if zero_config["zero_optimization"]["stage"] != 3:
         yield
         return
+    # DeepSpeed makes the groups of `zero_hpz_partition_size` while a model is loaded, and refuses
+    # to make those of a second model as long as it knows the first one's.
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
     keep_alive = HfDeepSpeedConfig(tensor.without_cuts(zero_config))
     try:
         yield
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+        replace_linear()
 
 
 @contextmanager
@@ -98,6 +104,32 @@ def gather(parameters: list[nn.Parameter]) -> Iterator[None]:
         tensor.join(parameters),
     ):
         yield
+
+
+def is_quantized(parameter: Any) -> bool:
+    """Return whether DeepSpeed keeps a weight in 8 bits."""
+    return bool(getattr(parameter, "weight_quantized", False))
+
+
+def read_weight(parameter: Any) -> torch.Tensor:
+    """Return the numbers of a gathered weight, also of one that is kept in 8 bits."""
+    if not is_quantized(parameter):
+        return parameter
+    numbers, scales, least = parameter.deconcat(parameter)
+    return parameter.dequantizer.dequantize(numbers.view(torch.uint8), scales, least)
+
+
+def find_obstacle_to_nvme() -> str:
+    """Return why DeepSpeed cannot keep weights on a disk on this machine, or an empty text."""
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().get_op_builder("AsyncIOBuilder")
+    if builder is not None and builder().is_compatible(verbose=False):
+        return ""
+    return (
+        "DeepSpeed cannot build async_io here, which reads weights from a disk; install libaio "
+        "with its headers (Debian: libaio-dev) and a C++ compiler, or write cpu"
+    )
 
 
 def build_student(
@@ -131,7 +163,7 @@ def build_student(
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config
     )
-    tensor.drop_first_check(engine)
+    tensor.prepare(engine)
     return engine
 
 
@@ -141,7 +173,7 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
 
     _gather_by_layer(module)
     engine, *_ = deepspeed.initialize(model=module, config=config)
-    tensor.drop_first_check(engine)
+    tensor.prepare(engine)
     engine.eval()
     return engine
 

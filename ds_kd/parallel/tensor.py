@@ -10,11 +10,14 @@ one, and everything that is not cut, embeddings and heads among it, over all ran
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+
+from ds_kd.parallel.linear import linear
 
 _WITH_SUM = "replicated_with_grad_allreduce"
 #: A style of transformers' plans → how DeepSpeed cuts such a map. A map that only sees a part of
@@ -67,11 +70,40 @@ def without_cuts(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name != _SECTION}
 
 
-def drop_first_check(engine: Any) -> None:
-    """Let an engine not compare its first inputs among tensor ranks: it would send a teacher's
-    output, with the teacher in it. The ranks have one sampler."""
+def prepare(engine: Any) -> None:
+    """Make an engine whose layers are cut ready to run.
+
+    DeepSpeed would compare the first inputs among tensor ranks, and send a teacher's output with
+    the teacher in it; the ranks have one sampler. And the graph of its cut maps would keep whole
+    weights until backward.
+    """
     if (check := getattr(engine, "first_dataloader_check", None)) is not None:
         check.remove()
+    for module in engine.module.modules():
+        if type(module).__name__ in _FORWARDS:
+            module.forward = types.MethodType(_FORWARDS[type(module).__name__], module)
+
+
+def _by_outputs(layer: Any, hidden: Tensor) -> Tensor:
+    """Compute a map that is cut by its outputs; the gradient of the input is summed over ranks."""
+    from deepspeed.module_inject.layers import ColumnParallel
+
+    return linear(ColumnParallel.apply(layer.mp_group, hidden), layer.weight, layer.bias)
+
+
+def _by_inputs(layer: Any, hidden: Tensor) -> Tensor:
+    """Compute a map that is cut by its inputs; its output is summed over ranks."""
+    from deepspeed.module_inject.layers import RowParallel
+
+    out = RowParallel.apply(layer.mp_group, linear(hidden, layer.weight, None), False)
+    return out if layer.bias is None else out + layer.bias
+
+
+#: AutoTP's classes of maps → how they are computed here.
+_FORWARDS: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "LinearLayer": _by_outputs,
+    "LinearAllreduce": _by_inputs,
+}
 
 
 @contextmanager

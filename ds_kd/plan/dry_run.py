@@ -9,7 +9,7 @@ from typing import Any
 from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error, problem
 from ds_kd.config.load import check_world
-from ds_kd.config.names import OF_DIVERGENCE, home_of
+from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.packing import pack
@@ -112,9 +112,10 @@ def describe(
     work = work_of(cfg, world, tokens, supervised)
     writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
     work = add_answers(cfg, work, writing, world)
+    work, placed = _settle_placement(cfg, student, teacher, work, machine, world)
 
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
-    lines += _describe_models(student, teacher)
+    lines += _describe_models(student, teacher) + placed
     lines.append(
         f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
         f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
@@ -131,6 +132,23 @@ def describe(
     lines.append(f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {told}")
     lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
+
+
+def _settle_placement(
+    cfg: RunConfig,
+    student: memory.Shape,
+    teacher: memory.Shape | None,
+    work: memory.Work,
+    machine: memory.Machine,
+    world: int,
+) -> tuple[memory.Work, list[str]]:
+    """Return the work with the place that `auto` takes on this machine, and a line about it."""
+    if cfg.teacher.placement != AUTO or teacher is None:
+        return work, []
+    if machine.room is None:
+        return work, ["  teacher.placement: auto, here as zero3; --gpu-memory SIZE chooses"]
+    chosen, why = memory.choose_placement(student, teacher, work, machine, world)
+    return memory.place(work, chosen), [f"  teacher.placement: {chosen}, {why}"]
 
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
@@ -326,7 +344,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     import torch
 
     steps = cfg.step_scheduler
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
+    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
     zero = {
         "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
         "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
@@ -358,6 +376,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
         "offload_teacher": is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
+        "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):

@@ -10,8 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.config.names import CPU, REPLICATE, ZERO3
+
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
+_SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
+_GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -60,6 +64,7 @@ class Work:
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: every rank has the whole teacher (stage 0).
+        teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
         bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
     """
@@ -76,6 +81,7 @@ class Work:
     offload_optimizer: bool = False
     offload_teacher: bool = False
     teacher_is_whole: bool = False
+    teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
     reuse: int = _REUSE
@@ -126,12 +132,12 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     """
     trained = 4 * student.trained // world
 
-    def shard(shape: Shape) -> int:
-        return shape.width * (shape.parameters // world + shape.small)
+    def shard(shape: Shape, width: float) -> int:
+        return round(width * (shape.parameters // world + shape.small))
 
     # The student's states; DeepSpeed keeps gathered weights that it will need again soon.
     where = "host " if work.offload_weights else ""
-    out = {f"{where}student weights": shard(student)}
+    out = {f"{where}student weights": shard(student, student.width)}
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
@@ -146,10 +152,13 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     buffers = 2
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
+        # The head of a rounded teacher becomes numbers of its dtype to be read.
+        rounded, head = work.teacher_is_rounded, teacher.vocabulary * teacher.hidden
+        width = 1 + 2 * teacher.width / _GROUP if rounded else teacher.width
         whole = teacher.parameters * teacher.width
-        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher)
+        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher, width)
         live = max(live, 2 * teacher.layer * teacher.width)
-        heads += 0 if work.teacher_is_whole else teacher.vocabulary * teacher.hidden * teacher.width
+        heads += 0 if work.teacher_is_whole else round(head * (width + rounded * teacher.width))
         buffers = 3 if work.shares_softmax else 4
 
     if work.cached_head:
@@ -192,11 +201,13 @@ class Machine:
         room: bytes of an accelerator, or None if unknown.
         host_room: bytes of a node's memory, or None if unknown.
         ranks_per_node: ranks that share a node's memory.
+        is_one: a rank computes in its node's memory, of which `room` is its part.
     """
 
     room: int | None = None
     host_room: int | None = None
     ranks_per_node: int = 8
+    is_one: bool = False
 
     def of_node(self, parts: dict[str, int], world: int) -> int:
         """Return the bytes of a node's memory that its ranks need together."""
@@ -205,7 +216,8 @@ class Machine:
     def lacks(self, parts: dict[str, int], world: int) -> list[str]:
         """Return `accelerator` and `host` if their memory is too small for these parts."""
         too_small = []
-        if self.room is not None and on_device(parts) > self.room:
+        used = sum(parts.values()) if self.is_one else on_device(parts)
+        if self.room is not None and used > self.room:
             too_small.append("accelerator")
         if self.host_room is not None and self.of_node(parts, world) > self.host_room:
             too_small.append("host")
@@ -228,6 +240,30 @@ def smallest_fit(
             if not machine.lacks(estimate_bytes(student, teacher, offer, world), world):
                 return world, offer
     return None
+
+
+def place(work: Work, placement: str) -> Work:
+    """Return the work with the teacher in a place of `teacher.placement`."""
+    return replace(
+        work, teacher_is_whole=placement == REPLICATE, offload_teacher=placement == CPU
+    )  # fmt: skip
+
+
+def choose_placement(
+    student: Shape, teacher: Shape, work: Work, machine: Machine, world: int
+) -> tuple[str, str]:
+    """Return the first of replicate, zero3 and cpu for which a machine has the memory, and the
+    reason in words. Each needs less of the accelerator than the one before, and takes longer."""
+    assert machine.room is not None
+    sure = replace(machine, room=round(_SURE * machine.room))
+    places = (REPLICATE, ZERO3) if machine.is_one else (REPLICATE, ZERO3, CPU)
+    for placement in places:
+        parts = estimate_bytes(student, teacher, place(work, placement), world)
+        used = sum(parts.values()) if machine.is_one else on_device(parts)
+        sizes = f"{used / 2**30:.1f} of {machine.room / 2**30:.1f} GiB of a rank are planned"
+        if not sure.lacks(parts, world):
+            return placement, sizes
+    return places[-1], f"which needs least, and {sizes}"
 
 
 def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:

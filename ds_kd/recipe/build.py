@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
-from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer, place_teacher
+from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
 from ds_kd.config.schema import RunConfig
@@ -40,7 +41,14 @@ from ds_kd.recipe.models import (
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
+from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+from ds_kd.recipe.tuning.compile import compile_model
+from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.kernels import replace_kernels
+from ds_kd.recipe.tuning.machine import Machine
+from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.teachers.resident import ResidentTeacher
@@ -87,7 +95,7 @@ def build(
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:  # by now all files are downloaded
         add_model_files(checkpointer, cfg, world)
-        checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+        _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -105,7 +113,22 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
+        reduce_once=_reduces_once(cfg, student, world),
     )
+
+
+def _reduces_once(cfg: RunConfig, student: Any, world: World) -> bool:
+    micro_batches = _count_micro_batches(cfg, world)
+    return reduces_once(cfg.deepspeed.reduce_once, micro_batches, student, Machine.of(world))
+
+
+def _add_what_outlives_a_step(
+    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+) -> None:
+    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    if isinstance(teacher, FillingTeacher):
+        checkpointer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -204,13 +227,28 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
-    steps = cfg.step_scheduler
-    dtype = training_dtype(component)
-    accumulation = steps.global_batch_size // (steps.local_batch_size * world.data.size)
-    made = engines.engine_config(zero, dtype, steps.local_batch_size, accumulation, clip)
+    machine, parts = Machine.of(world), world.tensor.size
+    if parts > 1:  # the groups of machines are for whole layers
+        machine = replace(machine, ranks_per_node=None)
+    zero, said = tune(zero, measure(component), machine)
+    if said and world.is_main:
+        print(f"{component.key}: {said}", flush=True)
+    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
+    made = engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
     with config_error(component.key, name_of(component), "a model that tp_size can cut"):
         trains = component is cfg.model and cfg.peft is None
-        return made | cut_layers(config_of(component), world.tensor.size, trains)
+        return made | cut_layers(config_of(component), parts, trains)
+
+
+def _count_micro_batches(cfg: RunConfig, world: World) -> int:
+    """Return the number of micro-batches that a step has on one rank."""
+    steps = cfg.step_scheduler
+    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
+
+
+def _may_compile(cfg: RunConfig, world: World) -> bool:
+    """Return whether layers are compiled where the YAML leaves that open."""
+    return not cfg.rolls_out and world.tensor.size == 1
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
@@ -221,15 +259,18 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    placed = cfg.teacher.placement, cfg.offload_teacher_model
-    zero = place_teacher(cfg.deepspeed.teacher, *placed)
+    zero = make_teacher_zero(cfg, world.size)
     config = _make_engine_config(cfg, component, zero, world, None)
-    module = causal_lm.FrozenModel(load_model(component, config, packs(cfg)))
+    model = load_model(component, config, packs(cfg))
+    replace_kernels(component, model, world)
+    module = causal_lm.FrozenModel(model)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    _compile(cfg, module.model)
-    return ResidentTeacher(engine)
+    compile_model(cfg.compile, _may_compile(cfg, world), module.model, world)
+    is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
+    wanted = 1 if is_one else cfg.teacher.window
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
 
 
 def _build_student(
@@ -242,6 +283,7 @@ def _build_student(
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
     model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
         with config_error("distributed.activation_checkpointing", True, expected):
@@ -262,7 +304,7 @@ def _build_student(
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
-    _compile(cfg, model)
+    compile_model(cfg.compile, _may_compile(cfg, world), model, world)
     engine.train()
     return engine
 
@@ -309,14 +351,6 @@ def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
-
-
-def _compile(cfg: RunConfig, model: Any) -> None:
-    wanted = cfg.compile
-    if wanted.enabled:
-        causal_lm.compile_layers(
-            model, mode=wanted.mode, dynamic=wanted.dynamic, backend=wanted.backend
-        )
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

@@ -34,7 +34,7 @@ def name_of(component: Component) -> str:
     return str(component.kwargs["pretrained_model_name_or_path"])
 
 
-def _select_location(component: Component) -> dict[str, Any]:
+def select_location(component: Component) -> dict[str, Any]:
     """Return the arguments that choose the files, for the config and tokenizer of a model too."""
     names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
@@ -48,7 +48,7 @@ def tokenizer_of(component: Component, world: World) -> Any:
     """
     from transformers import AutoTokenizer
 
-    kwargs = _select_location(component)
+    kwargs = select_location(component)
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
@@ -82,7 +82,8 @@ def load_model(
     Raises:
         ConfigError: it cannot be loaded, or its files lack weights.
     """
-    kwargs = {n: v for n, v in component.kwargs.items() if n not in ("torch_dtype", "dtype")}
+    ours = ("torch_dtype", "dtype", "use_liger_kernel")
+    kwargs = {n: v for n, v in component.kwargs.items() if n not in ours}
     extra: dict[str, Any] = {"dtype": training_dtype(component)}
     if component.name == MODEL:
         extra["output_loading_info"] = True
@@ -160,7 +161,7 @@ def check_files(component: Component) -> list[tuple[str, str]]:
         return_unused_kwargs=True,
         **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
-    files = WeightFiles(name_of(component), _select_location(component))
+    files = WeightFiles(name_of(component), select_location(component))
     trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
     model = empty_model(config, **trusted)
@@ -280,4 +281,4 @@ def config_of(component: Component) -> Any:
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
     with config_error(key, name_of(component), expected):
-        return AutoConfig.from_pretrained(name_of(component), **_select_location(component))
+        return AutoConfig.from_pretrained(name_of(component), **select_location(component))

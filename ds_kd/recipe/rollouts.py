@@ -80,7 +80,7 @@ def _build_writer(
     wanted = cfg.rollouts
     assert wanted is not None
     model = student.module.model
-    replica, copies = None, wanted.generate == "replica" or cfg.compile.enabled
+    replica, copies = None, wanted.generate == "replica" or cfg.compile.enabled == "true"
     if copies or (wanted.generate == "auto" and _has_room(model, world)):
         replica = Replica(model, world.device)
         fix_rope(replica.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,11 @@ from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.train.trainer import Trainer
 
 
-def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
+def open_run(
+    cfg: RunConfig,
+    listens: bool = False,
+    settle: Callable[[RunConfig, World], RunConfig] = lambda cfg, _: cfg,
+) -> Trainer:
     """Join the job, take the checkpoint directory, build and resume (a collective).
 
     Resources that the trainer holds until it is closed are released here if anything fails.
@@ -30,6 +34,7 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
     Args:
         cfg: a checked config.
         listens: let signals end the run after its step.
+        settle: decides what the config leaves to the memory that is there; a collective.
 
     Raises:
         UserError: something that the config names does not exist or fit, a finished run had other
@@ -44,10 +49,10 @@ def open_run(cfg: RunConfig, listens: bool = False) -> Trainer:
         lock = held.enter_context(lock_directories(cfg, world))
         # After an error the job is not left together, as other ranks may not reach the barrier.
         held.push(lambda error, *_: None if error else distributed.stop())
-        trainer = _build_trainer(cfg, world, listens)
+        trainer = _build_trainer(settle(cfg, world), world, listens)
         _resume(cfg, trainer, lock)
-        if isinstance(trainer.teacher, FillingTeacher):
-            held.callback(trainer.teacher.close)
+        if isinstance(filling := trainer.validation.teacher, FillingTeacher):
+            held.callback(filling.close)
         trainer.held = held.pop_all()
         return trainer
     raise AssertionError("none of the contexts above suppresses an error")

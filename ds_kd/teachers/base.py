@@ -3,8 +3,9 @@ any implementation."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,3 +52,26 @@ class Teacher(Protocol):
     def __call__(self, batch: dict[str, Any]) -> TeacherOutput:
         """Return the output for a batch on the device, without a gradient; a collective, called
         by every rank."""
+
+
+@runtime_checkable
+class TakesSteps(Protocol):
+    """A teacher that takes several micro-batches of a step together."""
+
+    def answer(self, batches: Sequence[dict[str, Any]], tokens: float) -> Iterator[TeacherOutput]:
+        """Return the outputs for the micro-batches of a step, each as `Teacher` returns it. An
+        output is used before the next one is asked for.
+
+        Args:
+            batches: on the device.
+            tokens: of a micro-batch, padding included; the same number on every rank.
+        """
+
+
+def ask(
+    teacher: Teacher, batches: Sequence[dict[str, Any]], tokens: float
+) -> Iterator[TeacherOutput]:
+    """Return a teacher's outputs for the micro-batches of a step; see `TakesSteps.answer`."""
+    if isinstance(teacher, TakesSteps):
+        return teacher.answer(batches, tokens)
+    return map(teacher, batches)

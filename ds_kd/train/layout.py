@@ -33,6 +33,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "What does the student write?": {
         "tokens of a text": ("rollouts/length",),
         "share of texts that the limit cut": ("rollouts/truncated",),
+        "entropy of its distribution at T = 1, nats per token it wrote": ("rollouts/entropy",),
     },
     "Optimizer": {"learning rate": ("learning_rate",), "gradient norm": ("grad_norm",)},
     "Throughput": {

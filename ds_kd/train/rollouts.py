@@ -118,6 +118,7 @@ class RolloutBatches:
             "rollouts/count": len(lengths),
             "rollouts/length": sum(lengths) / len(lengths),
             "rollouts/truncated": sum(not t.is_whole for t in window.texts) / len(lengths),
+            "rollouts/entropy": sum(t.entropy for t in window.texts) / max(1, sum(lengths)),
         }
         if window.number % _SHOWN_EVERY == 0:
             pairs = zip(window.prompts[:_SHOWN], window.texts, strict=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,9 +24,10 @@ from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import TrainingError
 from ds_kd.models.operations import Operations
+from ds_kd.parallel.accumulation import accumulate
 from ds_kd.parallel.engines import read_gradient_norm
 from ds_kd.parallel.world import World, describe_lost, lost_ranks, sum_by_name, sum_over
-from ds_kd.teachers.base import Teacher
+from ds_kd.teachers.base import Teacher, TeacherOutput, ask
 from ds_kd.train.batches import Batch, Batches, add_up, list_samples, move_batch
 from ds_kd.train.clock import Clock, Counts
 from ds_kd.train.evaluation import Evaluation
@@ -55,6 +56,7 @@ class Trainer:
         save_every_seconds: save when the last save is this old; None does not save by time.
         operations: of both models, to log the rate of; None if they cannot be counted.
         evaluation: tasks that are put to the student, or None.
+        reduce_once: add up whole gradients of a step's micro-batches and exchange them once.
         held: resources that `close` releases.
     """
 
@@ -73,6 +75,7 @@ class Trainer:
     save_every_seconds: float | None = None
     operations: Operations | None = None
     evaluation: Evaluation | None = None
+    reduce_once: bool = False
     held: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trainer:
@@ -190,26 +193,21 @@ class Trainer:
         """Take one optimizer step and log it."""
         counts, clock = self._count(micro_batches), self._clock
         sums: dict[str, torch.Tensor] = {}
-        for batch in micro_batches:
-            batch = move_batch(batch, self.world.device)
-            # The teacher goes first, so that its activations and the student's graph, which lives
-            # until backward, are never in memory together.
-            teacher_output = None
-            if self.teacher is not None:
-                with clock.part("teacher"):
-                    teacher_output = self.teacher(batch)
-            with clock.part("student_forward"):
-                loss, parts = self.student(batch, teacher_output)
-            del teacher_output
-            add_up(sums, {"loss": loss.detach(), **parts})
-            # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step on
-            # every rank.
-            loss = loss * (1.0 + 0.0 * loss.detach())
-            # ZeRO averages gradients over the ranks that see different tokens. Multiplying by their
-            # number undoes this, and dividing by n gives the mean over all tokens of the step.
-            weight = self.world.tokens.size / counts.labels
-            with clock.part("backward"):
-                self.student.backward(loss * weight, scale_wrt_gas=False)
+        with accumulate(self.student, self.reduce_once) as backward:
+            for batch, teacher_output in self._ask_teacher(micro_batches, counts):
+                with clock.part("student_forward"):
+                    loss, parts = self.student(batch, teacher_output)
+                del teacher_output
+                add_up(sums, {"loss": loss.detach(), **parts})
+                # A loss that is not finite makes the gradient NaN, so that DeepSpeed skips the step
+                # on every rank.
+                loss = loss * (1.0 + 0.0 * loss.detach())
+                # ZeRO averages gradients over the ranks that see different tokens. Multiplying by
+                # their number undoes this, and dividing by n gives the mean over all tokens of the
+                # step.
+                weight = self.world.tokens.size / counts.labels
+                with clock.part("backward"):
+                    backward(loss * weight)
 
         # Only now does the host wait for the device, which has the optimizer step to do meanwhile.
         lr = self.student.get_lr()[0]
@@ -226,6 +224,30 @@ class Trainer:
             values |= {"learning_rate": lr, "grad_norm": norm}
             values |= counts.describe(seconds, times, self.operations) | self.batches.describe()
             self.metrics.train(self.state.step, values | {"memory": memory_gib(self.world.device)})
+
+    def _ask_teacher(
+        self, micro_batches: list[Batch], counts: Counts
+    ) -> Iterator[tuple[Batch, TeacherOutput | None]]:
+        """Return the micro-batches of a step on the device, each with the teacher's output.
+
+        The teacher goes first, so that its activations and the student's graph, which lives until
+        backward, are never in memory together.
+        """
+        batches = [move_batch(batch, self.world.device) for batch in micro_batches]
+        if self.teacher is None:
+            yield from ((batch, None) for batch in batches)
+            return
+        slots = counts.slots / len(batches) / self.world.data.size
+        outputs = ask(self.teacher, batches, slots)
+
+        def take() -> TeacherOutput:
+            with self._clock.part("teacher"):
+                return next(outputs)
+
+        # No name here keeps an output, which the student's backward pass does not need.
+        for batch in batches:
+            yield batch, take()
+        next(outputs, None)  # what the teacher holds for a step it lets go of after the last one
 
     def _validate_and_save(self) -> bool:
         """Validate and save if either is due, and return whether the run stops here."""

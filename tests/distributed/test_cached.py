@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,11 @@ LAYOUTS = {
     "padded": ["dataloader.shuffle=true", "dataloader.num_workers=1"],
     "shared": ["packed_sequence={packed_sequence_size: 32, share_prefixes: true}"],
 }
+
+
+#: Padded and shuffled without a worker process, which takes seconds to start.
+ALONE = ["dataloader.shuffle=true"]
+PLACES = ("replicate", "cpu", "int8")
 
 
 def rows(count: int) -> str:
@@ -52,7 +58,7 @@ def config(root, name, *words):
     return ds_kd.load_config(values, [*data, *words])
 
 
-def train(world, root, name, *words):
+def train(world, root, name, *words, at_save=lambda step: None):
     """Losses of a run, and how often its ranks ran a teacher."""
     from ds_kd.models.causal_lm import FrozenModel
     from ds_kd.recipe.build import build
@@ -61,6 +67,15 @@ def train(world, root, name, *words):
     note = lambda module, *_: forwards.append(1) if isinstance(module, FrozenModel) else None  # noqa: E731
     hook = torch.nn.modules.module.register_module_forward_hook(note)
     with build(config(root, name, *words), world) as trainer:
+        if trainer.checkpointer is not None:
+            trainer.checkpointer.resume(trainer.student, trainer.state)
+            save, state = trainer.checkpointer.save, trainer.state
+
+            def save_and_note(*given, **options):
+                save(*given, **options)
+                at_save(state.step)
+
+            trainer.checkpointer.save = save_and_note
         assert trainer.train()
     hook.remove()
     lines = (root / name / "metrics.jsonl").read_text().splitlines() if world.is_main else []
@@ -76,6 +91,32 @@ def write(world, root, name, *words, stops_after=10**9):
     place = [f"teacher={{kind: cached, directory: {root / name}, fill: true}}"]
     task = plan_cache(config(root, f"log_{name}", *place, *words), world)
     return task.absent.rows, write_cache(task, world, lambda: next(calls) >= stops_after)
+
+
+def kill(world, root):
+    """Losses of a run that fills a cache, and of runs that go on from what a kill after the save in
+    the middle of its first pass leaves, and after one in its second.
+
+    SIGKILL leaves the files as they are, so that copies of them are what the kills leave.
+    """
+    from ds_kd.parallel.world import on_rank0
+
+    def words(place):
+        kept = f"teacher={{kind: cached, directory: {place / 'rows'}, fill: true, dtype: fp32}}"
+        saved = f"checkpoint={{checkpoint_dir: {place / 'saved'}, save_consolidated: 'false'}}"
+        steps = "step_scheduler.max_steps=8", "step_scheduler.ckpt_every_steps=2"
+        return *ALONE, kept, saved, "step_scheduler.local_batch_size=2", *steps
+
+    def copy(step):
+        if step in (2, 6):
+            copies = lambda: shutil.copytree(root / "lives", root / f"killed{step}", symlinks=True)  # noqa: E731
+            on_rank0(lambda: str(copies()), world)
+
+    out = {"undisturbed": train(world, root, "lives/log", *words(root / "lives"), at_save=copy)}
+    for step in (2, 6):
+        place = f"killed{step}"
+        out[place] = train(world, root, f"{place}/log", *words(root / place))
+    return out
 
 
 def compare(world, root):
@@ -104,8 +145,23 @@ def compare(world, root):
         train(world, root, f"top{k}", *padded, loss, *kind)[0]
         for k, kind in enumerate(((), (likeliest,)))
     ]
+    for place in PLACES:
+        out[place] = train(world, root, place, *ALONE, f"teacher.placement={place}")
+    alone = f"teacher={{kind: cached, directory: {root / 'alone'}}}"
+    out["of_one_rank"] = train(world, root, "of_one_rank", *ALONE, alone)
+    out["killed"] = kill(world, root)
     out["answers"] = answer(world, root, "answers2.jsonl")
     return out
+
+
+def write_alone(world, root):
+    return write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+
+
+def read_alone(world, root):
+    """Losses of one rank under a teacher that runs, and on the cache of two ranks."""
+    kept = f"teacher={{kind: cached, directory: {root / 'padded'}}}"
+    return train(world, root, "r_alone", *ALONE), train(world, root, "c_alone", *ALONE, kept)
 
 
 def answer(world, root, name):
@@ -126,7 +182,9 @@ def results(tmp_path_factory):
     tiny.llama(root / "teacher", layers=2, hidden=32, tie=False, seed=2)
     (root / "rows.jsonl").write_text(rows(17))
     (root / "held.jsonl").write_text(rows(24).split("\n", 17)[-1])
-    return {**run_ranks(compare, 2, root)[0], "root": root}
+    assert run_ranks(write_alone, 1, root)[0][1]
+    found = run_ranks(compare, 2, root)[0]
+    return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -155,6 +213,38 @@ def test_a_run_fills_its_cache_in_the_first_epoch_and_the_next_run_asks_no_teach
     assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-3)
     assert again == pytest.approx(losses, rel=1e-6)
     assert 0 < forwards < results["padded"]["resident"][1] and none == 0
+
+
+def test_a_run_that_is_killed_while_it_fills_its_cache_goes_on_bitwise(results):
+    """Its rows of two samples depend on the neighbour's length in their last bits, so that those
+    before the save must be there and must not be made anew in the second pass."""
+    (whole, asked), (losses, again) = (results["killed"][k] for k in ("undisturbed", "killed2"))
+    assert losses == whole and 0 < again <= asked
+
+
+def test_a_killed_run_goes_on_with_a_full_cache_and_asks_no_teacher(results):
+    (whole, _), (losses, none) = (results["killed"][k] for k in ("undisturbed", "killed6"))
+    assert losses == whole and len(whole) == 11 and none == 0
+
+
+def test_a_cache_of_two_ranks_serves_one_and_the_other_way_round(results):
+    (expected, _), (losses, none) = results["alone"]
+    assert losses == pytest.approx(expected, rel=1e-6) and not none
+    losses, none = results["of_one_rank"]
+    assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-6) and not none
+
+
+@pytest.mark.parametrize("place", ["replicate", "cpu"])
+def test_wherever_a_teacher_lies_its_losses_are_the_same(results, place):
+    expected, forwards = results["padded"]["resident"]
+    losses, asked = results[place]
+    assert losses == pytest.approx(expected, rel=1e-6) and asked == forwards > 0
+
+
+def test_a_teacher_in_8_bits_gives_nearly_the_same_losses(results):
+    expected, forwards = results["padded"]["resident"]
+    losses, asked = results["int8"]
+    assert losses != expected and losses == pytest.approx(expected, rel=0.02) and asked == forwards
 
 
 def test_the_loss_top_k_reads_the_likeliest_ids_alone(results):

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.parity.test_step import weights
+from tests.parity.test_step import weights, whole
 from tests.ranks import run_ranks
 
-GLOBAL, STEPS = 8, 2
+GLOBAL, STEPS, LR = 8, 2, 0.3
 SHARES = ["packed_sequence.share_prefixes=true"]
 #: Cuts of a step on so many ranks: samples of a micro-batch, size of a pack, what writes, and keys.
 CUTS = {
@@ -32,7 +32,7 @@ def make_trainer(world, paths, place, local=4, pack=0, steps=STEPS, more=(), **r
         "teacher_model": {"pretrained_model_name_or_path": paths["teacher"], "torch_dtype": "fp32"},
         "dataset": rows,
         "dataloader": {"shuffle": True},
-        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.3},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": LR},
         "step_scheduler": {
             "global_batch_size": GLOBAL, "local_batch_size": local, "max_steps": steps,
             "num_epochs": 9, "ckpt_every_steps": 2,
@@ -113,8 +113,46 @@ def resume_within_a_buffer(world, directory, paths):
     return [same, began, len(written), len(anew), kept["window"], len(kept["tokens"]), at_end]
 
 
+def compare_layers_on_own_texts(world, directory, paths):
+    """Differences of loss and weights of a step that compares layers on the student's texts from
+    the definition: transformers' own logits and hidden states, one sample at a time."""
+    from transformers import AutoModelForCausalLM
+
+    layers = "{name: hidden_states, weight: 2, layers: [[0, 0], [0, 1]], distance: mse}"
+    losses = f"kd_loss_fn=[{{name: reverse_kl, weight: 0.5}}, {layers}]"
+    how = {"samples_per_prompt": 2, "ratio": 0.7, "pack": 40, "local": 1, "steps": 1}
+    made = make_trainer(world, paths, directory / "layers", more=[*SHARES, losses], **how)
+    projectors = [p.requires_grad_() for p in whole(made.student.module.layer_losses).values()]
+    got, written = run(made)
+    logged = json.loads((directory / "layers/tensorboard/metrics.jsonl").read_text())["train_loss"]
+
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(paths[name]) for name in ("student", "teacher")
+    )
+    loss, n = 0.0, 0
+    for sample in made.batches._window.samples:
+        ask = {"input_ids": torch.tensor([sample["input_ids"]]), "output_hidden_states": True}
+        rows = (torch.tensor(sample["labels"]) != -100).nonzero().flatten()
+        own, other = student(**ask), teacher(**ask)
+        log_q, log_p = (torch.log_softmax(out.logits[0, rows], -1) for out in (own, other))
+        loss = loss + 0.5 * (log_q.exp() * (log_q - log_p.detach())).sum()
+        for number, projector in enumerate(projectors):
+            target = other.hidden_states[number + 1][0, rows].detach()
+            apart = own.hidden_states[1][0, rows] @ projector.T - target
+            loss = loss + 2.0 * apart.square().mean(-1).sum() / len(projectors)
+        n += len(rows)
+    (loss / n).backward()
+    expected = {name: p - LR * p.grad for name, p in student.named_parameters()}
+    expected |= {k: p - LR * p.grad for k, p in enumerate(projectors)}
+    got |= dict(enumerate(whole(made.student.module.layer_losses).values()))
+    error = max((got[name] - each).abs().max().item() for name, each in expected.items())
+    return [abs(logged - (loss / n).item()), error, len(got) == len(expected), len(written[0])]
+
+
 def everything(world, directory, paths):
     out = {"cuts": cut_in_every_way(world, directory, paths)}
+    if world.size == 1:
+        out["layers"] = compare_layers_on_own_texts(world, directory, paths)
     if world.size == 2:
         out["adapter"] = write_with_an_adapter(world, directory, paths)
         out["resumed"] = resume_within_a_buffer(world, directory, paths)
@@ -161,3 +199,9 @@ def test_a_run_that_is_killed_in_the_middle_of_a_buffer_goes_on_bitwise(runs):
         same, began, written, anew, window, texts, at_end = rank["resumed"]
         assert same and (began, written, anew, window) == (4, 2, 0, 1)
         assert texts % 2 == 0 and texts > 0 and not at_end
+
+
+def test_layers_are_compared_on_the_students_texts_as_their_definition_says(runs):
+    """In packs that compute a prompt once for its two answers; loss, weights and projectors."""
+    loss, error, has_all, texts = runs[1][0]["layers"]
+    assert loss < 1e-5 and error < 1e-5 and has_all and texts >= 8

@@ -10,6 +10,9 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.fused import forward_kl
 from ds_kd.losses.head import Head, States
+from ds_kd.models import causal_lm, varlen
+from ds_kd.models.attention import Segments, attend_by_sample
+from ds_kd.recipe.tuning.kernels import use_liger_kernels
 from tests import tiny
 from tests.e2e.test_run import kd
 from tests.unit.test_distillation import case, evaluate, losses
@@ -60,6 +63,80 @@ def test_the_loss_never_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernels_are_used(dtype):
+    """A GPU on which one is refused is slow, and says why on stderr."""
+    here = torch.device("cuda", torch.cuda.current_device())
+    assert forward_kl.can_run(here, dtype)
+    assert varlen._works(here, dtype)
+
+
+@pytest.mark.parametrize("parents", [None, [-1, 0, 0, -1]])
+def test_one_launch_for_a_pack_equals_its_samples_in_fp32(parents, tmp_path):
+    """Hidden states and gradients of a model of several layers; a sample of a shared beginning is
+    the path from its root."""
+    from transformers import AutoModelForCausalLM
+
+    path, lengths = tiny.llama(tmp_path / "model", hidden=128), [6, 9, 3, 20]
+    ids = torch.randint(3, tiny.VOCAB, (1, sum(lengths)), generator=torch.manual_seed(0)).cuda()
+    paths = [[0], [1], [2], [3]] if parents is None else [[0, 1], [0, 2], [3]]
+    parts = ids[0].split(lengths)
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).cuda()
+        attend_by_sample(model)
+        if dtype == torch.bfloat16:  # the pack, in one launch a layer
+            above = [0, 0, 0, 0] if parents is None else [0, 6, 6, 0]
+            places = [
+                at + n for at, length in zip(above, lengths, strict=True) for n in range(length)
+            ]
+            hidden = (
+                model.model(
+                    ids,
+                    position_ids=torch.tensor([places], device="cuda"),
+                    segments=Segments(lengths, parents),
+                    use_cache=False,
+                )
+                .last_hidden_state[0]
+                .split(lengths)
+            )
+            rows = [torch.cat([hidden[n] for n in each]) for each in paths]
+        else:
+            rows = [
+                model.model(torch.cat([parts[n] for n in each])[None]).last_hidden_state[0]
+                for each in paths
+            ]
+        weights = torch.randn(20, 128, generator=torch.manual_seed(1)).cuda()
+        sum((row.float() * weights[: len(row)]).sum() for row in rows).backward()
+        gradients = [each.grad.float() for each in model.model.layers.parameters()]
+        found[dtype] = [row.float().detach() for row in rows] + gradients
+    for got, want in zip(*found.values(), strict=True):
+        assert (got - want).norm() < 0.15 * want.norm()  # 0.08 is rounding
+
+
+def test_ligers_kernels_compute_what_transformers_does(tmp_path):
+    """In fp32, through a wrapped model as in a run: hidden states and gradients."""
+    pytest.importorskip("liger_kernel")
+    from transformers import AutoModelForCausalLM
+
+    path, found = tiny.llama(tmp_path / "model", hidden=128), []
+    ids = torch.randint(3, tiny.VOCAB, (2, 20), generator=torch.manual_seed(0)).cuda()
+    batch = {"input_ids": ids, "supervised": torch.arange(3, 40, 2, device="cuda")}
+    for is_replaced in (False, True):  # the rotary positions of the class are replaced last
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).cuda()
+        if is_replaced:
+            assert use_liger_kernels(model) == ""
+        module = causal_lm.FrozenModel(model)
+        model.requires_grad_(True)
+        hidden = module.hidden(batch)
+        weights = torch.randn(hidden.shape, generator=torch.manual_seed(1)).cuda()
+        (hidden * weights).sum().backward()
+        gradients = [each.grad for each in model.model.layers.parameters()]
+        found.append([hidden.detach(), *gradients])
+    for want, got in zip(*found, strict=True):
+        assert (got - want).norm() < 1e-4 * want.norm()
+
+
 @pytest.mark.parametrize("packs", [0, 64])
 def test_the_real_command_on_one_gpu(tmp_path, packs):
     import json
@@ -79,6 +156,7 @@ def test_the_real_command_on_one_gpu(tmp_path, packs):
         "validation_dataset=null",
         "step_scheduler.global_batch_size=4",
         "step_scheduler.max_steps=3",
+        "step_scheduler.num_epochs=5",
         f"packed_sequence.packed_sequence_size={packs}",
         ranks=1,
     )

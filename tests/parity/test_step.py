@@ -39,6 +39,7 @@ def build(
     dtype=torch.float32,
     lr_scheduler=None,
     layer_losses=(),
+    zero=None,
     **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
@@ -66,7 +67,7 @@ def build(
     from ds_kd.train.validation import Validation
 
     config = engines.engine_config(
-        load_zero_config(None, "deepspeed.student"),
+        load_zero_config(zero, "deepspeed.student"),
         dtype,
         local,
         accumulation,

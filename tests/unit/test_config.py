@@ -434,6 +434,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("dist_env.timeout_minutes=1e9", "expected a number > 0 and ≤ 10080"),
         (f"checkpoint.checkpoint_dir={__file__}/run", "expected a directory; .*py is a file"),
         ("checkpoint.checkpoint_dir=/proc/run", "that can be written; /proc is the kernel's own"),
+        ("model.use_liger_kernel=4", "got 4, expected true or false"),
         ("model.attn_implementation=flash", "got 'flash', expected sdpa or eager or"),
         ("model.torch_dtype=null", "model.torch_dtype: got None, expected bf16"),
         ("lr_scheduler={lr_warmup_steps: abc}", "lr_scheduler.lr_warmup_steps: got 'abc'"),
@@ -712,11 +713,11 @@ def test_nemos_newer_spelling_of_its_example_loads():
             "distributed={strategy: fsdp2, dp_size: none, tp_size: 1, cp_size: 1, pp_size: 1}",
             "peft={match_all_linear: true, dim: 16, alpha: 32, use_triton: true}",
             "model.attn_implementation=sdpa",
-            "model.use_liger_kernel=true",
+            "model.use_sdpa_patching=true",
         ],
     )
-    assert "use_liger_kernel" not in cfg.model.kwargs
-    assert any("use_liger_kernel: accepted" in note for note in cfg.notes)
+    assert "use_sdpa_patching" not in cfg.model.kwargs
+    assert any("use_sdpa_patching: accepted" in note for note in cfg.notes)
     assert cfg.peft.dim == 16 and any("use_triton" in note for note in cfg.notes)
     assert any("fsdp2 accepted" in note for note in cfg.notes)
 

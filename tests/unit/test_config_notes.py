@@ -53,7 +53,11 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
             "checkpoint.save_consolidated",
             "checkpoints are off",
         ),
-        (["compile={mode: max-autotune}"], "compile.mode", "compile.enabled is false"),
+        (
+            ["compile={enabled: false, mode: max-autotune}"],
+            "compile.mode",
+            "compile.enabled is false",
+        ),
         (["slurm={container_mounts: ['/a:/a']}"], "slurm.container_mounts", "container_image"),
         (["kd_ratio=0", NO_VALIDATION], "teacher_model", "kd_ratio is 0"),
         (

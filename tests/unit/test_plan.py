@@ -43,6 +43,31 @@ def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
     assert plan.smallest_fit(LARGE, LARGE, AWAY, large)[0] == 1
 
 
+def test_a_teacher_takes_the_first_place_for_which_there_is_memory():
+    student = plan.Shape(10**9, 10**9, 0, 16, 5 * 10**7, 32_000, 2048, 50_000, True, 2)
+    work = plan.Work(1024, 1024)
+
+    def choose(gb, **more):
+        return plan.choose_placement(student, LARGE, work, plan.Machine(gb * 10**9, **more), 8)[0]
+
+    # Its 20 GB are there, are there in eighths, or are not there with all else of a step.
+    assert [choose(gb) for gb in (80, 24, 12)] == ["replicate", "zero3", "cpu"]
+    # A CPU has no other memory to move it to.
+    assert choose(12, is_one=True) == "zero3"
+
+
+def test_a_teacher_in_8_bits_takes_a_byte_and_a_sixteenth_a_weight_and_its_head_in_16_too():
+    whole, rounded = (
+        plan.estimate_bytes(LARGE, LARGE, plan.Work(1, 1, teacher_is_rounded=is_it), 4)
+        for is_it in (False, True)
+    )
+    assert (
+        rounded["teacher weights"] == 10**10 * 17 // 16 // 4 == whole["teacher weights"] * 17 / 32
+    )
+    head, name = 32_000 * 4096, "gathered layers and heads"
+    assert rounded[name] - whole[name] == 2 * head * 17 / 16  # one is in transit
+
+
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     """The command for two directories that hold nothing but a config.json."""

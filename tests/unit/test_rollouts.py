@@ -132,13 +132,14 @@ def make_batches(ratio, write, size=4, reuse=1, samples_per_prompt=1):
 
 def test_texts_take_the_place_of_answers_and_are_counted_anew():
     """Of the first window sample 2 has no answer; all others get two texts of three tokens."""
-    write = lambda prompts, draws: [Written([9, 9, EOS], True) for _ in draws]  # noqa: E731
+    write = lambda prompts, draws: [Written([9, 9, EOS], True, 1.5) for _ in draws]  # noqa: E731
     batches = make_batches(1, write, samples_per_prompt=2)
     step = next(batches.after(0))
     ids = [name for batch in step for name in batch["sample_ids"]]
     assert ids == ["s2", "s0", "s0#1", "s1", "s1#1", "s3", "s3#1"]
     assert [batch["num_labels"] for batch in step] == [3, 6, 6, 3]
-    assert batches.describe()["rollouts/length"] == 3
+    told = batches.describe()
+    assert told["rollouts/length"] == 3 and told["rollouts/entropy"] == 0.5
     assert batches.describe() == {}  # told once
 
 

@@ -90,13 +90,17 @@ def test_a_text_is_that_of_a_plain_loop_without_padding_or_cache(model):
         PROMPTS, DRAWS, write(model, PROMPTS, DRAWS, HOW, [1]), strict=True
     ):
         tokens: list[int] = []
+        entropy = 0.0
         for number in uniforms(draw, HOW.max_new_tokens):
             with torch.no_grad():
                 logits = model(torch.tensor([prompt + tokens])).logits[:, -1]
+            q = logits[0].double().softmax(-1)
+            entropy -= (q * q.log()).sum().item()
             tokens += choose(logits, torch.tensor([number]), HOW).tolist()
             if tokens[-1] == 1:
                 break
         assert got.tokens == tokens and got.is_whole == (tokens[-1] == 1)
+        assert got.entropy == pytest.approx(entropy, rel=1e-5)  # at T = 1, over all ids
 
 
 def test_any_of_several_tokens_ends_a_text_and_torchs_generators_have_no_influence(model):

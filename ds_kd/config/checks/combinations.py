@@ -11,6 +11,7 @@ from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
 from ds_kd.config.methods.check_cached import find_wrong_cache
+from ds_kd.config.methods.check_placement import check_placement
 from ds_kd.config.methods.check_rollouts import check_rollouts
 from ds_kd.config.methods.check_tensor import check_tensor
 from ds_kd.config.names import COLLATER
@@ -214,23 +215,16 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
     """Check the two ZeRO files against each other's engines."""
-    placement = cfg.teacher.placement
-    if placement is not None and cfg.deepspeed.teacher is not None:
-        problems.append(
-            f"teacher.placement: got {placement}, and deepspeed.teacher places it too; keep one"
-        )
-    if placement in ("zero3", "replicate") and cfg.offload_teacher_model:
-        problems.append(
-            f"offload_teacher_model: teacher.placement is {placement}; write cpu, or remove one"
-        )
-
-    # Each file is read as the run reads it; a placement has no file.
+    student: dict | None = None
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
+        # Each file is read as the run reads it.
         try:
             zero = load_zero_config(getattr(cfg.deepspeed, name), f"deepspeed.{name}", stages)
         except ValueError as error:
             problems.append(str(error))
             continue
+
+        student = zero if name == "student" else student
         if name == "teacher" and offloads_optimizer(zero):
             problems.append(
                 "deepspeed.teacher: offload_optimizer: a teacher has no optimizer; remove it, or "
@@ -242,6 +236,8 @@ def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
                 "offload_teacher_model: a teacher at stage 0 stays on the accelerator; write stage "
                 "3 in deepspeed.teacher, or remove it"
             )
+
+    check_placement(cfg, student, problems)
 
 
 def _check_losses(cfg: RunConfig, problems: list[str]) -> None:

@@ -316,6 +316,8 @@ def _check_model(component: Component, problems: list[str], config_only: bool) -
             given = kwargs[spelling]
             problems.append(problem(f"{path}.{spelling}", given, "bf16, fp32 or auto", hint))
 
+    if not isinstance(liger := kwargs.get("use_liger_kernel", False), bool):
+        problems.append(problem(f"{path}.use_liger_kernel", liger, "true or false"))
     attention = kwargs.get("attn_implementation")
     is_kernel = isinstance(attention, dict) or "/" in str(attention)  # of the hub
     if attention is not None and not is_kernel and attention not in _ATTENTION:
@@ -337,6 +339,7 @@ _MODEL_KEYS = {
     "torch_dtype",
     "dtype",
     "attn_implementation",
+    "use_liger_kernel",
     "trust_remote_code",
     "revision",
     "cache_dir",

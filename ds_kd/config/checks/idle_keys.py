@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.config.components import Component
+from ds_kd.config.names import NVME
 from ds_kd.config.schema import CACHED, RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
@@ -26,6 +27,8 @@ _OF_A_CACHE = (
 )  # fmt: skip
 _OF_THE_TEACHER = (
     "teacher_model", "offload_teacher_model", "deepspeed.teacher", "teacher.placement",
+    "teacher.window",
+    "teacher.nvme_path",
 )  # fmt: skip
 
 
@@ -38,7 +41,7 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
     """
     checkpoints_off, steps = not cfg.checkpoint.enabled, cfg.step_scheduler
     validates = cfg.validates
-    compiles, containers = cfg.compile.enabled, cfg.slurm is not None and cfg.slurm.container_image
+    containers = cfg.slurm is not None and cfg.slurm.container_image
 
     # (whether these keys are switched off, the keys, the reason); the first reason of a key counts.
     rules = [
@@ -51,12 +54,14 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
          "without checkpoint.keep_last every checkpoint stays"),
         (not validates, ("checkpoint.keep_best",),
          "there is no validation_dataset or validation_share"),
-        (not compiles, _OF_COMPILE, "compile.enabled is false"),
+        (cfg.compile.enabled == "false", _OF_COMPILE, "compile.enabled is false"),
         (not containers, ("slurm.container_mounts",), "there is no slurm.container_image"),
         (cfg.kd_ratio == 0 and not validates, (*_OF_THE_TEACHER, "kd_loss_fn"), "kd_ratio is 0"),
         (cfg.teacher_model is None, _OF_THE_TEACHER[1:], "there is no teacher_model"),
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
+        (cfg.teacher.kind == CACHED, ("teacher.window",), "a cache is filled batch by batch"),
+        (cfg.teacher.placement != NVME, ("teacher.nvme_path",), "teacher.placement is not nvme"),
         (cfg.teacher.keep == "hidden", ("teacher.k",), "hidden states are kept"),
         (cfg.teacher.keep != "hidden", ("teacher.dtype",), f"teacher.keep is {cfg.teacher.keep}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],

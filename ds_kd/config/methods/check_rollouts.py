@@ -25,7 +25,7 @@ def check_rollouts(cfg: RunConfig, problems: list[str]) -> None:
         )
 
     # Layers that torch.compile has compiled would be compiled anew for every length.
-    if wanted.generate == "sharded" and cfg.compile.enabled:
+    if wanted.generate == "sharded" and cfg.compile.enabled == "true":
         problems.append(
             "rollouts.generate: got sharded, which cannot write with the layers of compile; write "
             "replica, or compile.enabled: false"

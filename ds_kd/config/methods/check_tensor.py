@@ -34,8 +34,18 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         if config is not None and (misfit := find_misfit(config, size)):
             problems.append(f"{component.key}: {misfit}")
     together = f"does not go with {KEY}: {size}"
-    if cfg.compile.enabled:
+    if cfg.compile.enabled == "true":
         problems.append(f"compile.enabled: {together}; write false")
+    if cfg.teacher.placement in (INT8, NVME):
+        problems.append(
+            f"teacher.placement: got {cfg.teacher.placement}, which {together}; write zero3, "
+            "replicate or cpu"
+        )
+    for name in ("student", "teacher"):
+        if (count := _count_copies(getattr(cfg.deepspeed, name))) > 1:
+            problems.append(
+                f"deepspeed.{name}: zero_hpz_partition_size: {count} {together}; remove it"
+            )
     if cfg.peft is not None:
         problems.append(
             f"peft: {together}, as DeepSpeed cannot cut the maps that an adapter wraps; remove one "

@@ -19,7 +19,7 @@ _ROWS = 8192  # of a matrix, compared at one time
 
 
 class WeightFiles:
-    """Names, shapes and values of the tensors in a model's files.
+    """Names, shapes, dtypes and values of the tensors in a model's files.
 
     Args:
         name: directory or hub id.
@@ -32,11 +32,13 @@ class WeightFiles:
     def __init__(self, name: str, where: dict[str, Any]):
         self._file_of: dict[str, Path] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # as safetensors writes them: BF16, F32
         for path in _paths(name, where):
             with safe_open(path, "pt") as file:
                 for key in file.keys():  # noqa: SIM118  (not a dict)
                     self._file_of[key] = path
-                    self.shapes[key] = tuple(file.get_slice(key).get_shape())
+                    part = file.get_slice(key)
+                    self.shapes[key], self.dtypes[key] = tuple(part.get_shape()), part.get_dtype()
 
     def find(self, parameter: str, prefix: str = "") -> str | None:
         """Return the name that the files give a parameter, with or without the prefix of the body,

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,10 +63,12 @@ class Written:
     Args:
         tokens: the new tokens, the one that ends it included.
         is_whole: such a token ended it; otherwise the limit did.
+        entropy: of the model's distribution at T = 1, summed over these tokens, in nats.
     """
 
     tokens: list[int]
     is_whole: bool
+    entropy: float = field(default=0.0, compare=False)
 
 
 def uniforms(draw: Draw, count: int) -> np.ndarray:
@@ -163,6 +165,7 @@ def write(
     ids = [[padding] * n + prompt for n, prompt in zip(left, prompts, strict=True)]
     mask = [[0] * n + [1] * (length - n) for n in left]
 
+    chooser = _Chooser(draws, how, length, device)
     # The likeliest token is taken of scores that allow only the drawn one.
     arguments = {
         "input_ids": torch.tensor(ids, device=device),
@@ -171,7 +174,7 @@ def write(
         "do_sample": False,
         "eos_token_id": [*ends] or None,
         "pad_token_id": padding,
-        "logits_processor": LogitsProcessorList([_Chooser(draws, how, length, device)]),
+        "logits_processor": LogitsProcessorList([chooser]),
         "synced_gpus": engine is not None,
     }
     # What the model's own file asks for, such as a penalty on repetition, would change its
@@ -184,22 +187,37 @@ def write(
             out = engine({"arguments": arguments}, probe="generate")
     finally:
         model.generation_config = own
-    return [_cut(row[length:], ends) for row in out.tolist()]
+    return chooser.cut(out[:, length:].tolist(), ends)
 
 
 class _Chooser:
-    """Leaves the drawn token of each row alone possible, as a processor of transformers' scores."""
+    """Leaves the drawn token of each row alone possible, as a processor of transformers' scores,
+    and keeps the entropy of each row's distribution, `[rows]` a step."""
 
     def __init__(self, draws: Sequence[Draw], how: Sampling, length: int, device: torch.device):
         self._how, self._length = how, length
+        self._entropies: list[Tensor] = []
         rows = np.stack([uniforms(draw, how.max_new_tokens) for draw in draws])
         self._numbers = torch.from_numpy(rows).to(device)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         # With `synced_gpus` a rank whose texts have ended goes on beside the others.
         at = min(input_ids.shape[1] - self._length, self._numbers.shape[1] - 1)
+        self._entropies.append(_measure_entropy(scores[:, : self._how.vocab].float()))
         chosen = choose(scores, self._numbers[:, at], self._how)
         return torch.full_like(scores, -torch.inf).scatter_(1, chosen[:, None], 0.0)
+
+    def cut(self, rows: list[list[int]], ends: Sequence[int]) -> list[Written]:
+        """Return the texts that rows of new tokens begin with."""
+        entropies = torch.stack(self._entropies, 1).tolist()
+        pairs = [(_cut(row, ends), each) for row, each in zip(rows, entropies, strict=True)]
+        return [replace(text, entropy=sum(each[: len(text.tokens)])) for text, each in pairs]
+
+
+def _measure_entropy(logits: Tensor) -> Tensor:
+    """Return the entropy of each row's softmax, `[rows]`, in nats."""
+    log_q = logits.log_softmax(-1)
+    return -(log_q.exp() * log_q.clamp(min=torch.finfo(log_q.dtype).min)).sum(-1)
 
 
 def _cut(tokens: list[int], ends: Sequence[int]) -> Written:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.config.names import CACHE_RECORD, KEPT
+from ds_kd.config.names import CACHE_RECORD, INT8, KEPT
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.head import Head
 from ds_kd.models.causal_lm import DTYPES
@@ -45,6 +45,7 @@ class Record:
         k: ids or draws of a row; 0 of hidden states.
         temperature: at which the last two hold the distribution.
         shared: number of ids over which they hold it.
+        weights: `int8` if the teacher's weights were rounded to 8 bits when it was run.
         format: of the files.
     """
 
@@ -64,6 +65,7 @@ class Record:
     k: int = 0
     temperature: float = 1.0
     shared: int = 0
+    weights: str = ""
     format: int = _FORMAT
 
     @property
@@ -116,6 +118,7 @@ def make_record(cfg: RunConfig, head: Head | None, student: Any, world: World) -
         max(vocabulary.values()),
         hash_vocabulary(vocabulary),
         hash_template(student),
+        weights=_weights_of(cfg),
     )
     if cfg.teacher.keep == HIDDEN:
         return made
@@ -131,6 +134,10 @@ def make_record(cfg: RunConfig, head: Head | None, student: Any, world: World) -
         expected = f"fewer than the {partial.shared} ids of the models"
         raise ConfigError([problem("teacher.k", partial.k, expected)])
     return partial
+
+
+def _weights_of(cfg: RunConfig) -> str:
+    return INT8 if cfg.teacher.placement == INT8 else ""
 
 
 def temperature_of(cfg: RunConfig) -> float:
@@ -209,6 +216,9 @@ def refuse_other(cfg: RunConfig, found: Record, student: Any, world: World) -> N
         given = _name(training_dtype(component))
         expected = f"{found.dtype}, in which the outputs in {directory} were computed"
         raise ConfigError([problem("teacher_model.torch_dtype", given, expected)])
+    if here is not None and cfg.teacher.fill and _weights_of(cfg) != found.weights:
+        expected = f"{found.weights or 'another place than int8'}, as the outputs in {directory}"
+        raise ConfigError([problem("teacher.placement", cfg.teacher.placement, expected)])
 
 
 def _refuse_other_kind(cfg: RunConfig, found: Record) -> None:

@@ -36,6 +36,10 @@ class CacheError(UserError):
     """A cache is damaged or lacks what is asked of it; the message says what to do."""
 
 
+class CacheWriteError(CacheError, OSError):
+    """The system cannot write a file of a cache."""
+
+
 @dataclass(frozen=True)
 class _Part:
     """A file of rows, or rows that are not yet in one (`path` None)."""
@@ -145,7 +149,7 @@ class Store:
             fields: `[rows, …]` each, on the CPU.
 
         Raises:
-            CacheError: they cannot be written.
+            CacheWriteError: they cannot be written.
         """
         absent = np.flatnonzero(self.lacks(keys))
         _, first = np.unique(keys[absent], axis=0, return_index=True)
@@ -169,7 +173,7 @@ class Store:
         """Write what was added into a file of its own.
 
         Raises:
-            CacheError: it cannot be written.
+            CacheWriteError: it cannot be written.
         """
         self._flushed = time.monotonic()
         new = [part for part in self._parts if part.path is None]
@@ -192,7 +196,7 @@ def write_file(path: Path, tensors: Fields) -> None:
     """Write a safetensors file that is whole or absent, whenever the process ends.
 
     Raises:
-        CacheError: it cannot be written.
+        CacheWriteError: it cannot be written.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -203,7 +207,7 @@ def write_file(path: Path, tensors: Fields) -> None:
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
-        raise CacheError(f"{path}: cannot be written: {first_line(error)}") from error
+        raise CacheWriteError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
 def _open(path: Path) -> _Part:

@@ -1,0 +1,47 @@
+"""Choose where a teacher lies by the memory plan, for `teacher.placement: auto`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+
+from ds_kd.config.names import AUTO
+from ds_kd.config.schema import RunConfig
+from ds_kd.parallel.world import World, on_rank0
+from ds_kd.plan.dry_run import data_of, model_shape, work_of
+from ds_kd.plan.memory import Machine, choose_placement
+
+
+def settle_placement(cfg: RunConfig, world: World) -> RunConfig:
+    """Return the config with the teacher's place instead of `auto`, which rank 0 chooses by the
+    memory that is free there, and says; any other config as it is. A collective.
+
+    Raises:
+        ConfigError: a model's config.json cannot be read.
+    """
+    component = cfg.teacher_model
+    if cfg.teacher.placement != AUTO or component is None or not cfg.loads_teacher:
+        return cfg
+
+    def choose() -> Any:
+        student, teacher = model_shape(cfg.model, cfg), model_shape(component)
+        work = work_of(cfg, world.size, *data_of(cfg)[1:3])
+        machine = _measure_machine(world)
+        placement, why = choose_placement(student, teacher, work, machine, world.size)
+        print(f"teacher.placement: {placement}, {why}", flush=True)
+        return placement
+
+    return replace(cfg, teacher=replace(cfg.teacher, placement=on_rank0(choose, world)))
+
+
+def _measure_machine(world: World) -> Machine:
+    """Return the memory that is free on this rank's device and its node."""
+    together = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+    host = psutil.virtual_memory().available
+    if world.device.type == "cuda":
+        return Machine(torch.cuda.mem_get_info(world.device)[0], host, together)
+    return Machine(host // together, None, together, is_one=True)

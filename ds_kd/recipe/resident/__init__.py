@@ -1,0 +1,1 @@
+"""Teachers that run on the student's ranks: where their weights lie."""

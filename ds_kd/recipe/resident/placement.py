@@ -1,0 +1,101 @@
+"""The ZeRO configuration of a teacher that runs, after checks that need its files or the machine.
+
+`int8` is DeepSpeed's `quantized_initialization`: linear maps and embeddings are kept as 8-bit
+numbers with a scale and a smallest value for each group of a row, and become numbers of the model's
+dtype when they are used. The scales lie in the bytes of that dtype beside them, so that the files
+must be in it too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ds_kd.config.checks.zero_file import place_teacher
+from ds_kd.config.components import Component, config_error
+from ds_kd.config.names import INT8, NVME
+from ds_kd.config.schema import RunConfig
+from ds_kd.models.files.weight_files import WeightFiles, empty_model
+from ds_kd.parallel.engines import find_obstacle_to_nvme
+from ds_kd.recipe.models import config_of, name_of, select_location, training_dtype
+
+_GROUPS = (64, 32, 16)  # numbers that share a scale
+_FEW = 16  # weights of a layer of unknown kind
+_ALIGNMENT = 4096  # numbers by which DeepSpeed may round a buffer up
+_DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors writes them
+
+
+def make_teacher_zero(cfg: RunConfig, ranks: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration of where the teacher's weights lie.
+
+    Raises:
+        ConfigError: its weights cannot be kept in 8 bits, or not on an NVMe disk from here.
+    """
+    wanted, component = cfg.teacher, cfg.teacher_model
+    assert component is not None
+    given = cfg.deepspeed.teacher, wanted.placement, cfg.offload_teacher_model, wanted.nvme_path
+    config = place_teacher(*given)
+    with config_error("teacher.placement", wanted.placement, "a place that this teacher can take"):
+        if wanted.placement == NVME:
+            if obstacle := find_obstacle_to_nvme():
+                raise ValueError(obstacle)
+            config["zero_optimization"]["offload_param"] |= _make_buffers(component, ranks)
+        if wanted.placement == INT8:
+            config |= quantize(component)
+    return config
+
+
+def quantize(component: Component) -> dict[str, Any]:
+    """Return DeepSpeed's keys that keep a model's weights in 8 bits.
+
+    Raises:
+        ValueError: its files are of another dtype than it runs in, or its widths have no group.
+    """
+    model = empty_model(config_of(component), **_select_trust(component))
+    names = {
+        f"{name}.weight": module.weight.shape[1]
+        for name, module in model.named_modules()
+        if type(module) in (nn.Linear, nn.Embedding)
+    }
+
+    # A weight that the files lack is tied to another.
+    files, dtype = (
+        WeightFiles(name_of(component), select_location(component)),
+        training_dtype(component),
+    )
+    found = {files.find(name, model.base_model_prefix) for name in names} - {None}
+    if not found:
+        raise ValueError("int8 reads safetensors files; the model has none")
+    others = {files.dtypes[name] for name in found if name} - {_DTYPES[dtype]}
+    if others:
+        raise ValueError(
+            f"int8 needs files in the dtype of the run, and those of {name_of(component)} hold "
+            f"{others.pop()} where {component.key}.torch_dtype is {_DTYPES[dtype]}; write the same"
+        )
+    group = next((g for g in _GROUPS if all(w % g == 0 for w in names.values())), None)
+    if group is None:
+        odd = next(name for name, width in names.items() if width % _GROUPS[-1])
+        raise ValueError(
+            f"int8 divides rows into groups of {_GROUPS[-1]} numbers or more, and {odd} has rows "
+            f"of {names[odd]}; write zero3"
+        )
+    groups = {"num_bits": 8, "group_size": group, "group_dim": 1, "symmetric": False}
+    return {"weight_quantization": {"quantized_initialization": groups}}
+
+
+def _make_buffers(component: Component, ranks: int) -> dict[str, int]:
+    """Return the buffers in the host's memory through which a disk is read: one for each weight
+    that is gathered at one time, those of a layer and of the next, as large as the largest."""
+    config = config_of(component)
+    model = empty_model(config, **_select_trust(component))
+    kinds = getattr(model, "_no_split_modules", None) or ()
+    layers = [part for part in model.modules() if type(part).__name__ in kinds]
+    most = max((len([*layer.parameters()]) for layer in layers), default=_FEW)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    return {"buffer_count": 2 * most, "buffer_size": -(-largest // ranks) + _ALIGNMENT}
+
+
+def _select_trust(component: Component) -> dict[str, Any]:
+    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}

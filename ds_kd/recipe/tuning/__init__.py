@@ -1,0 +1,1 @@
+"""Exchanges of ranks, kernels and compilation, as machines, models and memory allow."""

@@ -1,0 +1,171 @@
+"""What a run chooses from its machines, models and memory, and that no choice changes a result."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from ds_kd.config.components import ConfigError
+from ds_kd.data.collate import default_collater
+from ds_kd.data.packing import PackedDataset
+from ds_kd.models.causal_lm import FrozenModel, compile_layers
+from ds_kd.parallel.nodes import count_ranks_per_node
+from ds_kd.parallel.world import World
+from ds_kd.recipe.tuning.compile import Fallback
+from ds_kd.recipe.tuning.gathering import Size, tune
+from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.machine import Machine
+from ds_kd.recipe.tuning.window import build_window
+from ds_kd.teachers.window import Window, join
+from tests import tiny
+from tests.parity.architectures import build
+from tests.parity.test_architectures import CHOSEN
+
+CPU = torch.device("cpu")
+H100 = 80 * 10**9
+#: Llama 3: 70 B and 405 B parameters, in bf16.
+LARGE, HUGE = Size(70_553_706_496, 855_654_400, 2), Size(405_853_388_800, 3_188_752_384, 2)
+SMALL = Size(1_235_814_400, 60_821_504, 2)
+ZERO = {"zero_optimization": {"stage": 3}}
+
+
+class Engine:
+    """A module where an engine is asked for, without DeepSpeed."""
+
+    def __init__(self, module):
+        self.module, self.training = module, False
+        self.eval, self.train = module.eval, module.train
+
+    def __call__(self, batch, probe=None):
+        return self.module(batch, probe=probe)
+
+
+def keys(zero):
+    return {n: v for n, v in zero["zero_optimization"].items() if n != "stage"}
+
+
+def test_machines_are_told_by_the_names_of_their_ranks():
+    assert count_ranks_per_node(["a", "a", "b", "b"]) == 2
+    assert count_ranks_per_node(["a"]) == 1
+    assert count_ranks_per_node(["a", "a", "b"]) is None
+    assert count_ranks_per_node(["a", "b", "a", "b"]) is None  # not one after the other
+
+
+def test_a_whole_layer_is_fetched_ahead_where_the_default_would_fetch_its_beginning():
+    one_node = Machine(8, 8, H100, True)
+    zero, said = tune(ZERO, LARGE, one_node)
+    assert keys(zero) == {
+        "stage3_prefetch_bucket_size": LARGE.layer,
+        "stage3_max_live_parameters": 2 * LARGE.layer,
+    }
+    assert not said
+    assert keys(tune(ZERO, SMALL, one_node)[0]) == {"stage3_prefetch_bucket_size": SMALL.layer}
+    assert keys(tune(ZERO, Size(10**8, 10**7, 2), one_node)[0]) == {}
+
+
+@pytest.mark.parametrize("name", ["prefetch_bucket_size", "stage3_prefetch_bucket_size"])
+def test_what_a_zero_file_says_stays(name):
+    given = {"zero_optimization": {"stage": 3, name: 7, "zero_hpz_partition_size": 1}}
+    assert tune(given, LARGE, Machine(16, 8, H100, True)) == (given, "")
+
+
+@pytest.mark.parametrize(
+    ("zero", "size", "machine"),
+    [
+        (ZERO, LARGE, Machine(1, 1, H100, True)),
+        (ZERO, None, Machine(16, 8, H100, True)),
+        ({"zero_optimization": {"stage": 0}}, LARGE, Machine(16, 8, H100, True)),
+    ],
+)
+def test_nothing_is_chosen_where_nothing_is_gathered_or_known(zero, size, machine):
+    assert tune(zero, size, machine) == (zero, "")
+
+
+def test_several_machines_get_a_copy_of_the_weights_each_if_it_takes_a_quarter_of_memory_at_most():
+    two_nodes = Machine(16, 8, H100, True)
+    zero, said = tune(ZERO, LARGE, two_nodes)
+    assert keys(zero)["zero_hpz_partition_size"] == 8
+    assert "8 ranks of each machine, from a copy of 16 GiB a rank" in said and "write 1" in said
+    zero, said = tune(ZERO, HUGE, two_nodes)
+    assert "zero_hpz_partition_size" not in keys(zero) and "94 GiB a rank would take more" in said
+
+    offloaded = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    uneven, single = Machine(12, None, H100, True), Machine(4, 1, H100, True)
+    for other in (tune(offloaded, LARGE, two_nodes), tune(ZERO, LARGE, uneven)):
+        assert "zero_hpz_partition_size" not in keys(other[0]) and not other[1]
+    assert "zero_hpz_partition_size" not in keys(tune(ZERO, LARGE, single)[0])
+
+
+def test_a_window_takes_as_many_micro_batches_as_their_hidden_states_have_room():
+    # 70 B: 8,192 numbers of 2 bytes a token, three times: 4,096 tokens take 201 MB.
+    window = Window(None, H100 // 32, 8192 * 2)
+    assert window.count(4096.0) == 12 and window.count(2.0**30) == 1
+    assert Window(3, 0, 8192 * 2).count(4096.0) == 3
+
+
+def test_gradients_are_added_up_by_themselves_on_accelerators_with_room():
+    def engine(dtype, offloads=False):
+        weight = torch.nn.Parameter(torch.empty(2, dtype=dtype))
+        weight.ds_numel = 10**9
+        frozen = torch.nn.Parameter(torch.empty(2, dtype=dtype), requires_grad=False)
+        module = torch.nn.ParameterList([weight, frozen])
+        return SimpleNamespace(module=module, optimizer=SimpleNamespace(offload_optimizer=offloads))
+
+    eight, one = Machine(8, 8, H100, True), Machine(1, 1, H100, True)
+    bf16 = engine(torch.bfloat16)  # 6 GB of 10
+    assert reduces_once("auto", 4, bf16, eight)
+    assert not reduces_once("auto", 1, bf16, eight)
+    assert not reduces_once("auto", 4, bf16, one)
+    assert reduces_once("auto", 4, engine(torch.bfloat16, offloads=True), one)
+    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100, False))
+    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100 // 2, True))
+    assert reduces_once("true", 1, bf16, one) and not reduces_once("false", 4, bf16, eight)
+
+
+@pytest.mark.parametrize("kind", CHOSEN)
+def test_micro_batches_in_a_row_give_every_bit_that_they_give_one_by_one(kind):
+    model = FrozenModel(build(kind))
+    alone = World(0, 1, CPU, "gloo")
+    rows = tiny.samples(9, seed=3, masked=(0, 1, 2))  # a micro-batch without any label
+    packed = PackedDataset(rows, 30)
+    padded = [default_collater(rows[start : start + 3]) for start in (0, 3, 6)]
+    packs = [default_collater([packed[k]]) for k in range(len(packed))]
+    expected = torch.cat([model(batch) for batch in padded])
+    window = build_window(3, Engine(model), ZERO, False, alone) if kind not in LEFT_OUT else None
+    if window is None:
+        with pytest.raises(ConfigError, match=r"teacher\.window: got 3, and .* one micro-batch"):
+            build_window(3, Engine(model), ZERO, False, alone)
+        assert build_window("auto", Engine(model), ZERO, False, World(0, 2, CPU, "gloo")) is None
+        assert torch.equal(torch.cat([model(batch) for batch in padded]), expected)
+        return
+    assert torch.equal(torch.cat([model(batch) for batch in padded]), expected)
+    assert torch.equal(model(join(padded)), expected)
+    assert torch.equal(model(join(packs)), torch.cat([model(batch) for batch in packs]))
+
+
+#: Caps in attention, attention in chunks, and a mask of its own.
+LEFT_OUT = {"gemma2", "llama4_text", "phimoe"}
+
+
+def test_a_window_is_not_made_where_nothing_is_gathered():
+    model, alone = FrozenModel(build("qwen3")), World(0, 1, CPU, "gloo")
+    assert build_window("auto", Engine(model), ZERO, False, alone) is None
+    assert build_window(1, Engine(model), ZERO, False, World(0, 2, CPU, "gloo")) is None
+    host = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    assert build_window("auto", Engine(model), host, False, alone).most is None
+
+
+def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_so_once(capsys):
+    model = build("qwen3")
+    ids = torch.arange(3, 15)[None]
+    expected = model(input_ids=ids, use_cache=False).logits
+
+    def broken(*_):
+        raise RuntimeError("no such instruction\nmore")
+
+    compile_layers(model, guard=Fallback().guard, backend=broken)
+    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    told = capsys.readouterr().err
+    assert told.count("layers are not compiled") == 1 and "no such instruction" in told
