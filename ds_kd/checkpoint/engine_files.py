@@ -132,19 +132,19 @@ def find_lost_states(engine: Any) -> list[str]:
     return sorted(states_of(engine.optimizer.optimizer) - {"exp_avg", "exp_avg_sq"})
 
 
-def reshard(directory: Path, tag: str, out: Path, parts: int) -> None:
+def reshard(directory: Path, tag: str, out: Path, for_cut: bool) -> None:
     """Write `directory/tag` as DeepSpeed's universal checkpoint, which any number of ranks can
     read. Call it on one rank.
 
     Args:
-        parts: into how many parts the engine that will read it cuts its matrices.
+        for_cut: whether the engine that will read it cuts its matrices.
     """
     from deepspeed.checkpoint import ds_to_universal
 
     _pickle_stage_by_value()
-    if parts > 1 or count_parts(directory / tag) > 1:
+    if for_cut or count_parts(directory / tag) > 1:
         with trust_pickles():
-            write_universal(directory / tag, out / tag, parts)
+            write_universal(directory / tag, out / tag)
         return
 
     # DeepSpeed's script prints progress bars; its errors are exceptions.

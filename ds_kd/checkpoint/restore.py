@@ -98,6 +98,7 @@ def load(
     """
     saved = json.loads((found / STATE).read_text())
     try:
+        # Earlier versions knew no cut matrices.
         before = saved["world_size"], saved.get("tensor_size", 1)
         if before == (world.size, world.tensor.size):
             loaded = engine_files.load_engine(engine, found, ENGINE)
@@ -109,6 +110,7 @@ def load(
             f"{found} does not fit this model ({first_line(error)}); give "
             f"checkpoint.checkpoint_dir another directory to start anew"
         ) from error
+
     if not loaded:
         raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
     state.load_state_dict(saved["train_state"])
@@ -138,7 +140,7 @@ def _load_resharded(
     def cut() -> None:
         shutil.rmtree(out, ignore_errors=True)
         try:
-            engine_files.reshard(found, ENGINE, out, world.tensor.size)
+            engine_files.reshard(found, ENGINE, out, world.tensor.size > 1)
         except KeyError:
             raise CheckpointError(
                 f"{found} was saved by {ranks}, and only optimizers of Adam's family can go on "

@@ -10,6 +10,7 @@ one, and everything that is not cut, embeddings and heads among it, over all ran
 from __future__ import annotations
 
 import re
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,9 @@ _STYLES: dict[str, dict[str, Any]] = {
     "rowwise": {"partition_type": "row"},
     _WITH_SUM: {"partition_type": "skip", "grad_allreduce": True},
 }
+#: A style → the part of an adapter, B·A, that is cut with the map: B by its outputs, or A by its
+#: inputs. The other one is whole on each rank.
+_CUT_OF_ADAPTER = {"colwise": "B", "rowwise": "A"}
 _SECTION = "tensor_parallel"
 
 
@@ -49,7 +53,7 @@ def cut_layers(model_config: Any, size: int, trains: bool) -> dict[str, Any]:
         told = f"with {', '.join(unknown)}" if unknown else "none"
         raise ValueError(f"transformers' plan for {text.model_type} is one {told}")
     rules = [
-        {"patterns": [rf".*\.{_to_pattern(name)}\.weight$"], **_STYLES[style]}
+        {"patterns": _list_patterns(name, _CUT_OF_ADAPTER.get(style)), **_STYLES[style]}
         for name, style in plan.items()
         if trains or style != _WITH_SUM  # a frozen weight has no gradient to sum
     ]
@@ -60,9 +64,32 @@ def cut_layers(model_config: Any, size: int, trains: bool) -> dict[str, Any]:
     }
 
 
-def _to_pattern(name: str) -> str:
-    """Return a pattern for a name such as `layers.*.mlp.up_proj`."""
-    return re.escape(name).replace(r"\*", r"\d+")
+def _list_patterns(name: str, of_adapter: str | None) -> list[str]:
+    """Return patterns of the weights that are cut for a name such as `layers.*.mlp.up_proj`: of the
+    map, and of its adapter if it has one.
+
+    Args:
+        of_adapter: the part of an adapter that is cut, A or B.
+    """
+    start = rf".*\.{re.escape(name)}".replace(r"\*", r"\d+")
+    adapter = [rf"{start}\.lora_{of_adapter}\.\w+\.weight$"] if of_adapter else []
+    return [rf"{start}(\.base_layer)?\.weight$", *adapter]
+
+
+@contextmanager
+def show_maps() -> Iterator[None]:
+    """Let AutoTP find the maps inside adapters: it would take a wrapper of peft, which shows the
+    weight that it wraps, for a map, and put another in the place of map and adapter."""
+    wrapper: Any = getattr(sys.modules.get("peft.tuners.tuners_utils"), "BaseTunerLayer", None)
+    if wrapper is None:
+        yield
+        return
+    shown = wrapper.weight
+    del wrapper.weight
+    try:
+        yield
+    finally:
+        wrapper.weight = shown
 
 
 def without_cuts(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ds_kd.models import causal_lm, lora, probes
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
-from ds_kd.parallel.tensor import cut_layers
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
@@ -44,6 +42,7 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
+from ds_kd.recipe.tuning.cuts import choose_cuts
 from ds_kd.recipe.tuning.gathering import measure, tune
 from ds_kd.recipe.tuning.gradients import reduces_once
 from ds_kd.recipe.tuning.kernels import replace_kernels
@@ -67,10 +66,9 @@ _WITH_ENGINE = (ResidentTeacher, SharedBaseTeacher)
 def build(
     cfg: RunConfig, world: World, asked_to_stop: Callable[[], bool] = lambda: False
 ) -> Trainer:
-    """Build the trainer of a run.
+    """Build the trainer of a run from a checked config.
 
     Args:
-        cfg: a checked config.
         world: this process's place in the job.
         asked_to_stop: returns whether this rank was asked to stop after its step.
 
@@ -93,8 +91,8 @@ def build(
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
-    if checkpointer is not None:  # by now all files are downloaded
-        add_model_files(checkpointer, cfg, world)
+    if checkpointer is not None:
+        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
         _add_what_outlives_a_step(checkpointer, batches, teacher)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
@@ -227,28 +225,18 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
 def _make_engine_config(
     cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
 ) -> dict[str, Any]:
-    machine, parts = Machine.of(world), world.tensor.size
-    if parts > 1:  # the groups of machines are for whole layers
-        machine = replace(machine, ranks_per_node=None)
-    zero, said = tune(zero, measure(component), machine)
+    zero, said = tune(zero, measure(component), Machine.of(world))
     if said and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
     made = engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
-    with config_error(component.key, name_of(component), "a model that tp_size can cut"):
-        trains = component is cfg.model and cfg.peft is None
-        return made | cut_layers(config_of(component), parts, trains)
+    return made | choose_cuts(cfg, component, world.tensor.size)
 
 
 def _count_micro_batches(cfg: RunConfig, world: World) -> int:
     """Return the number of micro-batches that a step has on one rank."""
     steps = cfg.step_scheduler
     return steps.global_batch_size // (steps.local_batch_size * world.data.size)
-
-
-def _may_compile(cfg: RunConfig, world: World) -> bool:
-    """Return whether layers are compiled where the YAML leaves that open."""
-    return not cfg.rolls_out and world.tensor.size == 1
 
 
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
@@ -267,7 +255,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    compile_model(cfg.compile, _may_compile(cfg, world), module.model, world)
+    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
     is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
     wanted = 1 if is_one else cfg.teacher.window
     return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
@@ -291,6 +279,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.tensor = world.tensor
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))
@@ -304,7 +293,7 @@ def _build_student(
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
     _check_model(cfg, cfg.model, engine, world)
-    compile_model(cfg.compile, _may_compile(cfg, world), model, world)
+    compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
 

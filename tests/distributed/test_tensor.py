@@ -7,6 +7,7 @@ import torch
 
 from tests import tiny
 from tests.distributed.test_checkpoint import TOKENS, same, train, weights
+from tests.distributed.test_lora import kept, one_step
 from tests.parity.test_step import MASKED, PACK, TEMPERATURE, build, sgd
 from tests.ranks import run_ranks
 
@@ -16,10 +17,15 @@ CASES = [
     (0.5, "untied", {}),
     (0.5, "tied", {"packs": True}),
     (0.5, "untied", {"checkpointing": True}),
+    (0.5, "tied", {"once": True}),  # gradients of micro-batches are exchanged together
 ]
 
 
-def steps(world, paths, cases):
+def _of_build(how):
+    return {name: value for name, value in how.items() if name != "once"}
+
+
+def steps(world, root, paths, cases):
     """The largest error of a weight after a step, and what else could differ from plain PyTorch."""
     from transformers import AutoModelForCausalLM
 
@@ -34,7 +40,8 @@ def steps(world, paths, cases):
         data = PackedDataset(rows, PACK) if "packs" in how else rows
         accumulation, local = (1, -(-len(data) // world.data.size)) if "packs" in how else (2, 3)
         models = {"student": paths[kind], "teacher": paths["teacher"]}
-        made = build(world, models, data, accumulation, local, ratio, sgd, **how)
+        made = build(world, models, data, accumulation, local, ratio, sgd, **_of_build(how))
+        made.reduce_once = "once" in how
         logged = made.validate()
         made.train()
 
@@ -66,7 +73,11 @@ def of_two(world, root, paths, cases):
     from ds_kd.checkpoint.export import export_checkpoint
     from ds_kd.parallel.world import on_rank0
 
-    out = {"steps": steps(world, paths, cases)}
+    out = {"steps": steps(world, root, paths, cases)}
+    chosen = {"target_modules": ["*q_proj", "*down_proj", "*.layers.0.*.o_proj"]}
+    out["lora"] = one_step(world, paths, False, chosen, False)
+    (root / "lora").mkdir(exist_ok=True)
+    out["adapter"] = kept(world, paths, root / "lora", torch.float32, False)
     straight, _ = train(world, paths, root / "straight", 5)
     train(world, paths, root / "cut", 2)
     cut, out["found"] = train(world, paths, root / "cut", 5)
@@ -114,6 +125,16 @@ def test_a_step_of_cut_matrices_is_the_step_of_plain_pytorch(two):
     _, found = two
     assert found[0] == found[1]
     assert all(judge(case) for case in found[0]["steps"]), found[0]["steps"]
+
+
+def test_an_adapter_of_cut_maps_takes_the_step_of_plain_peft_and_is_kept_whole(two):
+    _, (found, _) = two
+    error, moved, _ = found["lora"]
+    assert error <= 1e-6 and moved > 0.01
+    run = found["adapter"]
+    assert run["resumed"] and run["base"] > 1e-3
+    kinds = ("adapter", "final", "exported", "exported_adapter", "apart")
+    assert max(run[kind] for kind in kinds) <= 1e-4, run
 
 
 def test_every_rank_keeps_its_share_of_the_weights(two):

@@ -104,6 +104,7 @@ def build(
     )
     student = load(paths["student"], adapt)
     module = causal_lm.Student(student, loss, layer_losses)
+    module.tensor = world.tensor
     config = cut("student")
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:

@@ -20,6 +20,7 @@ from torch import Tensor
 #: What is kept of a weight: itself, in fp32, and Adam's two means.
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt")
+_FIRST = "zero_pp_rank_0_mp_rank_00_model_states.pt"
 _INFO = "universal_checkpoint_info"
 _BY_INPUTS = "parameter_with_row_parallelism_patterns"
 _WHOLE = "tp_replicated_parameter_patterns"
@@ -65,7 +66,6 @@ class CutFiles:
     def __init__(self, directory: Path):
         self._models: dict[Place, dict[str, Any]] = {}
         self._optimizers: dict[Place, dict[str, Any]] = {}
-        self.first: dict[str, Path] = {}  # kind → the file of the first rank
         for path in sorted(directory.iterdir()):
             if (match := _FILE.fullmatch(path.name)) is None:
                 continue
@@ -75,8 +75,6 @@ class CutFiles:
                 self._models[place] = loaded
             else:
                 self._optimizers[place] = loaded["optimizer_state_dict"]
-            if place == (0, 0):
-                self.first[match[3]] = path
         self.data = 1 + max(data for data, _ in self._models)
         self.tensor = 1 + max(part for _, part in self._models)
         self._spots = dict(self._find_spots())
@@ -89,8 +87,12 @@ class CutFiles:
     @property
     def buffers(self) -> dict[str, Tensor]:
         """Return the tensors that are kept and not trained."""
-        kept = self._models[0, 0]
-        return {name: kept["module"][name] for name in kept["buffer_names"]}
+        return {name: self.model["module"][name] for name in self.model["buffer_names"]}
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """Return what the first rank kept beside its optimizer."""
+        return self._models[0, 0]
 
     @property
     def optimizer(self) -> dict[str, Any]:
@@ -122,9 +124,9 @@ class CutFiles:
         return found
 
     def _find_spots(self) -> Iterator[tuple[str, _Spot]]:
-        info = self._models[0, 0].get(_INFO) or {}
+        info = self.model.get(_INFO) or {}
         by_inputs, whole = info.get(_BY_INPUTS, ()), info.get(_WHOLE, ())
-        for number, shapes in enumerate(self._models[0, 0]["param_shapes"]):
+        for number, shapes in enumerate(self.model["param_shapes"]):
             ranks = self._count_ranks(number, shapes)
             start = 0
             for name, shape in shapes.items():
@@ -146,9 +148,9 @@ def _matches(name: str, patterns: list[str]) -> bool:
     return any(re.match(pattern, name) for pattern in patterns)
 
 
-def write_universal(directory: Path, out: Path, parts: int) -> None:
-    """Write the files of an engine as DeepSpeed's universal checkpoint, for ranks whose matrices
-    are cut in `parts`.
+def write_universal(directory: Path, out: Path) -> None:
+    """Write the files of an engine as DeepSpeed's universal checkpoint, from which every rank takes
+    its part, cut or not.
 
     Raises:
         KeyError: the optimizer has other states than Adam's.
@@ -164,8 +166,5 @@ def write_universal(directory: Path, out: Path, parts: int) -> None:
     kept["optimizer_state_dict"] = {**states, "state": step}
     torch.save(kept | {"param_groups": states["param_groups"]}, out / "zero" / "optimizer_state.pt")
 
-    # DeepSpeed reads counters from a file for each part.
-    model = files.first["model"]
-    for part in range(parts):
-        name = model.name.replace("mp_rank_00", f"mp_rank_{part:02d}")
-        (out / name).write_bytes(model.read_bytes())
+    # From here DeepSpeed reads counters, and no weights.
+    torch.save({**files.model, "mp_world_size": 1}, out / _FIRST)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ds_kd.config.components import Component
+from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.components import Component, problem
+from ds_kd.config.names import AUTO, INT8, NVME
 from ds_kd.config.schema import RunConfig
 from ds_kd.errors import NotPlainFileError, read_plain_file
 
@@ -32,11 +35,15 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
     for component in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
         config = _read_config(component)
         if config is not None and (misfit := find_misfit(config, size)):
-            problems.append(f"{component.key}: {misfit}")
+            key = f"{component.key}.pretrained_model_name_or_path"
+            name = component.kwargs.get("pretrained_model_name_or_path")
+            problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
+
+    # What wraps, compiles, packs or copies whole matrices.
     together = f"does not go with {KEY}: {size}"
     if cfg.compile.enabled == "true":
         problems.append(f"compile.enabled: {together}; write false")
-    if cfg.teacher.placement in (INT8, NVME):
+    if cfg.teacher.placement in (INT8, NVME, AUTO):
         problems.append(
             f"teacher.placement: got {cfg.teacher.placement}, which {together}; write zero3, "
             "replicate or cpu"
@@ -46,15 +53,22 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(
                 f"deepspeed.{name}: zero_hpz_partition_size: {count} {together}; remove it"
             )
-    if cfg.peft is not None:
-        problems.append(
-            f"peft: {together}, as DeepSpeed cannot cut the maps that an adapter wraps; remove one "
-            "of them"
-        )
+    if cfg.peft is not None and cfg.peft.use_dora:
+        problems.append(f"peft.use_dora: {together}, as it measures whole rows; write false")
     if cfg.teacher.fill:
         problems.append(
-            f"teacher.fill: {together}; fill the cache in a run without {KEY}, and write false"
+            f"teacher.fill: {together}; write false, or fill the cache with {KEY}=1 first"
         )
+
+
+def _count_copies(given: Any) -> int:
+    """Return the ranks that share a second copy of the weights by a ZeRO file, 1 if there is none;
+    what is wrong with the file is told elsewhere."""
+    try:
+        zero = load_zero_config(given, "", (0, 3))["zero_optimization"]
+    except ValueError:
+        return 1
+    return int(zero.get("zero_hpz_partition_size", 1))
 
 
 def find_misfit(config: Mapping[str, Any], size: int) -> str:
@@ -66,14 +80,15 @@ def find_misfit(config: Mapping[str, Any], size: int) -> str:
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         return (
-            f"{KEY}: {size} cannot cut {kind}, expected one of {', '.join(ARCHITECTURES)}; remove "
-            f"{KEY}: ZeRO-3 shards any model"
+            f"its model_type {kind} is none of {', '.join(ARCHITECTURES)}; remove {KEY}, as ZeRO-3 "
+            f"shards any model"
         )
-    for key in _DIVIDED:
-        count = config.get(key)
-        if isinstance(count, int) and count % size:
-            return f"{KEY}: {size} does not divide its {key} {count}; write a divisor"
-    return ""
+    counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
+    odd = next((key for key, count in counts.items() if count % size), None)
+    if odd is None:
+        return ""
+    most = math.gcd(*counts.values())
+    return f"its {odd} is {counts[odd]}; " + (f"write {most}" if most > 1 else f"remove {KEY}")
 
 
 def _read_config(component: Component) -> dict[str, Any] | None:

@@ -14,7 +14,8 @@ class Machine:
 
     Args:
         ranks: of the job.
-        ranks_per_node: of each machine, or None if they differ.
+        ranks_per_node: of each machine, or None if they differ, or if layers are cut: what is
+            gathered inside a machine are whole ones.
         memory: bytes of one rank.
         has_accelerator: whether this is an accelerator's memory.
     """
@@ -30,7 +31,7 @@ class Machine:
         hosts = list_hosts(world)
         return cls(
             world.size,
-            count_ranks_per_node(hosts),
+            count_ranks_per_node(hosts) if world.tensor.size == 1 else None,
             measure_memory(world, hosts),
             world.device.type != "cpu",
         )
