@@ -59,14 +59,14 @@ def _chunks(items: list, size: int) -> list[list]:
 
 @contextlib.contextmanager
 def ds_kd(
-    job: Job, chunk_size: int | None = None, compiled: bool = False, liger: bool = False
+    job: Job, chunk_size: int | None = None, compiled: bool = False, tuned: bool = False
 ) -> Iterator[Step]:
     """Take the trainer's own step on its own engines; this process is one rank of them."""
     from ds_kd.checkpoint.engine_files import state_bytes
     from ds_kd.parallel import world as distributed
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
-    teacher, student = _build_engines(job, chunk_size, compiled, liger)
+    teacher, student = _build_engines(job, chunk_size, compiled, tuned)
 
     def step(samples: list[dict[str, Any]]) -> float:
         batches = _collate(job, samples)[world.rank :: world.size]
@@ -87,18 +87,19 @@ def ds_kd(
         student.step()
         return float(distributed.sum_over(total[None], world.data)[0]) / labels
 
-    # What a rank keeps between steps, for the row of the table.
-    step.state_bytes = state_bytes(teacher.engine) + state_bytes(student)  # type: ignore[attr-defined]
+    if not tuned:  # what a rank keeps of sharded models between steps, for the row of the table
+        step.state_bytes = state_bytes(teacher.engine) + state_bytes(student)  # type: ignore[attr-defined]
     yield step
     for engine in (student, teacher.engine):
         engine.destroy()
 
 
 def _build_engines(
-    job: Job, chunk_size: int | None, compiled: bool, liger: bool
+    job: Job, chunk_size: int | None, compiled: bool, tuned: bool
 ) -> tuple[Any, Any]:
-    """Return the teacher and the student's engine, built as a run builds them."""
-    from ds_kd.config.checks.zero_file import load_zero_config
+    """Return the teacher and the student's engine, built as a run builds them; `tuned` as with
+    `use_liger_kernel: true` and `teacher.placement: replicate`."""
+    from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
     from ds_kd.losses.chunked import DistillationLoss
     from ds_kd.losses.cross_entropy import MaskedCrossEntropy
     from ds_kd.losses.divergences import KDLoss
@@ -109,16 +110,18 @@ def _build_engines(
     from ds_kd.teachers.resident import ResidentTeacher
 
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
-    with engines.zero3_init(config):
+    whole = place_teacher(None, "replicate", False)
+    placed = engines.engine_config(whole, job.dtype, job.micro_batch) if tuned else config
+    with engines.zero3_init(placed):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
-    if liger and (reason := use_liger_kernels(teacher_model)):
+    if tuned and (reason := use_liger_kernels(teacher_model)):
         raise RuntimeError(f"no kernels of liger-kernel: {reason}")
-    teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), config))
+    teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), placed))
     with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
-    if liger:
+    if tuned:
         use_liger_kernels(student_model)
     loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
     student = engines.build_student(
@@ -279,7 +282,7 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
     "ds_kd_shared": (ds_kd, None),
     "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
-    "ds_kd_liger": (functools.partial(ds_kd, liger=True), "liger_kernel"),
+    "ds_kd_tuned": (functools.partial(ds_kd, tuned=True), "liger_kernel"),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),
@@ -293,6 +296,6 @@ def available(names: list[str] | None = None) -> dict[str, Callable[..., Any]]:
         name: make
         for name, (make, package) in CONTENDERS.items()
         if (names is None or name in names)
-        and ("liger" not in name or torch.cuda.is_available())
+        and (package != "liger_kernel" or torch.cuda.is_available())
         and (package is None or importlib.util.find_spec(package) is not None)
     }

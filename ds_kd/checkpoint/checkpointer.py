@@ -65,6 +65,7 @@ from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
 LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
+_LAYOUT = {"distributed.dp_size", "distributed.tp_size", "distributed.cp_size"}
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 
@@ -72,10 +73,11 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str
     """Return a line for each difference between two fingerprints, by name.
 
     Earlier versions saved no identity of labels, and another one of models' files, or none; its
-    absence is no difference.
+    absence is no difference. Nor is another layout of the ranks.
     """
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
+    unknown |= _LAYOUT
     return {
         name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
         for name in sorted((saved.keys() | present.keys()) - unknown)

@@ -839,7 +839,7 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     assert len(caught.value.problems) == 3
     assert "separate_meshes: student and teacher share all ranks" in told
     assert "teacher_distributed: student and teacher share all ranks" in told
-    assert "distributed.pp_size: got 2, expected 1" in told
+    assert "distributed.pp_size" in told
     dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.pp_size=1"]
     assert load(GUIDE, [*theirs, *dropped]).teacher_model is not None
 
