@@ -154,7 +154,13 @@ class Distributed:
         low=1,
     )
     dp_replicate_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
-    tp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    tp_size: int | None = key(
+        None,
+        "Cuts the matrices of both models' layers over this many neighbouring ranks, which then "
+        "share their samples (docs/distributed.md); by default none is cut.",
+        "ranks",
+        low=1,
+    )
     cp_size: int | None = key(
         None,
         "Splits the tokens of each sample or pack over this many ranks, for samples too long for "

@@ -264,6 +264,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.tensor = world.tensor
     module.exchange = Exchange(world.sequence)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":

@@ -9,6 +9,7 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.parallel import engines
 from ds_kd.parallel.world import World
 from ds_kd.recipe.models import training_dtype
+from ds_kd.recipe.tuning.cuts import choose_cuts
 from ds_kd.recipe.tuning.gathering import measure, tune
 from ds_kd.recipe.tuning.machine import Machine
 
@@ -28,7 +29,8 @@ def make_engine_config(
     if said and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
-    return engines.engine_config(zero, dtype, local, count_micro_batches(cfg, world), clip)
+    made = engines.engine_config(zero, dtype, local, count_micro_batches(cfg, world), clip)
+    return made | choose_cuts(cfg, component, world.tensor.size)
 
 
 def count_micro_batches(cfg: RunConfig, world: World) -> int:
