@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     option("--data", required=True, help="rows with messages")
     option("--rounds", type=int, default=3)
     option("--micro-batches", type=int, default=4, help="of a step on one rank")
-    option("--pack", type=int, default=512, help="tokens of a pack, a micro-batch")
+    option("--pack", type=int, default=768, help="tokens of a pack, a micro-batch")
     option("--dtype", default="fp32")
     return parser.parse_args()
 

@@ -92,6 +92,7 @@ def test_several_machines_get_a_copy_of_the_weights_each_where_half_of_memory_st
     assert "8 ranks of each machine, from a copy of 16 GiB a rank" in said and "write 1" in said
     zero, said = tune(ZERO, SMALL, two_nodes, taken + count_copy(LARGE, two_nodes))
     assert keys(zero)["zero_hpz_partition_size"] == 8  # 10.2 + 17.6 + 0.3 GB of 40
+    assert "zero_hpz_partition_size" not in keys(tune(ZERO, SMALL, two_nodes, 0, True)[0])
     zero, said = tune(ZERO, LARGE, Machine(16, 8, H100 * 2 // 3, True), taken)
     assert "zero_hpz_partition_size" not in keys(zero)
     assert "16 GiB a rank would leave less than half of its memory for steps" in said

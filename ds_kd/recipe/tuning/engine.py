@@ -26,7 +26,8 @@ def make_engine_config(
     """
     machine = Machine.of(world)
     size, taken = _measure(cfg, component, machine)
-    zero, said = tune(zero, size, machine, taken)
+    is_updated_each_pass = component is cfg.model and count_micro_batches(cfg, world) == 1
+    zero, said = tune(zero, size, machine, taken, is_updated_each_pass)
     if said and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size

@@ -61,7 +61,11 @@ def count_copy(size: Size | None, machine: Machine) -> int:
 
 
 def tune(
-    zero: dict[str, Any], size: Size | None, machine: Machine, taken: int = 0
+    zero: dict[str, Any],
+    size: Size | None,
+    machine: Machine,
+    taken: int = 0,
+    is_updated_each_pass: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Return a ZeRO configuration with what its file leaves open, and a sentence about it if there
     are several machines to gather layers inside of.
@@ -70,6 +74,8 @@ def tune(
         zero: the checked content of a ZeRO file.
         size: of the model, or None.
         taken: bytes of a rank that both models take, with the copy of the other one.
+        is_updated_each_pass: whether weights change after every pass, so that a copy, for whose
+            making DeepSpeed waits for the device, would be gathered from once.
     """
     given = zero["zero_optimization"]
     if size is None or given["stage"] != 3 or machine.ranks == 1:
@@ -80,7 +86,7 @@ def tune(
     said, ranks = "", machine.ranks_per_node
     copy = count_copy(size, machine)
     is_plain = not _offloads_weights(given) and "weight_quantization" not in zero
-    is_open = is_plain and "zero_hpz_partition_size" not in given
+    is_open = is_plain and "zero_hpz_partition_size" not in given and not is_updated_each_pass
     if is_open and ranks is not None and 1 < ranks < machine.ranks:
         if taken + copy <= _SHARE_OF_MODELS * machine.memory:
             added["zero_hpz_partition_size"] = ranks
