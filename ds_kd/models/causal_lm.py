@@ -95,8 +95,14 @@ class _Split(nn.Module):
             (body,) = self._body
             out = body(input_ids=ids, position_ids=positions, use_cache=False, **segments)
         # The residual stream of Mamba is float32 even if its head is not.
-        hidden = out.last_hidden_state.to(self.model.get_output_embeddings().weight.dtype)
+        hidden = out.last_hidden_state.to(self._head_dtype())
         return _select(hidden.flatten(0, 1), rows, is_distinct=once is rows)
+
+    def _head_dtype(self) -> torch.dtype:
+        """Return the dtype of the head. As the forward reads its weight, ZeRO-3 gathers it at the
+        start of every forward and keeps it until backward, which the student needs."""
+        dtype: torch.dtype = self.model.get_output_embeddings().weight.dtype
+        return dtype
 
     def head(self) -> Head:
         """Return the head with its current parameters, which are whole only while gathered."""
@@ -169,6 +175,10 @@ class FrozenModel(_Split):
         super().__init__(model)
         self.requires_grad_(False)
         self.train(False)
+
+    def _head_dtype(self) -> torch.dtype:
+        # The attribute `weight` would have it gathered, and only the loss needs it.
+        return next(self.model.get_output_embeddings().parameters()).dtype
 
     def train(self, mode: bool = True) -> FrozenModel:
         return super().train(False)

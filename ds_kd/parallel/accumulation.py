@@ -20,7 +20,7 @@ BYTES_OF_SUM = {4: 4, 2: 6}
 
 
 #: Share of a rank's memory that whole gradients may fill: later batches may be larger.
-_FULL = 0.8
+FULL = 0.8
 
 
 @dataclass
@@ -50,7 +50,7 @@ class Once:
         """
         self._steps += 1
         if not self.always and self.needed is not None and self._steps > 1:
-            self.always = max(peaks) * 2**30 + self.needed <= _FULL * self.memory
+            self.always = max(peaks) * 2**30 + self.needed <= FULL * self.memory
         return self.always
 
 

@@ -13,6 +13,7 @@ from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
@@ -235,7 +236,8 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     module.watch(compared)
     engine = engines.build_teacher(module, config)
     _check_model(cfg, component, engine, world)
-    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
+    compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
+    compile_model(cfg.compile, compiles, module.model, world)
     is_one = count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
     wanted = 1 if is_one else cfg.teacher.window
     return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))

@@ -12,7 +12,7 @@ from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.teachers.window import Window, agrees, divide_layers
 
 #: Share of a rank's memory that the hidden states of a window may take.
-_SHARE = 1 / 32
+SHARE = 1 / 32
 
 
 def build_window(
@@ -48,7 +48,7 @@ def build_window(
             f"time, as its attention is not plain SDPA; remove the key"
         ])  # fmt: skip
     width = model.config.get_text_config().hidden_size * model.dtype.itemsize
-    room = int(_SHARE * Machine.of(world).memory)
+    room = int(SHARE * Machine.of(world).memory)
     return Window(None if wanted == "auto" else int(wanted), room, width)
 
 
