@@ -321,6 +321,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     local = steps.local_batch_size
     packed = cfg.packed_sequence.packed_sequence_size
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
+    name = cfg.optimizer.name.rpartition(".")[2]
     sizes = (loss.kwargs.get("chunk_size") for loss in cfg.kd_losses)
     default = default_chunk("cuda" if cuda else "cpu")
     chunk = next((size for size in sizes if size is not None), default)  # 0 is all tokens at once
@@ -331,9 +332,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "micro_batches": max(1, steps.global_batch_size // (local * world)),
         "chunk": chunk or (packed * local if packed else tokens),
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
-        "optimizer_numbers": optimizer_numbers(
-            cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
-        ),
+        "optimizer_numbers": optimizer_numbers(name, cfg.optimizer.kwargs),
         "checkpointing": cfg.distributed.activation_checkpointing,
         "offload_weights": is_offloaded("student", "offload_param"),
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
@@ -345,8 +344,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "cached_head": count_head_bytes(find_record(cfg)),
     }
     for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):
-        if key in zero["student"]:
-            values[name] = int(float(zero["student"][key]))
+        values |= {name: int(float(zero["student"][key]))} if key in zero["student"] else {}
     return memory.Work(**values)
 
 
