@@ -13,8 +13,9 @@ from ds_kd.config.methods.check_placement import note_on_placement
 from ds_kd.config.names import AUTO
 from ds_kd.config.schema import RunConfig
 from ds_kd.parallel.world import World, on_rank0
-from ds_kd.plan.dry_run import data_of, model_shape, work_of
+from ds_kd.plan.dry_run import model_shape, work_of
 from ds_kd.plan.memory import Machine, choose_placement
+from ds_kd.plan.samples import data_of
 
 
 def settle_placement(cfg: RunConfig, world: World) -> RunConfig:

@@ -238,7 +238,7 @@ class Trainer:
         if self.teacher is None:
             yield from ((batch, None) for batch in batches)
             return
-        slots = counts.slots / len(batches) / self.world.data.size
+        slots = counts.slots / len(batches) / self.world.tokens.size
         outputs = ask(self.teacher, batches, slots)
 
         def take() -> TeacherOutput:
