@@ -37,7 +37,10 @@ from ds_kd.script import run_script
 
 PROGRAM = "ds-kd" if Path(sys.argv[0]).name == "ds-kd" else "kd.py"
 #: Options of launch/plan.py that a user may give here.
-OF_PLAN = ("--gpu-memory", "--host-memory", "--ranks-per-node", "--length", "--mfu", "--tflops")
+OF_PLAN = (
+    "--gpu", "--nodes", "--network", "--gpu-memory", "--host-memory", "--ranks-per-node",
+    "--length", "--mfu", "--tflops",
+)  # fmt: skip
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

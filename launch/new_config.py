@@ -1,11 +1,13 @@
 """Print a commented YAML to start from.
 
     python launch/new_config.py --student DIR --teacher DIR --data FILE --gpus 8 > cfg.yaml
+    python launch/new_config.py … --gpus 64 --nodes 8 --gpu-memory 80GB --host-memory 2TB > cfg.yaml
 
-Models and data are directories, files or hub ids. Batch size, activation checkpointing and offload
-are the ones whose memory plan fits; steps and validation follow the number of rows. Without
---validation a share of the rows is kept out of training and validated on. Exit code 2 where
-something named is wrong.
+Models and data are directories, files or hub ids. Of all batch sizes, places of the teacher,
+activation checkpointing and offload whose memory plan fits, the YAML has those whose step takes
+least time, and says why; steps and validation follow the number of rows. Without --validation a
+share of the rows is kept out of training and validated on. Exit code 2 where something named is
+wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.command_line import positive
 from ds_kd.config.components import ConfigError
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
@@ -35,25 +38,32 @@ def main(argv: list[str] | None = None) -> int:
         "--columns", metavar="NAMES", help="of the rows: QUESTION,ANSWER or CONTEXT,QUESTION,ANSWER"
     )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, for a model without one")
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="ranks")
+    parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="ranks")
     parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each (80GB)")
     parser.add_argument("--host-memory", metavar="SIZE", help="of one node, for what is offloaded")
-    parser.add_argument("--ranks-per-node", type=int, default=8, metavar="N", help="share it (8)")
+    number = positive(int)
+    parser.add_argument(
+        "--ranks-per-node", type=number, default=8, metavar="N", help="share it (8)"
+    )
+    parser.add_argument("--nodes", type=number, metavar="N", help="that the GPUs are divided over")
+    parser.add_argument("--gpu", default="h100", metavar="NAME", help="times are of it (h100)")
     args = parser.parse_args(argv)
-    for option in ("gpus", "ranks_per_node"):
-        if (value := getattr(args, option)) < 1:
-            name = option.replace("_", "-")
-            parser.error(f"--{name}: got {value}, expected a number ≥ 1")
     quiet()
     from ds_kd.plan.dry_run import bytes_of
     from ds_kd.plan.memory import Machine
     from ds_kd.plan.starter import Rows, write_starter
+    from ds_kd.plan.step.cluster import divide_over_nodes, make_cluster
 
     try:
         host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
-        machine = Machine(bytes_of(args.gpu_memory), host, args.ranks_per_node)
+        together = args.ranks_per_node
+        if args.nodes is not None:
+            together = divide_over_nodes(args.gpus, args.nodes)
+        cluster = make_cluster(args.gpu, args.gpus, together)
+        assert cluster is not None
+        machine = Machine(bytes_of(args.gpu_memory), host, cluster.per_node)
         rows = Rows(args.data, args.validation, args.columns, args.chat_template)
-        text, warnings = write_starter((args.student, args.teacher), rows, args.gpus, machine)
+        text, warnings = write_starter((args.student, args.teacher), rows, machine, cluster)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
     python launch/plan.py --config cfg.yaml --ranks 8 --gpu-memory 80GB [key.sub=value …]
     python launch/plan.py --config cfg.yaml --ranks 8 --host-memory 1TB --length 2048
+    python launch/plan.py --config cfg.yaml --gpu h100 --ranks 64 --nodes 8       the time of a step
 
 Only the models' config.json is needed. If the run does not fit, the plan says so and names the
 smallest number of ranks that does. Exit code 2 if the config or the command is wrong, else 0.
@@ -29,6 +30,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--gpu-memory", metavar="SIZE", help="of a rank, what has to fit: 80GB")
     option("--host-memory", metavar="SIZE", help="of a node, where offload goes: 1TB")
     option("--ranks-per-node", type=positive(int), metavar="N", help="that share that memory")
+    option("--gpu", metavar="NAME", help="h100, for its memory and the time of a step at best")
+    option("--nodes", type=positive(int), metavar="N", help="that the ranks are divided over")
+    option("--network", type=positive(float), metavar="GBIT/S", help="of each GPU between nodes")
     option("--length", type=positive(int), metavar="N", help="tokens of a sample; else measured")
     option("--mfu", type=positive(float, 1), default=0.4, help="share of the peak, such as 0.4")
     option("--tflops", type=positive(float), default=989.0, help="that peak (an H100's)")
@@ -51,6 +55,9 @@ def run(args: argparse.Namespace) -> None:
                 args.length,
                 args.mfu,
                 args.tflops,
+                args.gpu,
+                args.nodes,
+                args.network,
             )
         )
 

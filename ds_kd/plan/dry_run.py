@@ -11,14 +11,16 @@ from ds_kd.config.components import Component, ConfigError, config_error, proble
 from ds_kd.config.load import check_world
 from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
-from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.data.packing import pack
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
-from ds_kd.plan.samples import describe_sharing, load_first
+from ds_kd.plan.samples import data_of, describe_sharing
+from ds_kd.plan.step.cluster import Cluster, divide_over_nodes, make_cluster
+from ds_kd.plan.step.time import describe_time
+from ds_kd.plan.step.traffic import count_exchanges, describe_traffic
+from ds_kd.plan.step.tuning import tune_work
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
 from ds_kd.recipe.models import config_of, name_of, training_dtype
@@ -33,8 +35,6 @@ _GB = {
     "MIB": 2**20,
     "GIB": 2**30,
 }
-_SAMPLES = 64  # number of samples that are tokenised to measure their lengths
-_GUESS = 1024  # tokens of a sample if the data cannot be read
 
 
 def bytes_of(text: str, option: str = "--gpu-memory") -> int:
@@ -61,6 +61,9 @@ def plan_of(
     length: int | None = None,
     mfu: float = 0.4,
     tflops: float = 989.0,
+    gpu: str | None = None,
+    nodes: int | None = None,
+    network: float | None = None,
 ) -> str:
     """Return the plan of a run as text, given sizes in the user's notation.
 
@@ -72,17 +75,26 @@ def plan_of(
         length: tokens of a sample; None measures the data.
         mfu: share of an accelerator's peak that a step reaches.
         tflops: that peak, in 10¹² operations per second (an H100's in bf16).
+        gpu: name of the accelerators; None takes this machine's if they have one.
+        nodes: machines that the ranks are divided over, in place of `ranks_per_node`.
+        network: Gbit/s of an accelerator's share in its node's network.
 
     Raises:
-        ConfigError: a size cannot be read, batch sizes do not fit, or a model does not exist.
+        ConfigError: a size cannot be read, batch sizes do not fit, a model or an accelerator of
+            this name does not exist, or ranks cannot be divided over nodes.
     """
     rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
     sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
-    ranks = ranks or cfg.distributed.dp_size or 1
+    ranks = ranks or (cfg.distributed.dp_size or 1) * cfg.distributed.ranks_per_sample
     check_world(cfg, ranks)
     together = ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
+    if nodes is not None:
+        together = divide_over_nodes(ranks, nodes)
+    cluster = make_cluster(gpu, ranks, together, network)
+    if gpu is not None and cluster is not None and sizes[0] is None:
+        sizes[0] = cluster.gpu.memory
     machine = memory.Machine(sizes[0], sizes[1], together)
-    return describe(cfg, ranks, machine, mfu, tflops, length)
+    return describe(cfg, ranks, machine, mfu, tflops, length, cluster)
 
 
 def describe(
@@ -92,6 +104,7 @@ def describe(
     mfu: float,
     tflops: float,
     length: int | None = None,
+    cluster: Cluster | None = None,
 ) -> str:
     """Return the plan of a run as text.
 
@@ -101,6 +114,7 @@ def describe(
         length: tokens of a sample; None measures the data.
         mfu: share of an accelerator's peak that a step reaches.
         tflops: that peak, in 10¹² operations per second.
+        cluster: named accelerators, to estimate the time of a step on; None if there are none.
 
     Raises:
         ConfigError: a model's config.json cannot be read.
@@ -113,13 +127,11 @@ def describe(
     writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
     work = add_answers(cfg, work, writing, world)
     work, placed = _settle_placement(cfg, student, teacher, work, machine, world)
+    work = tune_work(cfg, work, student, teacher, machine, world)
 
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     lines += _describe_models(student, teacher) + placed
-    lines.append(
-        f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
-        f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
-    )
+    lines.append(_describe_step(cfg, work, told))
     lines += _describe_steps(cfg, rows) + describe_sharing(cfg) + describe_cache(cfg, rows)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
@@ -130,8 +142,19 @@ def describe(
     flops = memory.count_operations(student, asked, work)
     told = f"{flops / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
     lines.append(f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {told}")
+    lines += describe_traffic(count_exchanges(student, teacher, work, world))
+    if cluster is not None:
+        lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
     lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
+
+
+def _describe_step(cfg: RunConfig, work: memory.Work, told: str) -> str:
+    steps = cfg.step_scheduler
+    return (
+        f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
+        f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
+    )
 
 
 def _settle_placement(
@@ -279,60 +302,6 @@ def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Sh
     return memory.shape_of(model, dtype.itemsize)
 
 
-def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
-    """Return (samples, tokens of a micro-batch, share supervised, the source of the lengths).
-
-    Args:
-        length: tokens of a sample; None measures the data.
-    """
-    local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
-    is_measured = component.declaration is not None and not component.declaration.has_parts
-    total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
-    cut = _find_cut_length(component)
-    if length is not None:
-        return total, local * length, supervised, "--length"
-    if longest is not None:
-        told = (
-            f"nine tenths of its first {min(total or 0, _SAMPLES)} samples have at most {longest}"
-        )
-        return total, local * longest, supervised, told
-    if cut is not None:
-        return total, local * cut, supervised, f"{component.key}.seq_length"
-    told = (
-        f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; launch/plan.py --length "
-        f"sets it"
-    )
-    return total, local * _GUESS, supervised, told
-
-
-def _find_cut_length(component: Component) -> int | None:
-    """Return the `seq_length` that samples are cut or padded to, or None."""
-    length, kwargs = component.kwargs.get("seq_length"), component.kwargs
-    cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
-    return length if length and (cuts or kwargs.get("padding") == "max_length") else None
-
-
-def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
-    """Return (samples, share supervised, 90th percentile of lengths) of the first samples.
-
-    A value is None if the data or the tokenizer are not at hand.
-
-    Raises:
-        ConfigError: a local file is wrong.
-    """
-    total, some = load_first(cfg, _SAMPLES)
-    if some is None:
-        return total, 1.0, None
-    lengths = [len(row["input_ids"]) for row in some]
-    if size := cfg.packed_sequence.packed_sequence_size:
-        expected = f"room for every sample of {cfg.dataset.key}"
-        with config_error("packed_sequence.packed_sequence_size", size, expected):
-            pack(lengths, size, cfg.rng.seed)
-    lengths.sort()
-    taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
-    return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
-
-
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
     """Return the work of a step.
 
@@ -376,6 +345,8 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": is_offloaded("student", "offload_optimizer"),
         "offload_teacher": is_offloaded("teacher", "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
+        "hpz": int(zero["teacher"].get("zero_hpz_partition_size") or 0),
+        "student_hpz": int(zero["student"].get("zero_hpz_partition_size") or 0),
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
@@ -387,8 +358,11 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
 
 def _shares_softmax(loss: Component) -> bool:
     """Return whether CE and the distillation loss read one softmax."""
-    is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
-    return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
+    return _is_forward_kl(loss) and loss.kwargs.get("temperature", 1.0) == 1.0
+
+
+def _is_forward_kl(loss: Component) -> bool:
+    return home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
 
 
 def _format_size(size: int) -> str:

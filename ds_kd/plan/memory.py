@@ -1,8 +1,8 @@
 """Estimate a run from the shapes of its models alone: bytes per rank, operations per step.
 
 With ZeRO-3 a rank keeps 1/world of the weights, fp32 master weights, optimizer states and
-gradients, and all of the small parameters. A step adds gathered layers, activations and one chunk
-of logits.
+gradients, and all of the small parameters. A step adds gathered layers, activations, gradients on
+their way and one chunk of logits.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_kd.config.names import CPU, REPLICATE, ZERO3
+from ds_kd.parallel.accumulation import BYTES_OF_SUM
 
 _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_threshold
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
 _GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
 _REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
+_PREFETCH = 50_000_000  # elements: its stage3_prefetch_bucket_size
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -34,6 +36,10 @@ class Shape:
         saved: numbers that a layer saves per token for backward, without checkpointing.
         head_trained: whether the head's weight has a gradient.
         width: bytes of a weight.
+        inner: width of the MLP.
+        heads, kv: numbers of a token's queries, and of its keys or values, in a layer.
+        is_tied: the head is the embedding.
+        used: share of a layer's parameters that a token meets; below 1 with experts.
     """
 
     parameters: int
@@ -46,6 +52,16 @@ class Shape:
     saved: int
     head_trained: bool
     width: int
+    inner: int = 0
+    heads: int = 0
+    kv: int = 0
+    is_tied: bool = False
+    used: float = 1.0
+
+    @property
+    def outer(self) -> int:
+        """Return the parameters of embedding and head."""
+        return (1 if self.is_tied else 2) * self.vocabulary * self.hidden
 
 
 @dataclass(frozen=True)
@@ -67,6 +83,12 @@ class Work:
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
         bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
+        hpz, student_hpz: ranks that hold a second whole copy of the teacher or the student
+            together, and gather it from each other (zero_hpz_partition_size); 1 for none, 0 where
+            the run decides.
+        window: micro-batches that the teacher runs on between two gatherings of its weights.
+        reduces_once: a rank adds up the gradients of a step before they are exchanged.
+        tensor, sequence: ranks that share a layer's weights, or a sample's tokens; 1 for none.
     """
 
     tokens: int
@@ -85,6 +107,12 @@ class Work:
     cached_head: int = 0
     bucket: int = _BUCKET
     reuse: int = _REUSE
+    hpz: int = 0
+    student_hpz: int = 0
+    window: int = 1
+    reduces_once: bool = False
+    tensor: int = 1
+    sequence: int = 1
 
 
 def shape_of(model: Any, width: int) -> Shape:
@@ -99,14 +127,14 @@ def shape_of(model: Any, width: int) -> Shape:
     sizes = [sum(p.numel() for p in part.parameters()) for part in layers] or [0]
     head = model.get_output_embeddings().weight
     hidden = head.shape[1]
-    heads = getattr(config, "num_attention_heads", 1)
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    kv = (getattr(config, "num_key_value_heads", None) or heads) * head_dim
-    inner = getattr(config, "intermediate_size", None) or 4 * hidden
+    count = getattr(config, "num_attention_heads", 1)
+    head_dim = getattr(config, "head_dim", None) or hidden // count
+    kv = (getattr(config, "num_key_value_heads", None) or count) * head_dim
+    heads, inner = count * head_dim, getattr(config, "intermediate_size", None) or 4 * hidden
 
     # Saved per token: inputs and outputs of two norms, q, attention's result twice, k and v, and
     # four times the MLP's width. Norms in bf16 keep fp32 copies too.
-    saved = 7 * hidden + 2 * heads * head_dim + 2 * kv + 4 * inner
+    saved = 7 * hidden + 2 * heads + 2 * kv + 4 * inner
     saved += 4 * hidden if width == 2 else 0
 
     parameters = [*model.parameters()]
@@ -121,7 +149,25 @@ def shape_of(model: Any, width: int) -> Shape:
         saved,
         bool(head.requires_grad),
         width,
+        inner,
+        heads,
+        kv,
+        head is model.get_input_embeddings().weight,
+        _share_used(layers, config),
     )
+
+
+def _share_used(layers: list[Any], config: Any) -> float:
+    """Return the share of the layers' parameters that a token meets: all, but of a mixture's
+    experts only those to which it is sent."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((count for name in names if (count := getattr(config, name, None))), None)
+    sizes = [(name, p.numel()) for part in layers for name, p in part.named_parameters()]
+    of_experts = sum(size for name, size in sizes if ".experts." in name)
+    if not (experts and of_experts):
+        return 1.0
+    left_out = of_experts * (1 - getattr(config, "num_experts_per_tok", experts) / experts)
+    return 1 - left_out / sum(size for _, size in sizes)
 
 
 def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
@@ -132,55 +178,100 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     """
     trained = 4 * student.trained // world
 
+    # Ranks that share a layer have parts of its weights, and ZeRO shards these over the others.
     def shard(shape: Shape, width: float) -> int:
         return round(width * (shape.parameters // world + shape.small))
 
-    # The student's states; DeepSpeed keeps gathered weights that it will need again soon.
     where = "host " if work.offload_weights else ""
     out = {f"{where}student weights": shard(student, student.width)}
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
     out[f"{where}gradients"] = trained
-    if world > 1:
-        kept = min(student.parameters, work.reuse)
-        out["student weights, gathered"] = kept * student.width
-
-    # A layer and the next one, which is prefetched, and both heads are gathered at the peak.
-    live = 2 * student.layer * student.width
-    heads = student.vocabulary * student.hidden * student.width
-    buffers = 2
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
-        # The head of a rounded teacher becomes numbers of its dtype to be read.
-        rounded, head = work.teacher_is_rounded, teacher.vocabulary * teacher.hidden
-        width = 1 + 2 * teacher.width / _GROUP if rounded else teacher.width
-        whole = teacher.parameters * teacher.width
-        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else shard(teacher, width)
-        live = max(live, 2 * teacher.layer * teacher.width)
-        heads += 0 if work.teacher_is_whole else round(head * (width + rounded * teacher.width))
-        buffers = 3 if work.shares_softmax else 4
-
+        whole = teacher.parameters * teacher.width // work.tensor
+        rounded = shard(teacher, _width_at_rest(teacher, work))
+        out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
+        if work.hpz > 1:
+            out["teacher weights, once more"] = whole // work.hpz
+    if work.student_hpz > 1:
+        out["student weights, once more"] = student.parameters * student.width // work.student_hpz
     if work.cached_head:
         out["teacher's head"] = work.cached_head
+    if work.reduces_once:
+        out["gradients, summed"] = bytes_of_sums(student) // work.tensor
+    return out | _estimate_step(student, teacher, work, world)
+
+
+def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
+    """Estimate what a step adds at its peak, in the accelerator's memory."""
+    in_transit = 2 if world > 1 else 1  # what is gathered, and the buffer that it is gathered into
+    heads = student.vocabulary * student.hidden * student.width
+    live, buffers = _count_live(student) * student.width, 2
+    if teacher is not None and not work.teacher_is_whole:
+        # The head of a rounded teacher becomes numbers of its dtype to be read.
+        width = _width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
+        heads += round(teacher.vocabulary * teacher.hidden * width)
+        live = max(live, _count_live(teacher) * teacher.width)
+    if teacher is not None or work.cached_head:
         buffers = 3 if work.shares_softmax else 4
 
-    rows = max(1, min(work.chunk, round(work.tokens * work.supervised)))
-    out["gathered layers and heads"] = (live + heads) * (2 if world > 1 else 1)  # and in transit
-    gradient = 4 * student.vocabulary * student.hidden if student.head_trained else 0
-    out["gradients before they are shared out"] = gradient + 4 * min(work.bucket, student.trained)
-    out["logits workspace"] = buffers * 4 * rows * student.vocabulary
-    layers = 1 if work.checkpointing else student.layers
-    kept = student.saved * layers + (student.hidden * student.layers if work.checkpointing else 0)
-    out["activations"] = work.tokens * kept * student.width
-    return out
+    # Gradients wait in a bucket, and are copied once more to be shared out. The head's is summed in
+    # fp32 and rounded; where it is the embedding too, the embedding's is added.
+    head = student.vocabulary * student.hidden * (4 + 2 * student.width)
+    gradients = head if student.head_trained else 0
+    gradients += in_transit * student.width * min(work.bucket, student.trained)
+
+    tokens = -(-work.tokens // work.sequence)
+    rows = max(1, min(work.chunk, round(tokens * work.supervised)))
+    own, repeated = _count_saved(student, work), 1 if work.checkpointing else student.layers
+    activations = tokens * own * repeated * student.width
+    if work.checkpointing:
+        activations += tokens * student.hidden * student.layers * student.width
+    if teacher is not None:  # its layers run before the student's, and keep nothing
+        passing = 4 * teacher.hidden + 3 * teacher.inner // work.tensor
+        passing += 3 * teacher.hidden * (work.window - 1)
+        activations = max(activations, tokens * passing * teacher.width)
+    return {
+        "gathered layers and heads": (live + heads) * in_transit // work.tensor,
+        "gradients before they are shared out": gradients // work.tensor,
+        "logits workspace": buffers * 4 * rows * student.vocabulary // work.tensor,
+        "activations": activations,
+    }
+
+
+def _width_at_rest(teacher: Shape, work: Work) -> float:
+    """Return the bytes that keep a weight of the teacher between its forwards."""
+    return 1 + 2 * teacher.width / _GROUP if work.teacher_is_rounded else teacher.width
+
+
+def bytes_of_sums(student: Shape) -> int:
+    """Return the bytes of whole gradients that are added up on a rank in fp32, and of those that
+    come from backward beside them in bf16."""
+    return student.trained * BYTES_OF_SUM[student.width]
+
+
+def _count_live(shape: Shape) -> int:
+    """Return the parameters of layers that are gathered at a time: a layer, and those that are
+    prefetched."""
+    body = shape.layer * shape.layers
+    return min(body, shape.layer + max(shape.layer, _PREFETCH))
+
+
+def _count_saved(shape: Shape, work: Work) -> int:
+    """Return the numbers that a layer saves for a token on one rank; ranks that share the layer
+    save the inputs of norms and residuals each."""
+    whole = 7 * shape.hidden + (4 * shape.hidden if shape.width == 2 else 0)
+    return whole + (shape.saved - whole) // work.tensor
 
 
 def is_state(name: str) -> bool:
     """Return whether a part of `estimate_bytes` stays between steps."""
     return name.removeprefix("host ") in {
-        "student weights", "student weights, gathered", "fp32 weights", "optimizer", "gradients",
-        "teacher weights", "teacher's head",
+        "student weights", "fp32 weights", "optimizer", "gradients", "teacher weights",
+        "teacher weights, once more", "student weights, once more", "teacher's head",
+        "gradients, summed",
     }  # fmt: skip
 
 
@@ -267,20 +358,30 @@ def choose_placement(
 
 
 def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:
-    """Count the floating-point operations of one rank's step.
+    """Count the floating-point operations of one rank's step."""
+    return sum(count_by_phase(student, teacher, work).values())
+
+
+def count_by_phase(student: Shape, teacher: Shape | None, work: Work) -> dict[str, float]:
+    """Count the floating-point operations of one rank's step by phase: `teacher`, `student` (its
+    forward) and `backward`.
 
     Forward takes two for each weight and token, and attention over half of a sample. Backward takes
-    twice as many, or as many as forward if the weights are frozen.
+    twice as many, or as many as forward if the weights are frozen. Ranks that share a layer or a
+    sample share its operations.
     """
 
     def forward(shape: Shape) -> float:
-        body = shape.layer * shape.layers
-        attention = 2 * shape.layers * work.length * shape.hidden
+        body = shape.layer * shape.layers * shape.used
+        attention = 2 * shape.layers * work.length * (shape.heads or shape.hidden)
         head = shape.vocabulary * shape.hidden * work.supervised
-        return work.tokens * (2 * body + attention + 2 * head)
+        tokens = work.tokens * work.micro_batches / (work.tensor * work.sequence)
+        return tokens * (2 * body + attention + 2 * head)
 
     backward = 2.0 if student.trained * 2 > student.parameters else 1.0
     again = 1.0 if work.checkpointing else 0.0
-    total = forward(student) * (1 + backward + again)
-    total += forward(teacher) if teacher is not None else 0.0
-    return total * work.micro_batches
+    return {
+        "teacher": forward(teacher) if teacher is not None else 0.0,
+        "student": forward(student),
+        "backward": forward(student) * (backward + again),
+    }

@@ -5,14 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ds_kd.config.components import ConfigError, config_error
+from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.schema import RunConfig
+from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.own import SHIFTED, OwnSamples
+from ds_kd.data.packing import pack
 from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import first_line
 from ds_kd.recipe.models import tokenizer_of
 
+_SAMPLES = 64  # number of samples that are tokenised to measure their lengths
+_GUESS = 1024  # tokens of a sample if the data cannot be read
 _FOR_SHARING = 512  # samples whose common beginnings are looked for
 _WORTH_TELLING = 1.25  # tokens of samples for one that would be computed
 _PACK = 2048  # tokens of a pack where samples are not packed yet
@@ -92,3 +96,57 @@ def describe_sharing(cfg: RunConfig) -> list[str]:
     if saved < _WORTH_TELLING:
         return []
     return [f"  shared beginnings: {key}.share_prefixes: true would compute {told}"]
+
+
+def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
+    """Return (samples, tokens of a micro-batch, share supervised, the source of the lengths).
+
+    Args:
+        length: tokens of a sample; None measures the data.
+    """
+    local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
+    is_measured = component.declaration is not None and not component.declaration.has_parts
+    total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
+    cut = _find_cut_length(component)
+    if length is not None:
+        return total, local * length, supervised, "--length"
+    if longest is not None:
+        told = (
+            f"nine tenths of its first {min(total or 0, _SAMPLES)} samples have at most {longest}"
+        )
+        return total, local * longest, supervised, told
+    if cut is not None:
+        return total, local * cut, supervised, f"{component.key}.seq_length"
+    told = (
+        f"guessed, {_GUESS} a sample: data or tokenizer are not at hand; launch/plan.py --length "
+        f"sets it"
+    )
+    return total, local * _GUESS, supervised, told
+
+
+def _find_cut_length(component: Component) -> int | None:
+    """Return the `seq_length` that samples are cut or padded to, or None."""
+    length, kwargs = component.kwargs.get("seq_length"), component.kwargs
+    cuts = kwargs.get("truncation") not in (None, False, "do_not_truncate")
+    return length if length and (cuts or kwargs.get("padding") == "max_length") else None
+
+
+def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
+    """Return (samples, share supervised, 90th percentile of lengths) of the first samples.
+
+    A value is None if the data or the tokenizer are not at hand.
+
+    Raises:
+        ConfigError: a local file is wrong.
+    """
+    total, some = load_first(cfg, _SAMPLES)
+    if some is None:
+        return total, 1.0, None
+    lengths = [len(row["input_ids"]) for row in some]
+    if size := cfg.packed_sequence.packed_sequence_size:
+        expected = f"room for every sample of {cfg.dataset.key}"
+        with config_error("packed_sequence.packed_sequence_size", size, expected):
+            pack(lengths, size, cfg.rng.seed)
+    lengths.sort()
+    taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
+    return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]

@@ -10,7 +10,7 @@ import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
 from ds_kd.data.rows.files import columns_of, files_of
 from ds_kd.data.rows.source import load_rows
 from ds_kd.plan import memory
-from ds_kd.plan.dry_run import data_of, model_shape, work_of
+from ds_kd.plan.choice import Chooser, describe_choice
+from ds_kd.plan.dry_run import model_shape, work_of
+from ds_kd.plan.samples import data_of
+from ds_kd.plan.step.cluster import Cluster
 
-_LOCAL_SIZES = (16, 8, 4, 2, 1)
-_GLOBAL = 32
+_GLOBAL = 32  # samples of a step, at least
 _STEPS_OF_EPOCH = 20  # steps of an epoch, at least, if the number of ranks allows it
 _FEW_STEPS = 100  # an epoch of fewer steps is repeated three times
 _HELD_OUT = (0.05, 8, 512)  # share of the rows held out, and the least and greatest number
@@ -33,13 +35,14 @@ _VALIDATIONS = 10
 _TEMPLATE = """\
 # {student} under {teacher}, for {gpus} rank(s) of {room:.0f} GiB each.
 # Every key: python launch/kd.py --list-keys      What it needs: … --dry-run --ranks {gpus}
-model:                          # the student, all of whose weights are trained
+{why}model:                          # the student, all of whose weights are trained
   pretrained_model_name_or_path: {student}
   torch_dtype: bf16
 teacher_model:                  # frozen
   pretrained_model_name_or_path: {teacher}
   torch_dtype: bf16
-offload_teacher_model: {offload_teacher}   # its shards in the host's memory
+teacher:
+  placement: {placement}              # zero3, replicate, cpu, int8, nvme
 kd_ratio: 0.5                   # 0: the labels alone, 1: the teacher alone
 kd_loss_fn:
   temperature: 1.0
@@ -70,7 +73,7 @@ checkpoint:
   checkpoint_dir: checkpoints/
   keep_last: 2
 """
-_OFFLOAD = "{zero_optimization: {stage: 3, offload_optimizer: {device: cpu, pin_memory: true}}}"
+_HOST = "{device: cpu, pin_memory: true}"
 
 
 @dataclass(frozen=True)
@@ -91,20 +94,21 @@ class Rows:
 
 
 def write_starter(
-    models: tuple[str, str], given: Rows, gpus: int, machine: memory.Machine
+    models: tuple[str, str], given: Rows, machine: memory.Machine, cluster: Cluster
 ) -> tuple[str, list[str]]:
     """Return a commented YAML, and warnings.
 
     Args:
         models: student and teacher, directories or hub ids.
         given: the rows to train on and to validate with.
-        gpus: number of ranks.
         machine: the memory of a rank and its node.
+        cluster: the ranks, and the GPUs for which the times of layouts are compared.
 
     Raises:
         ConfigError: a model or file does not exist, or no batch size fits.
     """
     assert machine.room is not None
+    gpus = cluster.world
     _refuse_references(models, given)
 
     # The template is filled with the smallest batch first, so that its config can be planned.
@@ -115,8 +119,9 @@ def write_starter(
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
-        "local": 1, "batch": gpus, "offload_teacher": "false", "checkpointing": "false",
-        "zero": "null", "rows": "", "steps": "", "epochs": 1, "val_every": 1,
+        "local": 1, "batch": gpus, "checkpointing": "false", "why": "",
+        "placement": "zero3", "zero": "null",
+        "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
     }  # fmt: skip
     with _name_option_of_template(models[0]):
@@ -131,7 +136,9 @@ def write_starter(
         values["validation"] = _write_held_out(float(f"{held_out / rows:.3g}"))
         values["rows"] = f"                        # {rows:,} rows"
         rows -= held_out
-    values |= _choose_sizes(cfg, tokens, supervised, gpus, machine, rows)
+    with_rows = None if rows is None else max(gpus, rows // _STEPS_OF_EPOCH)
+    plain = work_of(cfg, gpus, tokens, supervised)
+    values |= write_layout(make_chooser(cfg, plain, machine, cluster, with_rows))
     warnings = _plan_steps(values, rows)
     return _TEMPLATE.format(**values), warnings
 
@@ -168,54 +175,59 @@ def _load(values: dict[str, Any]) -> RunConfig:
             raise ConfigError([re.sub(r"^\d+:\d+: ", "", line) for line in lines]) from None
 
 
-def _choose_sizes(
+def make_chooser(
     cfg: RunConfig,
-    tokens: int,
-    supervised: float,
-    gpus: int,
+    plain: memory.Work,
     machine: memory.Machine,
-    rows: int | None,
-) -> dict[str, Any]:
-    """Return the largest micro-batch that fits, with the least offload and recomputation.
+    cluster: Cluster,
+    widest: int | None,
+    wanted: int = _GLOBAL,
+) -> Chooser:
+    """Return what chooses the layout of a run.
+
+    Args:
+        plain: a step of micro-batches of one sample.
+        widest: samples of a step at most: with few rows, a large batch would leave hardly any step.
+        wanted: samples of a step at least, as far as `widest` allows.
+    """
+    assert cfg.teacher_model is not None
+    student, teacher = model_shape(cfg.model), model_shape(cfg.teacher_model)
+    return Chooser(cfg, student, teacher, plain, machine, cluster, wanted, widest)
+
+
+def write_layout(chooser: Chooser) -> dict[str, Any]:
+    """Return the values of the YAML that say which layout a run has, and why.
 
     Raises:
         ConfigError: none fits.
     """
-    assert cfg.teacher_model is not None and machine.room is not None
-    shapes = model_shape(cfg.model), model_shape(cfg.teacher_model)
-    spare = replace(machine, room=int(0.9 * machine.room))
-    plain = work_of(cfg, gpus, tokens, supervised)
-    moves = [plain, replace(plain, checkpointing=True)]
-    moves.append(replace(moves[-1], offload_teacher=True))
-    moves.append(replace(moves[-1], offload_optimizer=True))
+    found = chooser.choose()
+    if found is None:
+        raise ConfigError([_describe_lack(chooser)])
+    work, place = found.layout.work, found.layout.placement
+    parts = [("offload_optimizer", work.offload_optimizer), ("offload_param", work.offload_weights)]
+    moved = "".join(f", {name}: {_HOST}" for name, is_moved in parts if is_moved)
+    return {
+        "local": found.layout.local,
+        "batch": chooser.batch(found.layout.local),
+        "checkpointing": str(work.checkpointing).lower(),
+        "placement": place,
+        "zero": f"{{zero_optimization: {{stage: 3{moved}}}}}" if moved else "null",
+        "why": "".join(f"# {line}\n" for line in describe_choice(chooser, found)),
+    }
 
-    # With few rows, a large batch would leave hardly any step.
-    widest = max(gpus, rows // _STEPS_OF_EPOCH) if rows is not None else None
-    for work in moves:
-        for local in _LOCAL_SIZES:
-            width = local * gpus
-            parts = memory.estimate_bytes(*shapes, replace(work, tokens=tokens * local), gpus)
-            if (widest is not None and width > widest) or spare.lacks(parts, gpus):
-                continue
-            wanted = max(_GLOBAL, width) if widest is None else min(max(_GLOBAL, width), widest)
-            return {
-                "local": local,
-                "batch": max(1, wanted // width) * width,
-                "checkpointing": str(work.checkpointing).lower(),
-                "offload_teacher": str(work.offload_teacher).lower(),
-                "zero": _OFFLOAD if work.offload_optimizer else "null",
-            }
 
-    parts = memory.estimate_bytes(*shapes, moves[-1], gpus)
-    if spare.lacks(parts, gpus) == ["host"]:
+def _describe_lack(chooser: Chooser) -> str:
+    """Return a sentence on what even the smallest layout would need."""
+    layout, machine = chooser.least(), chooser.machine
+    parts, gpus = chooser.parts(layout), chooser.cluster.world
+    if chooser.lacks(layout) == ["host"]:
         needed = f"{machine.of_node(parts, gpus) / 2**30:.1f} GiB of host memory are needed"
         there = f"--host-memory says {(machine.host_room or 0) / 2**30:.1f}"
     else:
         needed = f"{memory.on_device(parts) / 2**30:.1f} GiB are needed on each"
-        there = f"there are {machine.room / 2**30:.1f}"
-    raise ConfigError(
-        [f"--gpus {gpus}: {needed} and {there}; give more of them, or smaller models"]
-    )
+        there = f"there are {(machine.room or 0) / 2**30:.1f}"
+    return f"--gpus {gpus}: {needed} and {there}; give more of them, or smaller models"
 
 
 def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:

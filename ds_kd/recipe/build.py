@@ -11,26 +11,28 @@ from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error
+from ds_kd.config.components import ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.named.hidden_states import HiddenStates
-from ds_kd.models import causal_lm, lora, probes
+from ds_kd.models import causal_lm, lora
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
+from ds_kd.parallel.sequence import Exchange
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
-from ds_kd.recipe.data import build_loader, build_samples, packs
+from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples
 from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
     check_lengths,
+    check_model,
     config_of,
-    fix_rope,
     load_model,
     name_of,
     tokenizer_of,
@@ -72,7 +74,7 @@ def build(
     Raises:
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.data.size)
+    check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
@@ -229,16 +231,19 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     assert component is not None
     zero = make_teacher_zero(cfg, world.size)
     config = make_engine_config(cfg, component, zero, world, None)
-    model = load_model(component, config, packs(cfg))
+    by_sample = attends_by_sample(cfg, world)
+    model = load_model(component, config, by_sample)
     replace_kernels(component, model, world)
     module = causal_lm.FrozenModel(model)
+    module.exchange = Exchange(world.sequence)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
-    _check_model(cfg, component, engine, world)
-    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
-    is_one = count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
-    wanted = 1 if is_one else cfg.teacher.window
-    return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
+    check_model(cfg, component, engine, world)
+    compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
+    compile_model(cfg.compile, compiles, module.model, world)
+    has_several = cfg.rolls_out or count_micro_batches(cfg, world) > 1
+    wanted = cfg.teacher.window if has_several else 1
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 
 def _build_student(
@@ -250,7 +255,7 @@ def _build_student(
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
     config = make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    model = load_model(cfg.model, config, attends_by_sample(cfg, world), adapter_of(cfg))
     replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
@@ -259,6 +264,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.exchange = Exchange(world.sequence)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))
@@ -271,7 +277,7 @@ def _build_student(
         )
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
-    _check_model(cfg, cfg.model, engine, world)
+    check_model(cfg, cfg.model, engine, world)
     compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
@@ -303,22 +309,6 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         )
 
     return adapt
-
-
-def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
-    """Check the head, and packing, on the loaded model, and print what `fix_rope` changed."""
-    if (said := fix_rope(engine.module.model)) and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    checks = [(probes.check_head, "a linear head")]
-    if isinstance(engine.module, causal_lm.Student):
-        checks.append((probes.check_layers, "a model that runs each layer once"))
-    if packs(cfg):
-        checks.append((probes.check_packing, "a model that keeps packed samples apart"))
-    if packs(cfg) and cfg.packed_sequence.share_prefixes:
-        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
-    for check, expected in checks:
-        with config_error(component.key, name_of(component), expected):
-            check(engine, world.device, component.key)
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

@@ -11,7 +11,7 @@ from ds_kd.recipe.tuning.engine import count_micro_batches
 from ds_kd.recipe.tuning.machine import Machine
 
 #: Share of a rank's memory that whole gradients may take.
-_SHARE = 1 / 8
+SHARE = 1 / 8
 
 
 def reduces_once(cfg: RunConfig, engine: Any, world: World) -> bool:
@@ -38,4 +38,4 @@ def choose(wanted: str, micro_batches: int, engine: Any, machine: Machine) -> bo
         return False
     trained = [p for p in engine.module.parameters() if p.requires_grad]
     needed = sum(p.ds_numel * BYTES_OF_SUM[p.element_size()] for p in trained)
-    return needed <= _SHARE * machine.memory
+    return needed <= SHARE * machine.memory

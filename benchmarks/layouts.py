@@ -1,0 +1,296 @@
+"""Compare the plan of a run with the run: memory of a rank, and bytes that it exchanges in a step.
+
+    python benchmarks/layouts.py                        twelve layouts on 1, 2, 4 and 8 gloo ranks
+    python benchmarks/layouts.py --ranks 2 --layouts plain hpz
+    python benchmarks/layouts.py --output results/layouts
+
+Every layout is a YAML, trained for three steps of two micro-batches by the code that trains any
+run, in processes of its own. States are the bytes of all tensors that live after the last step; the
+peak is what the system counts for a process above what it had before the models were loaded;
+exchange is the bytes that a rank receives from others in the last step. All are compared with what
+`launch/plan.py` says for the same YAML.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+import psutil  # noqa: E402
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+
+LENGTH, SAMPLES, VOCAB = 128, 2, 16_000
+STEPS, MICRO = 3, 2
+_OFFLOADED = "{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}"
+_BF16 = ("model.torch_dtype=bf16", "teacher_model.torch_dtype=bf16")
+_FEW_KEPT = "deepspeed.student={zero_optimization: {stage: 3, stage3_max_reuse_distance: 0}}"
+_HPZ = "deepspeed.teacher={zero_optimization: {stage: 3, zero_hpz_partition_size: 2}}"
+#: Overrides of the YAML of each layout.
+LAYOUTS: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "bf16": (*_BF16, "distributed.activation_checkpointing=true"),
+    "no teacher": ("kd_ratio=0",),
+    "replicate": ("teacher.placement=replicate",),
+    "cpu": ("teacher.placement=cpu",),
+    "hpz": (_HPZ,),
+    "offload": (f"deepspeed.student={{zero_optimization: {_OFFLOADED}}}",),
+    "let go": (_FEW_KEPT, *_BF16),
+    "let go, again": (_FEW_KEPT, "distributed.activation_checkpointing=true"),
+    "lora": ("peft={dim: 8}",),
+    "sgd, T=1": ("optimizer={_target_: torch.optim.SGD, lr: 0.1}", "kd_loss_fn.temperature=1"),
+    "packed": ("packed_sequence.packed_sequence_size=256", *_BF16),
+    "experts": ("teacher_model.pretrained_model_name_or_path={experts}",),
+}
+
+
+class Traffic(TorchDispatchMode):
+    """Counts the bytes of whole tensors that collectives gather, reduce or spread.
+
+    `by_kind` has them by `all_gather`, `reduce_scatter`, `all_reduce`, `broadcast`, `all_to_all`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_kind: dict[str, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        if name.startswith("c10d::"):
+            kind = name.removeprefix("c10d::").strip("_").removesuffix("_base")
+            for plain, ours in (("allgather", "all_gather"), ("allreduce", "all_reduce")):
+                kind = kind.replace(plain, ours)
+            whole = max(map(_count_bytes, args), default=0)
+            self.by_kind[kind] = self.by_kind.get(kind, 0) + whole
+        return func(*args, **(kwargs or {}))
+
+
+def _count_bytes(value: Any) -> int:
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    return sum(map(_count_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def read_status(name: str) -> int:
+    """Return a size that the system tells of this process, such as VmRSS, in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise LookupError(name)
+
+
+def live_storages() -> dict[int, int]:
+    """Return the bytes of every tensor's memory that Python can reach, by address."""
+    found = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor) and each.device.type == "cpu":
+            storage = each.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
+
+
+@contextmanager
+def counted_steps(trainer: Any) -> Iterator[list[dict[str, int]]]:
+    """Count the collectives of each step of a trainer into a list."""
+    steps: list[dict[str, int]] = []
+    plain = trainer._step
+
+    def step(*args: Any) -> None:
+        with Traffic() as traffic:
+            plain(*args)
+        steps.append(traffic.by_kind)
+
+    trainer._step = step
+    yield steps
+    trainer._step = plain
+
+
+def write_models(root: Path) -> dict[str, str]:
+    """Write two models of random weights, two tiny ones and rows; return their paths."""
+    from tests import tiny
+
+    made = {
+        "student": tiny.llama(root / "student", layers=4, hidden=640, vocab=VOCAB),
+        "teacher": tiny.llama(root / "teacher", layers=6, hidden=768, vocab=VOCAB, tie=False),
+        "small": tiny.llama(root / "small"),
+        "experts": write_mixture(root / "experts"),
+    }
+    words = " ".join(f"w{k % 90}" for k in range(LENGTH + 20))
+    rows = root / "rows.jsonl"
+    rows.write_text(f'{{"text": "{words}"}}\n' * 128)
+    return {name: str(path) for name, path in {**made, "rows": rows}.items()}
+
+
+def write_mixture(path: Path) -> Path:
+    """Write a Mixtral of random weights with four experts, two of which a token meets."""
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from tests import tiny
+
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB, hidden_size=512, intermediate_size=768, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+        max_position_embeddings=LENGTH, pad_token_id=2, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    MixtralForCausalLM(config).save_pretrained(path)
+    tiny.tokenizer(path)
+    return path
+
+
+def load_layout(paths: dict[str, str], ranks: int, directory: Path, overrides: Any) -> Any:
+    """Return the config of a layout."""
+    from ds_kd.config.load import load
+
+    content = {
+        "model": {"pretrained_model_name_or_path": paths["student"], "torch_dtype": "fp32"},
+        "teacher_model": {"pretrained_model_name_or_path": paths["teacher"], "torch_dtype": "fp32"},
+        "dataset": {
+            "_target_": "ds_kd.data.text.make_text_dataset", "dataset_name": paths["rows"],
+            "seq_length": LENGTH, "truncation": True,
+        },
+        "kd_loss_fn": {"temperature": 2.0},
+        "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-4, "fused": True},
+        "step_scheduler": {
+            "global_batch_size": SAMPLES * MICRO * ranks, "local_batch_size": SAMPLES,
+            "max_steps": STEPS,
+        },
+        "dist_env": {"backend": "gloo"},
+        "checkpoint": {"enabled": False, "checkpoint_dir": str(directory)},
+        "tensorboard": {"enabled": False},
+    }  # fmt: skip
+    return load(
+        content, [each.format(**paths) if "{experts}" in each else each for each in overrides]
+    )
+
+
+def plan_layout(cfg: Any, ranks: int) -> dict[str, Any]:
+    """Return what `launch/plan.py` says of a config: bytes of states and peak, and of a step's
+    collectives."""
+    from ds_kd.plan import memory
+    from ds_kd.plan.dry_run import model_shape, work_of
+    from ds_kd.plan.samples import data_of
+    from ds_kd.plan.step.traffic import count_exchanges
+    from ds_kd.plan.step.tuning import tune_work
+
+    student = model_shape(cfg.model, cfg)
+    teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher else None
+    _, tokens, supervised, _ = data_of(cfg)
+    host = psutil.virtual_memory().total // ranks
+    work = work_of(cfg, ranks, tokens, supervised)
+    work = tune_work(cfg, work, student, teacher, memory.Machine(host, None, ranks, True), ranks)
+    parts = memory.estimate_bytes(student, teacher, work, ranks)
+    states = sum(size for name, size in parts.items() if memory.is_state(name))
+    exchange = sum(each.received for each in count_exchanges(student, teacher, work, ranks))
+    return {"states": states, "peak": sum(parts.values()), "exchange": exchange, "parts": parts}
+
+
+def run_layout(
+    world: Any, directory: Path, paths: dict[str, str], overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """Train a layout on the ranks that call this; return the bytes of states, peak and the last
+    step's collectives, and the plan's."""
+    from ds_kd.recipe.build import build
+
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    before, there = read_status("VmRSS"), live_storages()
+
+    cfg = load_layout(paths, world.size, directory, overrides)
+    trainer = build(cfg, world)
+    Path("/proc/self/clear_refs").write_text("5")
+    with counted_steps(trainer) as steps:
+        trainer.train()
+    peak = read_status("VmHWM") - before
+    gc.collect()
+    held = {place: size for place, size in live_storages().items() if place not in there}
+    states = sum(held.values()) - count_buffers(trainer.student)
+    found = {"states": states, "peak": peak, "exchange": received(steps[-1], world.size)}
+    return {"run": found, "plan": plan_layout(cfg, world.size)}
+
+
+def warm_up(world: Any, directory: Path, paths: dict[str, str]) -> None:
+    """Train tiny models, so that memory of the libraries' own is there before a run is measured."""
+    from ds_kd.recipe.build import build
+
+    small = {**paths, "student": paths["small"], "teacher": paths["small"]}
+    build(load_layout(small, world.size, directory, ()), world).train()
+
+
+def run_alone(
+    world: Any, directory: Path, paths: dict[str, str], overrides: tuple[str, ...]
+) -> dict[str, Any]:
+    """Return what `run_layout` does, in processes that have run nothing before."""
+    warm_up(world, directory, paths)
+    return run_layout(world, directory, paths, overrides)
+
+
+def count_buffers(student: Any) -> int:
+    """Return the bytes that are kept between steps and are no states: the bucket of gradients, of
+    which a CPU holds the pages that were written, and the loss's buffers."""
+    kept = student.module.loss._kept
+    sizes = [] if kept is None else [each.nbytes for each in kept._made.values()]
+    for bucket in student.optimizer.ipg_buckets.values():
+        sizes.append(0 if bucket.buffer is None else bucket.buffer.untyped_storage().nbytes())
+    return sum(sizes)
+
+
+def received(traffic: dict[str, float], ranks: int) -> float:
+    """Return the bytes that a rank receives of whole tensors, which all ranks exchange."""
+    weights = sum(size for kind, size in traffic.items() if kind != "all_reduce")
+    return weights * (ranks - 1) / ranks
+
+
+def make_row(name: str, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the table: MiB of the run, and the plan's over them."""
+    row: dict[str, Any] = {"layout": name, "ranks": ranks}
+    for part in ("states", "peak", "exchange"):
+        run, plan = (found[side][part] for side in ("run", "plan"))
+        row[f"{part} MiB"] = round(run / 2**20, 1)
+        row[f"{part}, plan / run"] = round(plan / run, 3) if run else "-"
+    return row
+
+
+def main() -> None:
+    import measure
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
+    parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    args = parser.parse_args()
+    from tests.ranks import run_ranks
+
+    rows = []
+    with tempfile.TemporaryDirectory() as directory:
+        paths = write_models(Path(directory))
+        for name in args.layouts:
+            for ranks in args.ranks:
+                if name == "hpz" and ranks % 2:
+                    continue
+                place = Path(directory) / f"{len(rows)}"
+                place.mkdir()
+                found = run_ranks(run_alone, ranks, place, paths, LAYOUTS[name], seconds=300)[0]
+                rows.append(make_row(name, ranks, found))
+                print(json.dumps(rows[-1]), flush=True)
+                print(json.dumps(found), flush=True)
+    print(measure.markdown(rows))
+    measure.write(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()

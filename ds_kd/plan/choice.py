@@ -1,0 +1,235 @@
+"""Choose layout, offload and batch of a run for a machine: of all that fit its memory the one whose
+step takes least time for a token, and say why."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ds_kd.config.names import CPU, REPLICATE, ZERO3
+from ds_kd.config.schema import RunConfig
+from ds_kd.plan import memory
+from ds_kd.plan.step.cluster import Cluster
+from ds_kd.plan.step.time import estimate_phases
+from ds_kd.plan.step.tuning import tune_work
+
+_LOCAL_SIZES = (16, 8, 4, 2, 1)
+_ROOM = 0.9  # share of an accelerator that may be planned
+_ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A layout of a run.
+
+    Args:
+        local: samples of a micro-batch.
+        work: a step of `micro_batches` of these.
+    """
+
+    local: int
+    work: memory.Work
+
+    @property
+    def placement(self) -> str:
+        """Return where the teacher lies, as `teacher.placement`."""
+        if self.work.teacher_is_whole:
+            return REPLICATE
+        return CPU if self.work.offload_teacher else ZERO3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A layout, its memory, its time and the reasons for it.
+
+    Args:
+        parts: memory of a rank, from `memory.estimate_bytes`.
+        seconds: of a step at best.
+        reasons: a sentence for each part of the layout.
+    """
+
+    layout: Layout
+    parts: dict[str, int]
+    seconds: float
+    reasons: list[str]
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Chooses the layout of two models on a machine.
+
+    Args:
+        cfg: of the run.
+        student, teacher: their sizes.
+        plain: a micro-batch of one sample, without offload or recomputation.
+        machine: the memory of a rank and its node.
+        cluster: the GPUs that times are estimated for.
+        wanted: samples of a step.
+        widest: samples that a step may have at most; None does not limit it.
+    """
+
+    cfg: RunConfig
+    student: memory.Shape
+    teacher: memory.Shape
+    plain: memory.Work
+    machine: memory.Machine
+    cluster: Cluster
+    wanted: int
+    widest: int | None
+
+    def choose(self) -> Choice | None:
+        """Return the best layout that fits, or None."""
+        fitting = [layout for layout in self._list_layouts() if not self.lacks(layout)]
+        if not fitting:
+            return None
+        best = min(map(self.time_of_token, fitting))
+        alike = [one for one in fitting if self.time_of_token(one) <= best * (1 + _ALIKE)]
+        layout = min(alike, key=lambda one: (_count_moves(one), -one.local))
+        return Choice(layout, self.parts(layout), self.seconds(layout), self._explain(layout))
+
+    def least(self) -> Layout:
+        """Return the layout that needs least of the accelerators' memory."""
+        return min(self._list_layouts(), key=lambda one: memory.on_device(self.parts(one)))
+
+    def batch(self, local: int) -> int:
+        """Return the samples of a step of micro-batches of so many."""
+        width = local * self.cluster.world
+        wanted = max(self.wanted, width)
+        return (
+            max(1, (wanted if self.widest is None else min(wanted, self.widest)) // width) * width
+        )
+
+    def parts(self, layout: Layout) -> dict[str, int]:
+        """Return the memory of a rank by purpose."""
+        world = self.cluster.world
+        return memory.estimate_bytes(self.student, self.teacher, layout.work, world)
+
+    def lacks(self, layout: Layout) -> list[str]:
+        """Return what is too small for a layout, as `Machine.lacks`, with room to spare."""
+        room = None if self.machine.room is None else int(_ROOM * self.machine.room)
+        spare = replace(self.machine, room=room)
+        return spare.lacks(self.parts(layout), self.cluster.world)
+
+    def seconds(self, layout: Layout) -> float:
+        """Return the time of a step at best."""
+        phases = estimate_phases(self.student, self.teacher, layout.work, self.cluster)
+        return sum(phase.seconds for phase in phases)
+
+    def time_of_token(self, layout: Layout) -> float:
+        """Return the seconds of a step for each token of a rank."""
+        return self.seconds(layout) / (layout.work.tokens * layout.work.micro_batches)
+
+    def _list_layouts(self) -> Iterator[Layout]:
+        world = self.cluster.world
+        sizes = [n for n in _LOCAL_SIZES if self.widest is None or n * world <= self.widest]
+        switches = (False, True)
+
+        # The student's weights leave the GPU last, after its optimizer.
+        moves = [(False, False), (True, False), (True, True)]
+        for place, again, (optimizer, weights), local in itertools.product(
+            self._list_places().values(), switches, moves, sizes or [1]
+        ):
+            work = replace(
+                self.plain,
+                checkpointing=again,
+                offload_optimizer=optimizer,
+                offload_weights=weights,
+                **place,
+            )
+            yield self._widen(Layout(1, work), local)
+
+    @staticmethod
+    def _list_places() -> dict[str, dict[str, bool]]:
+        """Return the places where a teacher may lie, as values of `memory.Work`."""
+        plain = {"teacher_is_whole": False, "offload_teacher": False}
+        return {
+            ZERO3: plain,
+            REPLICATE: {**plain, "teacher_is_whole": True},
+            CPU: {**plain, "offload_teacher": True},
+        }
+
+    def _widen(self, layout: Layout, local: int) -> Layout:
+        """Return a layout with micro-batches of so many samples."""
+        count = self.batch(local) // (local * self.cluster.world)
+        tokens = self.plain.tokens * local
+        return self._settle(Layout(local, replace(layout.work, tokens=tokens, micro_batches=count)))
+
+    def _settle(self, layout: Layout) -> Layout:
+        """Return a layout with what a run of it decides by itself on this machine."""
+        plain = replace(layout.work, hpz=self.plain.hpz, student_hpz=self.plain.student_hpz)
+        sizes = self.student, self.teacher, self.machine, self.cluster.world
+        return replace(layout, work=tune_work(self.cfg, plain, *sizes))
+
+    def _explain(self, layout: Layout) -> list[str]:
+        """Return a sentence for each part of a layout: what would be lost without it."""
+        work = layout.work
+
+        def compare(**changes: Any) -> str:
+            other = Layout(layout.local, replace(work, **changes))
+            return self._compare(self._settle(other), layout)
+
+        reasons = []
+        larger = [n for n in _LOCAL_SIZES if n > layout.local]
+        if larger:
+            told = self._compare(self._widen(layout, larger[-1]), layout)
+            reasons.append(f"local_batch_size {layout.local}: {larger[-1]} {told}")
+        without = compare(checkpointing=not work.checkpointing)
+        told = "without it a step" if work.checkpointing else "none, as with it a step"
+        reasons.append(f"activation_checkpointing: {told} {without}")
+
+        # A part that is in the host's memory is there because something else would not fit.
+        if work.offload_weights:
+            without = compare(offload_weights=False)
+            reasons.append(f"weights and optimizer offloaded: without the weights a step {without}")
+        elif work.offload_optimizer:
+            reasons.append(f"optimizer offloaded: else a step {compare(offload_optimizer=False)}")
+        others = [
+            f"{name} {compare(**place)}"
+            for name, place in self._list_places().items()
+            if name != layout.placement
+        ]
+        return [*reasons, f"teacher {layout.placement}: {'; '.join(others)}"]
+
+    def _compare(self, other: Layout, chosen: Layout) -> str:
+        """Return what another layout would need or take."""
+        lacking = self.lacks(other)
+        if "accelerator" in lacking:
+            return f"needs {_gib(memory.on_device(self.parts(other)))} on each GPU"
+        if lacking:
+            needed = self.machine.of_node(self.parts(other), self.cluster.world)
+            return f"needs {_gib(needed)} of a node's memory"
+        ratio = self.time_of_token(other) / self.time_of_token(chosen)
+        if math.isclose(ratio, 1, abs_tol=0.005):
+            return "takes the same time"
+        return f"takes {ratio:.2f} × the time"
+
+
+def describe_choice(chooser: Chooser, choice: Choice) -> list[str]:
+    """Return lines on a choice: what it needs and takes, then why."""
+    parts, cluster = choice.parts, chooser.cluster
+    states = sum(size for name, size in parts.items() if memory.is_state(name))
+    node = chooser.machine.of_node(parts, cluster.world)
+    host = f", {_gib(node)} of a node's memory" if node else ""
+    nodes = cluster.world // cluster.per_node
+    return [
+        f"Planned: {_gib(memory.on_device(parts))} on each rank{host}, of all that states "
+        f"{_gib(states)};",
+        f"a step at best {choice.seconds:.3g} s on {cluster.world} × {cluster.gpu.name} in {nodes} "
+        f"node(s). Why this layout (times at best):",
+        *(f"  {reason}" for reason in choice.reasons),
+    ]
+
+
+def _count_moves(layout: Layout) -> tuple[int, int]:
+    """Return a layout's distance from the plainest: what is computed again or moved, and where the
+    teacher is."""
+    work = layout.work
+    moves = 2 * work.offload_weights + 2 * work.offload_optimizer + work.checkpointing
+    return moves, (ZERO3, REPLICATE, CPU).index(layout.placement)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.0f} GiB"

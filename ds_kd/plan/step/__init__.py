@@ -1,0 +1,1 @@
+"""Plan the exchange between ranks and the time of one optimizer step."""

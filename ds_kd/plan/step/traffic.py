@@ -1,0 +1,109 @@
+"""Count the bytes that the ranks of a run exchange in one optimizer step.
+
+ZeRO-3 gathers every layer of the student twice in a micro-batch, for forward and for backward, and
+its head once, as it is kept between the two. The teacher's layers are gathered
+once, its head once more where it is the embedding too. Gradients are reduced and scattered after
+each micro-batch. Small parameters are whole on every rank, and gathered once after the optimizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ds_kd.plan.memory import Shape, Work
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """Tensors that one kind of collective moves in a step.
+
+    Args:
+        name: what is moved.
+        kind: `all_gather`, `reduce_scatter`, `all_reduce` or `all_to_all`.
+        size: bytes of the whole tensors, together.
+        ranks: ranks of the group that takes part.
+        when: `teacher`, `student` (forward), `backward` or `optimizer`, the phase that waits.
+    """
+
+    name: str
+    kind: str
+    size: float
+    ranks: int
+    when: str
+
+    @property
+    def received(self) -> float:
+        """Return the bytes that a rank receives from others."""
+        return self.size * (self.ranks - 1) / self.ranks * (2 if self.kind == "all_reduce" else 1)
+
+
+def count_exchanges(
+    student: Shape, teacher: Shape | None, work: Work, world: int
+) -> list[Exchange]:
+    """Return the exchanges of one step.
+
+    Args:
+        world: number of ranks.
+    """
+    made: list[Exchange] = []
+    group = world // work.tensor
+
+    def add(name: str, kind: str, size: float, ranks: int, when: str) -> None:
+        if size and ranks > 1:
+            made.append(Exchange(name, kind, size, ranks, when))
+
+    # A tensor-parallel rank has its part of every weight, which ZeRO shards over the others.
+    times, width = work.micro_batches / work.tensor, student.width
+    gathered = student.parameters - student.small
+    head = student.vocabulary * student.hidden
+    forward, again = times * width * gathered, times * width * (gathered - head)
+    ranks = work.student_hpz if work.student_hpz > 1 else group
+    add("student's weights for forward", "all_gather", forward, group, "student")
+    add("student's weights for backward", "all_gather", again, ranks, "backward")
+    sums = 1 / work.tensor if work.reduces_once else times
+    add("gradients", "reduce_scatter", sums * width * student.trained, group, "backward")
+    add("small weights", "all_gather", width * student.small, group, "optimizer")
+
+    if teacher is not None and not work.teacher_is_whole:
+        times = work.micro_batches / work.window / work.tensor
+        ranks = work.hpz if work.hpz > 1 else group
+        size = times * teacher.width * (teacher.parameters - teacher.small)
+        add("teacher's weights", "all_gather", size, ranks, "teacher")
+        head = teacher.vocabulary * teacher.hidden if teacher.is_tied else 0
+        add("teacher's head", "all_gather", times * teacher.width * head, ranks, "student")
+    return made + _count_activations(student, teacher, work)
+
+
+def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> list[Exchange]:
+    """Return the exchanges of tensor and sequence parallelism.
+
+    A tensor-parallel layer sums its result twice in forward and twice in backward, and twice more
+    where it is computed again. Ulysses exchanges queries, keys, values and results of attention in
+    forward, and their gradients in backward.
+    """
+    made = []
+    passes = 3 if work.checkpointing else 2
+    for name, shape, times in (("student", student, passes), ("teacher", teacher, 1)):
+        if shape is None:
+            continue
+        rows = work.micro_batches * work.tokens / work.sequence * shape.width * shape.layers
+        when = "backward" if name == "student" else "teacher"
+        if work.tensor > 1:
+            size = 2 * times * rows * shape.hidden
+            made.append(Exchange(f"{name}'s sums", "all_reduce", size, work.tensor, when))
+        if work.sequence > 1:
+            size = times * rows * (2 * shape.heads + 2 * shape.kv)
+            made.append(Exchange(f"{name}'s attention", "all_to_all", size, work.sequence, when))
+    return made
+
+
+def describe_traffic(exchanges: list[Exchange]) -> list[str]:
+    """Return lines on the bytes that a rank receives in a step; none for one rank."""
+    if not exchanges:
+        return []
+    total = sum(each.received for each in exchanges)
+    lines = [f"  a rank receives in a step {total / 1e9:.3g} GB:"]
+    for each in exchanges:
+        ranks = f"{each.ranks} ranks"
+        lines.append(f"    {each.name:<32}{each.received / 1e9:9.3g} GB  {each.kind}, {ranks}")
+    return lines
