@@ -37,18 +37,18 @@ COLUMNS = (
     "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
 )  # fmt: skip
 PLAIN = {
-    "local": 1, "checkpointing": "false", "why": "", "placement": "zero3", "zero": "null",
+    "local": 1, "checkpointing": "false", "why": "", "place": "", "zero": "null",
+    "teacher_zero": "null",
 }  # fmt: skip
 TEMPLATE = """\
 # {gpus} GPUs
 {why}model: {{pretrained_model_name_or_path: {student}, torch_dtype: bf16}}
 teacher_model: {{pretrained_model_name_or_path: {teacher}, torch_dtype: bf16}}
-teacher: {{placement: {placement}}}
-dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
+{place}dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 step_scheduler: {{global_batch_size: {batch}, local_batch_size: {local}, max_steps: 1000}}
 distributed: {{activation_checkpointing: {checkpointing}}}
-deepspeed: {{student: {zero}}}
+deepspeed: {{student: {zero}, teacher: {teacher_zero}}}
 """
 
 
@@ -93,10 +93,10 @@ def plan_row(root: Path, pair: tuple[str, str], gpus: int, length: int) -> dict[
     """Write the YAML of a row that passes `--check`, and return the row's cells."""
     from ds_kd.config.components import ConfigError
     from ds_kd.config.load import check_world
-    from ds_kd.plan.dry_run import bytes_of, work_of
+    from ds_kd.plan.dry_run import work_of
     from ds_kd.plan.memory import Machine
     from ds_kd.plan.starter import make_chooser, write_layout
-    from ds_kd.plan.step.cluster import make_cluster
+    from ds_kd.plan.step.cluster import bytes_of, make_cluster
 
     cells: dict[str, Any] = {"pair": " → ".join(pair), "GPUs": gpus, "tokens": length}
     cluster = make_cluster(GPU, gpus, PER_NODE)
@@ -129,7 +129,7 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
         each.received for each in count_exchanges(chooser.student, chooser.teacher, work, world)
     )
     return {
-        "teacher": found.layout.placement,
+        "teacher": found.layout.place.replace("without a copy in each node", "(no copies)"),
         "offloaded": moved if work.offload_optimizer else "–",
         "again": "yes" if work.checkpointing else "–",
         "samples": f"{found.layout.local} × {work.micro_batches}",

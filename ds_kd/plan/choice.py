@@ -18,6 +18,7 @@ from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
 _ROOM = 0.9  # share of an accelerator that may be planned
+_ONCE = "zero3 without a copy in each node"
 _ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
 
 
@@ -28,10 +29,12 @@ class Layout:
     Args:
         local: samples of a micro-batch.
         work: a step of `micro_batches` of these.
+        copies: each node may have a copy of the teacher of its own to gather layers from.
     """
 
     local: int
     work: memory.Work
+    copies: bool = True
 
     @property
     def placement(self) -> str:
@@ -39,6 +42,11 @@ class Layout:
         if self.work.teacher_is_whole:
             return REPLICATE
         return CPU if self.work.offload_teacher else ZERO3
+
+    @property
+    def place(self) -> str:
+        """Return where the teacher lies, and whether without copies in nodes."""
+        return self.placement if self.copies else _ONCE
 
 
 @dataclass(frozen=True)
@@ -129,37 +137,39 @@ class Chooser:
 
         # The student's weights leave the GPU last, after its optimizer.
         moves = [(False, False), (True, False), (True, True)]
-        for place, again, (optimizer, weights), local in itertools.product(
-            self._list_places().values(), switches, moves, sizes or [1]
-        ):
+        for again, (optimizer, weights), local in itertools.product(switches, moves, sizes or [1]):
             work = replace(
                 self.plain,
                 checkpointing=again,
                 offload_optimizer=optimizer,
                 offload_weights=weights,
-                **place,
             )
-            yield self._widen(Layout(1, work), local)
+            for layout in self._list_places(Layout(local, work)).values():
+                yield self._widen(layout, local)
 
-    @staticmethod
-    def _list_places() -> dict[str, dict[str, bool]]:
-        """Return the places where a teacher may lie, as values of `memory.Work`."""
-        plain = {"teacher_is_whole": False, "offload_teacher": False}
-        return {
-            ZERO3: plain,
-            REPLICATE: {**plain, "teacher_is_whole": True},
-            CPU: {**plain, "offload_teacher": True},
+    def _list_places(self, layout: Layout) -> dict[str, Layout]:
+        """Return a layout with the teacher in each place where it may lie, by the place's name."""
+        work = replace(layout.work, teacher_is_whole=False, offload_teacher=False)
+        places = {
+            ZERO3: Layout(layout.local, work),
+            REPLICATE: Layout(layout.local, replace(work, teacher_is_whole=True)),
+            CPU: Layout(layout.local, replace(work, offload_teacher=True)),
         }
+        if self.cluster.world > self.cluster.per_node > 1:
+            places[_ONCE] = Layout(layout.local, work, copies=False)
+        return places
 
     def _widen(self, layout: Layout, local: int) -> Layout:
         """Return a layout with micro-batches of so many samples."""
         count = self.batch(local) // (local * self.cluster.world)
         tokens = self.plain.tokens * local
-        return self._settle(Layout(local, replace(layout.work, tokens=tokens, micro_batches=count)))
+        work = replace(layout.work, tokens=tokens, micro_batches=count)
+        return self._settle(replace(layout, local=local, work=work))
 
     def _settle(self, layout: Layout) -> Layout:
         """Return a layout with what a run of it decides by itself on this machine."""
-        plain = replace(layout.work, hpz=self.plain.hpz, student_hpz=self.plain.student_hpz)
+        given = self.plain.hpz if layout.copies else 1
+        plain = replace(layout.work, hpz=given, student_hpz=self.plain.student_hpz)
         sizes = self.student, self.teacher, self.machine, self.cluster.world
         return replace(layout, work=tune_work(self.cfg, plain, *sizes))
 
@@ -168,7 +178,7 @@ class Chooser:
         work = layout.work
 
         def compare(**changes: Any) -> str:
-            other = Layout(layout.local, replace(work, **changes))
+            other = replace(layout, work=replace(work, **changes))
             return self._compare(self._settle(other), layout)
 
         reasons = []
@@ -187,11 +197,11 @@ class Chooser:
         elif work.offload_optimizer:
             reasons.append(f"optimizer offloaded: else a step {compare(offload_optimizer=False)}")
         others = [
-            f"{name} {compare(**place)}"
-            for name, place in self._list_places().items()
-            if name != layout.placement
+            f"{name} {self._compare(self._settle(other), layout)}"
+            for name, other in self._list_places(layout).items()
+            if name != layout.place
         ]
-        return [*reasons, f"teacher {layout.placement}: {'; '.join(others)}"]
+        return [*reasons, f"teacher {layout.place}: {'; '.join(others)}"]
 
     def _compare(self, other: Layout, chosen: Layout) -> str:
         """Return what another layout would need or take."""
@@ -228,7 +238,7 @@ def _count_moves(layout: Layout) -> tuple[int, int]:
     teacher is."""
     work = layout.work
     moves = 2 * work.offload_weights + 2 * work.offload_optimizer + work.checkpointing
-    return moves, (ZERO3, REPLICATE, CPU).index(layout.placement)
+    return moves, (ZERO3, _ONCE, REPLICATE, CPU).index(layout.place)
 
 
 def _gib(size: int) -> str:

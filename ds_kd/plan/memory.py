@@ -7,6 +7,7 @@ their way and one chunk of logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_thre
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
 _GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
-_REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 _PREFETCH = 50_000_000  # elements: its stage3_prefetch_bucket_size
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -82,7 +82,7 @@ class Work:
         teacher_is_whole: every rank has the whole teacher (stage 0).
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
-        bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
+        bucket: DeepSpeed's reduce_bucket_size, elements.
         hpz, student_hpz: ranks that hold a second whole copy of the teacher or the student
             together, and gather it from each other (zero_hpz_partition_size); 1 for none, 0 where
             the run decides.
@@ -106,7 +106,6 @@ class Work:
     teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
-    reuse: int = _REUSE
     hpz: int = 0
     student_hpz: int = 0
     window: int = 1
@@ -191,7 +190,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
         whole = teacher.parameters * teacher.width // work.tensor
-        rounded = shard(teacher, _width_at_rest(teacher, work))
+        rounded = shard(teacher, width_at_rest(teacher, work))
         out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
         if work.hpz > 1:
             out["teacher weights, once more"] = whole // work.hpz
@@ -211,7 +210,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     live, buffers = _count_live(student) * student.width, 2
     if teacher is not None and not work.teacher_is_whole:
         # The head of a rounded teacher becomes numbers of its dtype to be read.
-        width = _width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
+        width = width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
         heads += round(teacher.vocabulary * teacher.hidden * width)
         live = max(live, _count_live(teacher) * teacher.width)
     if teacher is not None or work.cached_head:
@@ -241,7 +240,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     }
 
 
-def _width_at_rest(teacher: Shape, work: Work) -> float:
+def width_at_rest(teacher: Shape, work: Work) -> float:
     """Return the bytes that keep a weight of the teacher between its forwards."""
     return 1 + 2 * teacher.width / _GROUP if work.teacher_is_rounded else teacher.width
 
@@ -315,8 +314,16 @@ class Machine:
         return too_small
 
 
+#: Settles what a run decides by itself on so many ranks.
+Tune = Callable[[Work, int], Work]
+
+
 def smallest_fit(
-    student: Shape, teacher: Shape | None, work: Work, machine: Machine
+    student: Shape,
+    teacher: Shape | None,
+    work: Work,
+    machine: Machine,
+    tune: Tune = lambda work, _: work,
 ) -> tuple[int, Work] | None:
     """Return (ranks, work) of the smallest number of ranks that fits, or None.
 
@@ -328,8 +335,9 @@ def smallest_fit(
     offers.append(replace(offers[-1], offload_weights=True))
     for offer in offers:
         for world in WORLDS:
-            if not machine.lacks(estimate_bytes(student, teacher, offer, world), world):
-                return world, offer
+            tuned = tune(offer, world)
+            if not machine.lacks(estimate_bytes(student, teacher, tuned, world), world):
+                return world, tuned
     return None
 
 
