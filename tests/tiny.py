@@ -32,8 +32,10 @@ def llama(
     vocab: int = VOCAB,
     tie: bool = True,
     seed: int = 0,
+    heads: tuple[int, int] = (4, 2),
 ) -> Path:
-    """A random Llama and the tokenizer above, saved at `path`."""
+    """A random Llama and the tokenizer above, saved at `path`; `heads` are those of queries, and of
+    keys and values."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
@@ -42,8 +44,8 @@ def llama(
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=heads[0],
+        num_key_value_heads=heads[1],
         max_position_embeddings=128,
         tie_word_embeddings=tie,
         initializer_range=0.2,  # wide enough that models differ clearly

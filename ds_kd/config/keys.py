@@ -136,6 +136,12 @@ def _read_one(value: Any) -> int:
     raise ValueError
 
 
+def _read_no_pipeline(value: Any) -> int:
+    if value == 1 and not isinstance(value, bool):
+        return 1
+    raise ValueError("write tp_size or cp_size, or start more ranks")
+
+
 def _read_nemo_name(value: Any) -> str:
     if isinstance(value, str) and value.startswith("nemo_automodel."):
         return value
@@ -192,6 +198,11 @@ _ONE = Kind(
     {"const": 1},
     _read_one,
 )
+_NO_PIPELINE = Kind(
+    "1, as DeepSpeed has no pipeline with ZeRO-3, which spreads the layers' weights over all ranks",
+    {"const": 1},
+    _read_no_pipeline,
+)
 _NEMO_NAME = Kind(
     "a name of NeMo-AutoModel, or nothing",
     {"type": "string", "pattern": r"^nemo_automodel\."},
@@ -230,6 +241,7 @@ _TASKS = Kind(
 #: Annotations of the kinds that a plain type cannot express.
 MaxNorm = Annotated[float, _MAX_NORM]
 OnlyOne = Annotated[int, _ONE]
+NoPipe = Annotated[int, _NO_PIPELINE]
 Every = Annotated[int | str, _EVERY]
 EveryOrEnd = Annotated[int | str, _EVERY_OR_END]
 AutoOrCount = Annotated[int | str, _AUTO_OR_COUNT]

@@ -227,11 +227,19 @@ def _flatten(cfg: RunConfig) -> dict[str, Any]:
     return flat
 
 
-def check_world(cfg: RunConfig, world_size: int) -> None:
-    """Refuse batch sizes that do not fit the number of ranks.
+def check_world(cfg: RunConfig, ranks: int) -> None:
+    """Refuse a number of ranks that cannot be laid out, and batch sizes that do not fit it.
 
     Raises:
-        ConfigError: proposes a batch size that fits.
+        ConfigError: proposes a number of ranks, or a batch size, that fits.
     """
-    if misfit := misfit_of_batch(cfg.step_scheduler, world_size):
+    width = cfg.distributed.ranks_per_sample
+    if ranks % width:
+        sizes = {"tp_size": cfg.distributed.tp_size, "cp_size": cfg.distributed.cp_size}
+        told = " × ".join(f"distributed.{key} {size}" for key, size in sizes.items() if size)
+        most = -(-ranks // width) * width
+        raise ConfigError(
+            [f"{told}: got {ranks} rank(s), expected a multiple of {width}; start {most}"]
+        )
+    if misfit := misfit_of_batch(cfg.step_scheduler, ranks // width):
         raise ConfigError([misfit])

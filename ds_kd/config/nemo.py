@@ -220,19 +220,18 @@ class Translation:
             self.data["lr_scheduler"] = translate_schedule(given, self.problems, self.notes)
 
     def _note_distributed(self) -> None:
-        """Note that ZeRO-3 takes the place of the layout of ranks that the YAML describes."""
+        """Note that ZeRO-3 takes the place of the strategy that the YAML names."""
         section = self.section("distributed")
         if not section:
             return
         if isinstance(section.get("ep_size"), int) and section["ep_size"] > 1:
             self.drop("distributed.ep_size", "ZeRO-3 shards the experts like all other weights")
-        name = str(section.get("_target_") or section.get("strategy") or "section")
-        self.notes.append(
-            f"distributed: {name.rpartition('.')[2]} accepted; DeepSpeed ZeRO-3 takes its place"
-        )
+        if name := section.get("_target_") or section.get("strategy"):
+            short = str(name).rpartition(".")[2]
+            self.notes.append(f"distributed: {short} accepted; DeepSpeed ZeRO-3 takes its place")
         if section.get("dp_size") is not None:
             self.notes.append(
-                "distributed.dp_size: accepted; all ranks that are started share the data"
+                "distributed.dp_size: accepted; a run uses all ranks that are started"
             )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ds_kd.config.keys import AutoOrCount, Every, EveryOrEnd, NemoName, OnlyOne, Tasks, key
+from ds_kd.config.keys import AutoOrCount, Every, EveryOrEnd, NemoName, NoPipe, OnlyOne, Tasks, key
 
 MAX_SEED = 2**62  # torch takes 64 bits, and each rank adds its number
 _ONLY_ONE = "Only 1 or nothing is accepted: ranks share the data alone."
@@ -155,18 +155,35 @@ class Distributed:
     )
     dp_replicate_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
     tp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
-    cp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
-    pp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    cp_size: int | None = key(
+        None,
+        "Splits the tokens of each sample or pack over this many ranks, for samples too long for "
+        "one (docs/long_context.md); by default none is split.",
+        "ranks",
+        low=1,
+    )
+    pp_size: NoPipe | None = key(
+        None,
+        "Only 1 or nothing is accepted: ZeRO-3, which splits the layers' weights, allows no "
+        "pipeline.",
+        "ranks",
+    )
     ep_size: int | None = key(
         None, "Any number is accepted: ZeRO-3 shards experts like all other weights.", "ranks",
         low=1,
     )  # fmt: skip
-    sequence_parallel: Literal[False] = key(
-        False, "Only false is accepted: ranks share the data alone."
+    sequence_parallel: bool = key(
+        False,
+        "NeMo-AutoModel's word for ranks that have parts of a sample; cp_size is their number.",
     )
     activation_checkpointing: bool = key(
         False, "Computes the student's activations again in the backward pass, to save memory."
     )
+
+    @property
+    def ranks_per_sample(self) -> int:
+        """Return the number of ranks that see a sample together."""
+        return (self.tp_size or 1) * (self.cp_size or 1)
 
 
 @dataclass

@@ -180,12 +180,12 @@ def run_task_together(
         should_stop: asked before every batch, on all ranks at once; True ends with None.
     """
     batches = plan_batches(task, items, tokens_of_batch(world.device.type), len(items))
-    size, made = world.data.size, dict[int, Record]()
+    size, made = world.tokens.size, dict[int, Record]()
     for start in range(0, len(batches), size):
         if should_stop():
             return None
         # Without a batch of its own a rank runs the last one, the shortest, and drops the records.
-        number = start + world.data.rank
+        number = start + world.tokens.rank
         batch = batches[min(number, len(batches) - 1)]
         found = dict(zip(batch, task.run(subject, [items[k] for k in batch]), strict=True))
         made |= found if number < len(batches) else {}

@@ -7,6 +7,9 @@ take an explicit mask. On a GPU one launch takes all samples (`varlen`).
 
 Where samples share their beginnings (`ds_kd.data.prefixes`), a call has the queries of one or more
 neighbouring subtrees, the keys of these and of all nodes above, and a mask of that size.
+
+Where the tokens of samples are split over ranks (`ds_kd.parallel.sequence`), the same is computed
+of all tokens and of this rank's heads.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from ds_kd.models import varlen
 from ds_kd.models.tree import Tree
+from ds_kd.parallel.sequence import Exchange
 
 NAME = "sdpa_by_sample"
 
@@ -62,15 +67,27 @@ _ONE_BY_ONE = ("dropout", "softcap")
 _recorded: list[int | None] | None = None
 
 
+@dataclass(frozen=True)
+class _Heads:
+    """The part of an attention module that transformers' SDPA reads.
+
+    Args:
+        num_key_value_groups: heads of queries for each of keys and values.
+    """
+
+    num_key_value_groups: int
+
+
 @torch.compiler.disable
 def sdpa_by_sample(
-    module: torch.nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     segments: Segments | None = None,
     sliding_window: int | None = None,
+    exchange: Exchange | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention inside each sample of a pack, with the interface of transformers.
@@ -80,30 +97,50 @@ def sdpa_by_sample(
         attention_mask: must be None.
         segments: what the tokens belong to; None means one right-padded sample in each row.
         sliding_window: the number of tokens that a token attends to, itself included.
+        exchange: the ranks over which the tokens are split; `segments` are those of all tokens.
 
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
     """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     if _recorded is not None:
         _recorded.append(sliding_window)
     if attention_mask is not None:
         raise ValueError("its attention has a mask of its own; remove packed_sequence")
+    if exchange is None:
+        return _attend(module, query, key, value, segments, sliding_window, kwargs), None
+    heads = query.shape[1]
+    query, key, value = exchange.gather_tokens(query, key, value)
+    own = _Heads(query.shape[1] // key.shape[1])
+    out = _attend(own, query, key, value, segments, sliding_window, kwargs)
+    return exchange.scatter_tokens(out, heads), None
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return the attention of all tokens of some heads, `[1, tokens, heads, head size]`; see
+    `sdpa_by_sample`."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     # A GPU takes all samples at once.
     is_plain = not any(kwargs.get(name) for name in _ONE_BY_ONE)
     if segments is not None and is_plain and varlen.can_run(query, value):
         runs, scale = segments.runs(query.device), kwargs.get("scaling")
-        return varlen.attend(query, key, value, runs, sliding_window, scale), None
+        return varlen.attend(query, key, value, runs, sliding_window, scale)
 
     # Shared beginnings make calls of their own; otherwise every sample is one.
-    kwargs["is_causal"] = True
+    kwargs = {**kwargs, "is_causal": True}
     out = []
     if segments and segments.tree is not None:
         calls = segments.tree.split(query, key, value, sliding_window)
         out = [sdpa_attention_forward(module, *call, **kwargs)[0] for call in calls]
-        return torch.cat(out, dim=1), None
+        return torch.cat(out, dim=1)
     lengths = segments.lengths if segments else [query.shape[2]]
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None
@@ -112,7 +149,7 @@ def sdpa_by_sample(
             back = at[:, None] - at
             mask = ((back >= 0) & (back < sliding_window))[None, None]
         out.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(out, dim=1), None
+    return torch.cat(out, dim=1)
 
 
 def attend_by_sample(model: Any, wanted: bool = True) -> None:
@@ -137,7 +174,34 @@ def is_by_sample(model: Any) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == NAME)
 
 
-def flash_arguments(model: Any, lengths: list[int], device: torch.device) -> dict[str, Any]:
+def arguments(model: Any, batch: dict[str, Any], exchange: Exchange | None) -> dict[str, Any]:
+    """Return the arguments that tell a model's attention what the tokens of a batch belong to.
+
+    Args:
+        model: a Hugging Face model.
+        batch: as `causal_lm` takes it.
+        exchange: the ranks over which batches with `num_parts` are split.
+
+    Raises:
+        ValueError: the model's attention cannot do this.
+    """
+    is_split, lengths = batch.get("num_parts", 1) > 1, batch.get("segment_lengths")
+    split = {"exchange": exchange} if is_split else {}
+    if "segments" in batch:  # several micro-batches in a row (`ds_kd.teachers.window`)
+        return {"segments": batch["segments"], **split}
+    if "attention_mask" in batch:
+        return {"attention_mask": batch["attention_mask"]}
+    if is_by_sample(model):
+        parents = batch.get("segment_parents")
+        return split if lengths is None else {"segments": Segments(lengths, parents), **split}
+    if is_split:
+        raise ValueError("tokens that are split over ranks need the attention sdpa")
+    if batch.get("segment_parents") is not None:
+        raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
+    return {} if lengths is None else _flash_arguments(model, lengths, batch["input_ids"].device)
+
+
+def _flash_arguments(model: Any, lengths: list[int], device: torch.device) -> dict[str, Any]:
     """Return the arguments that tell transformers' flash attention where the samples of a pack are.
     Without them it finds out from the positions in every layer, for which the host waits.
 

@@ -24,6 +24,7 @@ from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
 from ds_kd.parallel.engines import read_weight
+from ds_kd.parallel.sequence import Exchange
 
 DTYPES = {
     "bf16": torch.bfloat16,
@@ -55,6 +56,7 @@ class _Split(nn.Module):
         self._body = (_find_body(self.model),)
         self._last_mlp = _RowsOfLastMLP(model)
         self.layers = LayerOutputs(model)
+        self.exchange: Exchange | None = None
 
     def watch(self, layers: Iterable[int]) -> None:
         """Keep the outputs of these layers, numbered from 0, in `self.layers` at every pass."""
@@ -64,27 +66,16 @@ class _Split(nn.Module):
         """Return the hidden states at the supervised positions, `[rows, hidden]`.
 
         An `attention_mask` of the batch, `[rows, 1, length, length]`, is added to the attention's
-        logits in place of the causal mask.
+        logits in place of the causal mask. A batch with `num_parts` is this rank's part of the
+        tokens (`ds_kd.train.parts`), which `self.exchange` joins.
         """
         # Under a causal mask no real token attends to right padding, so no attention mask is built.
         # Positions are given explicitly, so that transformers does not derive them; in a pack they
         # restart with each sample, and attention stays inside it.
         ids, positions = batch["input_ids"], batch.get("position_ids")
-        segments: dict[str, Any] = {}
-        parents = batch.get("segment_parents")
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        elif "segments" in batch:  # several micro-batches in a row (`ds_kd.teachers.window`)
-            segments = {"segments": batch["segments"]}
-        elif "attention_mask" in batch:
-            segments = {"attention_mask": batch["attention_mask"]}
-        elif attention.is_by_sample(self.model):
-            segments = {"segments": attention.Segments(batch["segment_lengths"], parents)}
-        elif parents is not None:
-            raise ValueError("shared beginnings need the attention sdpa; remove share_prefixes")
-        else:
-            lengths = batch["segment_lengths"]
-            segments = attention.flash_arguments(self.model, lengths, ids.device)
+        segments = attention.arguments(self.model, batch, self.exchange)
 
         rows = batch["supervised"]
         once = batch.get("supervised_once", rows)  # a position may have several labels

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ds_kd.errors import first_line
 from ds_kd.models import attention
+from ds_kd.parallel.world import sum_over
 
 _TOKENS = 16
 #: Sliding windows up to this length are probed with longer samples. For longer windows the probe
@@ -192,6 +193,47 @@ def check_sharing(engine: Any, device: torch.device, name: str) -> None:
         probe = _SharingProbe(engine, device)
         error = probe.leak(probe.run())
     if error:
+        raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
+
+
+def check_parts(engine: Any, device: torch.device, name: str) -> None:
+    """Refuse a model that computes a sample that is split over ranks differently from the whole.
+
+    Args:
+        engine, device, name: as for `check_head`, after `check_packing`.
+
+    Raises:
+        ValueError: its attention is not plain SDPA, has fewer heads than there are ranks, or
+            something else in it looks at other tokens.
+    """
+    module = engine.module
+    group, kind = module.exchange.group, type(module.model).__name__
+    remedy = "Remove distributed.cp_size"
+    if not attention.is_by_sample(module.model):
+        used = module.model.config.get_text_config()._attn_implementation
+        raise ValueError(
+            f"{name}: {kind} computes attention by {used}, or by a mask of its own, which cannot "
+            f"be split over ranks. {remedy}."
+        )
+
+    # transformers' attention on the whole sample says what is right.
+    ids = _random_tokens(engine, group.size * _TOKENS, device)
+    rows = torch.arange(ids.shape[1], device=device)
+    whole = {"input_ids": ids, "supervised": rows}
+    part = {
+        "input_ids": ids[:, group.rank :: group.size],
+        "position_ids": rows[None, group.rank :: group.size],
+        "supervised": rows[:_TOKENS],
+        "num_parts": group.size,
+    }
+    message = f"{name}: in {kind} a token that is split off from its sample is another"
+    with _evaluate_only(engine), _refuse_errors(f"{message}. {remedy}"):
+        attention.attend_by_sample(module.model, False)
+        expected = engine(whole, probe="hidden")[group.rank :: group.size]
+        attention.attend_by_sample(module.model)
+        error, scale = _difference(engine, engine(part, probe="hidden"), expected)
+    is_wrong = not error <= _tolerance(engine) * scale
+    if sum_over([float(is_wrong)], group)[0]:  # each rank has looked at other tokens
         raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
 
 

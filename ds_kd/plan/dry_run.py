@@ -58,7 +58,7 @@ def plan_of(
     """
     rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
     sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
-    ranks = ranks or cfg.distributed.dp_size or 1
+    ranks = ranks or (cfg.distributed.dp_size or 1) * cfg.distributed.ranks_per_sample
     check_world(cfg, ranks)
     together = ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
     if nodes is not None:
@@ -106,10 +106,7 @@ def describe(
     work = tune(plain, world)
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     lines += _describe_models(student, teacher) + placed
-    lines.append(
-        f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
-        f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
-    )
+    lines.append(_describe_step(cfg, work, told))
     lines += _describe_steps(cfg, rows) + describe_sharing(cfg) + describe_cache(cfg, rows)
 
     # Memory on this number of ranks by part, then in one line each for other numbers.
@@ -140,6 +137,14 @@ def _describe_cost(
     if cluster is not None:
         lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
     return lines
+
+
+def _describe_step(cfg: RunConfig, work: memory.Work, told: str) -> str:
+    steps = cfg.step_scheduler
+    return (
+        f"  step: {steps.global_batch_size} samples in {work.micro_batches} micro-batch(es) of "
+        f"{steps.local_batch_size} on each rank, about {work.tokens:,} tokens each ({told})"
+    )
 
 
 def _settle_placement(

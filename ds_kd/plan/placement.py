@@ -9,6 +9,7 @@ from typing import Any
 import psutil
 import torch
 
+from ds_kd.config.methods.check_placement import note_on_placement
 from ds_kd.config.names import AUTO
 from ds_kd.config.schema import RunConfig
 from ds_kd.parallel.world import World, on_rank0
@@ -36,7 +37,10 @@ def settle_placement(cfg: RunConfig, world: World) -> RunConfig:
         print(f"teacher.placement: {placement}, {why}", flush=True)
         return placement
 
-    return replace(cfg, teacher=replace(cfg.teacher, placement=on_rank0(choose, world)))
+    # That the run would choose is told no more.
+    teacher = replace(cfg.teacher, placement=on_rank0(choose, world))
+    told = note_on_placement(cfg)
+    return replace(cfg, teacher=teacher, notes=[note for note in cfg.notes if note not in told])
 
 
 def _measure_machine(world: World) -> Machine:

@@ -11,30 +11,31 @@ from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
-from ds_kd.config.components import Component, ConfigError, config_error
+from ds_kd.config.components import ConfigError, config_error
 from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.named.hidden_states import HiddenStates
-from ds_kd.models import causal_lm, lora, probes
+from ds_kd.models import causal_lm, lora
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.parallel import engines
 from ds_kd.parallel.rendezvous import seconds_after_sigterm
+from ds_kd.parallel.sequence import Exchange
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
-from ds_kd.recipe.data import build_loader, build_samples, packs
+from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples
 from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
     check_lengths,
+    check_model,
     config_of,
-    fix_rope,
     load_model,
     name_of,
     tokenizer_of,
-    training_dtype,
 )
 from ds_kd.recipe.offline.rows import list_asked
 from ds_kd.recipe.offline.teacher import build_cached
@@ -42,10 +43,9 @@ from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimi
 from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
-from ds_kd.recipe.tuning.gathering import measure, tune
+from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
 from ds_kd.recipe.tuning.gradients import reduces_once
 from ds_kd.recipe.tuning.kernels import replace_kernels
-from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
 from ds_kd.teachers.cached import FillingTeacher
@@ -74,7 +74,7 @@ def build(
     Raises:
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.data.size)
+    check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
@@ -91,8 +91,7 @@ def build(
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)
     if checkpointer is not None:
-        add_model_files(checkpointer, cfg, world)  # by now all files are downloaded
-        _add_what_outlives_a_step(checkpointer, batches, teacher)
+        _complete(checkpointer, batches, teacher, cfg, world)
     generations = _make_generations(cfg, tokenizer, held_out, student, teacher, world)
     return Trainer(
         student=student,
@@ -110,19 +109,20 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
-        reduce_once=_reduces_once(cfg, student, world),
+        reduce_once=reduces_once(cfg, student, world),
     )
 
 
-def _reduces_once(cfg: RunConfig, student: Any, world: World) -> bool:
-    micro_batches = _count_micro_batches(cfg, world)
-    return reduces_once(cfg.deepspeed.reduce_once, micro_batches, student, Machine.of(world))
-
-
-def _add_what_outlives_a_step(
-    checkpointer: Checkpointer, batches: Batches, teacher: Teacher | None
+def _complete(
+    checkpointer: Checkpointer,
+    batches: Batches,
+    teacher: Teacher | None,
+    cfg: RunConfig,
+    world: World,
 ) -> None:
-    """Have checkpoints hold the student's texts, and come after the rows of a filled cache."""
+    """Tell the checkpointer of the models' files, and have checkpoints hold the student's texts,
+    and come after the rows of a filled cache (a collective)."""
+    add_model_files(checkpointer, cfg, world)  # by now all of them are downloaded
     checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
     if isinstance(teacher, FillingTeacher):
         checkpointer.write_first = teacher.close
@@ -221,22 +221,6 @@ def _make_schedule(cfg: RunConfig, steps_per_epoch: int) -> Schedule:
     )
 
 
-def _make_engine_config(
-    cfg: RunConfig, component: Component, zero: dict[str, Any], world: World, clip: float | None
-) -> dict[str, Any]:
-    zero, said = tune(zero, measure(component), Machine.of(world))
-    if said and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    dtype, local = training_dtype(component), cfg.step_scheduler.local_batch_size
-    return engines.engine_config(zero, dtype, local, _count_micro_batches(cfg, world), clip)
-
-
-def _count_micro_batches(cfg: RunConfig, world: World) -> int:
-    """Return the number of micro-batches that a step has on one rank."""
-    steps = cfg.step_scheduler
-    return steps.global_batch_size // (steps.local_batch_size * world.data.size)
-
-
 def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> ResidentTeacher:
     """Return the teacher in an engine of its own.
 
@@ -246,17 +230,20 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     component = cfg.teacher_model
     assert component is not None
     zero = make_teacher_zero(cfg, world.size)
-    config = _make_engine_config(cfg, component, zero, world, None)
-    model = load_model(component, config, packs(cfg))
+    config = make_engine_config(cfg, component, zero, world, None)
+    by_sample = attends_by_sample(cfg, world)
+    model = load_model(component, config, by_sample)
     replace_kernels(component, model, world)
     module = causal_lm.FrozenModel(model)
+    module.exchange = Exchange(world.sequence)
     module.watch(compared)
     engine = engines.build_teacher(module, config)
-    _check_model(cfg, component, engine, world)
-    compile_model(cfg.compile, not cfg.rolls_out, module.model, world)
-    is_one = _count_micro_batches(cfg, world) == 1 and not cfg.rolls_out
-    wanted = 1 if is_one else cfg.teacher.window
-    return ResidentTeacher(engine, build_window(wanted, engine, zero, packs(cfg), world))
+    check_model(cfg, component, engine, world)
+    compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
+    compile_model(cfg.compile, compiles, module.model, world)
+    has_several = cfg.rolls_out or count_micro_batches(cfg, world) > 1
+    wanted = cfg.teacher.window if has_several else 1
+    return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 
 def _build_student(
@@ -267,8 +254,8 @@ def _build_student(
     world: World,
 ) -> Any:
     zero = load_zero_config(cfg.deepspeed.student, "deepspeed.student")
-    config = _make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
-    model = load_model(cfg.model, config, packs(cfg), adapter_of(cfg))
+    config = make_engine_config(cfg, cfg.model, zero, world, cfg.clip_grad_norm)
+    model = load_model(cfg.model, config, attends_by_sample(cfg, world), adapter_of(cfg))
     replace_kernels(cfg.model, model, world)
     if cfg.distributed.activation_checkpointing:
         expected = "a model that can recompute its activations"
@@ -277,6 +264,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.exchange = Exchange(world.sequence)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":
         optimizer = place_optimizer(optimizer, offloads_optimizer(zero))
@@ -289,7 +277,7 @@ def _build_student(
         )
 
     # Layers are compiled last, so that the check of the head sees them as they were defined.
-    _check_model(cfg, cfg.model, engine, world)
+    check_model(cfg, cfg.model, engine, world)
     compile_model(cfg.compile, not cfg.rolls_out, model, world)
     engine.train()
     return engine
@@ -321,22 +309,6 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         )
 
     return adapt
-
-
-def _check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
-    """Check the head, and packing, on the loaded model, and print what `fix_rope` changed."""
-    if (said := fix_rope(engine.module.model)) and world.is_main:
-        print(f"{component.key}: {said}", flush=True)
-    checks = [(probes.check_head, "a linear head")]
-    if isinstance(engine.module, causal_lm.Student):
-        checks.append((probes.check_layers, "a model that runs each layer once"))
-    if packs(cfg):
-        checks.append((probes.check_packing, "a model that keeps packed samples apart"))
-    if packs(cfg) and cfg.packed_sequence.share_prefixes:
-        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
-    for check, expected in checks:
-        with config_error(component.key, name_of(component), expected):
-            check(engine, world.device, component.key)
 
 
 def _open_metrics(cfg: RunConfig, schedule: Schedule, world: World) -> Metrics | None:

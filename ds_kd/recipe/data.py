@@ -24,6 +24,7 @@ from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 from ds_kd.teachers.cache.keys import AddKeys
+from ds_kd.train.parts import TakePart
 
 NO_LIMIT = 10**9  # tokens; a tokenizer without a limit has a larger model_max_length
 
@@ -33,6 +34,11 @@ _WORKERS_ON_GPU = 2
 
 def packs(cfg: RunConfig) -> bool:
     return cfg.packed_sequence.packed_sequence_size > 0
+
+
+def attends_by_sample(cfg: RunConfig, world: World) -> bool:
+    """Return whether the attention of a run's models is `attention.sdpa_by_sample`."""
+    return packs(cfg) or world.sequence.size > 1
 
 
 def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, dict[str, Any]]:
@@ -243,9 +249,18 @@ def build_loader(
             # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
         )
-    if cfg.reads_cache:
-        built.collate_fn = AddKeys(built.collate_fn)
+    built.collate_fn = _complete(cfg, built.collate_fn, world)
     return built, sampler
+
+
+def _complete(cfg: RunConfig, collate: Any, world: World) -> Any:
+    """Return a function that collates samples to this rank's micro-batch, given one that makes the
+    whole micro-batch."""
+    if cfg.reads_cache:
+        collate = AddKeys(collate)
+    if world.sequence.size > 1:
+        collate = TakePart(collate, world.sequence.rank, world.sequence.size)
+    return collate
 
 
 def fill_for_gpu(kwargs: dict[str, Any], micro_batches: int) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
-from ds_kd.models import causal_lm
+from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
@@ -69,14 +69,15 @@ def tokenizer_of(component: Component, world: World) -> Any:
 def load_model(
     component: Component,
     zero: dict[str, Any],
-    packs: bool,
+    by_sample: bool,
     adapt: Callable[[Any], None] | None = None,
 ) -> Any:
     """Return the Hugging Face model, sharded while it loads.
 
     Args:
         zero: the engine's DeepSpeed configuration.
-        packs: keep the samples of a pack apart in attention.
+        by_sample: compute attention by `attention.sdpa_by_sample`, which keeps the samples of a
+            pack apart and joins tokens that are split over ranks.
         adapt: called with the model before it is returned.
 
     Raises:
@@ -105,7 +106,7 @@ def load_model(
         model = load_or_refuse(lambda: check_whole(instantiate(component, **extra), ties))
         if adapt is not None:
             adapt(model)
-    if packs:
+    if by_sample:
         attend_by_sample(model)
     return model
 
@@ -209,6 +210,25 @@ def find_longrope_length(config: Any) -> int | None:
     keeps, or None for other models."""
     ropes = [rope for rope in _find_ropes(config) if rope.get("rope_type") == "longrope"]
     return int(ropes[0]["original_max_position_embeddings"]) if ropes else None
+
+
+def check_model(cfg: RunConfig, component: Component, engine: Any, world: World) -> None:
+    """Check the head, and packing, on the loaded model, and print what `fix_rope` changed."""
+    if (said := fix_rope(engine.module.model)) and world.is_main:
+        print(f"{component.key}: {said}", flush=True)
+    packs = cfg.packed_sequence.packed_sequence_size > 0
+    checks = [(probes.check_head, "a linear head")]
+    if isinstance(engine.module, causal_lm.Student):
+        checks.append((probes.check_layers, "a model that runs each layer once"))
+    if packs:
+        checks.append((probes.check_packing, "a model that keeps packed samples apart"))
+    if packs and cfg.packed_sequence.share_prefixes:
+        checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
+    if world.sequence.size > 1:
+        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
+    for check, expected in checks:
+        with config_error(component.key, name_of(component), expected):
+            check(engine, world.device, component.key)
 
 
 def check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:

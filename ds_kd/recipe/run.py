@@ -42,7 +42,8 @@ def open_run(
     """
     refuse_missing_packages(cfg)
     check_caches()
-    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    sequence = cfg.distributed.cp_size or 1
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes, sequence=sequence)
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directories(cfg, world))
@@ -109,10 +110,17 @@ def _build_trainer(cfg: RunConfig, world: World, listens: bool) -> Trainer:
         _say(world, unreached)
     _say(
         world,
-        f"{world.size} rank(s) on {world.device.type}, {trainer.schedule.total_steps} steps, "
+        f"{world.size} rank(s) on {world.device.type}{_describe_groups(world)}, "
+        f"{trainer.schedule.total_steps} steps, "
         f"ready in {time.monotonic() - started:.0f} s",
     )
     return trainer
+
+
+def _describe_groups(world: World) -> str:
+    """Return words for the number of ranks that see a sample together, if it is not one."""
+    together = world.size // world.data.size
+    return f" ({together} see a sample together)" if together > 1 else ""
 
 
 def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:

@@ -117,6 +117,7 @@ def join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "segments": Parts(parts),
         "supervised": torch.cat([r + s for r, s in zip(all_rows, starts, strict=True)]),
         "supervised_parts": once,
+        "num_parts": batches[0].get("num_parts", 1),
     }
     if any("supervised_once" in batch for batch in batches):
         joined["supervised_once"] = torch.cat([r + s for r, s in zip(once, starts, strict=True)])

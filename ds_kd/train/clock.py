@@ -92,7 +92,9 @@ class Counts:
         names = ("num_labels", "num_tokens", "num_slots")
         here = [float(sum(b[name] for b in micro_batches)) for name in names]
         here += [sum(b.get("num_shared", 0) for b in micro_batches)]
-        here += [sum(i != "" for batch in micro_batches for i in batch["sample_ids"])]
+        samples = sum(i != "" for batch in micro_batches for i in batch["sample_ids"])
+        # Ranks that see parts of the same samples all know their names.
+        here += [samples if world.sequence.rank == 0 else 0]
         if world.tensor.rank > 0:  # these tokens are counted by the group's first rank
             here = [0.0] * len(here)
         # Every rank adds its memory in a place of its own, so that this costs no exchange.

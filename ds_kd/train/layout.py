@@ -42,6 +42,7 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
         "TFLOP/s of a rank": ("throughput/tflops_per_rank",),
         "share of the peak (MFU)": ("throughput/mfu",),
         "share of padding and of supervised tokens": ("padding", "supervised"),
+        "tokens since the start, all and supervised": ("seen/(tokens|supervised)",),
     },
     "Time and memory": {
         "seconds of a step, by part": (

@@ -222,6 +222,7 @@ class Trainer:
         if not skipped and self.metrics is not None:
             values = {"train_loss": means.pop("loss"), **means}
             values |= {"learning_rate": lr, "grad_norm": norm}
+            values |= {"seen/tokens": self.state.tokens, "seen/supervised": self.state.labels}
             values |= counts.describe(seconds, times, self.operations) | self.batches.describe()
             self.metrics.train(self.state.step, values | {"memory": memory_gib(self.world.device)})
 
@@ -237,7 +238,7 @@ class Trainer:
         if self.teacher is None:
             yield from ((batch, None) for batch in batches)
             return
-        slots = counts.slots / len(batches) / self.world.data.size
+        slots = counts.slots / len(batches) / self.world.tokens.size
         outputs = ask(self.teacher, batches, slots)
 
         def take() -> TeacherOutput:

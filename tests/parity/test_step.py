@@ -57,10 +57,12 @@ def build(
     from ds_kd.models import causal_lm
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
+    from ds_kd.parallel.sequence import Exchange
     from ds_kd.recipe.models import check_whole
     from ds_kd.teachers.resident import ResidentTeacher
     from ds_kd.train.batches import LoaderBatches
     from ds_kd.train.metrics import Metrics
+    from ds_kd.train.parts import TakePart
     from ds_kd.train.schedule import Schedule
     from ds_kd.train.trainer import Trainer
     from ds_kd.train.validation import Validation
@@ -81,7 +83,7 @@ def build(
             model = check_whole(loaded, [])
             if adapt is not None:
                 adapt(model)
-        if packs:
+        if packs or world.sequence.size > 1:
             attend_by_sample(model)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -90,6 +92,7 @@ def build(
     teacher = None
     if alpha > 0:
         frozen = causal_lm.FrozenModel(load(paths["teacher"]))
+        frozen.exchange = Exchange(world.sequence)
         frozen.watch(other for _, part in layer_losses for _, other in part.pairs)
         engine = engines.build_teacher(frozen, copy.deepcopy(config))
         teacher = ResidentTeacher(engine)
@@ -98,17 +101,16 @@ def build(
     )
     student = load(paths["student"], adapt)
     module = causal_lm.Student(student, loss, layer_losses)
+    module.exchange = Exchange(world.sequence)
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in (teacher.engine, student):
             causal_lm.compile_layers(engine.module.model)
     student.train()
-    sampler = GlobalBatchSampler(
-        len(rows), accumulation * local * world.size, local, world.rank, world.size
-    )
-    loader = StatefulDataLoader(
-        WithFiller(rows), batch_sampler=sampler, collate_fn=default_collater
-    )
+    place = world.data.rank, world.data.size
+    sampler = GlobalBatchSampler(len(rows), accumulation * local * world.data.size, local, *place)
+    collate = TakePart(default_collater, world.sequence.rank, world.sequence.size)
+    loader = StatefulDataLoader(WithFiller(rows), batch_sampler=sampler, collate_fn=collate)
     batches = LoaderBatches(loader)
     schedule = Schedule(batches.steps_per_epoch, **extra)
     metrics = Metrics(None, out=io.StringIO(), total_steps=schedule.total_steps)

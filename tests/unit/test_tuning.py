@@ -13,9 +13,9 @@ from ds_kd.data.packing import PackedDataset
 from ds_kd.models.causal_lm import FrozenModel, compile_layers
 from ds_kd.parallel.nodes import count_ranks_per_node
 from ds_kd.parallel.world import World
-from ds_kd.recipe.tuning.compile import Fallback
+from ds_kd.recipe.tuning.compile import Fallback, _find_fault
 from ds_kd.recipe.tuning.gathering import Size, tune
-from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.gradients import choose
 from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.window import Window, join
@@ -92,8 +92,10 @@ def test_several_machines_get_a_copy_of_the_weights_each_if_it_takes_a_quarter_o
     assert "zero_hpz_partition_size" not in keys(zero) and "94 GiB a rank would take more" in said
 
     offloaded = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
+    quantised = {**ZERO, "weight_quantization": {}}
     uneven, single = Machine(12, None, H100, True), Machine(4, 1, H100, True)
-    for other in (tune(offloaded, LARGE, two_nodes), tune(ZERO, LARGE, uneven)):
+    for zero, machine in ((offloaded, two_nodes), (quantised, two_nodes), (ZERO, uneven)):
+        other = tune(zero, LARGE, machine)
         assert "zero_hpz_partition_size" not in keys(other[0]) and not other[1]
     assert "zero_hpz_partition_size" not in keys(tune(ZERO, LARGE, single)[0])
 
@@ -115,13 +117,13 @@ def test_gradients_are_added_up_by_themselves_on_accelerators_with_room():
 
     eight, one = Machine(8, 8, H100, True), Machine(1, 1, H100, True)
     bf16 = engine(torch.bfloat16)  # 6 GB of 10
-    assert reduces_once("auto", 4, bf16, eight)
-    assert not reduces_once("auto", 1, bf16, eight)
-    assert not reduces_once("auto", 4, bf16, one)
-    assert reduces_once("auto", 4, engine(torch.bfloat16, offloads=True), one)
-    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100, False))
-    assert not reduces_once("auto", 4, bf16, Machine(8, 8, H100 // 2, True))
-    assert reduces_once("true", 1, bf16, one) and not reduces_once("false", 4, bf16, eight)
+    assert choose("auto", 4, bf16, eight)
+    assert not choose("auto", 1, bf16, eight)
+    assert not choose("auto", 4, bf16, one)
+    assert choose("auto", 4, engine(torch.bfloat16, offloads=True), one)
+    assert not choose("auto", 4, bf16, Machine(8, 8, H100, False))
+    assert not choose("auto", 4, bf16, Machine(8, 8, H100 // 2, True))
+    assert choose("true", 1, bf16, one) and not choose("false", 4, bf16, eight)
 
 
 @pytest.mark.parametrize("kind", CHOSEN)
@@ -165,6 +167,8 @@ def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_so_once(capsys):
     def broken(*_):
         raise RuntimeError("no such instruction\nmore")
 
+    assert _find_fault(CPU, backend="eager", dynamic=True, mode="default") == ""
+    assert _find_fault(CPU, backend=broken, dynamic=True, mode="default") == "no such instruction"
     compile_layers(model, guard=Fallback().guard, backend=broken)
     assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
     told = capsys.readouterr().err

@@ -29,10 +29,10 @@ def check_placement(cfg: RunConfig, student: dict[str, Any] | None, problems: li
         problems.append(
             f"offload_teacher_model: teacher.placement is {placement}; write cpu, or remove one"
         )
-    if placement == INT8 and cfg.compile.enabled:
+    if placement == INT8 and cfg.compile.enabled == "true":
         problems.append(
             "teacher.placement: got int8, whose weights torch.compile does not read; write zero3, "
-            "or compile.enabled: false"
+            "or compile.enabled: auto, which leaves this teacher out"
         )
     if placement == NVME:
         problems += filter(None, [_find_wrong_path(cfg.teacher.nvme_path)])

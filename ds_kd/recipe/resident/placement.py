@@ -44,6 +44,8 @@ def make_teacher_zero(cfg: RunConfig, ranks: int) -> dict[str, Any]:
             config["zero_optimization"]["offload_param"] |= _make_buffers(component, ranks)
         if wanted.placement == INT8:
             config |= quantize(component)
+            # A second copy inside each machine would be one of numbers in 8 bits too.
+            config["zero_optimization"]["zero_hpz_partition_size"] = 1
     return config
 
 

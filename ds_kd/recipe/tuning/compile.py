@@ -55,11 +55,16 @@ def _find_fault(device: torch.device, **options: Any) -> str:
             out.sum().backward()
             found.append((out.detach(), x.grad))
     except Exception as error:  # of the compiler, of a driver, of a build of torch
-        return first_line(error)
+        return _describe(error)
     (out, slope), (same, same_slope) = found
     assert slope is not None and same_slope is not None
     is_right = torch.allclose(out, same, atol=1e-5) and torch.allclose(slope, same_slope, atol=1e-5)
     return "" if is_right else "its numbers are wrong"
+
+
+def _describe(error: Exception) -> str:
+    """Return what went wrong, where torch.compile only tells which of its parts failed."""
+    return first_line(getattr(error, "inner_exception", error))
 
 
 class Fallback:
@@ -77,9 +82,8 @@ class Fallback:
                     return compiled(*args, **kwargs)
                 except torch._dynamo.exc.TorchDynamoException as error:
                     self._has_failed = True
-                    reason = first_line(getattr(error, "inner_exception", error))
                     print(
-                        f"layers are not compiled, as this model's fail: {reason}; "
+                        f"layers are not compiled, as this model's fail: {_describe(error)}; "
                         f"compile: false leaves out the attempt",
                         file=sys.stderr,
                     )

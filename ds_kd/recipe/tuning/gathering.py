@@ -62,7 +62,8 @@ def tune(zero: dict[str, Any], size: Size | None, machine: Machine) -> tuple[dic
     # A second copy of the weights, in shards over the ranks of each machine, is gathered from.
     said, ranks = "", machine.ranks_per_node
     copy = size.weights * size.width // (ranks or 1)
-    is_open = "zero_hpz_partition_size" not in given and not _offloads_weights(given)
+    is_plain = not _offloads_weights(given) and "weight_quantization" not in zero
+    is_open = is_plain and "zero_hpz_partition_size" not in given
     if is_open and ranks is not None and 1 < ranks < machine.ranks:
         if copy <= _SHARE_OF_COPY * machine.memory:
             added["zero_hpz_partition_size"] = ranks

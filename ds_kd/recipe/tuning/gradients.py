@@ -4,14 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from ds_kd.config.schema import RunConfig
 from ds_kd.parallel.accumulation import BYTES_OF_SUM
+from ds_kd.parallel.world import World
+from ds_kd.recipe.tuning.engine import count_micro_batches
 from ds_kd.recipe.tuning.machine import Machine
 
 #: Share of a rank's memory that whole gradients may take.
 SHARE = 1 / 8
 
 
-def reduces_once(wanted: str, micro_batches: int, engine: Any, machine: Machine) -> bool:
+def reduces_once(cfg: RunConfig, engine: Any, world: World) -> bool:
+    """Return whether a step of this run adds up whole gradients; see `choose` (a collective)."""
+    if world.tensor.size > 1:  # whole gradients are those of all matrices' parts
+        return False
+    machine, count = Machine.of(world), count_micro_batches(cfg, world)
+    return choose(cfg.deepspeed.reduce_once, count, engine, machine)
+
+
+def choose(wanted: str, micro_batches: int, engine: Any, machine: Machine) -> bool:
     """Return whether a step adds up whole gradients and exchanges their sum.
 
     Args:

@@ -14,7 +14,7 @@ class Machine:
 
     Args:
         ranks: of the job.
-        ranks_per_node: of each machine, or None if they differ.
+        ranks_per_node: of each machine, or None if they differ, or share more than the data.
         memory: bytes of one rank.
         has_accelerator: whether this is an accelerator's memory.
     """
@@ -30,7 +30,7 @@ class Machine:
         hosts = list_hosts(world)
         return cls(
             world.size,
-            count_ranks_per_node(hosts),
+            count_ranks_per_node(hosts) if world.layout is None else None,
             measure_memory(world, hosts),
             world.device.type != "cpu",
         )

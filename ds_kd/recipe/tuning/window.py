@@ -19,7 +19,7 @@ def build_window(
     wanted: str | int,
     engine: Any,
     zero: dict[str, Any],
-    packs: bool,
+    by_sample: bool,
     world: World,
 ) -> Window | None:
     """Return the window of a teacher, with its layers made ready for it, or None for one
@@ -29,17 +29,18 @@ def build_window(
         wanted: `teacher.window`.
         engine: of the teacher, its layers compiled if they are to be.
         zero: its ZeRO configuration.
-        packs: whether its attention keeps samples of a pack apart already.
+        by_sample: whether its attention keeps samples of a pack apart already.
 
     Raises:
         ConfigError: a number is given, and this model cannot take several at a time.
     """
     part = zero["zero_optimization"]
     is_far = (part.get("offload_param") or {}).get("device", "none") != "none" or world.size > 1
-    if wanted == 1 or (wanted == "auto" and not (is_far and part["stage"])):
+    is_split = world.tensor.size > 1 or world.sequence.size > 1  # with an attention of its own
+    if wanted == 1 or is_split or (wanted == "auto" and not (is_far and part["stage"])):
         return None
     model = engine.module.model
-    if not _make_ready(engine, packs, world):
+    if not _make_ready(engine, by_sample, world):
         if wanted == "auto":
             return None
         raise ConfigError([
@@ -51,19 +52,19 @@ def build_window(
     return Window(None if wanted == "auto" else int(wanted), room, width)
 
 
-def _make_ready(engine: Any, packs: bool, world: World) -> bool:
+def _make_ready(engine: Any, by_sample: bool, world: World) -> bool:
     """Divide a teacher's layers, and return whether it then computes what it does without; if not,
     its attention is what it was before (a collective)."""
     model = engine.module.model
-    if packs and not is_by_sample(model):
+    if by_sample and not is_by_sample(model):
         return False
     try:
         is_ready = divide_layers(model)
-        if is_ready and not packs:  # attention by sample may be wrong for this model
+        if is_ready and not by_sample:  # attention by sample may be wrong for this model
             probes.check_packing(engine, world.device, "teacher_model")
         is_ready = is_ready and is_by_sample(model) and agrees(engine, world.device)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         is_ready = False
     if not is_ready:
-        attend_by_sample(model, packs)
+        attend_by_sample(model, by_sample)
     return is_ready

@@ -1,0 +1,133 @@
+"""What ranks exchange in a step: the teacher batch by batch or in a window, gradients each or once.
+
+    torchrun --nproc-per-node 2 benchmarks/exchange.py --teacher DIR --student DIR --data FILE
+
+The ways take the same steps in turn (A B C A B C …); the first round is thrown away. Told are, of
+rank 0, medians of the seconds of a step and of its parts, the process's CPU seconds, bytes that
+collectives gathered and reduced, and the loss of the first step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+_COLLECTIVES = {
+    "all_gather_into_tensor": "gathered",
+    "all_gather_coalesced": "gathered",
+    "reduce_scatter_tensor": "reduced",
+}
+#: Way → (whether the teacher has its window, whether gradients are exchanged once).
+WAYS = {"batch by batch": (False, False), "window": (True, False), "window, once": (True, True)}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option("--teacher", required=True)
+    option("--student", required=True)
+    option("--data", required=True, help="rows with messages")
+    option("--rounds", type=int, default=3)
+    option("--micro-batches", type=int, default=4, help="of a step on one rank")
+    option("--pack", type=int, default=512, help="tokens of a pack, a micro-batch")
+    option("--dtype", default="fp32")
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Return the trainer of a run on all ranks of the launcher."""
+    import os
+
+    import ds_kd
+
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    values = {
+        "model": {"pretrained_model_name_or_path": args.student, "torch_dtype": args.dtype},
+        "teacher_model": {"pretrained_model_name_or_path": args.teacher, "torch_dtype": args.dtype},
+        "dataset": {"_target_": "ds_kd.data.chat.ChatDataset", "path_or_dataset_id": args.data},
+        "step_scheduler": {
+            "global_batch_size": ranks * args.micro_batches,
+            "local_batch_size": 1,
+            "num_epochs": 1000,
+        },
+        "packed_sequence": {"packed_sequence_size": args.pack},
+        "optimizer": {"lr": 1e-6},
+        "checkpoint": {"enabled": False},
+        "tensorboard": {"enabled": False},
+    }
+    return ds_kd.build(ds_kd.load_config(values))
+
+
+@contextmanager
+def count_bytes() -> Iterator[dict[str, int]]:
+    """Count the bytes that DeepSpeed's collectives hand over inside this block."""
+    import torch
+    from deepspeed.comm import comm
+
+    counts = {"gathered": 0, "reduced": 0}
+    plain = {name: getattr(comm.cdb, name) for name in _COLLECTIVES}
+
+    def watch(name: str) -> Any:
+        def counted(*args: Any, **named: Any) -> Any:
+            given = [*args, *named.values()]
+            lists = [each if isinstance(each, list) else [each] for each in given]
+            sizes = [sum(t.nbytes for t in e if isinstance(t, torch.Tensor)) for e in lists]
+            counts[_COLLECTIVES[name]] += max(sizes)
+            return plain[name](*args, **named)
+
+        return counted
+
+    for name in plain:
+        setattr(comm.cdb, name, watch(name))
+    try:
+        yield counts
+    finally:
+        for name in plain:
+            delattr(comm.cdb, name)
+
+
+def take(trainer: Any, step: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the costs of a step, and its loss on rank 0."""
+    seen: dict[str, float] = {}
+    if trainer.metrics is not None:
+        trainer.metrics.train = lambda _, values: seen.update(values)
+    wall, cpu = time.perf_counter(), time.process_time()
+    with count_bytes() as counts:
+        trainer._step(step, wall)
+    cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, **counts}
+    parts = {name: seen.get(f"time/{name}", 0.0) for name in ("teacher", "backward")}
+    return {**cost, **parts, "loss": seen.get("train_loss", 0.0)}
+
+
+def main() -> None:
+    args = parse()
+    trainer = build(args)
+    window = trainer.teacher.window
+    batches = trainer.batches.after(0)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
+    for _ in range(args.rounds + 1):
+        step = next(batches)
+        for name, (has_window, once) in WAYS.items():
+            trainer.teacher.window, trainer.reduce_once = (window if has_window else None), once
+            found[name].append(take(trainer, step))
+    is_main = trainer.world.is_main
+    trainer.close()
+    for name, each in found.items() if is_main else ():
+        names = ("wall", "cpu", "teacher", "backward", "gathered", "reduced")
+        told = {n: round(statistics.median(e[n] for e in each[1:]), 3) for n in names}
+        print(json.dumps({"way": name, **told, "first loss": each[0]["loss"]}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

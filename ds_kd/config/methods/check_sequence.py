@@ -1,0 +1,80 @@
+"""Check what splitting samples over ranks (`distributed.cp_size`) needs of the other keys."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ds_kd.config.components import Component, problem
+from ds_kd.config.names import COLLATER
+from ds_kd.config.permissions import translate
+from ds_kd.config.schema import RunConfig
+from ds_kd.errors import NotPlainFileError, read_plain_file
+
+KEY = "distributed.cp_size"
+_MAX_BYTES = 100_000_000
+_HEADS = ("num_attention_heads", "n_head")  # their number in a config.json
+#: Kinds of layer whose tokens are joined around attention; others mix tokens in other ways.
+_LAYERS = {"full_attention", "sliding_attention"}
+
+
+def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
+    """Add a line to `problems` for each key that does not go with split samples."""
+    size = cfg.distributed.cp_size or 1
+    if cfg.distributed.sequence_parallel and size == 1:
+        problems.append(
+            "distributed.sequence_parallel: got true without a number of ranks that share a "
+            f"sample; write {KEY}: 2, or false"
+        )
+    if size == 1:
+        return
+
+    # Attention that is only known when a model is loaded is checked by `models.probes.check_parts`.
+    for model in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
+        given = model.kwargs.get("attn_implementation")
+        if given not in (None, "sdpa"):
+            problems.append(
+                f"{model.key}.attn_implementation: {given} sees only a part of the tokens with "
+                f"{KEY}: {size}; write sdpa, or remove {KEY}"
+            )
+        elif misfit := _find_misfit(_read_config(model), size):
+            key = f"{model.key}.pretrained_model_name_or_path"
+            name = model.kwargs.get("pretrained_model_name_or_path")
+            problems.append(problem(key, name, f"a model that {KEY}: {size} can split", misfit))
+    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        given = loader.kwargs.get("collate_fn")
+        if given is not None and translate(str(given)) != COLLATER:
+            problems.append(
+                f"{loader.key}.collate_fn: what {given} returns cannot be split by {KEY}: {size}; "
+                "remove one of the two keys"
+            )
+
+
+def _find_misfit(config: dict[str, Any], size: int) -> str:
+    """Return why a model's samples cannot be split over ranks, or an empty text.
+
+    Args:
+        config: the content of its config.json; may be empty.
+    """
+    nested = config.get("text_config")
+    config = config | nested if isinstance(nested, dict) else config
+    heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
+    if heads is not None and heads < size:
+        return f"its attention has {heads} head(s), and each rank needs one; write {KEY}: {heads}"
+    kinds = config.get("layer_types")
+    others = sorted({*map(str, kinds)} - _LAYERS) if isinstance(kinds, list) else []
+    return f"it has layers of type {', '.join(others)}; remove {KEY}" if others else ""
+
+
+def _read_config(component: Component) -> dict[str, Any]:
+    """Return the configuration of a local model; an empty one where it cannot be told here."""
+    name = component.kwargs.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or component.kwargs.get("gguf_file") is not None:
+        return {}
+    path = Path(name, str(component.kwargs.get("subfolder") or ""), "config.json")
+    try:
+        found = json.loads(read_plain_file(path, _MAX_BYTES))
+    except (OSError, ValueError, NotPlainFileError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,90 @@
+"""A step whose samples are split over ranks equals plain PyTorch on one, whatever the layout."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import tiny
+from tests.parity.test_step import MASKED, PACK, TEMPERATURE, build, sgd, weights
+from tests.ranks import run_ranks
+
+#: Shapes of attention: (heads, heads of keys and values) of the student and of the teacher.
+HEADS = {"even": ((4, 2), (8, 4)), "uneven": ((3, 1), (4, 2))}
+
+
+#: (shape, kd_ratio, how the step is made) on two ranks that share samples, and on four.
+CASES: dict[int, list[tuple[str, float, dict]]] = {
+    2: [("uneven", 0.5, {}), ("uneven", 0.5, {"packs": True})],
+    4: [
+        *(("even", alpha, {}) for alpha in (0.0, 0.5, 1.0)),
+        ("uneven", 0.5, {"packs": True}),
+        ("even", 0.5, {"packs": True, "shares": True}),
+        ("uneven", 1.0, {"checkpointing": True}),
+        ("uneven", 0.5, {"local": 1}),
+    ],
+}
+
+
+def compare_with_plain_pytorch(world, directory, models):
+    """The largest errors of a step, by case."""
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd.data.packing import PackedDataset
+    from ds_kd.data.prefixes import SharedDataset
+
+    found = {}
+    for name, alpha, kind in CASES[world.size]:
+        paths = models[name]
+        rows = tiny.samples(6 * world.data.size, seed=world.data.size, masked=MASKED)
+        data = PackedDataset(rows, PACK) if "packs" in kind else rows
+        if "shares" in kind:
+            rows = tiny.branches(rows)
+            data = SharedDataset(rows, PACK)
+        per_rank = -(-len(data) // world.data.size)
+        local = kind.get("local", 3 if "packs" not in kind else per_rank)
+        how = {key: kind[key] for key in kind if key not in ("shares", "local")}
+        trainer = build(world, paths, data, -(-per_rank // local), local, alpha, sgd, **how)
+        logged = trainer.validate()
+        trainer.train()
+        reference, teacher = (
+            AutoModelForCausalLM.from_pretrained(paths[each]) for each in ("student", "teacher")
+        )
+        loss, ce, kd = tiny.reference_means(reference, teacher, rows, alpha, TEMPERATURE)
+        loss.backward()
+        got = weights(trainer.student)
+        parts = [abs(logged["loss"] - loss.item()), abs(logged["ce_loss"] - ce.item())]
+        parts += [abs(logged["kd_loss"] - kd.item())] if alpha else []
+        found[f"{name} alpha={alpha} {kind}"] = {
+            "error": max(
+                (got[n] - (p - p.grad)).abs().max().item() for n, p in reference.named_parameters()
+            ),
+            "moved": max(p.grad.abs().max().item() for p in reference.parameters()),
+            "logged": max(parts),
+        }
+    return found
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    made = {}
+    for name, (own, others) in HEADS.items():
+        tie = name == "even"
+        student = tiny.llama(
+            root / f"{name}-student", hidden=32 if tie else 48, tie=tie, seed=1, heads=own
+        )
+        teacher = tiny.llama(
+            root / f"{name}-teacher", layers=3, hidden=64, tie=False, seed=2, heads=others
+        )
+        made[name] = {"student": str(student), "teacher": str(teacher)}
+    return made
+
+
+@pytest.mark.parametrize("size", [2, 4], ids=["cp 2", "cp 2 × dp 2"])
+def test_a_step_of_split_samples_equals_plain_pytorch(size, models, tmp_path):
+    # lr 1 SGD: the parameter difference is the gradient difference.
+    cases = run_ranks(compare_with_plain_pytorch, size, tmp_path, models, sequence=2)[0]
+    assert len(cases) == len(CASES[size])
+    for name, case in cases.items():
+        assert case["moved"] > 0.05, f"{name}: the reference hardly moves"
+        assert case["error"] <= 1e-6 and case["logged"] <= 1e-5, f"{name}: {case}"
