@@ -185,6 +185,8 @@ class Chooser:
         larger = [n for n in _LOCAL_SIZES if n > layout.local]
         if larger:
             told = self._compare(self._widen(layout, larger[-1]), layout)
+            if self.widest is not None and larger[-1] * self.cluster.world > self.widest:
+                told = "leaves few steps of an epoch"
             reasons.append(f"local_batch_size {layout.local}: {larger[-1]} {told}")
         without = compare(checkpointing=not work.checkpointing)
         told = "without it a step" if work.checkpointing else "none, as with it a step"
@@ -242,4 +244,4 @@ def _count_moves(layout: Layout) -> tuple[int, int]:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.0f} GiB"
+    return f"{size / 2**30:.0f} GiB" if size >= 10 * 2**30 else f"{size / 2**30:.1f} GiB"

@@ -186,7 +186,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
-    out[f"{where}gradients"] = trained
+    out[f"{where}gradients"] = trained * (2 if work.offload_optimizer else 1)  # and the optimizer's
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
         whole = teacher.parameters * teacher.width // work.tensor
