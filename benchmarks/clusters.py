@@ -33,11 +33,11 @@ PER_NODE, LENGTH, LONG, ROWS = 8, 4096, 131_072, 64
 GPU, GPU_MEMORY, HOST_MEMORY = "h100", "80GB", "2TB"
 BATCH = 512  # samples of a step, at least
 COLUMNS = (
-    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "samples", "GiB of a GPU", "states",
-    "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
+    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "cp", "samples", "GiB of a GPU",
+    "states", "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
 )  # fmt: skip
 PLAIN = {
-    "local": 1, "checkpointing": "false", "why": "", "place": "", "zero": "null",
+    "local": 1, "split": 1, "checkpointing": "false", "why": "", "place": "", "zero": "null",
     "teacher_zero": "null",
 }  # fmt: skip
 TEMPLATE = """\
@@ -47,7 +47,7 @@ teacher_model: {{pretrained_model_name_or_path: {teacher}, torch_dtype: bf16}}
 {place}dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 step_scheduler: {{global_batch_size: {batch}, local_batch_size: {local}, max_steps: 1000}}
-distributed: {{activation_checkpointing: {checkpointing}}}
+distributed: {{activation_checkpointing: {checkpointing}, cp_size: {split}}}
 deepspeed: {{student: {zero}, teacher: {teacher_zero}}}
 """
 
@@ -117,14 +117,15 @@ def plan_row(root: Path, pair: tuple[str, str], gpus: int, length: int) -> dict[
 def describe_choice(chooser: Any) -> dict[str, Any]:
     """Return the cells of what a chooser chooses."""
     from ds_kd.plan import memory
+    from ds_kd.plan.step.operations import count_operations
     from ds_kd.plan.step.traffic import count_exchanges
 
     found, world = chooser.choose(), chooser.cluster.world
     work, parts = found.layout.work, found.parts
     moved = "weights, optimizer" if work.offload_weights else "optimizer"
     states = sum(s for n, s in parts.items() if memory.is_state(n) and not n.startswith("host "))
-    tokens = work.tokens * work.micro_batches
-    done = memory.count_operations(chooser.student, chooser.teacher, work)
+    tokens = work.tokens * work.micro_batches / work.sequence
+    done = count_operations(chooser.student, chooser.teacher, work)
     received = sum(
         each.received for each in count_exchanges(chooser.student, chooser.teacher, work, world)
     )
@@ -132,6 +133,7 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
         "teacher": found.layout.place.replace("without a copy in each node", "(no copies)"),
         "offloaded": moved if work.offload_optimizer else "–",
         "again": "yes" if work.checkpointing else "–",
+        "cp": work.sequence,
         "samples": f"{found.layout.local} × {work.micro_batches}",
         "GiB of a GPU": f"{memory.on_device(parts) / 2**30:.0f}",
         "states": f"{states / 2**30:.1f}",

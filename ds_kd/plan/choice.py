@@ -17,6 +17,7 @@ from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
+_SPLITS = (1, 2, 4, 8)  # ranks that share a sample
 _ROOM = 0.9  # share of an accelerator that may be planned
 _ONCE = "zero3 without a copy in each node"
 _ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
@@ -89,9 +90,14 @@ class Chooser:
     widest: int | None
 
     def choose(self) -> Choice | None:
-        """Return the best layout that fits, or None."""
-        fitting = [layout for layout in self._list_layouts() if not self.lacks(layout)]
-        if not fitting:
+        """Return the best layout that fits, or None. Samples are split over ranks only where none
+        fits otherwise."""
+        fitting: list[Layout] = []
+        for ranks in self._list_splits():
+            fitting = [one for one in self._list_layouts(ranks) if not self.lacks(one)]
+            if fitting:
+                break
+        else:
             return None
         best = min(map(self.time_of_token, fitting))
         alike = [one for one in fitting if self.time_of_token(one) <= best * (1 + _ALIKE)]
@@ -100,15 +106,16 @@ class Chooser:
 
     def least(self) -> Layout:
         """Return the layout that needs least of the accelerators' memory."""
-        return min(self._list_layouts(), key=lambda one: memory.on_device(self.parts(one)))
+        layouts = self._list_layouts(self._list_splits()[-1])
+        return min(layouts, key=lambda one: memory.on_device(self.parts(one)))
 
-    def batch(self, local: int) -> int:
-        """Return the samples of a step of micro-batches of so many."""
-        width = local * self.cluster.world
+    def batch(self, layout: Layout) -> int:
+        """Return the samples of a step."""
+        width = layout.local * self.cluster.world // layout.work.sequence
         wanted = max(self.wanted, width)
-        return (
-            max(1, (wanted if self.widest is None else min(wanted, self.widest)) // width) * width
-        )
+        if self.widest is not None:
+            wanted = min(wanted, self.widest)
+        return max(1, wanted // width) * width
 
     def parts(self, layout: Layout) -> dict[str, int]:
         """Return the memory of a rank by purpose."""
@@ -128,10 +135,16 @@ class Chooser:
 
     def time_of_token(self, layout: Layout) -> float:
         """Return the seconds of a step for each token of a rank."""
-        return self.seconds(layout) / (layout.work.tokens * layout.work.micro_batches)
+        work = layout.work
+        return self.seconds(layout) * work.sequence / (work.tokens * work.micro_batches)
 
-    def _list_layouts(self) -> Iterator[Layout]:
-        world = self.cluster.world
+    def _list_splits(self) -> list[int]:
+        """Return the numbers of ranks that may share a sample, all of one node."""
+        return [n for n in _SPLITS if self.cluster.per_node % n == 0]
+
+    def _list_layouts(self, split: int) -> Iterator[Layout]:
+        """Yield the layouts in which so many ranks share a sample."""
+        world = self.cluster.world // split
         sizes = [n for n in _LOCAL_SIZES if self.widest is None or n * world <= self.widest]
         switches = (False, True)
 
@@ -143,6 +156,7 @@ class Chooser:
                 checkpointing=again,
                 offload_optimizer=optimizer,
                 offload_weights=weights,
+                sequence=split,
             )
             for layout in self._list_places(Layout(local, work)).values():
                 yield self._widen(layout, local)
@@ -161,10 +175,11 @@ class Chooser:
 
     def _widen(self, layout: Layout, local: int) -> Layout:
         """Return a layout with micro-batches of so many samples."""
-        count = self.batch(local) // (local * self.cluster.world)
-        tokens = self.plain.tokens * local
+        layout = replace(layout, local=local)
+        width = local * self.cluster.world // layout.work.sequence
+        tokens, count = self.plain.tokens * local, self.batch(layout) // width
         work = replace(layout.work, tokens=tokens, micro_batches=count)
-        return self._settle(replace(layout, local=local, work=work))
+        return self._settle(replace(layout, work=work))
 
     def _settle(self, layout: Layout) -> Layout:
         """Return a layout with what a run of it decides by itself on this machine."""
@@ -185,9 +200,14 @@ class Chooser:
         larger = [n for n in _LOCAL_SIZES if n > layout.local]
         if larger:
             told = self._compare(self._widen(layout, larger[-1]), layout)
-            if self.widest is not None and larger[-1] * self.cluster.world > self.widest:
+            if (
+                self.widest is not None
+                and larger[-1] * self.cluster.world // work.sequence > self.widest
+            ):
                 told = "leaves few steps of an epoch"
             reasons.append(f"local_batch_size {layout.local}: {larger[-1]} {told}")
+        if work.sequence > 1:
+            reasons.append(f"cp_size {work.sequence}: no layout of {work.sequence // 2} fits")
         without = compare(checkpointing=not work.checkpointing)
         told = "without it a step" if work.checkpointing else "none, as with it a step"
         reasons.append(f"activation_checkpointing: {told} {without}")

@@ -17,6 +17,7 @@ from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
+from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
 from ds_kd.plan.step.tuning import tune_work
@@ -130,7 +131,7 @@ def _describe_cost(
 ) -> list[str]:
     """Return lines on a step's operations, what ranks exchange in it, and its time on GPUs."""
     asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
-    operations = memory.count_operations(student, asked, work)
+    operations = count_operations(student, asked, work)
     told = f"{operations / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
     lines = [f"  a step: {operations / 1e12:.3g} TFLOP on each rank, {told}"]
     lines += describe_traffic(student, teacher, work, world)
@@ -199,7 +200,7 @@ def _describe_worlds(
         tune: settles what a run decides on so many ranks.
     """
     lines = ["  on other numbers of ranks (the same micro-batch):"]
-    for ranks in memory.WORLDS:
+    for ranks in work.worlds:
         parts = memory.estimate_bytes(student, teacher, tune(work, ranks), ranks)
         here = {name: size for name, size in parts.items() if not name.startswith("host ")}
         states = sum(size for name, size in here.items() if memory.is_state(name))
@@ -317,15 +318,10 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     import torch
 
     steps = cfg.step_scheduler
-    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
-    zero = {
-        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
-        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
-    }
-    zero = {name: config["zero_optimization"] for name, config in zero.items()}
+    zero = _read_zero_files(cfg)
 
     # In a pack, attention sees the whole micro-batch as one sequence.
-    local = steps.local_batch_size
+    local, shared = steps.local_batch_size, cfg.distributed.ranks_per_sample
     tokens = local * cfg.packed_sequence.packed_sequence_size or tokens
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
     given = [n for loss in cfg.kd_losses if (n := loss.kwargs.get("chunk_size")) is not None]
@@ -334,7 +330,9 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "tokens": tokens,
         "length": max(1, tokens // local),
         "supervised": supervised,
-        "micro_batches": max(1, steps.global_batch_size // (local * world)),
+        "micro_batches": max(1, steps.global_batch_size * shared // (local * world)),
+        "tensor": cfg.distributed.tp_size or 1,
+        "sequence": cfg.distributed.cp_size or 1,
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "optimizer_numbers": optimizer_numbers(
@@ -356,6 +354,16 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         if key in zero[model]:
             values[name] = int(float(zero[model][key]))
     return memory.Work(**values)
+
+
+def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return `zero_optimization` of `student` and `teacher`."""
+    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
+    files = {
+        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
+        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
+    }
+    return {name: config["zero_optimization"] for name, config in files.items()}
 
 
 def _is_offloaded(zero: dict[str, Any], part: str) -> bool:

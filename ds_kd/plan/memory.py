@@ -1,4 +1,4 @@
-"""Estimate a run from the shapes of its models alone: bytes per rank, operations per step.
+"""Estimate the memory of a rank from the shapes of a run's models alone.
 
 With ZeRO-3 a rank keeps 1/world of the weights, fp32 master weights, optimizer states and
 gradients, and all of the small parameters. A step adds gathered layers, activations, gradients on
@@ -112,6 +112,11 @@ class Work:
     reduces_once: bool = False
     tensor: int = 1
     sequence: int = 1
+
+    @property
+    def worlds(self) -> list[int]:
+        """Return the numbers of ranks that a plan tells of."""
+        return [ranks for ranks in WORLDS if ranks % (self.tensor * self.sequence) == 0]
 
 
 def shape_of(model: Any, width: int) -> Shape:
@@ -334,7 +339,7 @@ def smallest_fit(
     offers.append(replace(offers[-1], offload_optimizer=True))
     offers.append(replace(offers[-1], offload_weights=True))
     for offer in offers:
-        for world in WORLDS:
+        for world in offer.worlds:
             tuned = tune(offer, world)
             if not machine.lacks(estimate_bytes(student, teacher, tuned, world), world):
                 return world, tuned
@@ -363,33 +368,3 @@ def choose_placement(
         if not sure.lacks(parts, world):
             return placement, sizes
     return places[-1], f"which needs least, and {sizes}"
-
-
-def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:
-    """Count the floating-point operations of one rank's step."""
-    return sum(count_by_phase(student, teacher, work).values())
-
-
-def count_by_phase(student: Shape, teacher: Shape | None, work: Work) -> dict[str, float]:
-    """Count the floating-point operations of one rank's step by phase: `teacher`, `student` (its
-    forward) and `backward`.
-
-    Forward takes two for each weight and token, and attention over half of a sample. Backward takes
-    twice as many, or as many as forward if the weights are frozen. Ranks that share a layer or a
-    sample share its operations.
-    """
-
-    def forward(shape: Shape) -> float:
-        body = shape.layer * shape.layers * shape.used
-        attention = 2 * shape.layers * work.length * (shape.heads or shape.hidden)
-        head = shape.vocabulary * shape.hidden * work.supervised
-        tokens = work.tokens * work.micro_batches / (work.tensor * work.sequence)
-        return tokens * (2 * body + attention + 2 * head)
-
-    backward = 2.0 if student.trained * 2 > student.parameters else 1.0
-    again = 1.0 if work.checkpointing else 0.0
-    return {
-        "teacher": forward(teacher) if teacher is not None else 0.0,
-        "student": forward(student),
-        "backward": forward(student) * (backward + again),
-    }

@@ -65,6 +65,7 @@ step_scheduler:
   ckpt_every_steps: 200
 distributed:
   activation_checkpointing: {checkpointing}
+  cp_size: {split}                    # ranks that share each sample
 deepspeed:
   student: {zero}
   teacher: {teacher_zero}
@@ -119,7 +120,7 @@ def write_starter(
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
-        "local": 1, "batch": gpus, "checkpointing": "false", "why": "",
+        "local": 1, "batch": gpus, "checkpointing": "false", "why": "", "split": 1,
         "place": "", "zero": "null", "teacher_zero": "null",
         "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
@@ -209,8 +210,9 @@ def write_layout(chooser: Chooser) -> dict[str, Any]:
     moved = "".join(f", {name}: {_HOST}" for name, is_moved in parts if is_moved)
     return {
         "local": found.layout.local,
-        "batch": chooser.batch(found.layout.local),
+        "batch": chooser.batch(found.layout),
         "checkpointing": str(work.checkpointing).lower(),
+        "split": work.sequence,
         "place": f"teacher: {{placement: {place}}}\n" if found.layout.copies else "",
         "teacher_zero": "null" if found.layout.copies else _NO_COPY,
         "zero": f"{{zero_optimization: {{stage: 3{moved}}}}}" if moved else "null",

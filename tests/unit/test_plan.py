@@ -15,6 +15,7 @@ from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.cluster import Cluster
+from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.traffic import Exchange, count_exchanges
 from tests import tiny
@@ -190,8 +191,8 @@ def test_ranks_that_share_layers_or_samples_share_activations_logits_and_operati
     assert shared["logits workspace"] == whole["logits workspace"] // 2
     assert shared["student weights"] == whole["student weights"]  # ZeRO shards each half over four
     for part in ("tensor", "sequence"):
-        halved = plan.count_operations(LARGE, LARGE, plan.replace(work, **{part: 2}))
-        assert halved == plan.count_operations(LARGE, LARGE, work) / 2
+        halved = count_operations(LARGE, LARGE, plan.replace(work, **{part: 2}))
+        assert halved == count_operations(LARGE, LARGE, work) / 2
 
 
 def test_a_token_meets_some_experts_and_all_of_them_are_gathered():
@@ -234,6 +235,13 @@ def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     assert large["offloaded"] != "–"
     text = (tmp_path / "405B-70B-64-4096.yaml").read_text()
     assert "activation_checkpointing: without it a step needs" in text
+    # A sample that is too long for a rank is shared by two of them.
+    long = clusters.plan_row(tmp_path, ("70B", "8B"), 8, clusters.LONG)
+    assert long["cp"] == 2
+    assert "cp_size 2: no layout of 1 fits" in (tmp_path / "70B-8B-8-131072.yaml").read_text()
+    page = (GUIDE.parents[2] / "docs" / "scaling.md").read_text()
+    for row in (small, large, long):
+        assert f"| {' | '.join(map(str, row.values()))} |" in page, "benchmarks/clusters.py"
     none = clusters.plan_row(tmp_path, ("405B", "70B"), 8, clusters.LENGTH)
     assert "nothing fits: " in none["teacher"]
     assert not (tmp_path / "405B-70B-8-4096.yaml").exists()
