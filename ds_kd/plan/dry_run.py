@@ -317,8 +317,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     """
     import torch
 
-    steps = cfg.step_scheduler
-    zero = _read_zero_files(cfg)
+    steps, zero = cfg.step_scheduler, _read_zero_files(cfg)
 
     # In a pack, attention sees the whole micro-batch as one sequence.
     local, shared = steps.local_batch_size, cfg.distributed.ranks_per_sample
