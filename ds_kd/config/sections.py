@@ -275,7 +275,7 @@ class DeepSpeed:
         "auto",
         "Adds up the student's gradients of a step's micro-batches on each rank and exchanges the "
         "sum, where false exchanges each. Takes 4 bytes of a trained weight on every rank, 6 in "
-        "bf16; auto does it on accelerators that have eight times as much.",
+        "bf16; auto does it on accelerators where the first step has left as much and a fifth.",
     )
 
 

@@ -45,8 +45,11 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     row = '{"context": "a", "question": "b", "answers": {"text": ["c"]}}'
     for name in ("squad_train", "squad_validation"):
         (tmp_path / "study" / "data" / f"{name}.jsonl").write_text(row)
-    for name in ("quickstart/student", "quickstart/teacher", "study/student"):
-        (tmp_path / name).mkdir()
+    row = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}'
+    (tmp_path / "study" / "data" / "hellaswag_validation.jsonl").write_text(row)
+    models = ("quickstart/student", "quickstart/teacher", "quickstart/checkpoints/final")
+    for name in (*models, "study/student"):
+        (tmp_path / name).mkdir(parents=True)
         tiny.weightless(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_text("{}")
         (tmp_path / name / "chat_template.jinja").write_text("{{ messages }}")

@@ -35,7 +35,7 @@ def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
                 f"{model.key}.attn_implementation: {given} sees only a part of the tokens with "
                 f"{KEY}: {size}; write sdpa, or remove {KEY}"
             )
-        elif misfit := _find_misfit(read_config(model), size, cfg.distributed.tp_size or 1):
+        elif misfit := _find_misfit(read_config(model), size):
             key = f"{model.key}.pretrained_model_name_or_path"
             name = model.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can split", misfit))
@@ -48,20 +48,17 @@ def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
             )
 
 
-def _find_misfit(config: dict[str, Any], size: int, tensor: int) -> str:
+def _find_misfit(config: dict[str, Any], size: int) -> str:
     """Return why a model's samples cannot be split over `size` ranks, or an empty text.
 
     Args:
         config: the content of its config.json; may be empty.
-        tensor: ranks over which its heads are divided before.
     """
     nested = config.get("text_config")
     config = config | nested if isinstance(nested, dict) else config
     heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
-    if heads is not None and heads // tensor < size:
-        told = f"its attention has {heads} head(s)"
-        told += f" for distributed.tp_size: {tensor}" if tensor > 1 else ""
-        return f"{told}, and each rank needs one; write {KEY}: {max(1, heads // tensor)}"
+    if heads is not None and heads < size:
+        return f"its attention has {heads} head(s), and each rank needs one; write {KEY}: {heads}"
     kinds = config.get("layer_types")
     others = sorted({*map(str, kinds)} - _LAYERS) if isinstance(kinds, list) else []
     return f"it has layers of type {', '.join(others)}; remove {KEY}" if others else ""
