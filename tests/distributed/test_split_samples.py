@@ -51,7 +51,7 @@ def train(root: Path, name: str, steps: int, split: bool) -> None:
 def use_both_ranks(world, root: Path, paths: dict, ports: list[int]) -> dict[str, dict]:
     """A run of split samples without a break; one in two parts; the second part of that with whole
     samples. Returns how far single steps are from plain PyTorch."""
-    cases = compare_with_plain_pytorch(world, root, paths, "cp 2")
+    cases = compare_with_plain_pytorch(world, root, paths)
     train(root, "straight", 4, True)
     meet_at(ports[0])
     train(root, "stopped", 2, True)
@@ -96,7 +96,7 @@ def numbers(root: Path, name: str, step: int) -> dict[str, float]:
 
 def test_a_step_on_two_ranks_equals_plain_pytorch(root):
     cases = json.loads((root / "cases.json").read_text())
-    assert len(cases) == len(CASES["cp 2"])
+    assert len(cases) == len(CASES[2])
     check(cases)
 
 
