@@ -70,7 +70,7 @@ def test_all_problems_are_reported_at_once():
         "step_scheduler.global_batchsize=3",
         "step_scheduler.local_batch_size=zero",
         "kd_ratio=2",
-        "distributed.tp_size=2",
+        "distributed.pp_size=2",
         "model.torch_dtype=fp16",
         "peft={dim: 0, target_modules: q_proj, exclude_modules: [v_proj]}",
         "optimizer._target_=torch.optim.Adafactor",
@@ -83,7 +83,7 @@ def test_all_problems_are_reported_at_once():
         "did you mean step_scheduler.global_batch_size?",
         "'zero', expected an integer ≥ 1",
         "kd_ratio: got 2",
-        "distributed.tp_size",
+        "distributed.pp_size",
         "write torch_dtype: bf16",
         "peft.dim: got 0",
         "peft: target_modules and exclude_modules are both given",
@@ -693,7 +693,7 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
         {"rng": {"sede": 1}},
         {"dist_env": {"backend": "mpi"}},
         {"peft": {"dim": 0}},
-        {"distributed": {"tp_size": 2}},
+        {"distributed": {"tp_size": 0}},
         {"kd_loss_fn": {"temprature": 2}},
         {"kd_loss_fn": {"temperature": "hot"}},
         {"loss_fn": {"temperature": 2}},
@@ -834,7 +834,7 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     theirs = [
         "separate_meshes=true",
         "teacher_distributed={strategy: fsdp2, dp_size: 1, tp_size: 2}",
-        "distributed={strategy: fsdp2, dp_size: 2, tp_size: 2}",
+        "distributed={strategy: fsdp2, dp_size: 2, pp_size: 2}",
     ]
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, theirs)
@@ -842,8 +842,8 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     assert len(caught.value.problems) == 3
     assert "separate_meshes: student and teacher share all ranks" in told
     assert "teacher_distributed: student and teacher share all ranks" in told
-    assert "distributed.tp_size: got 2, expected 1" in told
-    dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.tp_size=1"]
+    assert "distributed.pp_size" in told
+    dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.pp_size=1"]
     assert load(GUIDE, [*theirs, *dropped]).teacher_model is not None
 
 
