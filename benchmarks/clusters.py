@@ -33,22 +33,22 @@ PER_NODE, LENGTH, LONG, ROWS = 8, 4096, 131_072, 64
 GPU, GPU_MEMORY, HOST_MEMORY = "h100", "80GB", "2TB"
 BATCH = 512  # samples of a step, at least
 COLUMNS = (
-    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "samples", "GiB of a GPU", "states",
-    "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
+    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "cp", "samples", "GiB of a GPU",
+    "states", "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
 )  # fmt: skip
 PLAIN = {
-    "local": 1, "checkpointing": "false", "why": "", "placement": "zero3", "zero": "null",
+    "local": 1, "split": 1, "checkpointing": "false", "why": "", "place": "", "zero": "null",
+    "teacher_zero": "null",
 }  # fmt: skip
 TEMPLATE = """\
 # {gpus} GPUs
 {why}model: {{pretrained_model_name_or_path: {student}, torch_dtype: bf16}}
 teacher_model: {{pretrained_model_name_or_path: {teacher}, torch_dtype: bf16}}
-teacher: {{placement: {placement}}}
-dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
+{place}dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 step_scheduler: {{global_batch_size: {batch}, local_batch_size: {local}, max_steps: 1000}}
-distributed: {{activation_checkpointing: {checkpointing}}}
-deepspeed: {{student: {zero}}}
+distributed: {{activation_checkpointing: {checkpointing}, cp_size: {split}}}
+deepspeed: {{student: {zero}, teacher: {teacher_zero}}}
 """
 
 
@@ -93,10 +93,10 @@ def plan_row(root: Path, pair: tuple[str, str], gpus: int, length: int) -> dict[
     """Write the YAML of a row that passes `--check`, and return the row's cells."""
     from ds_kd.config.components import ConfigError
     from ds_kd.config.load import check_world
-    from ds_kd.plan.dry_run import bytes_of, work_of
+    from ds_kd.plan.dry_run import work_of
     from ds_kd.plan.memory import Machine
     from ds_kd.plan.starter import make_chooser, write_layout
-    from ds_kd.plan.step.cluster import make_cluster
+    from ds_kd.plan.step.cluster import bytes_of, make_cluster
 
     cells: dict[str, Any] = {"pair": " → ".join(pair), "GPUs": gpus, "tokens": length}
     cluster = make_cluster(GPU, gpus, PER_NODE)
@@ -117,21 +117,23 @@ def plan_row(root: Path, pair: tuple[str, str], gpus: int, length: int) -> dict[
 def describe_choice(chooser: Any) -> dict[str, Any]:
     """Return the cells of what a chooser chooses."""
     from ds_kd.plan import memory
+    from ds_kd.plan.step.operations import count_operations
     from ds_kd.plan.step.traffic import count_exchanges
 
     found, world = chooser.choose(), chooser.cluster.world
     work, parts = found.layout.work, found.parts
     moved = "weights, optimizer" if work.offload_weights else "optimizer"
     states = sum(s for n, s in parts.items() if memory.is_state(n) and not n.startswith("host "))
-    tokens = work.tokens * work.micro_batches
-    done = memory.count_operations(chooser.student, chooser.teacher, work)
+    tokens = work.tokens * work.micro_batches / work.sequence
+    done = count_operations(chooser.student, chooser.teacher, work)
     received = sum(
         each.received for each in count_exchanges(chooser.student, chooser.teacher, work, world)
     )
     return {
-        "teacher": found.layout.placement,
+        "teacher": found.layout.place.replace("without a copy in each node", "(no copies)"),
         "offloaded": moved if work.offload_optimizer else "–",
         "again": "yes" if work.checkpointing else "–",
+        "cp": work.sequence,
         "samples": f"{found.layout.local} × {work.micro_batches}",
         "GiB of a GPU": f"{memory.on_device(parts) / 2**30:.0f}",
         "states": f"{states / 2**30:.1f}",

@@ -40,7 +40,7 @@ def parse() -> argparse.Namespace:
     option("--data", required=True, help="rows with messages")
     option("--rounds", type=int, default=3)
     option("--micro-batches", type=int, default=4, help="of a step on one rank")
-    option("--pack", type=int, default=512, help="tokens of a pack, a micro-batch")
+    option("--pack", type=int, default=768, help="tokens of a pack, a micro-batch")
     option("--dtype", default="fp32")
     return parser.parse_args()
 
@@ -111,6 +111,8 @@ def take(trainer: Any, step: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
+    from ds_kd.parallel.accumulation import Once
+
     args = parse()
     trainer = build(args)
     window = trainer.teacher.window
@@ -119,7 +121,8 @@ def main() -> None:
     for _ in range(args.rounds + 1):
         step = next(batches)
         for name, (has_window, once) in WAYS.items():
-            trainer.teacher.window, trainer.reduce_once = (window if has_window else None), once
+            trainer.teacher.window = window if has_window else None
+            trainer.reduce_once = Once(always=once)
             found[name].append(take(trainer, step))
     is_main = trainer.world.is_main
     trainer.close()

@@ -7,8 +7,8 @@
 Every layout is a YAML, trained for three steps of two micro-batches by the code that trains any
 run, in processes of its own. States are the bytes of all tensors that live after the last step; the
 peak is what the system counts for a process above what it had before the models were loaded;
-exchange is the bytes that a rank receives from others in the last step. All are compared with what
-`launch/plan.py` says for the same YAML.
+exchange is the bytes that a rank receives from others in the last step; `loss` is the workspace of
+logits. All are compared with what `launch/plan.py` says for the same YAML.
 """
 
 from __future__ import annotations
@@ -216,8 +216,10 @@ def run_layout(
     peak = read_status("VmHWM") - before
     gc.collect()
     held = {place: size for place, size in live_storages().items() if place not in there}
-    states = sum(held.values()) - count_buffers(trainer.student)
+    workspace = count_workspace(trainer.student)
+    states = sum(held.values()) - workspace - count_bucket(trainer.student)
     found = {"states": states, "peak": peak, "exchange": received(steps[-1], world.size)}
+    found["workspace"] = workspace
     return {"run": found, "plan": plan_layout(cfg, world.size)}
 
 
@@ -237,14 +239,16 @@ def run_alone(
     return run_layout(world, directory, paths, overrides)
 
 
-def count_buffers(student: Any) -> int:
-    """Return the bytes that are kept between steps and are no states: the bucket of gradients, of
-    which a CPU holds the pages that were written, and the loss's buffers."""
+def count_workspace(student: Any) -> int:
+    """Return the bytes of the loss's buffers, which a CPU keeps from step to step."""
     kept = student.module.loss._kept
-    sizes = [] if kept is None else [each.nbytes for each in kept._made.values()]
-    for bucket in student.optimizer.ipg_buckets.values():
-        sizes.append(0 if bucket.buffer is None else bucket.buffer.untyped_storage().nbytes())
-    return sum(sizes)
+    return 0 if kept is None else sum(each.nbytes for each in kept._made.values())
+
+
+def count_bucket(student: Any) -> int:
+    """Return the bytes of the bucket of gradients, of which a CPU holds the written pages alone."""
+    buffers = [bucket.buffer for bucket in student.optimizer.ipg_buckets.values()]
+    return sum(each.untyped_storage().nbytes() for each in buffers if each is not None)
 
 
 def received(traffic: dict[str, float], ranks: int) -> float:
@@ -260,7 +264,23 @@ def make_row(name: str, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
         run, plan = (found[side][part] for side in ("run", "plan"))
         row[f"{part} MiB"] = round(run / 2**20, 1)
         row[f"{part}, plan / run"] = round(plan / run, 3) if run else "-"
+    row["loss MiB"] = round(found["run"]["workspace"] / 2**20, 1)
     return row
+
+
+def fit_slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Return for each layout that ran on several numbers of ranks the slope of the logarithm of its
+    states over that of the ranks; -1 where a rank keeps its share alone."""
+    from scaling import slope
+
+    points: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        points.setdefault(row["layout"], []).append(row)
+    return {
+        name: round(slope([r["ranks"] for r in some], [r["states MiB"] for r in some]), 3)
+        for name, some in points.items()
+        if len(some) > 1
+    }
 
 
 def main() -> None:
@@ -287,8 +307,8 @@ def main() -> None:
                 found = run_ranks(run_alone, ranks, place, paths, LAYOUTS[name], seconds=300)[0]
                 rows.append(make_row(name, ranks, found))
                 print(json.dumps(rows[-1]), flush=True)
-                print(json.dumps(found), flush=True)
     print(measure.markdown(rows))
+    print(f"slope of the states over the ranks: {fit_slopes(rows)}")
     measure.write(rows, args.output)
 
 

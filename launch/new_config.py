@@ -49,10 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="times are of it (h100)")
     args = parser.parse_args(argv)
     quiet()
-    from ds_kd.plan.dry_run import bytes_of
     from ds_kd.plan.memory import Machine
     from ds_kd.plan.starter import Rows, write_starter
-    from ds_kd.plan.step.cluster import divide_over_nodes, make_cluster
+    from ds_kd.plan.step.cluster import bytes_of, divide_over_nodes, make_cluster
 
     try:
         host = args.host_memory and bytes_of(args.host_memory, "--host-memory")

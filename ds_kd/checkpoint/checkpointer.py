@@ -60,10 +60,12 @@ from ds_kd.errors import first_line
 from ds_kd.models import lora
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 from ds_kd.models.files.model_files import EARLIER_FILES, FILES
+from ds_kd.parallel.tensor import count_numbers
 from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
 LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
+_LAYOUT = {"distributed.dp_size", "distributed.tp_size", "distributed.cp_size"}
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 
@@ -71,10 +73,11 @@ def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str
     """Return a line for each difference between two fingerprints, by name.
 
     Earlier versions saved no identity of labels, and another one of models' files, or none; its
-    absence is no difference.
+    absence is no difference. Nor is another layout of the ranks.
     """
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
+    unknown |= _LAYOUT
     return {
         name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
         for name in sorted((saved.keys() | present.keys()) - unknown)
@@ -199,7 +202,8 @@ class Checkpointer:
         """Return the bytes of a checkpoint, over all ranks."""
         total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
-            total += sum(p.ds_numel * p.element_size() for p in engine.module.model.parameters())
+            parameters = engine.module.model.parameters()
+            total += sum(count_numbers(p) * p.element_size() for p in parameters)
         return total
 
     def _raise_everywhere(self, error: Exception | None) -> None:
@@ -327,6 +331,7 @@ class Checkpointer:
             "validation": self.validation,
             "train_state": state.state_dict(),
             "world_size": self.world.size,
+            "tensor_size": self.world.tensor.size,
             "fingerprint": self.fingerprint,
         }
         (aside / STATE).write_text(json.dumps(saved))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ds_kd.checkpoint.layouts.cut import count_parts, write_universal
 from ds_kd.checkpoint.manifest import CheckpointError
 from ds_kd.checkpoint.optimizer_settings import apply_settings, read_settings, states_of
 from ds_kd.parallel.engines import optimizer_numbers
@@ -131,12 +132,20 @@ def find_lost_states(engine: Any) -> list[str]:
     return sorted(states_of(engine.optimizer.optimizer) - {"exp_avg", "exp_avg_sq"})
 
 
-def reshard(directory: Path, tag: str, out: Path) -> None:
+def reshard(directory: Path, tag: str, out: Path, for_cut: bool) -> None:
     """Write `directory/tag` as DeepSpeed's universal checkpoint, which any number of ranks can
-    read. Call it on one rank."""
+    read. Call it on one rank.
+
+    Args:
+        for_cut: whether the engine that will read it cuts its matrices.
+    """
     from deepspeed.checkpoint import ds_to_universal
 
     _pickle_stage_by_value()
+    if for_cut or count_parts(directory / tag) > 1:
+        with trust_pickles():
+            write_universal(directory / tag, out / tag)
+        return
 
     # DeepSpeed's script prints progress bars; its errors are exceptions.
     silence = io.StringIO()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from ds_kd.checkpoint import engine_files
+from ds_kd.checkpoint.layouts.cut import CutFiles, count_parts
 from ds_kd.checkpoint.manifest import (
     ADAPTER,
     ENGINE,
@@ -151,7 +153,6 @@ def _export_merged(checkpoint: Path, out: Path) -> None:
 
 
 def _export_whole(checkpoint: Path, out: Path) -> None:
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
     from transformers import AutoConfig
 
     shutil.copytree(
@@ -163,16 +164,28 @@ def _export_whole(checkpoint: Path, out: Path) -> None:
     config = AutoConfig.from_pretrained(out)
     dtype = config.dtype or torch.float32
     with engine_files.trust_pickles():
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
+        weights = _open_weights(checkpoint)
 
     # One tensor at a time, so that a large model needs no more memory than one shard.
-    writer, seen = ShardWriter(out), set()
+    writer = ShardWriter(out)
     names = FileNames(empty_model(config), writer.add)
-    for name, lazy in weights.items():
-        # A tied weight appears under both names as one object; a loss's weights stay here.
-        if name.startswith(_PREFIX) and id(lazy) not in seen:
-            seen.add(id(lazy))
-            tensor = lazy.contiguous() if not isinstance(lazy, torch.Tensor) else lazy
-            names.add(name.removeprefix(_PREFIX), tensor.to(dtype))
+    for name, read in weights:
+        if name.startswith(_PREFIX):  # a loss's weights stay here
+            names.add(name.removeprefix(_PREFIX), read().to(dtype))
     names.flush()
     writer.close()
+
+
+def _open_weights(checkpoint: Path) -> list[tuple[str, Callable[[], torch.Tensor]]]:
+    """Return (name, function that reads it whole, in fp32) of every weight; tied ones once."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    if count_parts(checkpoint / ENGINE) > 1:
+        files = CutFiles(checkpoint / ENGINE)
+        weights = [(name, functools.partial(files.read, name, "fp32")) for name in files.names]
+        return [*weights, *((name, kept.contiguous) for name, kept in files.buffers.items())]
+    found = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), ENGINE, lazy_mode=True)
+
+    # A tied weight appears under both names as one object.
+    once = {id(lazy): (name, lazy) for name, lazy in reversed(found.items())}
+    return [(name, lazy.contiguous) for name, lazy in reversed(once.values())]

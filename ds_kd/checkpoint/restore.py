@@ -98,15 +98,19 @@ def load(
     """
     saved = json.loads((found / STATE).read_text())
     try:
-        if saved["world_size"] == world.size:
+        # Earlier versions knew no cut matrices.
+        before = saved["world_size"], saved.get("tensor_size", 1)
+        if before == (world.size, world.tensor.size):
             loaded = engine_files.load_engine(engine, found, ENGINE)
         else:
-            loaded = _load_resharded(engine, found, saved["world_size"], scratch, world, say)
+            ranks = _describe_ranks(*before)
+            loaded = _load_resharded(engine, found, ranks, scratch, world, say)
     except RuntimeError as error:
         raise CheckpointError(
             f"{found} does not fit this model ({first_line(error)}); give "
             f"checkpoint.checkpoint_dir another directory to start anew"
         ) from error
+
     if not loaded:
         raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
     state.load_state_dict(saved["train_state"])
@@ -117,28 +121,30 @@ def load(
 
 
 def _load_resharded(
-    engine: Any, found: Path, ranks: int, out: Path, world: World, say: Any
+    engine: Any, found: Path, ranks: str, out: Path, world: World, say: Any
 ) -> bool:
-    """Load a checkpoint of another number of ranks (a collective)."""
+    """Load a checkpoint of another number of ranks, or of ranks that were laid out otherwise (a
+    collective)."""
     if lost := engine_files.find_lost_states(engine):
         raise CheckpointError(
-            f"{found} was saved by {ranks} ranks, and the {', '.join(lost)} of this optimizer "
-            f"cannot be resharded for another number; start {ranks} rank(s) again"
+            f"{found} was saved by {ranks}, and the {', '.join(lost)} of this optimizer cannot be "
+            f"resharded for others; start {ranks} again"
         )
     if world.is_main:
         say(
-            f"{found.name} was saved by {ranks} ranks and is resharded for {world.size}: the "
-            f"batches and their order stay, sums are rounded differently"
+            f"{found.name} was saved by {ranks} and is resharded for "
+            f"{_describe_ranks(world.size, world.tensor.size)}: the batches and their order stay, "
+            f"sums are rounded differently"
         )
 
     def cut() -> None:
         shutil.rmtree(out, ignore_errors=True)
         try:
-            engine_files.reshard(found, ENGINE, out)
+            engine_files.reshard(found, ENGINE, out, world.tensor.size > 1)
         except KeyError:
             raise CheckpointError(
-                f"{found} was saved by {ranks} ranks, and only optimizers of Adam's family can "
-                f"go on with another number; start {ranks} rank(s) again"
+                f"{found} was saved by {ranks}, and only optimizers of Adam's family can go on "
+                f"with others; start {ranks} again"
             ) from None
 
     # The copy is removed only after every rank has read it.
@@ -148,3 +154,8 @@ def _load_resharded(
     finally:
         barrier(world)
         on_rank0(lambda: shutil.rmtree(out, ignore_errors=True), world)
+
+
+def _describe_ranks(ranks: int, parts: int) -> str:
+    """Return words for a layout."""
+    return f"{ranks} ranks" + (f" with distributed.tp_size: {parts}" if parts > 1 else "")

@@ -154,7 +154,13 @@ class Distributed:
         low=1,
     )
     dp_replicate_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
-    tp_size: OnlyOne | None = key(None, _ONLY_ONE, "ranks")
+    tp_size: int | None = key(
+        None,
+        "Cuts the matrices of both models' layers over this many neighbouring ranks, which then "
+        "share their samples (docs/distributed.md); by default none is cut.",
+        "ranks",
+        low=1,
+    )
     cp_size: int | None = key(
         None,
         "Splits the tokens of each sample or pack over this many ranks, for samples too long for "
@@ -269,7 +275,7 @@ class DeepSpeed:
         "auto",
         "Adds up the student's gradients of a step's micro-batches on each rank and exchanges the "
         "sum, where false exchanges each. Takes 4 bytes of a trained weight on every rank, 6 in "
-        "bf16; auto does it on accelerators that have eight times as much.",
+        "bf16; auto does it on accelerators where the first step has left as much and a fifth.",
     )
 
 

@@ -23,7 +23,9 @@ from ds_kd.losses.named.hidden_states import HiddenStates
 from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
+from ds_kd.models.rows import Rows
 from ds_kd.parallel.engines import read_weight
+from ds_kd.parallel.layout import Group
 from ds_kd.parallel.sequence import Exchange
 
 DTYPES = {
@@ -187,6 +189,8 @@ class Student(_Split):
         loss: computes the weighted sum from hidden states, head, labels and a teacher's output.
         layer_losses: (weight, loss) of each that compares layers of both models; they may have
             parameters, which are trained and saved with the model's and not exported.
+
+    `tensor` is the group of ranks that have cut the model's layers; it is set after construction.
     """
 
     def __init__(
@@ -196,7 +200,7 @@ class Student(_Split):
         layer_losses: Sequence[tuple[float, HiddenStates]] = (),
     ):
         super().__init__(model)
-        self.loss = loss
+        self.loss, self.tensor = loss, Group(0, 1)
         # ZeRO-3 keeps all parameters of an optimizer in one buffer, so they have one dtype.
         parts = nn.ModuleList(part for _, part in layer_losses)
         self.layer_losses = parts.to(self.model.dtype) if len(parts) else parts
@@ -209,16 +213,18 @@ class Student(_Split):
         if probe:
             return getattr(self, probe)(batch)
         output_head = self.model.get_output_embeddings()
-        counts = batch.get("supervised_counts")
-        given = {} if counts is None else {"counts": counts}
+        counts, rows = batch.get("supervised_counts"), Rows(self.tensor, len(batch["supervised"]))
+        given = {} if counts is None else {"counts": rows.cut(counts)}
         if not torch.is_grad_enabled():
-            given["positions"] = self._find_positions(batch)
+            given["positions"] = rows.cut(self._find_positions(batch))
+
+        # The ranks that have cut the layers share out the tokens of the loss.
+        labels, output = rows.cut(batch["supervised_labels"]), rows.of(teacher_output)
         total, sums = output_head(
-            self.hidden(batch),
-            loss=lambda h: self.loss(
-                States(h, self.head()), batch["supervised_labels"], teacher_output, **given
-            ),
+            rows.select(self.hidden(batch)),
+            loss=lambda h: self.loss(States(h, self.head()), labels, output, **given),
         )
+        total, sums = rows.join(total, sums)
         if not self._weights or teacher_output is None:
             return total, sums
         between = self._compare_layers(teacher_output.layers, counts)

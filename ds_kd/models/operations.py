@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ds_kd.parallel import engines
+from ds_kd.parallel.tensor import count_numbers
 
 #: A part of a GPU's name → its peak in bf16, dense, operations per second, from the vendor's data
 #: sheets; the first that fits counts.
@@ -82,7 +83,7 @@ def _list_tables(model: Any) -> list[Any]:
 def _size(parameter: Any) -> int:
     """Return the numbers of a weight, which DeepSpeed counts in units of its dtype where it keeps
     them in 8 bits, with two more for each group."""
-    kept = int(getattr(parameter, "ds_numel", parameter.numel()))
+    kept = count_numbers(parameter)
     if not engines.is_quantized(parameter):
         return kept
     group = parameter.quantizer.config["group_size"]

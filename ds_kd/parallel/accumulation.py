@@ -6,8 +6,9 @@ that has the memory for whole gradients can add these up instead and exchange th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,41 @@ from torch import Tensor
 #: Bytes of a trained weight that a sum of whole gradients takes: the gradient itself, and for one
 #: of 16 bits a sum in fp32 beside it.
 BYTES_OF_SUM = {4: 4, 2: 6}
+
+
+#: Share of a rank's memory that whole gradients may fill: later batches may be larger.
+FULL = 0.8
+
+
+@dataclass
+class Once:
+    """The choice whether a step exchanges its gradients once.
+
+    Args:
+        always: every step does.
+        needed: bytes that whole gradients take, if that is to be found out; else None.
+        memory: bytes of a rank.
+    """
+
+    always: bool = False
+    needed: int | None = None
+    memory: int = 0
+
+    def __post_init__(self) -> None:
+        self._steps = 0
+
+    def decide(self, peaks: Sequence[float]) -> bool:
+        """Return the choice for the next step, the same on every rank.
+
+        The first step of a process shows what the others take. Once there was room, it stays.
+
+        Args:
+            peaks: the most memory that each rank has used, GiB.
+        """
+        self._steps += 1
+        if not self.always and self.needed is not None and self._steps > 1:
+            self.always = max(peaks) * 2**30 + self.needed <= FULL * self.memory
+        return self.always
 
 
 @contextmanager

@@ -4,6 +4,8 @@ The student trains in ZeRO-3: parameters, gradients and optimizer states sharded
 teacher runs in ZeRO-Inference: stage 3 *without* an optimizer, so that only its parameters exist,
 sharded over the same ranks and gathered layer by layer. Both are plain `DeepSpeedEngine`s.
 
+With `distributed.tp_size` both cut the matrices of their layers too (`tensor`).
+
 The ZeRO files only place tensors. Everything that changes the mathematics (batch, accumulation,
 dtype, clipping) comes from the YAML and is written into the engine's configuration here. Clipping
 is always written, as DeepSpeed clips gradients at 1.0 by default.
@@ -19,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ds_kd.parallel import tensor
 from ds_kd.parallel.linear import replace_linear
 
 #: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
@@ -82,7 +85,7 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
     # DeepSpeed makes the groups of `zero_hpz_partition_size` while a model is loaded, and refuses
     # to make those of a second model as long as it knows the first one's.
     groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
-    keep_alive = HfDeepSpeedConfig(zero_config)
+    keep_alive = HfDeepSpeedConfig(tensor.without_cuts(zero_config))
     try:
         yield
     finally:
@@ -92,11 +95,14 @@ def zero3_init(zero_config: dict[str, Any]) -> Iterator[None]:
 
 
 @contextmanager
-def gather(parameters: list[nn.Parameter], modifier_rank: int | None = None) -> Iterator[None]:
-    """Gather the whole values of ZeRO-3's sharded parameters (a collective)."""
+def gather(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Gather the whole values of sharded and cut parameters (a collective)."""
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=modifier_rank):
+    with (
+        deepspeed.zero.GatheredParameters(parameters, modifier_rank=None),
+        tensor.join(parameters),
+    ):
         yield
 
 
@@ -154,9 +160,11 @@ def build_student(
             f"optimizer: {type(made).__name__} looks at whole matrices, and ZeRO-3 gives it "
             f"flat shards: its steps would be wrong. Use one of {', '.join(sorted(ELEMENTWISE))}."
         )
-    engine, *_ = deepspeed.initialize(
-        model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config
-    )
+    with tensor.show_maps():
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config
+        )
+    tensor.prepare(engine)
     return engine
 
 
@@ -166,6 +174,7 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
 
     _gather_by_layer(module)
     engine, *_ = deepspeed.initialize(model=module, config=config)
+    tensor.prepare(engine)
     engine.eval()
     return engine
 

@@ -17,7 +17,9 @@ from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
+_SPLITS = (1, 2, 4, 8)  # ranks that share a sample
 _ROOM = 0.9  # share of an accelerator that may be planned
+_ONCE = "zero3 without a copy in each node"
 _ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
 
 
@@ -28,10 +30,12 @@ class Layout:
     Args:
         local: samples of a micro-batch.
         work: a step of `micro_batches` of these.
+        copies: each node may have a copy of the teacher of its own to gather layers from.
     """
 
     local: int
     work: memory.Work
+    copies: bool = True
 
     @property
     def placement(self) -> str:
@@ -39,6 +43,11 @@ class Layout:
         if self.work.teacher_is_whole:
             return REPLICATE
         return CPU if self.work.offload_teacher else ZERO3
+
+    @property
+    def place(self) -> str:
+        """Return where the teacher lies, and whether without copies in nodes."""
+        return self.placement if self.copies else _ONCE
 
 
 @dataclass(frozen=True)
@@ -81,9 +90,14 @@ class Chooser:
     widest: int | None
 
     def choose(self) -> Choice | None:
-        """Return the best layout that fits, or None."""
-        fitting = [layout for layout in self._list_layouts() if not self.lacks(layout)]
-        if not fitting:
+        """Return the best layout that fits, or None. Samples are split over ranks only where none
+        fits otherwise."""
+        fitting: list[Layout] = []
+        for ranks in self._list_splits():
+            fitting = [one for one in self._list_layouts(ranks) if not self.lacks(one)]
+            if fitting:
+                break
+        else:
             return None
         best = min(map(self.time_of_token, fitting))
         alike = [one for one in fitting if self.time_of_token(one) <= best * (1 + _ALIKE)]
@@ -92,15 +106,16 @@ class Chooser:
 
     def least(self) -> Layout:
         """Return the layout that needs least of the accelerators' memory."""
-        return min(self._list_layouts(), key=lambda one: memory.on_device(self.parts(one)))
+        layouts = self._list_layouts(self._list_splits()[-1])
+        return min(layouts, key=lambda one: memory.on_device(self.parts(one)))
 
-    def batch(self, local: int) -> int:
-        """Return the samples of a step of micro-batches of so many."""
-        width = local * self.cluster.world
+    def batch(self, layout: Layout) -> int:
+        """Return the samples of a step."""
+        width = layout.local * self.cluster.world // layout.work.sequence
         wanted = max(self.wanted, width)
-        return (
-            max(1, (wanted if self.widest is None else min(wanted, self.widest)) // width) * width
-        )
+        if self.widest is not None:
+            wanted = min(wanted, self.widest)
+        return max(1, wanted // width) * width
 
     def parts(self, layout: Layout) -> dict[str, int]:
         """Return the memory of a rank by purpose."""
@@ -120,46 +135,56 @@ class Chooser:
 
     def time_of_token(self, layout: Layout) -> float:
         """Return the seconds of a step for each token of a rank."""
-        return self.seconds(layout) / (layout.work.tokens * layout.work.micro_batches)
+        work = layout.work
+        return self.seconds(layout) * work.sequence / (work.tokens * work.micro_batches)
 
-    def _list_layouts(self) -> Iterator[Layout]:
-        world = self.cluster.world
+    def _list_splits(self) -> list[int]:
+        """Return the numbers of ranks that may share a sample, all of one node."""
+        return [n for n in _SPLITS if self.cluster.per_node % n == 0]
+
+    def _list_layouts(self, split: int) -> Iterator[Layout]:
+        """Yield the layouts in which so many ranks share a sample."""
+        world = self.cluster.world // split
         sizes = [n for n in _LOCAL_SIZES if self.widest is None or n * world <= self.widest]
         switches = (False, True)
 
         # The student's weights leave the GPU last, after its optimizer.
         moves = [(False, False), (True, False), (True, True)]
-        for place, again, (optimizer, weights), local in itertools.product(
-            self._list_places().values(), switches, moves, sizes or [1]
-        ):
+        for again, (optimizer, weights), local in itertools.product(switches, moves, sizes or [1]):
             work = replace(
                 self.plain,
                 checkpointing=again,
                 offload_optimizer=optimizer,
                 offload_weights=weights,
-                **place,
+                sequence=split,
             )
-            yield self._widen(Layout(1, work), local)
+            for layout in self._list_places(Layout(local, work)).values():
+                yield self._widen(layout, local)
 
-    @staticmethod
-    def _list_places() -> dict[str, dict[str, bool]]:
-        """Return the places where a teacher may lie, as values of `memory.Work`."""
-        plain = {"teacher_is_whole": False, "offload_teacher": False}
-        return {
-            ZERO3: plain,
-            REPLICATE: {**plain, "teacher_is_whole": True},
-            CPU: {**plain, "offload_teacher": True},
+    def _list_places(self, layout: Layout) -> dict[str, Layout]:
+        """Return a layout with the teacher in each place where it may lie, by the place's name."""
+        work = replace(layout.work, teacher_is_whole=False, offload_teacher=False)
+        places = {
+            ZERO3: Layout(layout.local, work),
+            REPLICATE: Layout(layout.local, replace(work, teacher_is_whole=True)),
+            CPU: Layout(layout.local, replace(work, offload_teacher=True)),
         }
+        if self.cluster.world > self.cluster.per_node > 1:
+            places[_ONCE] = Layout(layout.local, work, copies=False)
+        return places
 
     def _widen(self, layout: Layout, local: int) -> Layout:
         """Return a layout with micro-batches of so many samples."""
-        count = self.batch(local) // (local * self.cluster.world)
-        tokens = self.plain.tokens * local
-        return self._settle(Layout(local, replace(layout.work, tokens=tokens, micro_batches=count)))
+        layout = replace(layout, local=local)
+        width = local * self.cluster.world // layout.work.sequence
+        tokens, count = self.plain.tokens * local, self.batch(layout) // width
+        work = replace(layout.work, tokens=tokens, micro_batches=count)
+        return self._settle(replace(layout, work=work))
 
     def _settle(self, layout: Layout) -> Layout:
         """Return a layout with what a run of it decides by itself on this machine."""
-        plain = replace(layout.work, hpz=self.plain.hpz, student_hpz=self.plain.student_hpz)
+        given = self.plain.hpz if layout.copies else 1
+        plain = replace(layout.work, hpz=given, student_hpz=self.plain.student_hpz)
         sizes = self.student, self.teacher, self.machine, self.cluster.world
         return replace(layout, work=tune_work(self.cfg, plain, *sizes))
 
@@ -168,14 +193,21 @@ class Chooser:
         work = layout.work
 
         def compare(**changes: Any) -> str:
-            other = Layout(layout.local, replace(work, **changes))
+            other = replace(layout, work=replace(work, **changes))
             return self._compare(self._settle(other), layout)
 
         reasons = []
         larger = [n for n in _LOCAL_SIZES if n > layout.local]
         if larger:
             told = self._compare(self._widen(layout, larger[-1]), layout)
+            if (
+                self.widest is not None
+                and larger[-1] * self.cluster.world // work.sequence > self.widest
+            ):
+                told = "leaves few steps of an epoch"
             reasons.append(f"local_batch_size {layout.local}: {larger[-1]} {told}")
+        if work.sequence > 1:
+            reasons.append(f"cp_size {work.sequence}: no layout of {work.sequence // 2} fits")
         without = compare(checkpointing=not work.checkpointing)
         told = "without it a step" if work.checkpointing else "none, as with it a step"
         reasons.append(f"activation_checkpointing: {told} {without}")
@@ -187,11 +219,11 @@ class Chooser:
         elif work.offload_optimizer:
             reasons.append(f"optimizer offloaded: else a step {compare(offload_optimizer=False)}")
         others = [
-            f"{name} {compare(**place)}"
-            for name, place in self._list_places().items()
-            if name != layout.placement
+            f"{name} {self._compare(self._settle(other), layout)}"
+            for name, other in self._list_places(layout).items()
+            if name != layout.place
         ]
-        return [*reasons, f"teacher {layout.placement}: {'; '.join(others)}"]
+        return [*reasons, f"teacher {layout.place}: {'; '.join(others)}"]
 
     def _compare(self, other: Layout, chosen: Layout) -> str:
         """Return what another layout would need or take."""
@@ -228,8 +260,8 @@ def _count_moves(layout: Layout) -> tuple[int, int]:
     teacher is."""
     work = layout.work
     moves = 2 * work.offload_weights + 2 * work.offload_optimizer + work.checkpointing
-    return moves, (ZERO3, REPLICATE, CPU).index(layout.placement)
+    return moves, (ZERO3, _ONCE, REPLICATE, CPU).index(layout.place)
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.0f} GiB"
+    return f"{size / 2**30:.0f} GiB" if size >= 10 * 2**30 else f"{size / 2**30:.1f} GiB"

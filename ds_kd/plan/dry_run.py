@@ -3,11 +3,10 @@ samples. No weights are loaded."""
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
-from ds_kd.config.components import Component, ConfigError, config_error, problem
+from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world
 from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
@@ -17,39 +16,14 @@ from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
-from ds_kd.plan.step.cluster import Cluster, divide_over_nodes, make_cluster
+from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
+from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.time import describe_time
-from ds_kd.plan.step.traffic import count_exchanges, describe_traffic
+from ds_kd.plan.step.traffic import describe_traffic
 from ds_kd.plan.step.tuning import tune_work
 from ds_kd.recipe.build import adapter_of
 from ds_kd.recipe.data import hold_out
 from ds_kd.recipe.models import config_of, name_of, training_dtype
-
-_GB = {
-    "TB": 1e12,
-    "TIB": 2**40,
-    "KB": 1e3,
-    "MB": 1e6,
-    "GB": 1e9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
-
-
-def bytes_of(text: str, option: str = "--gpu-memory") -> int:
-    """Return the bytes of a size such as `80GB` or `24GiB`.
-
-    Args:
-        option: the option of the command line, for the message.
-
-    Raises:
-        ConfigError: it is not a size.
-    """
-    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]I?B)", text.strip().upper())
-    if match is None or match[2] not in _GB or float(match[1]) <= 0:
-        raise ConfigError([problem(option, text, "a size such as 80GB or 24GiB")])
-    return int(float(match[1]) * _GB[match[2]])
 
 
 def plan_of(
@@ -123,12 +97,14 @@ def describe(
     teacher = model_shape(cfg.teacher_model) if cfg.loads_teacher and cfg.teacher_model else None
     rows, tokens, supervised, told = data_of(cfg, length)
     steps = cfg.step_scheduler
-    work = work_of(cfg, world, tokens, supervised)
     writing = plan_writing(cfg, tokens // steps.local_batch_size, supervised)
-    work = add_answers(cfg, work, writing, world)
-    work, placed = _settle_placement(cfg, student, teacher, work, machine, world)
-    work = tune_work(cfg, work, student, teacher, machine, world)
+    work = add_answers(cfg, work_of(cfg, world, tokens, supervised), writing, world)
+    plain, placed = _settle_placement(cfg, student, teacher, work, machine, world)
 
+    def tune(work: memory.Work, ranks: int) -> memory.Work:
+        return tune_work(cfg, work, student, teacher, machine, ranks)
+
+    work = tune(plain, world)
     lines = [cfg.text.rstrip(), "", f"plan for {world} rank(s)"]
     lines += _describe_models(student, teacher) + placed
     lines.append(_describe_step(cfg, work, told))
@@ -137,16 +113,31 @@ def describe(
     # Memory on this number of ranks by part, then in one line each for other numbers.
     parts = memory.estimate_bytes(student, teacher, work, world)
     lines += _describe_memory(parts)
-    lines += _describe_worlds(student, teacher, work, machine)
-    asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
-    flops = memory.count_operations(student, asked, work)
-    told = f"{flops / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
-    lines.append(f"  a step: {flops / 1e12:.3g} TFLOP on each rank, {told}")
-    lines += describe_traffic(count_exchanges(student, teacher, work, world))
-    if cluster is not None:
-        lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
+    lines += _describe_worlds(student, teacher, plain, machine, tune)
+    lines += _describe_cost(cfg, student, teacher, work, world, mfu, tflops, cluster)
     lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
     return "\n".join(lines)
+
+
+def _describe_cost(
+    cfg: RunConfig,
+    student: memory.Shape,
+    teacher: memory.Shape | None,
+    work: memory.Work,
+    world: int,
+    mfu: float,
+    tflops: float,
+    cluster: Cluster | None,
+) -> list[str]:
+    """Return lines on a step's operations, what ranks exchange in it, and its time on GPUs."""
+    asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
+    operations = count_operations(student, asked, work)
+    told = f"{operations / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
+    lines = [f"  a step: {operations / 1e12:.3g} TFLOP on each rank, {told}"]
+    lines += describe_traffic(student, teacher, work, world)
+    if cluster is not None:
+        lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
+    return lines
 
 
 def _describe_step(cfg: RunConfig, work: memory.Work, told: str) -> str:
@@ -166,12 +157,14 @@ def _settle_placement(
     world: int,
 ) -> tuple[memory.Work, list[str]]:
     """Return the work with the place that `auto` takes on this machine, and a line about it."""
-    if cfg.teacher.placement != AUTO or teacher is None:
-        return work, []
-    if machine.room is None:
-        return work, ["  teacher.placement: auto, here as zero3; --gpu-memory SIZE chooses"]
-    chosen, why = memory.choose_placement(student, teacher, work, machine, world)
-    return memory.place(work, chosen), [f"  teacher.placement: {chosen}, {why}"]
+    said = []
+    if cfg.teacher.placement == AUTO and teacher is not None:
+        said = ["  teacher.placement: auto, here as zero3; --gpu-memory SIZE chooses"]
+        if machine.room is not None:
+            chosen, why = memory.choose_placement(student, teacher, work, machine, world)
+            work = memory.place(work, chosen)
+            said = [f"  teacher.placement: {chosen}, {why}"]
+    return work, said
 
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
@@ -195,12 +188,20 @@ def _describe_memory(parts: dict[str, int]) -> list[str]:
 
 
 def _describe_worlds(
-    student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
+    student: memory.Shape,
+    teacher: memory.Shape | None,
+    work: memory.Work,
+    machine: memory.Machine,
+    tune: memory.Tune,
 ) -> list[str]:
-    """Return lines on the memory with 1 to 128 ranks, and on the smallest number that fits."""
+    """Return lines on the memory with 1 to 128 ranks, and on the smallest number that fits.
+
+    Args:
+        tune: settles what a run decides on so many ranks.
+    """
     lines = ["  on other numbers of ranks (the same micro-batch):"]
-    for ranks in memory.WORLDS:
-        parts = memory.estimate_bytes(student, teacher, work, ranks)
+    for ranks in work.worlds:
+        parts = memory.estimate_bytes(student, teacher, tune(work, ranks), ranks)
         here = {name: size for name, size in parts.items() if not name.startswith("host ")}
         states = sum(size for name, size in here.items() if memory.is_state(name))
         whole = _format_size(sum(here.values()))
@@ -209,7 +210,7 @@ def _describe_worlds(
             line += f"; host memory of a node {_format_size(of_node)}"
         lines.append(line + _judge(machine, machine.lacks(parts, ranks), bool(of_node)))
     if machine.room is not None:
-        lines.append(f"  {_advise(student, teacher, work, machine)}")
+        lines.append(f"  {_advise(student, teacher, work, machine, tune)}")
     return lines
 
 
@@ -252,14 +253,18 @@ def _describe_steps(cfg: RunConfig, rows: int | None) -> list[str]:
 
 
 def _advise(
-    student: memory.Shape, teacher: memory.Shape | None, work: memory.Work, machine: memory.Machine
+    student: memory.Shape,
+    teacher: memory.Shape | None,
+    work: memory.Work,
+    machine: memory.Machine,
+    tune: memory.Tune,
 ) -> str:
     """Return a sentence on the smallest number of ranks that fits, and the keys that it needs."""
     assert machine.room is not None
     room = _format_size(machine.room)
     if machine.host_room is not None:
         room += f" and a host of {_format_size(machine.host_room)}"
-    found = memory.smallest_fit(student, teacher, work, machine)
+    found = memory.smallest_fit(student, teacher, work, machine, tune)
     if found is None:
         return (
             f"nothing fits into {room}: write distributed.activation_checkpointing: true, or "
@@ -312,48 +317,56 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     """
     import torch
 
-    steps = cfg.step_scheduler
-    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
-    zero = {
-        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
-        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
-    }
-    zero = {name: config["zero_optimization"] for name, config in zero.items()}
-
-    def is_offloaded(name: str, part: str) -> bool:
-        return (zero[name].get(part) or {}).get("device") in ("cpu", "nvme")
+    steps, zero = cfg.step_scheduler, _read_zero_files(cfg)
 
     # In a pack, attention sees the whole micro-batch as one sequence.
-    local = steps.local_batch_size
-    packed = cfg.packed_sequence.packed_sequence_size
+    local, shared = steps.local_batch_size, cfg.distributed.ranks_per_sample
+    tokens = local * cfg.packed_sequence.packed_sequence_size or tokens
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
-    sizes = (loss.kwargs.get("chunk_size") for loss in cfg.kd_losses)
-    default = default_chunk("cuda" if cuda else "cpu")
-    chunk = next((size for size in sizes if size is not None), default)  # 0 is all tokens at once
+    given = [n for loss in cfg.kd_losses if (n := loss.kwargs.get("chunk_size")) is not None]
+    chunk = given[0] if given else default_chunk("cuda" if cuda else "cpu")  # 0 is all at once
     values: dict[str, Any] = {
-        "tokens": packed * local if packed else tokens,
-        "length": max(1, (packed * local if packed else tokens) // local),
+        "tokens": tokens,
+        "length": max(1, tokens // local),
         "supervised": supervised,
-        "micro_batches": max(1, steps.global_batch_size // (local * world)),
-        "chunk": chunk or (packed * local if packed else tokens),
+        "micro_batches": max(1, steps.global_batch_size * shared // (local * world)),
+        "tensor": cfg.distributed.tp_size or 1,
+        "sequence": cfg.distributed.cp_size or 1,
+        "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
         "checkpointing": cfg.distributed.activation_checkpointing,
-        "offload_weights": is_offloaded("student", "offload_param"),
-        "offload_optimizer": is_offloaded("student", "offload_optimizer"),
-        "offload_teacher": is_offloaded("teacher", "offload_param"),
+        "offload_weights": _is_offloaded(zero["student"], "offload_param"),
+        "offload_optimizer": _is_offloaded(zero["student"], "offload_optimizer"),
+        "offload_teacher": _is_offloaded(zero["teacher"], "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
-        "hpz": int(zero["teacher"].get("zero_hpz_partition_size") or 0),
-        "student_hpz": int(zero["student"].get("zero_hpz_partition_size") or 0),
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
-    for name, key in (("bucket", "reduce_bucket_size"), ("reuse", "stage3_max_reuse_distance")):
-        if key in zero["student"]:
-            values[name] = int(float(zero["student"][key]))
+    for name, model, key in (
+        ("bucket", "student", "reduce_bucket_size"),
+        ("student_hpz", "student", "zero_hpz_partition_size"),
+        ("hpz", "teacher", "zero_hpz_partition_size"),
+    ):
+        if key in zero[model]:
+            values[name] = int(float(zero[model][key]))
     return memory.Work(**values)
+
+
+def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return `zero_optimization` of `student` and `teacher`."""
+    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
+    files = {
+        "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
+        "teacher": place_teacher(cfg.deepspeed.teacher, *placed),
+    }
+    return {name: config["zero_optimization"] for name, config in files.items()}
+
+
+def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
+    return (zero.get(part) or {}).get("device") in ("cpu", "nvme")
 
 
 def _shares_softmax(loss: Component) -> bool:

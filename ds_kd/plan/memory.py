@@ -1,4 +1,4 @@
-"""Estimate a run from the shapes of its models alone: bytes per rank, operations per step.
+"""Estimate the memory of a rank from the shapes of a run's models alone.
 
 With ZeRO-3 a rank keeps 1/world of the weights, fp32 master weights, optimizer states and
 gradients, and all of the small parameters. A step adds gathered layers, activations, gradients on
@@ -7,6 +7,7 @@ their way and one chunk of logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,6 @@ _PERSISTS_BELOW = 100_000  # elements: DeepSpeed's stage3_param_persistence_thre
 _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
 _GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
-_REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance
 _PREFETCH = 50_000_000  # elements: its stage3_prefetch_bucket_size
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -82,7 +82,7 @@ class Work:
         teacher_is_whole: every rank has the whole teacher (stage 0).
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
-        bucket, reuse: DeepSpeed's reduce_bucket_size and stage3_max_reuse_distance, elements.
+        bucket: DeepSpeed's reduce_bucket_size, elements.
         hpz, student_hpz: ranks that hold a second whole copy of the teacher or the student
             together, and gather it from each other (zero_hpz_partition_size); 1 for none, 0 where
             the run decides.
@@ -106,13 +106,17 @@ class Work:
     teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
-    reuse: int = _REUSE
     hpz: int = 0
     student_hpz: int = 0
     window: int = 1
     reduces_once: bool = False
     tensor: int = 1
     sequence: int = 1
+
+    @property
+    def worlds(self) -> list[int]:
+        """Return the numbers of ranks that a plan tells of."""
+        return [ranks for ranks in WORLDS if ranks % (self.tensor * self.sequence) == 0]
 
 
 def shape_of(model: Any, width: int) -> Shape:
@@ -187,11 +191,11 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     where = "host " if work.offload_optimizer else ""
     out[f"{where}fp32 weights"] = trained
     out[f"{where}optimizer"] = work.optimizer_numbers * trained
-    out[f"{where}gradients"] = trained
+    out[f"{where}gradients"] = trained * (2 if work.offload_optimizer else 1)  # and the optimizer's
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
         whole = teacher.parameters * teacher.width // work.tensor
-        rounded = shard(teacher, _width_at_rest(teacher, work))
+        rounded = shard(teacher, width_at_rest(teacher, work))
         out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
         if work.hpz > 1:
             out["teacher weights, once more"] = whole // work.hpz
@@ -211,7 +215,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     live, buffers = _count_live(student) * student.width, 2
     if teacher is not None and not work.teacher_is_whole:
         # The head of a rounded teacher becomes numbers of its dtype to be read.
-        width = _width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
+        width = width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
         heads += round(teacher.vocabulary * teacher.hidden * width)
         live = max(live, _count_live(teacher) * teacher.width)
     if teacher is not None or work.cached_head:
@@ -241,7 +245,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     }
 
 
-def _width_at_rest(teacher: Shape, work: Work) -> float:
+def width_at_rest(teacher: Shape, work: Work) -> float:
     """Return the bytes that keep a weight of the teacher between its forwards."""
     return 1 + 2 * teacher.width / _GROUP if work.teacher_is_rounded else teacher.width
 
@@ -315,8 +319,16 @@ class Machine:
         return too_small
 
 
+#: Settles what a run decides by itself on so many ranks.
+Tune = Callable[[Work, int], Work]
+
+
 def smallest_fit(
-    student: Shape, teacher: Shape | None, work: Work, machine: Machine
+    student: Shape,
+    teacher: Shape | None,
+    work: Work,
+    machine: Machine,
+    tune: Tune = lambda work, _: work,
 ) -> tuple[int, Work] | None:
     """Return (ranks, work) of the smallest number of ranks that fits, or None.
 
@@ -327,9 +339,10 @@ def smallest_fit(
     offers.append(replace(offers[-1], offload_optimizer=True))
     offers.append(replace(offers[-1], offload_weights=True))
     for offer in offers:
-        for world in WORLDS:
-            if not machine.lacks(estimate_bytes(student, teacher, offer, world), world):
-                return world, offer
+        for world in offer.worlds:
+            tuned = tune(offer, world)
+            if not machine.lacks(estimate_bytes(student, teacher, tuned, world), world):
+                return world, tuned
     return None
 
 
@@ -355,33 +368,3 @@ def choose_placement(
         if not sure.lacks(parts, world):
             return placement, sizes
     return places[-1], f"which needs least, and {sizes}"
-
-
-def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:
-    """Count the floating-point operations of one rank's step."""
-    return sum(count_by_phase(student, teacher, work).values())
-
-
-def count_by_phase(student: Shape, teacher: Shape | None, work: Work) -> dict[str, float]:
-    """Count the floating-point operations of one rank's step by phase: `teacher`, `student` (its
-    forward) and `backward`.
-
-    Forward takes two for each weight and token, and attention over half of a sample. Backward takes
-    twice as many, or as many as forward if the weights are frozen. Ranks that share a layer or a
-    sample share its operations.
-    """
-
-    def forward(shape: Shape) -> float:
-        body = shape.layer * shape.layers * shape.used
-        attention = 2 * shape.layers * work.length * (shape.heads or shape.hidden)
-        head = shape.vocabulary * shape.hidden * work.supervised
-        tokens = work.tokens * work.micro_batches / (work.tensor * work.sequence)
-        return tokens * (2 * body + attention + 2 * head)
-
-    backward = 2.0 if student.trained * 2 > student.parameters else 1.0
-    again = 1.0 if work.checkpointing else 0.0
-    return {
-        "teacher": forward(teacher) if teacher is not None else 0.0,
-        "student": forward(student),
-        "backward": forward(student) * (backward + again),
-    }

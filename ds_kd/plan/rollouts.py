@@ -67,7 +67,8 @@ def add_answers(
         work = replace(work, tokens=local * length, length=length)
     else:
         units = -(-writing.samples * length // packed)
-    return replace(work, supervised=supervised, micro_batches=-(-units // (local * world)))
+    data_ranks = max(1, world // (work.tensor * work.sequence))
+    return replace(work, supervised=supervised, micro_batches=-(-units // (local * data_ranks)))
 
 
 def describe_writing(

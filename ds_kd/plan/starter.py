@@ -41,9 +41,7 @@ _TEMPLATE = """\
 teacher_model:                  # frozen
   pretrained_model_name_or_path: {teacher}
   torch_dtype: bf16
-teacher:
-  placement: {placement}              # zero3, replicate, cpu, int8, nvme
-kd_ratio: 0.5                   # 0: the labels alone, 1: the teacher alone
+{place}kd_ratio: 0.5                   # 0: the labels alone, 1: the teacher alone
 kd_loss_fn:
   temperature: 1.0
 optimizer:
@@ -67,12 +65,15 @@ step_scheduler:
   ckpt_every_steps: 200
 distributed:
   activation_checkpointing: {checkpointing}
+  cp_size: {split}                    # ranks that share each sample
 deepspeed:
   student: {zero}
+  teacher: {teacher_zero}
 checkpoint:
   checkpoint_dir: checkpoints/
   keep_last: 2
 """
+_NO_COPY = "{zero_optimization: {stage: 3, zero_hpz_partition_size: 1}}"
 _HOST = "{device: cpu, pin_memory: true}"
 
 
@@ -119,8 +120,8 @@ def write_starter(
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
-        "local": 1, "batch": gpus, "checkpointing": "false", "why": "",
-        "placement": "zero3", "zero": "null",
+        "local": 1, "batch": gpus, "checkpointing": "false", "why": "", "split": 1,
+        "place": "", "zero": "null", "teacher_zero": "null",
         "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
     }  # fmt: skip
@@ -209,9 +210,11 @@ def write_layout(chooser: Chooser) -> dict[str, Any]:
     moved = "".join(f", {name}: {_HOST}" for name, is_moved in parts if is_moved)
     return {
         "local": found.layout.local,
-        "batch": chooser.batch(found.layout.local),
+        "batch": chooser.batch(found.layout),
         "checkpointing": str(work.checkpointing).lower(),
-        "placement": place,
+        "split": work.sequence,
+        "place": f"teacher: {{placement: {place}}}\n" if found.layout.copies else "",
+        "teacher_zero": "null" if found.layout.copies else _NO_COPY,
         "zero": f"{{zero_optimization: {{stage: 3{moved}}}}}" if moved else "null",
         "why": "".join(f"# {line}\n" for line in describe_choice(chooser, found)),
     }

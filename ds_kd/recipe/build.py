@@ -44,7 +44,7 @@ from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
 from ds_kd.recipe.tuning.compile import compile_model
 from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
-from ds_kd.recipe.tuning.gradients import reduces_once
+from ds_kd.recipe.tuning.gradients import choose_exchange
 from ds_kd.recipe.tuning.kernels import replace_kernels
 from ds_kd.recipe.tuning.window import build_window
 from ds_kd.teachers.base import Teacher
@@ -109,7 +109,7 @@ def build(
         save_every_seconds=60 * cfg.checkpoint.every_minutes or None,
         operations=_count_operations(cfg, student, teacher, world),
         evaluation=evaluation,
-        reduce_once=reduces_once(cfg, student, world),
+        reduce_once=choose_exchange(cfg, student, world),
     )
 
 
@@ -264,6 +264,7 @@ def _build_student(
 
     # On a CPU the states of torch's optimizer are in the host's memory without offload.
     module = causal_lm.Student(model, loss, layer_losses)
+    module.tensor = world.tensor
     module.exchange = Exchange(world.sequence)
     optimizer = cfg.optimizer
     if world.device.type != "cpu":

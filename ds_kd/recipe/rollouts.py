@@ -13,6 +13,7 @@ from ds_kd.models.generate import find_ends
 from ds_kd.models.generation.replica import Replica
 from ds_kd.models.generation.sampling import Sampling
 from ds_kd.models.generation.writer import Writer
+from ds_kd.parallel.tensor import count_numbers
 from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.data import make_packs, packs
 from ds_kd.recipe.models import config_of, find_longrope_length, fix_rope
@@ -112,9 +113,7 @@ def _find_longest(cfg: RunConfig) -> int:
 
 def _has_room(model: Any, world: World) -> bool:
     """Return whether every rank has the memory for a copy of the student (a collective)."""
-    needed = sum(
-        getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters()
-    )  # fmt: skip
+    needed = sum(count_numbers(p) * p.element_size() for p in model.parameters())
     if world.device.type == "cuda":
         free = float(torch.cuda.mem_get_info(world.device)[0])
     else:

@@ -42,8 +42,8 @@ def open_run(
     """
     refuse_missing_packages(cfg)
     check_caches()
-    sequence = cfg.distributed.cp_size or 1
-    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes, sequence=sequence)
+    sizes = cfg.distributed.tp_size or 1, cfg.distributed.cp_size or 1
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes, *sizes)
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directories(cfg, world))

@@ -24,7 +24,7 @@ from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.state import TrainState
 from ds_kd.errors import TrainingError
 from ds_kd.models.operations import Operations
-from ds_kd.parallel.accumulation import accumulate
+from ds_kd.parallel.accumulation import Once, accumulate
 from ds_kd.parallel.engines import read_gradient_norm
 from ds_kd.parallel.world import World, describe_lost, lost_ranks, sum_by_name, sum_over
 from ds_kd.teachers.base import Teacher, TeacherOutput, ask
@@ -56,7 +56,7 @@ class Trainer:
         save_every_seconds: save when the last save is this old; None does not save by time.
         operations: of both models, to log the rate of; None if they cannot be counted.
         evaluation: tasks that are put to the student, or None.
-        reduce_once: add up whole gradients of a step's micro-batches and exchange them once.
+        reduce_once: the choice whether gradients of a step's micro-batches are exchanged once.
         held: resources that `close` releases.
     """
 
@@ -75,7 +75,7 @@ class Trainer:
     save_every_seconds: float | None = None
     operations: Operations | None = None
     evaluation: Evaluation | None = None
-    reduce_once: bool = False
+    reduce_once: Once = field(default_factory=Once)
     held: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Trainer:
@@ -193,7 +193,8 @@ class Trainer:
         """Take one optimizer step and log it."""
         counts, clock = self._count(micro_batches), self._clock
         sums: dict[str, torch.Tensor] = {}
-        with accumulate(self.student, self.reduce_once) as backward:
+        once = self.reduce_once.decide(counts.memory)
+        with accumulate(self.student, once) as backward:
             for batch, teacher_output in self._ask_teacher(micro_batches, counts):
                 with clock.part("student_forward"):
                     loss, parts = self.student(batch, teacher_output)

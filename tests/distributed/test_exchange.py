@@ -133,6 +133,7 @@ def train_inside_nodes(world, directory, paths):
 def reduce_once(world, paths):
     """Bytes of the gradients' exchange in a step of some micro-batches, each and once; the largest
     difference of a weight and of the gradient norm, in fp32 and bf16, and how far weights moved."""
+    from ds_kd.parallel.accumulation import Once
     from ds_kd.parallel.engines import read_gradient_norm
 
     found = {}
@@ -143,7 +144,7 @@ def reduce_once(world, paths):
             trainer = build(
                 world, paths, rows, MICRO_BATCHES, 1, 0.5, sgd, dtype=dtype, zero=SHARDED
             )
-            trainer.reduce_once = once
+            trainer.reduce_once = Once(always=once)
             start = weights(trainer.student)
             with count_bytes() as counts:
                 trainer.train()

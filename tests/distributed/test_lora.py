@@ -37,7 +37,7 @@ def one_step(world, paths, use_dora, chosen, checkpointing):
     from transformers import AutoModelForCausalLM
 
     adapt = functools.partial(adapter, paths["student"], use_dora)
-    rows = tiny.samples(6 * world.size, seed=3, masked=(3, 4, 5))
+    rows = tiny.samples(6 * world.data.size, seed=3, masked=(3, 4, 5))
     made = build(
         world, paths, rows, 2, 3, 0.5, sgd, checkpointing=checkpointing, adapt=adapt(**chosen)
     )

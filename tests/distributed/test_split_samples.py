@@ -12,6 +12,7 @@ import pytest
 from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 from tests.distributed.test_evaluation import meet_at, records
+from tests.parity.test_sequence import CASES, check, compare_with_plain_pytorch, make_models
 from tests.ranks import run_ranks
 
 LAYERS = {"name": "hidden_states", "weight": 0.3, "layers": [[0, 1]], "distance": "mse"}
@@ -47,9 +48,10 @@ def train(root: Path, name: str, steps: int, split: bool) -> None:
         assert trainer.train()
 
 
-def use_both_ranks(world, root: Path, ports: list[int]) -> None:
+def use_both_ranks(world, root: Path, paths: dict, ports: list[int]) -> dict[str, dict]:
     """A run of split samples without a break; one in two parts; the second part of that with whole
-    samples."""
+    samples. Returns how far single steps are from plain PyTorch."""
+    cases = compare_with_plain_pytorch(world, root, paths)
     train(root, "straight", 4, True)
     meet_at(ports[0])
     train(root, "stopped", 2, True)
@@ -59,6 +61,7 @@ def use_both_ranks(world, root: Path, ports: list[int]) -> None:
     train(root, "stopped", 4, True)
     meet_at(ports[2])
     train(root, "whole", 4, False)
+    return cases
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +78,9 @@ def root(tmp_path_factory) -> Path:
         for row in range(20)
     ]
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run_ranks(use_both_ranks, 2, root, [free_port() for _ in range(3)], seconds=300)
+    ports = [free_port() for _ in range(3)]
+    cases = run_ranks(use_both_ranks, 2, root, make_models(root), ports, seconds=300, sequence=2)[0]
+    (root / "cases.json").write_text(json.dumps(cases))
     return root
 
 
@@ -87,6 +92,12 @@ def numbers(root: Path, name: str, step: int) -> dict[str, float]:
         if record["step"] == step:
             found |= {k: v for k, v in record.items() if any(part in k for part in parts)}
     return {name: value for name, value in found.items() if isinstance(value, float)}
+
+
+def test_a_step_on_two_ranks_equals_plain_pytorch(root):
+    cases = json.loads((root / "cases.json").read_text())
+    assert len(cases) == len(CASES[2])
+    check(cases)
 
 
 def test_a_run_that_was_stopped_goes_on_bitwise(root):

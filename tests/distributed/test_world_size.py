@@ -1,4 +1,4 @@
-"""A run that goes on with another number of ranks."""
+"""A run that goes on with another number of ranks, or with ranks that are laid out otherwise."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def part(world, directory, paths, checkpoints, steps):
 
     rows = tiny.samples(30, seed=5)  # the third step of an epoch is half empty
     made = build(
-        world, paths, rows, BATCH // world.size, 1, 0.5, adam, num_epochs=9, max_steps=steps
+        world, paths, rows, BATCH // world.data.size, 1, 0.5, adam, num_epochs=9, max_steps=steps
     )
     made.batches.loader.batch_sampler.shuffle = True
     losses, said = [], []
@@ -48,22 +48,23 @@ def paths(tmp_path_factory):
     }
 
 
-def test_another_number_of_ranks_sees_the_same_batches_and_ends_at_the_same_weights(
+def test_another_layout_of_ranks_sees_the_same_batches_and_ends_at_the_same_weights(
     paths, tmp_path
 ):
-    def run(ranks, name, steps):
+    def run(ranks, tensor, name, steps):
         directory = tmp_path / f"{name}-{steps}"
         directory.mkdir()
-        return run_ranks(part, ranks, directory, paths, tmp_path / name, steps)[0]
+        given = paths, tmp_path / name, steps
+        return run_ranks(part, ranks, directory, *given, tensor=tensor)[0]
 
-    sizes = (4, 2, 1, 3)
+    sizes = [(4, 2), (2, 1), (1, 1), (2, 2), (3, 1)]  # ranks, and over how many matrices are cut
     losses = []
-    for k, ranks in enumerate(sizes):
-        one = run(ranks, "moved", PER_PART * (k + 1))
+    for k, layout in enumerate(sizes):
+        one = run(*layout, "moved", PER_PART * (k + 1))
         assert one["found"] == (f"step_{PER_PART * k:07d}" if k else None)
         assert bool(one["said"]) == bool(k)
         losses += one["losses"]
-    straight = run(2, "straight", PER_PART * len(sizes))
+    straight = run(2, 1, "straight", PER_PART * len(sizes))
     # fp32, sums taken in another order.
     torch.testing.assert_close(losses, straight["losses"], rtol=1e-5, atol=1e-5)
     for name, value in straight["weights"].items():

@@ -45,7 +45,7 @@ def build(
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
     student's HF model."""
     from torchdata.stateful_dataloader import StatefulDataLoader
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from ds_kd.checkpoint.state import TrainState
     from ds_kd.config.checks.zero_file import load_zero_config
@@ -58,6 +58,7 @@ def build(
     from ds_kd.models.attention import attend_by_sample
     from ds_kd.parallel import engines
     from ds_kd.parallel.sequence import Exchange
+    from ds_kd.parallel.tensor import cut_layers
     from ds_kd.recipe.models import check_whole
     from ds_kd.teachers.resident import ResidentTeacher
     from ds_kd.train.batches import LoaderBatches
@@ -74,6 +75,11 @@ def build(
         accumulation,
         None,
     )
+
+    def cut(name):
+        of_model = AutoConfig.from_pretrained(paths[name])
+        trains = name == "student" and adapt is None
+        return config | cut_layers(of_model, world.tensor.size, trains)
 
     def load(path, adapt=None):
         with engines.zero3_init(config):
@@ -94,7 +100,7 @@ def build(
         frozen = causal_lm.FrozenModel(load(paths["teacher"]))
         frozen.exchange = Exchange(world.sequence)
         frozen.watch(other for _, part in layer_losses for _, other in part.pairs)
-        engine = engines.build_teacher(frozen, copy.deepcopy(config))
+        engine = engines.build_teacher(frozen, copy.deepcopy(cut("teacher")))
         teacher = ResidentTeacher(engine)
     loss = DistillationLoss(
         MaskedCrossEntropy(), KDLoss(temperature=temperature, chunk_size=CHUNK), alpha
@@ -102,6 +108,8 @@ def build(
     student = load(paths["student"], adapt)
     module = causal_lm.Student(student, loss, layer_losses)
     module.exchange = Exchange(world.sequence)
+    module.tensor = world.tensor
+    config = cut("student")
     student = engines.build_student(module, config, optimizer, lr_scheduler)
     if compiled:
         for engine in (teacher.engine, student):
@@ -122,11 +130,11 @@ def build(
 
 def weights(engine, master: bool = False):
     """The student's whole parameters by HF name, on every rank."""
-    import deepspeed
+    from ds_kd.parallel.engines import gather
 
     out = {}
     for name, parameter in engine.module.model.named_parameters():
-        with deepspeed.zero.GatheredParameters([parameter]):
+        with gather([parameter]):
             out[name] = parameter.detach().clone()
     return out
 

@@ -45,8 +45,11 @@ def test_every_shipped_run_loads_and_binds(path, tmp_path, monkeypatch):
     row = '{"context": "a", "question": "b", "answers": {"text": ["c"]}}'
     for name in ("squad_train", "squad_validation"):
         (tmp_path / "study" / "data" / f"{name}.jsonl").write_text(row)
-    for name in ("quickstart/student", "quickstart/teacher", "study/student"):
-        (tmp_path / name).mkdir()
+    row = '{"ctx": "a", "endings": ["b", "c", "d", "e"], "label": 0}'
+    (tmp_path / "study" / "data" / "hellaswag_validation.jsonl").write_text(row)
+    models = ("quickstart/student", "quickstart/teacher", "quickstart/checkpoints/final")
+    for name in (*models, "study/student"):
+        (tmp_path / name).mkdir(parents=True)
         tiny.weightless(tmp_path / name)
         (tmp_path / name / "tokenizer.json").write_text("{}")
         (tmp_path / name / "chat_template.jinja").write_text("{{ messages }}")
@@ -67,7 +70,7 @@ def test_all_problems_are_reported_at_once():
         "step_scheduler.global_batchsize=3",
         "step_scheduler.local_batch_size=zero",
         "kd_ratio=2",
-        "distributed.tp_size=2",
+        "distributed.pp_size=2",
         "model.torch_dtype=fp16",
         "peft={dim: 0, target_modules: q_proj, exclude_modules: [v_proj]}",
         "optimizer._target_=torch.optim.Adafactor",
@@ -80,7 +83,7 @@ def test_all_problems_are_reported_at_once():
         "did you mean step_scheduler.global_batch_size?",
         "'zero', expected an integer ≥ 1",
         "kd_ratio: got 2",
-        "distributed.tp_size",
+        "distributed.pp_size",
         "write torch_dtype: bf16",
         "peft.dim: got 0",
         "peft: target_modules and exclude_modules are both given",
@@ -690,7 +693,7 @@ def test_the_json_schema_accepts_every_shipped_run_and_refuses_what_load_refuses
         {"rng": {"sede": 1}},
         {"dist_env": {"backend": "mpi"}},
         {"peft": {"dim": 0}},
-        {"distributed": {"tp_size": 2}},
+        {"distributed": {"tp_size": 0}},
         {"kd_loss_fn": {"temprature": 2}},
         {"kd_loss_fn": {"temperature": "hot"}},
         {"loss_fn": {"temperature": 2}},
@@ -831,7 +834,7 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     theirs = [
         "separate_meshes=true",
         "teacher_distributed={strategy: fsdp2, dp_size: 1, tp_size: 2}",
-        "distributed={strategy: fsdp2, dp_size: 2, tp_size: 2}",
+        "distributed={strategy: fsdp2, dp_size: 2, pp_size: 2}",
     ]
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, theirs)
@@ -839,8 +842,8 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     assert len(caught.value.problems) == 3
     assert "separate_meshes: student and teacher share all ranks" in told
     assert "teacher_distributed: student and teacher share all ranks" in told
-    assert "distributed.tp_size: got 2, expected 1" in told
-    dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.tp_size=1"]
+    assert "distributed.pp_size" in told
+    dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.pp_size=1"]
     assert load(GUIDE, [*theirs, *dropped]).teacher_model is not None
 
 

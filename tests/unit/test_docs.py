@@ -96,6 +96,7 @@ NOT_RUN = {
     "mypy": "it is run before every commit",
     "deepspeed --hostfile hosts launch/kd.py": "it needs ssh; the command without ssh is run",
     "python benchmarks/": "it takes hours, or a GPU",
+    "torchrun --nproc-per-node 2 benchmarks/": "it takes minutes and the quickstart's models",
     "deepspeed --module ds_kd": "the launcher with launch/kd.py is run, and so is python -m ds_kd",
     "pip install": "it needs a package index",
     "tensorboard": "it serves a page until it is stopped",

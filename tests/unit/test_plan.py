@@ -8,10 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import clusters
 from ds_kd.config.load import load
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
+from ds_kd.plan.hardware import GPUS
+from ds_kd.plan.step.cluster import Cluster
+from ds_kd.plan.step.operations import count_operations
+from ds_kd.plan.step.time import estimate_phases
+from ds_kd.plan.step.traffic import Exchange, count_exchanges
 from tests import tiny
 from tests.scripts import script
 
@@ -28,8 +34,9 @@ def bytes_in(text):
 def test_the_memory_of_a_node_counts_each_of_its_ranks_once():
     parts = plan.estimate_bytes(LARGE, LARGE, AWAY, 16)
     one = sum(size for name, size in parts.items() if name.startswith("host "))
-    # fp32 weights, two moments and gradients of 4 bytes each, two models of 2, over 16 ranks.
-    assert one == 10**10 * (16 + 2 + 2) // 16
+    # fp32 weights, two moments and gradients of 4 bytes each, the gradients once more for the
+    # optimizer, two models of 2, over 16 ranks.
+    assert one == 10**10 * (20 + 2 + 2) // 16
     assert plan.Machine(ranks_per_node=4).of_node(parts, 16) == 4 * one
     alone = plan.estimate_bytes(LARGE, LARGE, AWAY, 1)
     assert plan.Machine(ranks_per_node=8).of_node(alone, 1) == 16 * one
@@ -142,3 +149,102 @@ def test_a_chunk_size_of_zero_is_planned_as_all_tokens_of_a_micro_batch(words):
         )
         if given != "null" or not torch.cuda.is_available():
             assert work_of(cfg, 1, 5000, 0.5).chunk == chunk
+
+
+def test_what_is_gathered_follows_the_window_copies_in_nodes_and_one_exchange_of_gradients():
+    def received(**values):
+        work = plan.Work(1024, 1024, micro_batches=4, **values)
+        found = count_exchanges(LARGE, LARGE, work, 16)
+        return {each.name: each.received for each in found}
+
+    # 10^10 weights of 2 bytes, for each of four micro-batches, of which 15 of 16 parts come over.
+    plain = received()
+    assert plain["teacher's weights"] == 4 * 2 * 10**10 * 15 / 16
+    assert plain["gradients"] == 4 * 2 * 10**10 * 15 / 16
+    assert plain["student's weights for forward"] == 4 * 2 * 10**10 * 15 / 16
+    head = 32_000 * 4096
+    assert plain["student's weights for backward"] == 4 * 2 * (10**10 - head) * 15 / 16
+    assert received(window=4)["teacher's weights"] == 2 * 10**10 * 15 / 16
+    assert received(hpz=8)["teacher's weights"] == 4 * 2 * 10**10 * 7 / 8
+    assert received(reduces_once=True)["gradients"] == 2 * 10**10 * 15 / 16
+    assert "teacher's weights" not in received(teacher_is_whole=True)
+    assert not count_exchanges(LARGE, LARGE, plan.Work(1024, 1024), 1)
+
+
+def test_a_collective_takes_the_slower_of_the_links_in_a_node_and_its_network():
+    # H100: 450 GB/s in a node, 50 GB/s of each of 8 GPUs out of it, both at 80 %.
+    exchange = Exchange("weights", "all_gather", 1e9, 16, "student")
+    for network, seconds in (
+        (None, 1e9 * 15 / 16 / (0.8 * 450e9)),  # half of all crosses: 0.5 GB at 320 GB/s is less
+        (1e9, 0.5e9 / (0.8 * 8e9)),
+    ):
+        taken = Cluster(GPUS["h100"], 16, 8, network).seconds(exchange)
+        assert taken == pytest.approx(seconds)
+
+
+def test_ranks_that_share_layers_or_samples_share_activations_logits_and_operations():
+    work = plan.Work(1024, 1024)
+    whole = plan.estimate_bytes(LARGE, LARGE, work, 8)
+    split = plan.estimate_bytes(LARGE, LARGE, plan.replace(work, sequence=4), 8)
+    assert split["activations"] == whole["activations"] // 4
+    shared = plan.estimate_bytes(LARGE, LARGE, plan.replace(work, tensor=2), 8)
+    assert shared["logits workspace"] == whole["logits workspace"] // 2
+    assert shared["student weights"] == whole["student weights"]  # ZeRO shards each half over four
+    for part in ("tensor", "sequence"):
+        halved = count_operations(LARGE, LARGE, plan.replace(work, **{part: 2}))
+        assert halved == count_operations(LARGE, LARGE, work) / 2
+
+
+def test_a_token_meets_some_experts_and_all_of_them_are_gathered():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=960, hidden_size=256, intermediate_size=512, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
+    )  # fmt: skip
+    with torch.device("meta"):
+        shape = plan.shape_of(MixtralForCausalLM(config), 4)
+    # Attention 4·256², a router 8·256, two norms, and eight experts of 3·256·512.
+    assert shape.layer == 4 * 256**2 + 8 * 256 + 2 * 256 + 8 * 3 * 256 * 512
+    assert shape.used == pytest.approx(1 - 6 * 3 * 256 * 512 / shape.layer)
+    found = count_exchanges(shape, shape, plan.Work(8, 8), 2)
+    gathered = next(each.size for each in found if each.name == "teacher's weights")
+    assert gathered == 4 * (shape.parameters - shape.small)
+
+
+def test_the_time_on_named_gpus_is_told_and_a_wrong_name_or_number_of_nodes_too(words, capsys):
+    main = script("plan").main
+    words = [word for word in words if word not in ("--gpu-memory", "64GB", "--ranks", "1")]
+    sizes = ["--length", "32", "step_scheduler.global_batch_size=64"]
+    assert main([*words, *sizes, "--gpu", "h100", "--ranks", "16", "--nodes", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "time at best, on 16 × H100 SXM in 2 node(s):" in out and "tokens/s on all ranks" in out
+    assert re.search(r"gradients +[\d.e-]+ GB  reduce_scatter, 16 ranks", out)
+    assert "smallest that fits into 74.51 GiB" in out  # the memory of that GPU
+    assert main([*words, *sizes, "--gpu", "h1000", "--ranks", "16"]) == 2
+    assert "--gpu: got 'h1000', expected a100-40gb or a100 or h100" in capsys.readouterr().err
+    assert main([*words, *sizes, "--ranks", "16", "--nodes", "3"]) == 2
+    assert "--nodes: got 3, expected a number of nodes that divides 16" in capsys.readouterr().err
+
+
+def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
+    clusters.write_models(tmp_path)
+    small = clusters.plan_row(tmp_path, ("8B", "1B"), 8, clusters.LENGTH)
+    assert small["teacher"] == "zero3" and small["again"] == "–"
+    large = clusters.plan_row(tmp_path, ("405B", "70B"), 64, clusters.LENGTH)
+    assert large["offloaded"] != "–"
+    text = (tmp_path / "405B-70B-64-4096.yaml").read_text()
+    assert "activation_checkpointing: without it a step needs" in text
+    # A sample that is too long for a rank is shared by two of them.
+    long = clusters.plan_row(tmp_path, ("70B", "8B"), 8, clusters.LONG)
+    assert long["cp"] == 2
+    assert "cp_size 2: no layout of 1 fits" in (tmp_path / "70B-8B-8-131072.yaml").read_text()
+    page = (GUIDE.parents[2] / "docs" / "scaling.md").read_text()
+    for row in (small, large, long):
+        assert f"| {' | '.join(map(str, row.values()))} |" in page, "benchmarks/clusters.py"
+    none = clusters.plan_row(tmp_path, ("405B", "70B"), 8, clusters.LENGTH)
+    assert "nothing fits: " in none["teacher"]
+    assert not (tmp_path / "405B-70B-8-4096.yaml").exists()
+    # A run that fits takes as long as its slowest part in each phase.
+    phases = estimate_phases(LARGE, LARGE, plan.Work(4096, 4096), Cluster(GPUS["h100"], 8, 8))
+    assert [phase.name for phase in phases] == ["teacher", "student", "backward", "optimizer"]

@@ -14,6 +14,7 @@ from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_placement import check_placement
 from ds_kd.config.methods.check_rollouts import check_rollouts
 from ds_kd.config.methods.check_sequence import check_sequence
+from ds_kd.config.methods.check_tensor import check_tensor
 from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
@@ -82,6 +83,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     _check_evaluation(cfg, data, problems)
     _check_sharing(cfg, problems)
     check_rollouts(cfg, problems)
+    check_tensor(cfg, problems)
     check_sequence(cfg, problems)
     _check_teacher(cfg, data, problems)
     _check_peft(cfg, problems)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ds_kd.models import attention
 from ds_kd.models.generation.replica import Replica
 from ds_kd.models.generation.sampling import Draw, Sampling, Written, group, write
+from ds_kd.parallel.layout import Group
 from ds_kd.parallel.world import World
 
 
@@ -46,7 +47,7 @@ class Writer:
         mine: dict[int, Written] = {}
         if batches:
             with self._open() as (model, engine):
-                for first in range(0, len(batches), self.world.size):
+                for first in range(0, len(batches), self._writers.size):
                     self._write(model, engine, batches, first, prompts, draws, mine)
 
         # Every rank learns all texts, as it trains on others than those that it wrote.
@@ -78,7 +79,7 @@ class Writer:
         found: dict[int, Written],
     ) -> None:
         """Write one batch on this rank, of those from `first` on, and add its texts to `found`."""
-        at = first + self.world.rank
+        at = first + self._writers.rank
         if at < len(batches):
             limit, numbers = batches[at]
             texts = write(
@@ -94,6 +95,12 @@ class Writer:
             _, numbers = batches[0]
             short = replace(self.how, max_new_tokens=1)
             write(model, [prompts[numbers[0]]], [draws[numbers[0]]], short, self.ends, engine)
+
+    @property
+    def _writers(self) -> Group:
+        """Return the group of ranks that write different texts. Those that hold parts of the same
+        matrices write the same ones, unless each has a whole copy."""
+        return self.world.tokens if self.replica is None else self.world.everyone
 
     @contextmanager
     def _open(self) -> Iterator[tuple[Any, Any | None]]:

@@ -1,13 +1,24 @@
-"""Name the GPUs of a run, and estimate the time of a collective between them."""
+"""Name the GPUs of a run, read sizes, and estimate the time of a collective between GPUs."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.plan.hardware import GPUS, Gpu
 from ds_kd.plan.step.traffic import Exchange
 
+_GB = {
+    "TB": 1e12,
+    "TIB": 2**40,
+    "KB": 1e3,
+    "MB": 1e6,
+    "GB": 1e9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 #: Share of a link's peak that long transfers reach.
 OF_LINK = 0.8
 
@@ -91,3 +102,18 @@ def find_gpu() -> Gpu | None:
     memory = torch.cuda.get_device_properties(0).total_memory
     named = [gpu for key, gpu in GPUS.items() if key.partition("-")[0] in told]
     return min(named, key=lambda gpu: abs(gpu.memory - memory), default=None)
+
+
+def bytes_of(text: str, option: str = "--gpu-memory") -> int:
+    """Return the bytes of a size such as `80GB` or `24GiB`.
+
+    Args:
+        option: the option of the command line, for the message.
+
+    Raises:
+        ConfigError: it is not a size.
+    """
+    match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMGT]I?B)", text.strip().upper())
+    if match is None or match[2] not in _GB or float(match[1]) <= 0:
+        raise ConfigError([problem(option, text, "a size such as 80GB or 24GiB")])
+    return int(float(match[1]) * _GB[match[2]])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_kd.plan.memory import Shape, Work
+from ds_kd.plan.memory import Shape, Work, width_at_rest
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def count_exchanges(
             made.append(Exchange(name, kind, size, ranks, when))
 
     # A tensor-parallel rank has its part of every weight, which ZeRO shards over the others.
-    times, width = work.micro_batches / work.tensor, student.width
+    times, width = work.micro_batches / work.tensor, float(student.width)
     gathered = student.parameters - student.small
     head = student.vocabulary * student.hidden
     forward, again = times * width * gathered, times * width * (gathered - head)
@@ -67,10 +67,11 @@ def count_exchanges(
     if teacher is not None and not work.teacher_is_whole:
         times = work.micro_batches / work.window / work.tensor
         ranks = work.hpz if work.hpz > 1 else group
-        size = times * teacher.width * (teacher.parameters - teacher.small)
+        width = width_at_rest(teacher, work)
+        size = times * width * (teacher.parameters - teacher.small)
         add("teacher's weights", "all_gather", size, ranks, "teacher")
         head = teacher.vocabulary * teacher.hidden if teacher.is_tied else 0
-        add("teacher's head", "all_gather", times * teacher.width * head, ranks, "student")
+        add("teacher's head", "all_gather", times * width * head, ranks, "student")
     return made + _count_activations(student, teacher, work)
 
 
@@ -97,8 +98,9 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
     return made
 
 
-def describe_traffic(exchanges: list[Exchange]) -> list[str]:
+def describe_traffic(student: Shape, teacher: Shape | None, work: Work, world: int) -> list[str]:
     """Return lines on the bytes that a rank receives in a step; none for one rank."""
+    exchanges = count_exchanges(student, teacher, work, world)
     if not exchanges:
         return []
     total = sum(each.received for each in exchanges)

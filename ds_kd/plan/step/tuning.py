@@ -7,8 +7,9 @@ from dataclasses import replace
 from typing import Any
 
 from ds_kd.config.schema import RunConfig
-from ds_kd.plan.memory import Machine, Shape, Work, bytes_of_sums
-from ds_kd.recipe.tuning import gathering, gradients, machine, window
+from ds_kd.parallel.accumulation import FULL
+from ds_kd.plan.memory import Machine, Shape, Work, bytes_of_sums, estimate_bytes, on_device
+from ds_kd.recipe.tuning import gathering, machine, window
 from ds_kd.teachers.window import Window
 
 _MEMORY = 80 * 10**9  # bytes of a rank whose memory is not told
@@ -25,36 +26,62 @@ def tune_work(
     """
     memory = _MEMORY if room.room is None else room.room
     here = machine.Machine(world, min(room.ranks_per_node, world), memory, not room.is_one)
-    work = replace(work, student_hpz=_find_partition(work.student_hpz, student, here))
+    sizes = _measure(student), None if teacher is None else _measure(teacher)
+    taken = gathering.count_states(*sizes, here)
+    with_copy = taken + gathering.count_copy(sizes[1], here)
+    each = work.micro_batches == 1
+    work = replace(
+        work, student_hpz=_find_partition(work.student_hpz, sizes[0], here, with_copy, each)
+    )
     if work.offload_weights:
         work = replace(work, student_hpz=1)
-    wanted, has_gain = cfg.deepspeed.reduce_once, world > 1 or work.offload_optimizer
-    fits = bytes_of_sums(student) <= gradients.SHARE * memory and here.has_accelerator
-    once = wanted == "true" or (wanted == "auto" and has_gain and fits and work.micro_batches > 1)
-    work = replace(work, reduces_once=once)
+    work = _tune_teacher(cfg, work, teacher, here, taken)
 
+    # Whether gradients are exchanged once is found out by what the first step leaves.
+    wanted, has_gain = cfg.deepspeed.reduce_once, world > 1 or work.offload_optimizer
+    once = wanted == "true"
+    if wanted == "auto" and has_gain and here.has_accelerator and not each:
+        first = on_device(estimate_bytes(student, teacher, work, world))
+        once = first + bytes_of_sums(student) <= FULL * memory
+    return replace(work, reduces_once=once)
+
+
+def _tune_teacher(
+    cfg: RunConfig, work: Work, teacher: Shape | None, here: machine.Machine, taken: int
+) -> Work:
+    """Return the work with the teacher's window and the ranks that gather its layers.
+
+    Args:
+        taken: bytes of a rank that both models' shards take.
+    """
     # A teacher that is whole on each rank is not gathered.
     if teacher is None or work.teacher_is_whole:
         return replace(work, window=1, hpz=1)
     if not work.offload_teacher:
-        work = replace(work, hpz=_find_partition(work.hpz, teacher, here))
+        work = replace(work, hpz=_find_partition(work.hpz, _measure(teacher), here, taken))
     given = cfg.teacher.window
-    if given == "auto" and not (world > 1 or work.offload_teacher):
+    if given == "auto" and not (here.ranks > 1 or work.offload_teacher):
         return replace(work, window=1)
     most = None if given == "auto" else int(given)
-    count = Window(most, int(window.SHARE * memory), teacher.hidden * teacher.width)
+    count = Window(most, int(window.SHARE * here.memory), teacher.hidden * teacher.width)
     return replace(work, window=min(work.micro_batches, count.count(work.tokens)))
 
 
-def _find_partition(given: int, shape: Shape, here: machine.Machine) -> int:
+def _measure(shape: Shape) -> gathering.Size:
+    return gathering.Size(shape.parameters, shape.layer, shape.width)
+
+
+def _find_partition(
+    given: int, size: gathering.Size, here: machine.Machine, taken: int, each: bool = False
+) -> int:
     """Return the ranks that gather a model's layers among themselves; 1 where all do.
 
     Args:
         given: zero_hpz_partition_size of the ZeRO file, or 0 where it has none.
+        taken, each: as `gathering.tune` takes them.
     """
     if given:
         return given
-    size = gathering.Size(shape.parameters, shape.layer, shape.width)
     zero: dict[str, Any] = {"zero_optimization": {"stage": 3}}
-    tuned, _ = gathering.tune(zero, size, here)
+    tuned, _ = gathering.tune(zero, size, here, taken, each)
     return int(tuned["zero_optimization"].get("zero_hpz_partition_size", 1))

@@ -30,13 +30,18 @@ def compile_model(wanted: Compile, is_auto: bool, model: Any, world: World) -> N
     }
     if wanted.enabled == "true":
         compile_layers(model, **options)
-    elif wanted.enabled == "auto" and is_auto and world.device.type != "cpu":
+    elif wanted.enabled == "auto" and is_auto and _may_compile(world):
         fault = _find_fault(world.device, **options)
         # All ranks do the same, so that they round alike.
         if sum_over([float(bool(fault))], world.everyone)[0] == 0:
             compile_layers(model, guard=Fallback().guard, **options)
         elif fault:
             print(f"layers are not compiled, as torch.compile fails here: {fault}", file=sys.stderr)
+
+
+def _may_compile(world: World) -> bool:
+    """Return whether it is worth a trial; cut layers exchange in the middle."""
+    return world.device.type != "cpu" and world.tensor.size == 1
 
 
 @functools.cache

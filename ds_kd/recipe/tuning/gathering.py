@@ -17,8 +17,10 @@ from ds_kd.recipe.tuning.machine import Machine
 
 _PREFETCH, _LIVE = 50_000_000, 1_000_000_000  # DeepSpeed's defaults, in weights
 _LARGEST_PREFETCH = 1_000_000_000  # weights; layers with many experts are larger
-#: Share of a rank's memory that a copy of the model's weights inside a node may take.
-_SHARE_OF_COPY = 0.25
+#: Share of a rank's memory that the models' states and the copies inside machines may take: steps
+#: need the rest.
+_SHARE_OF_MODELS = 0.5
+_TRAINED = 16  # bytes of a trained weight beside itself: fp32 weight, gradient, Adam's two numbers
 _GIB = 2**30
 
 
@@ -46,13 +48,34 @@ def measure(component: Component) -> Size | None:
     )
 
 
-def tune(zero: dict[str, Any], size: Size | None, machine: Machine) -> tuple[dict[str, Any], str]:
-    """Return a ZeRO configuration with what its file leaves open, and a sentence about it if layers
-    are gathered inside each machine.
+def count_states(student: Size | None, teacher: Size | None, machine: Machine) -> int:
+    """Return the bytes of a rank that the models' shards take at most, before any copy."""
+    trained = 0 if student is None else student.weights * (student.width + _TRAINED)
+    frozen = 0 if teacher is None else teacher.weights * teacher.width
+    return (trained + frozen) // machine.ranks
+
+
+def count_copy(size: Size | None, machine: Machine) -> int:
+    """Return the bytes of a rank for a copy of a model in shards over the ranks of each machine."""
+    return 0 if size is None else size.weights * size.width // (machine.ranks_per_node or 1)
+
+
+def tune(
+    zero: dict[str, Any],
+    size: Size | None,
+    machine: Machine,
+    taken: int = 0,
+    is_updated_each_pass: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """Return a ZeRO configuration with what its file leaves open, and a sentence about it if there
+    are several machines to gather layers inside of.
 
     Args:
         zero: the checked content of a ZeRO file.
         size: of the model, or None.
+        taken: bytes of a rank that both models take, with the copy of the other one.
+        is_updated_each_pass: whether weights change after every pass, so that a copy, for whose
+            making DeepSpeed waits for the device, would be gathered from once.
     """
     given = zero["zero_optimization"]
     if size is None or given["stage"] != 3 or machine.ranks == 1:
@@ -61,11 +84,11 @@ def tune(zero: dict[str, Any], size: Size | None, machine: Machine) -> tuple[dic
 
     # A second copy of the weights, in shards over the ranks of each machine, is gathered from.
     said, ranks = "", machine.ranks_per_node
-    copy = size.weights * size.width // (ranks or 1)
+    copy = count_copy(size, machine)
     is_plain = not _offloads_weights(given) and "weight_quantization" not in zero
-    is_open = is_plain and "zero_hpz_partition_size" not in given
+    is_open = is_plain and "zero_hpz_partition_size" not in given and not is_updated_each_pass
     if is_open and ranks is not None and 1 < ranks < machine.ranks:
-        if copy <= _SHARE_OF_COPY * machine.memory:
+        if taken + copy <= _SHARE_OF_MODELS * machine.memory:
             added["zero_hpz_partition_size"] = ranks
             said = (
                 f"layers are gathered among the {ranks} ranks of each machine, from a copy of "
@@ -74,7 +97,7 @@ def tune(zero: dict[str, Any], size: Size | None, machine: Machine) -> tuple[dic
         else:
             said = (
                 f"layers are gathered over all machines, as a copy of {copy / _GIB:.2g} GiB a rank "
-                f"would take more than a quarter of its memory (zero_hpz_partition_size)"
+                f"would leave less than half of its memory for steps (zero_hpz_partition_size)"
             )
     return {**zero, "zero_optimization": {**given, **added}}, said
 

@@ -1,0 +1,1 @@
+"""Checkpoints whose files depend on how ranks were laid out."""

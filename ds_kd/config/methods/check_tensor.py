@@ -1,0 +1,108 @@
+"""Check what cutting matrices over ranks (`distributed.tp_size`) needs of models and other keys."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ds_kd.config.checks.zero_file import load_zero_config
+from ds_kd.config.components import Component, problem
+from ds_kd.config.names import AUTO, INT8, NVME
+from ds_kd.config.schema import RunConfig
+from ds_kd.errors import NotPlainFileError, read_plain_file
+
+KEY = "distributed.tp_size"
+_MAX_BYTES = 100_000_000
+#: Architectures whose step with cut matrices was compared with plain transformers.
+ARCHITECTURES = (
+    "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
+    "gemma3n_text", "gpt_neox", "granite", "helium", "hyperclovax", "jais2", "llama", "ministral",
+    "ministral3", "mistral", "nanochat", "nemotron", "olmo", "phi", "qwen2", "qwen3", "seed_oss",
+    "smollm3", "starcoder2", "vaultgemma",
+)  # fmt: skip
+#: Keys of a configuration that count what is divided over ranks.
+_DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+
+
+def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
+    """Add a line to `problems` for each key that does not go with cut matrices."""
+    size = cfg.distributed.tp_size or 1
+    if size == 1:
+        return
+    for component in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
+        config = _read_config(component)
+        parts = cfg.distributed.cp_size or 1
+        if config is not None and (misfit := find_misfit(config, size, parts)):
+            key = f"{component.key}.pretrained_model_name_or_path"
+            name = component.kwargs.get("pretrained_model_name_or_path")
+            problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
+
+    # What wraps, compiles, packs or copies whole matrices.
+    together = f"does not go with {KEY}: {size}"
+    if cfg.compile.enabled == "true":
+        problems.append(f"compile.enabled: {together}; write false")
+    if cfg.teacher.placement in (INT8, NVME, AUTO):
+        problems.append(
+            f"teacher.placement: got {cfg.teacher.placement}, which {together}; write zero3, "
+            "replicate or cpu"
+        )
+    for name in ("student", "teacher"):
+        if (count := _count_copies(getattr(cfg.deepspeed, name))) > 1:
+            problems.append(
+                f"deepspeed.{name}: zero_hpz_partition_size: {count} {together}; remove it"
+            )
+    if cfg.peft is not None and cfg.peft.use_dora:
+        problems.append(f"peft.use_dora: {together}, as it measures whole rows; write false")
+    if cfg.teacher.fill:
+        problems.append(
+            f"teacher.fill: {together}; write false, or fill the cache with {KEY}=1 first"
+        )
+
+
+def _count_copies(given: Any) -> int:
+    """Return the ranks that share a second copy of the weights by a ZeRO file, 1 if there is none;
+    what is wrong with the file is told elsewhere."""
+    try:
+        zero = load_zero_config(given, "", (0, 3))["zero_optimization"]
+    except ValueError:
+        return 1
+    return int(zero.get("zero_hpz_partition_size", 1))
+
+
+def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1) -> str:
+    """Return why a model cannot be cut over `size` ranks, or an empty text.
+
+    Args:
+        config: the content of its config.json.
+        parts: ranks over which samples are split, each of which needs a head of its own.
+    """
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        return (
+            f"its model_type {kind} is none of {', '.join(ARCHITECTURES)}; remove {KEY}, as ZeRO-3 "
+            f"shards any model"
+        )
+    counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
+    odd = next((key for key, count in counts.items() if count % size), None)
+    if odd is None:
+        heads = counts.get(_DIVIDED[0], size * parts)
+        few = f"its {_DIVIDED[0]} is {heads}, and {size} × cp_size {parts} ranks need one each"
+        return few if heads < size * parts else ""
+    most = math.gcd(*counts.values())
+    return f"its {odd} is {counts[odd]}; " + (f"write {most}" if most > 1 else f"remove {KEY}")
+
+
+def _read_config(component: Component) -> dict[str, Any] | None:
+    """Return the configuration of a local model, or None where it cannot be told here."""
+    name = component.kwargs.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or component.kwargs.get("gguf_file") is not None:
+        return None
+    path = Path(name, str(component.kwargs.get("subfolder") or ""), "config.json")
+    try:
+        found = json.loads(read_plain_file(path, _MAX_BYTES))
+    except (OSError, ValueError, NotPlainFileError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None

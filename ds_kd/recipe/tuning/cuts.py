@@ -1,0 +1,26 @@
+"""Choose how a model's matrices are cut over ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ds_kd.config.components import Component, config_error
+from ds_kd.config.methods.check_tensor import KEY, find_misfit
+from ds_kd.config.schema import RunConfig
+from ds_kd.parallel.tensor import cut_layers
+from ds_kd.recipe.models import config_of, name_of
+
+
+def choose_cuts(cfg: RunConfig, component: Component, size: int) -> dict[str, Any]:
+    """Return the part of an engine's configuration that cuts a model over `size` ranks.
+
+    Raises:
+        ConfigError: it cannot be cut so; a model from the hub is first looked at here.
+    """
+    if size == 1:
+        return {}
+    config = config_of(component)
+    with config_error(component.key, name_of(component), f"a model that {KEY}: {size} can cut"):
+        if misfit := find_misfit(config.get_text_config().to_dict(), size):
+            raise ValueError(misfit)
+        return cut_layers(config, size, trains=component is cfg.model and cfg.peft is None)

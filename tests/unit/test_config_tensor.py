@@ -1,0 +1,75 @@
+"""What `--check` says of `distributed.tp_size`: each bad layout is one error that names the key."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
+from ds_kd.config.methods.check_tensor import ARCHITECTURES, find_misfit
+from tests import tiny
+from tests.unit.test_config import GUIDE
+
+TWO = "distributed.tp_size=2"
+
+
+def problems(*overrides):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [TWO, *overrides])
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("compile=true", "compile.enabled: does not go with distributed.tp_size: 2; write false"),
+        ("peft={match_all_linear: true, use_dora: true}", "peft.use_dora: does not go with"),
+        ("teacher.placement=int8", "write zero3, replicate or cpu"),
+        ("teacher.placement=auto", "write zero3, replicate or cpu"),
+        (
+            "deepspeed.student={zero_optimization: {zero_hpz_partition_size: 8}}",
+            "deepspeed.student: zero_hpz_partition_size: 8 does not go with",
+        ),
+        ("distributed.tp_size=0", "distributed.tp_size: got 0, expected an integer ≥ 1"),
+        ("step_scheduler={global_batch_size: 6, local_batch_size: 4}", "write 8"),
+    ],
+)
+def test_what_does_not_go_with_cut_matrices_is_one_error_that_says_what_to_write(override, told):
+    found = problems(override)
+    assert len(found) == 1 and told in found[0], found
+
+
+def test_a_cache_is_filled_without_cut_matrices_and_read_with_them(tmp_path):
+    found = problems(f"teacher={{kind: cached, fill: true, directory: {tmp_path}}}")
+    assert len(found) == 1 and "teacher.fill: does not go with" in found[0], found
+
+
+def test_a_local_model_that_cannot_be_cut_is_told_by_its_section(tmp_path):
+    model = tiny.llama(tmp_path / "model")  # four heads, of which two have keys and values
+    name = f"model.pretrained_model_name_or_path={model}"
+    assert load(GUIDE, [TWO, name]).distributed.tp_size == 2
+    (told,) = problems(name, "distributed.tp_size=4")
+    assert "expected a model that distributed.tp_size: 4 can cut" in told
+    assert "its num_key_value_heads is 2; write 2" in told
+
+    (told,) = problems(name, "distributed.cp_size=4")
+    assert "its num_attention_heads is 4, and 2 × cp_size 4 ranks need one each" in told
+
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "olmo3"}))
+    (told,) = problems(name)
+    assert "its model_type olmo3 is none of arcee, cohere" in told
+    assert "remove distributed.tp_size, as ZeRO-3 shards any model" in told
+
+
+def test_each_architecture_that_is_offered_has_a_plan_of_transformers():
+    from transformers import AutoConfig
+
+    from ds_kd.parallel.tensor import cut_layers
+
+    for kind in ARCHITECTURES:
+        config = AutoConfig.for_model(kind)
+        assert cut_layers(config, 2, trains=True)["tensor_parallel"]["autotp_size"] == 2, kind
+        assert not find_misfit({"model_type": kind}, 2)
