@@ -21,8 +21,9 @@ import torch  # noqa: E402
 
 from benchmarks.count import Cost, count, make_model, make_step  # noqa: E402
 from ds_kd.plan.hardware import Gpu  # noqa: E402
-from ds_kd.plan.memory import Shape, Work, count_operations, shape_of  # noqa: E402
+from ds_kd.plan.memory import Shape, Work, shape_of  # noqa: E402
 from ds_kd.plan.step.cluster import OF_LINK, Cluster  # noqa: E402
+from ds_kd.plan.step.operations import count_operations  # noqa: E402
 from ds_kd.plan.step.time import OF_PEAK, Phase, estimate_phases  # noqa: E402
 from ds_kd.plan.step.traffic import Exchange, count_exchanges  # noqa: E402
 

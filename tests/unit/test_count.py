@@ -9,7 +9,7 @@ from benchmarks import predict
 from benchmarks.count import Cost
 from benchmarks.predict import Run
 from ds_kd.plan.hardware import GPUS
-from ds_kd.plan.memory import count_operations
+from ds_kd.plan.step.operations import count_operations
 
 H100 = GPUS["h100"]
 
