@@ -32,7 +32,10 @@ _ONLY_WRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")
 #: Operations that touch few numbers of their first argument, or none.
 _TOUCH_FEW = ("aten::gather", "aten::scatter_add_", "aten::new_full", "aten::new_zeros")
 #: How often a kernel of our own reads its arguments, by name; it writes over the first once.
-_READS = {"ds_kd::distil_rows": {"student": 2, "teacher": 2}}
+_READS = {
+    "ds_kd::distil_rows": {"student": 2, "teacher": 2},
+    "ds_kd::distil_rows_by": {"student": 3, "teacher": 3},
+}
 
 
 class Cost(TorchDispatchMode):

@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
-from ds_kd.losses.fused.forward_kl import can_run, distil
+from ds_kd.losses.fused.chunk import can_fuse, distil
 from ds_kd.losses.head import Gradients, States
 from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
 from ds_kd.losses.pair import Pair, find_largest
@@ -143,8 +143,7 @@ class DistillationLoss:
             `[tokens, student vocab]`.
         """
         if buffers.keeps_products and teacher is not None:
-            t, alpha = self.divergence.temperature, self.kd_ratio
-            return distil(student, teacher, labels, t, alpha)
+            return distil(self.divergence, student, teacher, labels, self.kd_ratio)
         if teacher is None:
             largest = student.amax(-1, keepdim=True)
             ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
@@ -219,12 +218,11 @@ class DistillationLoss:
         return max(1, min(wanted or tokens, tokens))
 
     def is_fused(self, student: States, is_training: bool) -> bool:
-        """Return whether one kernel computes both losses of a chunk. Subclasses, and what changes
+        """Return whether one kernel computes both losses of a chunk. Another CE, and what changes
         the logits once more, are left to the plain code."""
-        is_known = type(self.ce) is MaskedCrossEntropy and "fuses" in vars(type(self.divergence))
-        is_wanted = is_known and is_training and self.kd_ratio > 0
-        is_plain = student.head.softcap is None
-        return is_wanted and is_plain and can_run(student.hidden.device, student.hidden.dtype)
+        is_wanted = type(self.ce) is MaskedCrossEntropy and is_training and self.kd_ratio > 0
+        is_plain, hidden = student.head.softcap is None, student.hidden
+        return is_wanted and is_plain and can_fuse(self.divergence, hidden.device, hidden.dtype)
 
     def buffers(
         self, chunk: int, dtype: torch.dtype, device: torch.device, keeps_products: bool

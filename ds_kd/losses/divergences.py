@@ -54,6 +54,9 @@ class Divergence(ABC):
     #: (argument, low, high): it must lie between these numbers, ends excluded; None is no limit.
     limits: tuple[tuple[str, float, float | None], ...] = ()
 
+    #: True in a class of ours, and not its subclasses, whose place a kernel of `losses/fused` takes
+    #: on a GPU.
+    fuses = False
     #: Set to True if `of_chunk` makes next to no tensors of its own. It then gets a whole chunk
     #: instead of a few tokens at a time.
     takes_whole_chunks = False
@@ -149,7 +152,6 @@ class KDLoss(Divergence):
 
     name = "forward_kl"
     takes_whole_chunks = True
-    #: On a GPU `losses/fused` takes its place.
     fuses = True
 
     @property

@@ -147,7 +147,9 @@ def test_a_cut_run_goes_on_bit_for_bit_and_its_student_is_whole(two):
     assert found["cut/final"] and found["exported"] and found["probe"] <= 1e-5
 
 
-def test_samples_are_divided_over_groups_of_ranks_that_share_matrices(paths, tmp_path):
-    found = run_ranks(steps, 4, tmp_path, paths, [CASES[1], CASES[4]], tensor=2)
+@pytest.mark.parametrize("sequence", [1, 2], ids=["samples", "parts of samples"])
+def test_tokens_are_divided_over_groups_of_ranks_that_share_matrices(paths, tmp_path, sequence):
+    cases = [CASES[1], CASES[4]]
+    found = run_ranks(steps, 4, tmp_path, paths, cases, tensor=2, sequence=sequence)
     assert all(each == found[0] for each in found)
     assert all(judge(case) for case in found[0]), found[0]

@@ -54,6 +54,9 @@ def test_a_local_model_that_cannot_be_cut_is_told_by_its_section(tmp_path):
     assert "expected a model that distributed.tp_size: 4 can cut" in told
     assert "its num_key_value_heads is 2; write 2" in told
 
+    (told,) = problems(name, "distributed.cp_size=4")
+    assert "its num_attention_heads is 4, and 2 × cp_size 4 ranks need one each" in told
+
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "olmo3"}))
     (told,) = problems(name)

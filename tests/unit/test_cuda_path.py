@@ -21,8 +21,10 @@ from ds_kd.losses import chunked
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
-from ds_kd.losses.divergences import KDLoss
+from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
+from ds_kd.losses.named.mixed import JSD
+from ds_kd.losses.named.top_k import TopK
 from ds_kd.models import attention, varlen
 from ds_kd.models.causal_lm import FrozenModel
 from ds_kd.parallel.world import World
@@ -72,30 +74,51 @@ needs_triton = pytest.mark.skipif(
 )
 
 
+def compile_for_h100(kernel, kinds: list[str], fixed: list[Any], warps: int) -> Any:
+    """Return a kernel compiled by Triton, which needs no GPU for that."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = kernel.arg_names
+    source = ASTSource(
+        kernel,
+        dict(zip(names, [*kinds, *["constexpr"] * len(fixed)], strict=True)),
+        dict(zip(names[-len(fixed) :], fixed, strict=True)),
+        {(k,): [["tt.divisibility", 16]] for k in range(8)},  # aligned rows, and a whole vocabulary
+    )
+    return compile(source, GPUTarget("cuda", 90, 32), {"num_warps": warps})
+
+
+#: Two models' logits, labels and results; numbers of ids and strides.
+GIVEN = ["*bf16", "*bf16", "*i64", "*fp32", "i32", "i32", "i32", "i32"]
+
+
 @needs_triton
 @pytest.mark.parametrize("options", [(True, False), (False, True)])
 def test_the_kernel_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     options, tmp_path, monkeypatch
 ):
-    """Triton's compiler and its assembler need no GPU."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
     from ds_kd.losses.fused import forward_kl
     from ds_kd.losses.fused.kernel import distil_row
 
-    kinds = ["*bf16", "*bf16", "*i64", "*fp32", "i32", "i32", "i32", "i32", "fp32", "fp32", "fp32"]
-    kinds += ["constexpr"] * (len(distil_row.arg_names) - len(kinds))
     fixed = [*options, len(forward_kl.COLUMNS), forward_kl._BLOCK]
-    source = ASTSource(
-        distil_row,
-        dict(zip(distil_row.arg_names, kinds, strict=True)),
-        dict(zip(distil_row.arg_names[-4:], fixed, strict=True)),
-        {(k,): [["tt.divisibility", 16]] for k in range(8)},  # aligned rows, and a whole vocabulary
-    )
-    made = compile(source, GPUTarget("cuda", 90, 32), {"num_warps": forward_kl._WARPS})
+    made = compile_for_h100(distil_row, [*GIVEN, *["fp32"] * 3], fixed, forward_kl._WARPS)
     assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 4
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["tvd", "alpha_beta"])  # the shortest and the longest
+def test_the_template_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
+    name, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    from ds_kd.losses.fused import terms
+    from ds_kd.losses.fused.terms_kernel import TERMS_BY_NAME, distil_row_by
+
+    fixed = [TERMS_BY_NAME[name], True, len(terms.COLUMNS), terms._BLOCK]
+    made = compile_for_h100(distil_row_by, [*GIVEN, *["fp32"] * 5], fixed, terms._WARPS)
+    assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 6
 
 
 @needs_triton
@@ -119,9 +142,9 @@ SHAPE = dict(
 )  # fmt: skip
 
 
-def count_step(temperature: float) -> Cost:
+def count_step(divergence: Divergence) -> Cost:
     """The cost of a step of 4,096 tokens of two small models in bf16."""
-    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(temperature=temperature), 0.5)
+    loss = DistillationLoss(MaskedCrossEntropy(), divergence, 0.5)
     step = make_step(SHAPE, {**SHAPE, "hidden_size": 96}, loss, [4096], torch.bfloat16)
     return count(step, VOCAB, 4096)[0]
 
@@ -129,16 +152,22 @@ def count_step(temperature: float) -> Cost:
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 20.0])
 def test_the_loss_of_a_gpu_makes_two_and_a_half_passes_over_the_logits(temperature):
     """Both models' bf16 logits read twice, 4·1/2, and one bf16 gradient written, 1/2."""
-    cost = count_step(temperature)
+    cost = count_step(KDLoss(temperature=temperature))
     assert cost.passes == 2.5 and cost.waits == 0
     assert {*cost.by_operation} == {"ds_kd::distil_rows"}
+
+
+def test_other_divergences_of_a_gpu_make_three_and_a_half_passes_or_are_plain():
+    cost = count_step(JSD(temperature=2.0))
+    assert cost.passes == 3.5 and {*cost.by_operation} == {"ds_kd::distil_rows_by"}
+    assert count_step(JSD(temperature=9.0)).passes > 20 < count_step(TopK()).passes
 
 
 @pytest.mark.parametrize(("temperature", "at_least"), [(1.0, 20), (2.0, 30)])
 def test_the_plain_code_makes_many_passes(temperature, at_least, monkeypatch):
     """The count above would see them."""
-    monkeypatch.setattr(chunked, "can_run", lambda *_: False)
-    assert at_least < count_step(temperature).passes < 2 * at_least
+    monkeypatch.setattr(chunked, "can_fuse", lambda *_: False)
+    assert at_least < count_step(KDLoss(temperature=temperature)).passes < 2 * at_least
 
 
 def test_the_heads_gradient_is_summed_in_fp32_by_the_products_themselves():

@@ -15,9 +15,15 @@ from ds_kd.losses import chunked
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
-from ds_kd.losses.fused import forward_kl
+from ds_kd.losses.fused import chunk, forward_kl, terms
 from ds_kd.losses.head import Head, States
-from ds_kd.losses.named.kl import ReverseKL
+from ds_kd.losses.named.alpha_beta import AlphaBeta
+from ds_kd.losses.named.kl import AdaptiveKL, ReverseKL
+from ds_kd.losses.named.mixed import JSD, SkewForward, SkewReverse
+from ds_kd.losses.named.overlap import TVD, Acceptance
+from ds_kd.losses.named.top_k import TopK
+from ds_kd.losses.weighted import Weighted
+from tests.plain import PlainLoss
 from tests.unit.test_distillation import case, evaluate, losses
 
 pytestmark = pytest.mark.skipif(
@@ -27,12 +33,14 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """The dtypes of the student's logits that the kernel was called with."""
+    """The dtypes of the student's logits that the kernels were called with."""
     calls = []
-    run = forward_kl.distil_rows
-    monkeypatch.setattr(
-        forward_kl, "distil_rows", lambda *args: calls.append(args[0].dtype) or run(*args)
-    )
+
+    def record(run):
+        return lambda *args: calls.append(args[0].dtype) or run(*args)
+
+    for place, name in ((forward_kl, "distil_rows"), (terms, "distil_rows_by")):
+        monkeypatch.setattr(place, name, record(getattr(place, name)))
     assert forward_kl.can_run(torch.device("cpu"), torch.float32)
     calls.clear()
     return calls
@@ -49,7 +57,7 @@ def test_it_equals_the_plain_loss(temperature, kd_ratio, extra, interpreter, mon
     assert interpreter == [torch.float32] * 2
     exact = [part.double() if part.is_floating_point() else part for part in inputs]
     truth, _, true_grads = evaluate(plain, *exact)
-    monkeypatch.setattr(chunked, "can_run", lambda *_: False)
+    monkeypatch.setattr(chunked, "can_fuse", lambda *_: False)
     expected, expected_sums, _ = evaluate(loss, *inputs)
     assert len(interpreter) == 2
     # KL and entropy are differences of numbers of some tens: fp32 leaves a millionth of them.
@@ -59,6 +67,90 @@ def test_it_equals_the_plain_loss(temperature, kd_ratio, extra, interpreter, mon
     assert value.item() == pytest.approx(truth.item(), rel=1e-6 if temperature < 8 else 2e-5)
     for got, want in zip(grads, true_grads, strict=True):
         assert (got - want).abs().max() <= 2e-6 * max(1.0, want.abs().max().item())
+
+
+OF_TEMPLATE = [
+    (ReverseKL, {}),
+    (TVD, {}),
+    (JSD, {"beta": 0.3}),
+    (SkewForward, {"skew": 0.2}),
+    (SkewReverse, {"skew": 0.2}),
+    (AlphaBeta, {}),
+    (AlphaBeta, {"alpha": 1.5, "beta": 0.6}),
+]
+every_kind = pytest.mark.parametrize(("kind", "arguments"), OF_TEMPLATE)
+
+
+@every_kind
+@pytest.mark.parametrize(("temperature", "kd_ratio"), [(1.0, 0.4), (3.0, 1.0)])
+def test_every_divergence_of_the_template_equals_its_definition(
+    kind, arguments, temperature, kd_ratio
+):
+    """Values and the gradient of logits, in fp64 by autograd: over two blocks of columns, with a
+    student's head that is wider than the teacher's."""
+    generator = torch.Generator().manual_seed(5)
+    student, teacher = (3 * torch.randn(7, n, generator=generator) for n in (4203, 4200))
+    labels = torch.randint(4203, (7,), generator=generator)
+    divergence = kind(temperature=temperature, **arguments)
+    leaf = student.double().requires_grad_()
+    logs = [torch.log_softmax(z / temperature, -1) for z in (teacher.double(), leaf[:, :4200])]
+    truth = temperature**2 * divergence.value(*logs)
+    ce = torch.nn.functional.cross_entropy(leaf, labels, reduction="none")
+    ((1 - kd_ratio) * ce + kd_ratio * truth).sum().backward()
+
+    assert terms.works(kind, torch.device("cpu"))
+    values, gradient = chunk.distil(divergence, student, teacher, labels, kd_ratio)
+    assert (values["kd_loss"][:, 0] / truth - 1).abs().max() < 1e-6
+    assert torch.allclose(values["ce_loss"][:, 0].double(), ce, rtol=1e-6)
+    assert (gradient - leaf.grad).abs().max() <= 2e-6
+
+
+@pytest.mark.parametrize("kind", [SkewReverse, AlphaBeta])
+def test_a_divergence_of_the_template_has_the_sums_and_gradients_of_the_plain_code(
+    kind, interpreter, monkeypatch
+):
+    """With heads of different width, in two chunks."""
+    inputs = case(6, 9, 300, extra=(7, 3))
+    loss = DistillationLoss(
+        MaskedCrossEntropy(), kind(temperature=2.0, chunk_size=6), 0.4, vocab_size=300
+    )
+    assert terms.works(kind, torch.device("cpu"))
+    interpreter.clear()
+    value, sums, grads = evaluate(loss, *inputs)
+    assert interpreter == [torch.float32] * 2
+    monkeypatch.setattr(chunked, "can_fuse", lambda *_: False)
+    expected, expected_sums, expected_grads = evaluate(loss, *inputs)
+    assert len(interpreter) == 2
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(sums, expected_sums, rtol=1e-6, atol=2e-5)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert (got - want).abs().max() <= 4e-6 * max(1.0, want.abs().max().item())
+
+
+@every_kind
+def test_the_template_gives_exactly_zero_for_equal_models_and_is_finite_for_far_ones(
+    kind, arguments, interpreter
+):
+    hidden, weight, bias, labels, *_ = case(6, 5, 300)
+    bias[:9] = -torch.inf  # bars ids
+    for scale in (1.0, -1e4):
+        loss = DistillationLoss(MaskedCrossEntropy(), kind(temperature=3.0, **arguments), 1.0)
+        leaf, head = hidden.clone().requires_grad_(), Head(weight, bias)
+        interpreter.clear()
+        value, _ = loss(States(leaf, head), labels, States(hidden * scale, head))
+        value.backward()
+        assert interpreter and torch.isfinite(leaf.grad).all()
+        if scale == 1.0:
+            assert value.item() == 0.0 == leaf.grad.abs().max().item()
+        else:
+            assert 0.0 < value.item() < torch.inf
+
+
+def test_the_marks_of_the_classes_are_those_of_the_template():
+    from ds_kd.losses.fused.terms_kernel import TERMS_BY_NAME
+
+    assert {kind.name for kind, _ in OF_TEMPLATE} == {*TERMS_BY_NAME}
+    assert all(vars(kind)["fuses"] for kind, _ in OF_TEMPLATE)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 20.0])
@@ -89,7 +181,7 @@ def test_equal_models_give_exactly_zero_and_no_gradient(temperature, interpreter
     assert leaf.grad.abs().max().item() == 0.0
 
 
-def test_a_scaled_head_is_fused_and_a_soft_cap_or_another_divergence_is_not(interpreter):
+def test_a_scaled_head_is_fused_and_a_soft_cap_or_an_unknown_divergence_is_not(interpreter):
     inputs = case(3, 5, 40)
     fused, plain = losses(0.4, 2.0, 0)
     for scale, softcap, calls in ((0.25, None, 1), (1.0, 5.0, 0)):
@@ -102,7 +194,9 @@ def test_a_scaled_head_is_fused_and_a_soft_cap_or_another_divergence_is_not(inte
     class Own(KDLoss):
         """A user's variant, which the kernel does not know."""
 
-    for divergence in (ReverseKL(), Own()):
+    several = Weighted([(0.5, KDLoss()), (0.5, ReverseKL())])
+    sorting = [AdaptiveKL(), Acceptance(), TopK(k=5)]
+    for divergence in (Own(), several, ReverseKL(temperature=9.0), *sorting):
         evaluate(DistillationLoss(MaskedCrossEntropy(), divergence, 0.4), *inputs)
     with torch.no_grad():  # validation wants more than the kernel finds
         fused(States(inputs[0], Head(inputs[1])), inputs[3], States(inputs[4], Head(inputs[5])))
@@ -113,10 +207,17 @@ def test_a_kernel_that_fails_is_told_of_and_the_plain_code_runs(monkeypatch, cap
     def fail(*_):
         raise RuntimeError("no compiler\nmore")
 
-    monkeypatch.setattr(forward_kl, "distil_rows", fail)
-    forward_kl._works.cache_clear()
     inputs = case(4, 5, 40)
-    fused, plain = losses(0.4, 2.0, 0)
-    assert evaluate(fused, *inputs)[0].item() == pytest.approx(evaluate(plain, *inputs)[0].item())
-    assert "not fused, as the kernel fails here: no compiler\n" in capsys.readouterr().err
-    forward_kl._works.cache_clear()
+    for place, name, check, divergence in (
+        (terms, "distil_rows_by", terms.works, TVD(temperature=2.0)),
+        (forward_kl, "distil_rows", forward_kl._works, KDLoss(temperature=2.0)),
+    ):
+        monkeypatch.setattr(place, name, fail)
+        check.cache_clear()
+        fused, plain = (
+            kind(MaskedCrossEntropy(), divergence, 0.4) for kind in (DistillationLoss, PlainLoss)
+        )
+        expected = evaluate(plain, *inputs)[0].item()
+        assert evaluate(fused, *inputs)[0].item() == pytest.approx(expected)
+        assert "not fused, as the kernel fails here: no compiler\n" in capsys.readouterr().err
+        check.cache_clear()

@@ -34,7 +34,8 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         return
     for component in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
         config = _read_config(component)
-        if config is not None and (misfit := find_misfit(config, size)):
+        parts = cfg.distributed.cp_size or 1
+        if config is not None and (misfit := find_misfit(config, size, parts)):
             key = f"{component.key}.pretrained_model_name_or_path"
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
@@ -71,11 +72,12 @@ def _count_copies(given: Any) -> int:
     return int(zero.get("zero_hpz_partition_size", 1))
 
 
-def find_misfit(config: Mapping[str, Any], size: int) -> str:
+def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1) -> str:
     """Return why a model cannot be cut over `size` ranks, or an empty text.
 
     Args:
         config: the content of its config.json.
+        parts: ranks over which samples are split, each of which needs a head of its own.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
@@ -86,7 +88,9 @@ def find_misfit(config: Mapping[str, Any], size: int) -> str:
     counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
     odd = next((key for key, count in counts.items() if count % size), None)
     if odd is None:
-        return ""
+        heads = counts.get(_DIVIDED[0], size * parts)
+        few = f"its {_DIVIDED[0]} is {heads}, and {size} × cp_size {parts} ranks need one each"
+        return few if heads < size * parts else ""
     most = math.gcd(*counts.values())
     return f"its {odd} is {counts[odd]}; " + (f"write {most}" if most > 1 else f"remove {KEY}")
 

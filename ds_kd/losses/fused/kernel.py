@@ -40,7 +40,7 @@ def distil_row(
     # Every thread has read it before one writes a gradient there.
     tl.debug_barrier()
 
-    lse_1, lse_s, lse_t, mean_t, gap, agrees = _sum_up(
+    lse_1, lse_s, lse_t, mean_t, gap, agrees, _, _, _, _ = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
     )
     tl.store(found + 0, lse_1 - label_logit)
@@ -60,7 +60,8 @@ def distil_row(
 @triton.jit
 def _sum_up(student, teacher, shared, vocab, inverse_t, BLOCK: tl.constexpr):
     """Return log Σ e^z_s over all ids, log Σ e^(z/T) over the shared ids of student and teacher,
-    Σ p·z_t/T, Σ p·(z_t - z_s)/T, and 1 if both models name the same token first, else 0."""
+    Σ p·z_t/T, Σ p·(z_t - z_s)/T, 1 if both models name the same token first, else 0, and of the
+    shared ids of student and teacher the largest logit and Σ e^((z - largest)/T)."""
     at = tl.arange(0, BLOCK)
     top_s = -float("inf")
     top_t = -float("inf")
@@ -97,7 +98,9 @@ def _sum_up(student, teacher, shared, vocab, inverse_t, BLOCK: tl.constexpr):
     lse_s = top_s * inverse_t + tl.log(sum_s)
     lse_t = top_t * inverse_t + tl.log(sum_t)
     lse_1 = _sum_rest(student, shared, vocab, top_s, sum_1, BLOCK)
-    return lse_1, lse_s, lse_t, mean / sum_t, gap / sum_t, tl.where(best_s == best_t, 1.0, 0.0)
+    agrees = tl.where(best_s == best_t, 1.0, 0.0)
+    mean, gap = mean / sum_t, gap / sum_t
+    return lse_1, lse_s, lse_t, mean, gap, agrees, top_s, sum_s, top_t, sum_t
 
 
 @triton.jit

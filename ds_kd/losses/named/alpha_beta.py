@@ -24,6 +24,7 @@ class AlphaBeta(Divergence):
     """
 
     name = "alpha_beta"
+    fuses = True
     limits = (("alpha", 0, None), ("beta", 0, None))
 
     def __init__(self, alpha: float = 0.2, beta: float = 0.7, **common: Any):

@@ -22,6 +22,7 @@ class ReverseKL(Divergence):
     """
 
     name = "reverse_kl"
+    fuses = True
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return (log_q.exp() * (log_q - log_p)).sum(-1)

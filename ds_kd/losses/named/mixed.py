@@ -40,6 +40,7 @@ class JSD(Divergence):
     """
 
     name = "jsd"
+    fuses = True
     limits = (("beta", 0, 1),)
 
     def __init__(self, beta: float = 0.5, **common: Any):
@@ -70,6 +71,7 @@ class SkewForward(Divergence):
     """
 
     name = "skew_forward"
+    fuses = True
     limits = (("skew", 0, 1),)
 
     def __init__(self, skew: float = 0.1, **common: Any):
@@ -97,6 +99,7 @@ class SkewReverse(Divergence):
     """
 
     name = "skew_reverse"
+    fuses = True
     limits = (("skew", 0, 1),)
 
     def __init__(self, skew: float = 0.1, **common: Any):

@@ -17,6 +17,7 @@ class TVD(Divergence):
     """
 
     name = "tvd"
+    fuses = True
 
     def value(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
