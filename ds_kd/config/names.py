@@ -10,9 +10,7 @@ COLLATER = "ds_kd.data.collate.default_collater"
 
 CACHE_RECORD = "cache.json"  # what a teacher's cache is of
 #: Values of teacher.placement.
-ZERO3, REPLICATE, CPU, INT8, NVME, AUTO = PLACEMENTS = (
-    "zero3", "replicate", "cpu", "int8", "nvme", "auto",
-)  # fmt: skip
+ZERO3, REPLICATE, CPU, INT8, AUTO = "zero3", "replicate", "cpu", "int8", "auto"
 KEPT = ("hidden", "top_k", "sampled")  # what a cache keeps: values of teacher.keep
 LOSSES = "ds_kd.losses."
 DIVERGENCES = f"{LOSSES}divergences."

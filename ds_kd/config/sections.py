@@ -221,16 +221,13 @@ class Teacher:
         "the student's own base, its adapter (peft) off, without a second set of weights; cached "
         "reads what a teacher gave before from a directory.",
     )
-    placement: Literal["zero3", "replicate", "cpu", "int8", "nvme", "auto"] | None = key(
+    placement: Literal["zero3", "replicate", "cpu", "int8", "auto"] | None = key(
         None,
         "Places a teacher that runs, in place of deepspeed.teacher: zero3 shards it over ranks, "
         "replicate keeps it whole on each (no gathering), cpu keeps its shards in the host's "
-        "memory, nvme on a disk, int8 shards its weights rounded to 8 bits; auto takes the first "
+        "memory, int8 shards its weights rounded to 8 bits; auto takes the first "
         "of replicate, zero3 and cpu for which there is memory. By default deepspeed.teacher "
         "decides.",
-    )
-    nvme_path: str | None = key(
-        None, "Names the directory on an NVMe disk for placement nvme, which is emptied at start."
     )
     window: AutoOrCount = key(
         "auto",

@@ -119,19 +119,6 @@ def read_weight(parameter: Any) -> torch.Tensor:
     return parameter.dequantizer.dequantize(numbers.view(torch.uint8), scales, least)
 
 
-def find_obstacle_to_nvme() -> str:
-    """Return why DeepSpeed cannot keep weights on a disk on this machine, or an empty text."""
-    from deepspeed.accelerator import get_accelerator
-
-    builder = get_accelerator().get_op_builder("AsyncIOBuilder")
-    if builder is not None and builder().is_compatible(verbose=False):
-        return ""
-    return (
-        "DeepSpeed cannot build async_io here, which reads weights from a disk; install libaio "
-        "with its headers (Debian: libaio-dev) and a C++ compiler, or write cpu"
-    )
-
-
 def build_student(
     module: nn.Module,
     config: dict[str, Any],

@@ -357,7 +357,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
 
 def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:
     """Return `zero_optimization` of `student` and `teacher`."""
-    placed = cfg.teacher.placement, cfg.offload_teacher_model, cfg.teacher.nvme_path
+    placed = cfg.teacher.placement, cfg.offload_teacher_model
     files = {
         "student": load_zero_config(cfg.deepspeed.student, "deepspeed.student", (0, 3)),
         "teacher": place_teacher(cfg.deepspeed.teacher, *placed),

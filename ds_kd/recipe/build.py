@@ -229,7 +229,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     """
     component = cfg.teacher_model
     assert component is not None
-    zero = make_teacher_zero(cfg, world.size)
+    zero = make_teacher_zero(cfg)
     config = make_engine_config(cfg, component, zero, world, None)
     by_sample = attends_by_sample(cfg, world)
     model = load_model(component, config, by_sample)

@@ -44,7 +44,7 @@ def config(place, placement, *words, teacher="teacher"):
 
 
 def test_8_bits_share_a_scale_in_the_largest_group_that_all_widths_have(place):
-    config_ = make_teacher_zero(config(place, "int8"), 2)
+    config_ = make_teacher_zero(config(place, "int8"))
     groups = config_["weight_quantization"]["quantized_initialization"]
     assert groups["group_size"] == 64 and groups["num_bits"] == 8
     assert config_["zero_optimization"]["stage"] == 3
@@ -59,7 +59,7 @@ def test_8_bits_share_a_scale_in_the_largest_group_that_all_widths_have(place):
 )
 def test_weights_that_do_not_go_into_8_bits_are_refused(place, teacher, words, told):
     with pytest.raises(ConfigError) as caught:
-        make_teacher_zero(config(place, "int8", *words, teacher=teacher), 1)
+        make_teacher_zero(config(place, "int8", *words, teacher=teacher))
     text = str(caught.value)
     assert told in text and "teacher.placement: got 'int8'" in text
 
@@ -77,18 +77,6 @@ def test_a_weight_in_8_bits_reads_as_numbers_within_half_a_step_of_its_group():
     error = (engines.read_weight(parameter).unflatten(1, (-1, 16)) - by_group).abs().amax(-1)
     assert operations._size(parameter) == weight.numel() > parameter.numel()
     assert (error <= 0.501 * step).all() and error.max() > 0
-
-
-def test_a_disk_needs_async_io_and_buffers_for_a_layer_and_the_next(place, tmp_path):
-    wanted = config(place, "nvme", f"teacher.nvme_path={tmp_path}")
-    if obstacle := engines.find_obstacle_to_nvme():
-        with pytest.raises(ConfigError, match="libaio"):
-            make_teacher_zero(wanted, 2)
-        assert "libaio" in obstacle
-        return
-    disk = make_teacher_zero(wanted, 2)["zero_optimization"]["offload_param"]
-    # Nine weights in a layer of Llama; the embedding is the largest.
-    assert disk["buffer_count"] == 18 and disk["buffer_size"] >= tiny.VOCAB * 64 // 2
 
 
 def test_auto_becomes_a_place_that_is_said_and_other_places_stay(place, capsys):

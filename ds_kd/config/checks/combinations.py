@@ -217,7 +217,6 @@ def _check_peft(cfg: RunConfig, problems: list[str]) -> None:
 
 def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
     """Check the two ZeRO files against each other's engines."""
-    student: dict | None = None
     for name, stages in (("student", (3,)), ("teacher", (0, 3))):
         # Each file is read as the run reads it.
         try:
@@ -226,7 +225,6 @@ def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(str(error))
             continue
 
-        student = zero if name == "student" else student
         if name == "teacher" and offloads_optimizer(zero):
             problems.append(
                 "deepspeed.teacher: offload_optimizer: a teacher has no optimizer; remove it, or "
@@ -239,7 +237,7 @@ def _check_zero(cfg: RunConfig, problems: list[str]) -> None:
                 "3 in deepspeed.teacher, or remove it"
             )
 
-    check_placement(cfg, student, problems)
+    check_placement(cfg, problems)
 
 
 def _check_losses(cfg: RunConfig, problems: list[str]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ds_kd.config.components import Component
-from ds_kd.config.names import NVME
 from ds_kd.config.schema import CACHED, RunConfig
 
 _NEEDS_WORKERS = ("worker_init_fn", "multiprocessing_context", "in_order")
@@ -28,7 +27,6 @@ _OF_A_CACHE = (
 _OF_THE_TEACHER = (
     "teacher_model", "offload_teacher_model", "deepspeed.teacher", "teacher.placement",
     "teacher.window",
-    "teacher.nvme_path",
 )  # fmt: skip
 
 
@@ -61,7 +59,6 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
         (cfg.teacher.kind == CACHED, ("teacher.window",), "a cache is filled batch by batch"),
-        (cfg.teacher.placement != NVME, ("teacher.nvme_path",), "teacher.placement is not nvme"),
         (cfg.teacher.keep == "hidden", ("teacher.k",), "hidden states are kept"),
         (cfg.teacher.keep != "hidden", ("teacher.dtype",), f"teacher.keep is {cfg.teacher.keep}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],

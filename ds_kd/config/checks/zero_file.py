@@ -8,7 +8,7 @@ import os
 from typing import Any
 
 from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, find_wrong_value, quote
-from ds_kd.config.names import CPU, NVME, REPLICATE
+from ds_kd.config.names import CPU, REPLICATE
 from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 
 #: Keys that a ZeRO file may hold.
@@ -141,16 +141,13 @@ def offload_parameters(config: dict[str, Any]) -> dict[str, Any]:
     return config if there else {**config, "zero_optimization": {**zero, "offload_param": host}}
 
 
-def place_teacher(
-    given: Any, placement: str | None, offloads: bool, nvme_path: str | None = None
-) -> dict[str, Any]:
+def place_teacher(given: Any, placement: str | None, offloads: bool) -> dict[str, Any]:
     """Return the ZeRO configuration of a teacher.
 
     Args:
         given: `deepspeed.teacher`, as a path or a mapping, or None.
         placement: `teacher.placement`, or None; int8 and auto are plain ZeRO-3 here.
         offloads: `offload_teacher_model`.
-        nvme_path: `teacher.nvme_path`, or None.
 
     Raises:
         ValueError: as `load_zero_config`.
@@ -158,12 +155,6 @@ def place_teacher(
     config = load_zero_config(given, "deepspeed.teacher", (0, 3))
     if placement == REPLICATE:
         return {**config, "zero_optimization": {"stage": 0}}
-    if placement == NVME:
-        disk = {"device": NVME, "nvme_path": nvme_path, "pin_memory": True}
-        return {
-            **config,
-            "zero_optimization": {**config["zero_optimization"], "offload_param": disk},
-        }
     return offload_parameters(config) if offloads or placement == CPU else config
 
 

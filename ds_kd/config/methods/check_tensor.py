@@ -9,7 +9,7 @@ from typing import Any
 from ds_kd.config.checks.weights import read_config
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import problem
-from ds_kd.config.names import AUTO, INT8, NVME
+from ds_kd.config.names import AUTO, INT8
 from ds_kd.config.schema import RunConfig
 
 KEY = "distributed.tp_size"
@@ -40,7 +40,7 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
     together = f"does not go with {KEY}: {size}"
     if cfg.compile.enabled == "true":
         problems.append(f"compile.enabled: {together}; write false")
-    if cfg.teacher.placement in (INT8, NVME, AUTO):
+    if cfg.teacher.placement in (INT8, AUTO):
         problems.append(
             f"teacher.placement: got {cfg.teacher.placement}, which {together}; write zero3, "
             "replicate or cpu"

@@ -15,33 +15,25 @@ from torch import nn
 
 from ds_kd.config.checks.zero_file import place_teacher
 from ds_kd.config.components import Component, config_error
-from ds_kd.config.names import INT8, NVME
+from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.models.files.weight_files import WeightFiles, empty_model
-from ds_kd.parallel.engines import find_obstacle_to_nvme
 from ds_kd.recipe.models import config_of, name_of, select_location, training_dtype
 
 _GROUPS = (64, 32, 16)  # numbers that share a scale
-_FEW = 16  # weights of a layer of unknown kind
-_ALIGNMENT = 4096  # numbers by which DeepSpeed may round a buffer up
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors writes them
 
 
-def make_teacher_zero(cfg: RunConfig, ranks: int) -> dict[str, Any]:
+def make_teacher_zero(cfg: RunConfig) -> dict[str, Any]:
     """Return DeepSpeed's configuration of where the teacher's weights lie.
 
     Raises:
-        ConfigError: its weights cannot be kept in 8 bits, or not on an NVMe disk from here.
+        ConfigError: its weights cannot be kept in 8 bits.
     """
     wanted, component = cfg.teacher, cfg.teacher_model
     assert component is not None
-    given = cfg.deepspeed.teacher, wanted.placement, cfg.offload_teacher_model, wanted.nvme_path
-    config = place_teacher(*given)
+    config = place_teacher(cfg.deepspeed.teacher, wanted.placement, cfg.offload_teacher_model)
     with config_error("teacher.placement", wanted.placement, "a place that this teacher can take"):
-        if wanted.placement == NVME:
-            if obstacle := find_obstacle_to_nvme():
-                raise ValueError(obstacle)
-            config["zero_optimization"]["offload_param"] |= _make_buffers(component, ranks)
         if wanted.placement == INT8:
             config |= quantize(component)
             # A second copy inside each machine would be one of numbers in 8 bits too.
@@ -85,18 +77,6 @@ def quantize(component: Component) -> dict[str, Any]:
         )
     groups = {"num_bits": 8, "group_size": group, "group_dim": 1, "symmetric": False}
     return {"weight_quantization": {"quantized_initialization": groups}}
-
-
-def _make_buffers(component: Component, ranks: int) -> dict[str, int]:
-    """Return the buffers in the host's memory through which a disk is read: one for each weight
-    that is gathered at one time, those of a layer and of the next, as large as the largest."""
-    config = config_of(component)
-    model = empty_model(config, **_select_trust(component))
-    kinds = getattr(model, "_no_split_modules", None) or ()
-    layers = [part for part in model.modules() if type(part).__name__ in kinds]
-    most = max((len([*layer.parameters()]) for layer in layers), default=_FEW)
-    largest = max(parameter.numel() for parameter in model.parameters())
-    return {"buffer_count": 2 * most, "buffer_size": -(-largest // ranks) + _ALIGNMENT}
 
 
 def _select_trust(component: Component) -> dict[str, Any]:
