@@ -52,29 +52,35 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "lora": ("peft={dim: 8}",),
     "sgd, T=1": ("optimizer={_target_: torch.optim.SGD, lr: 0.1}", "kd_loss_fn.temperature=1"),
     "packed": ("packed_sequence.packed_sequence_size=256", *_BF16),
+    "cp": ("distributed.cp_size=2",),
+    "tp": ("distributed.tp_size=2",),
     "experts": ("teacher_model.pretrained_model_name_or_path={experts}",),
 }
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of whole tensors that collectives gather, reduce or spread.
-
-    `by_kind` has them by `all_gather`, `reduce_scatter`, `all_reduce`, `broadcast`, `all_to_all`.
-    """
+    """Counts the bytes that this rank receives from others in collectives, `received`."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_kind: dict[str, int] = {}
+        self.received = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name
         if name.startswith("c10d::"):
-            kind = name.removeprefix("c10d::").strip("_").removesuffix("_base")
-            for plain, ours in (("allgather", "all_gather"), ("allreduce", "all_reduce")):
-                kind = kind.replace(plain, ours)
+            groups = [each for each in args if isinstance(each, torch.ScriptObject)]
+            ranks = max((_count_ranks(each) for each in groups), default=1)
             whole = max(map(_count_bytes, args), default=0)
-            self.by_kind[kind] = self.by_kind.get(kind, 0) + whole
+            self.received += whole * (ranks - 1) / ranks * (2 if "allreduce" in name else 1)
         return func(*args, **(kwargs or {}))
+
+
+def _count_ranks(group: Any) -> int:
+    """Return the ranks of a boxed process group; 1 for another object."""
+    try:
+        return int(torch.distributed.ProcessGroup.unbox(group).size())
+    except RuntimeError:
+        return 1
 
 
 def _count_bytes(value: Any) -> int:
@@ -102,15 +108,15 @@ def live_storages() -> dict[int, int]:
 
 
 @contextmanager
-def counted_steps(trainer: Any) -> Iterator[list[dict[str, int]]]:
+def counted_steps(trainer: Any) -> Iterator[list[float]]:
     """Count the collectives of each step of a trainer into a list."""
-    steps: list[dict[str, int]] = []
+    steps: list[float] = []
     plain = trainer._step
 
     def step(*args: Any) -> None:
         with Traffic() as traffic:
             plain(*args)
-        steps.append(traffic.by_kind)
+        steps.append(traffic.received)
 
     trainer._step = step
     yield steps
@@ -218,7 +224,7 @@ def run_layout(
     held = {place: size for place, size in live_storages().items() if place not in there}
     workspace = count_workspace(trainer.student)
     states = sum(held.values()) - workspace - count_bucket(trainer.student)
-    found = {"states": states, "peak": peak, "exchange": received(steps[-1], world.size)}
+    found = {"states": states, "peak": peak, "exchange": steps[-1]}
     found["workspace"] = workspace
     return {"run": found, "plan": plan_layout(cfg, world.size)}
 
@@ -249,12 +255,6 @@ def count_bucket(student: Any) -> int:
     """Return the bytes of the bucket of gradients, of which a CPU holds the written pages alone."""
     buffers = [bucket.buffer for bucket in student.optimizer.ipg_buckets.values()]
     return sum(each.untyped_storage().nbytes() for each in buffers if each is not None)
-
-
-def received(traffic: dict[str, float], ranks: int) -> float:
-    """Return the bytes that a rank receives of whole tensors, which all ranks exchange."""
-    weights = sum(size for kind, size in traffic.items() if kind != "all_reduce")
-    return weights * (ranks - 1) / ranks
 
 
 def make_row(name: str, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
@@ -300,7 +300,7 @@ def main() -> None:
         paths = write_models(Path(directory))
         for name in args.layouts:
             for ranks in args.ranks:
-                if name == "hpz" and ranks % 2:
+                if name in ("hpz", "cp", "tp") and ranks % 2:
                     continue
                 place = Path(directory) / f"{len(rows)}"
                 place.mkdir()

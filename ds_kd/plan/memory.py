@@ -228,7 +228,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     gradients += in_transit * student.width * min(work.bucket, student.trained)
 
     tokens = -(-work.tokens // work.sequence)
-    rows = max(1, min(work.chunk, round(tokens * work.supervised)))
+    rows = max(1, min(work.chunk, round(tokens * work.supervised / work.tensor)))
     own, repeated = _count_saved(student, work), 1 if work.checkpointing else student.layers
     activations = tokens * own * repeated * student.width
     if work.checkpointing:
@@ -238,9 +238,9 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
         passing += 3 * teacher.hidden * (work.window - 1)
         activations = max(activations, tokens * passing * teacher.width)
     return {
-        "gathered layers and heads": (live + heads) * in_transit // work.tensor,
-        "gradients before they are shared out": gradients // work.tensor,
-        "logits workspace": buffers * 4 * rows * student.vocabulary // work.tensor,
+        "gathered layers and heads": (live // work.tensor + heads) * in_transit,
+        "gradients before they are shared out": gradients,
+        "logits workspace": buffers * 4 * rows * student.vocabulary,
         "activations": activations,
     }
 

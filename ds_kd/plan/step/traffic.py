@@ -52,26 +52,37 @@ def count_exchanges(
         if size and ranks > 1:
             made.append(Exchange(name, kind, size, ranks, when))
 
-    # A tensor-parallel rank has its part of every weight, which ZeRO shards over the others.
-    times, width = work.micro_batches / work.tensor, float(student.width)
-    gathered = student.parameters - student.small
+    # A tensor-parallel rank has its part of every layer, which ZeRO shards over the ranks that have
+    # the same; embedding and head are not cut.
+    def add_weights(name: str, kind: str, size: float, outer: float, ranks: int, when: str) -> None:
+        if work.tensor == 1:
+            add(name, kind, size, ranks, when)
+            return
+        add(name, kind, (size - outer) / work.tensor, group, when)
+        add(f"{name}, uncut", kind, outer, world, when)
+
+    times, width = float(work.micro_batches), float(student.width)
+    gathered, outer = student.parameters - student.small, student.outer
     head = student.vocabulary * student.hidden
     forward, again = times * width * gathered, times * width * (gathered - head)
-    ranks = work.student_hpz if work.student_hpz > 1 else group
-    add("student's weights for forward", "all_gather", forward, group, "student")
-    add("student's weights for backward", "all_gather", again, ranks, "backward")
-    sums = 1 / work.tensor if work.reduces_once else times
-    add("gradients", "reduce_scatter", sums * width * student.trained, group, "backward")
-    add("small weights", "all_gather", width * student.small, group, "optimizer")
+    near = work.student_hpz if work.student_hpz > 1 else world
+    kind, first = "all_gather", "student's weights for forward"
+    add_weights(first, kind, forward, times * width * outer, world, "student")
+    uncut = times * width * (outer - head)
+    add_weights("student's weights for backward", kind, again, uncut, near, "backward")
+    times = 1.0 if work.reduces_once else times
+    uncut = times * width * outer if student.head_trained else 0.0
+    sums = times * width * student.trained
+    add_weights("gradients", "reduce_scatter", sums, uncut, world, "backward")
+    add("small weights", kind, width * student.small, world, "optimizer")
 
     if teacher is not None and not work.teacher_is_whole:
-        times = work.micro_batches / work.window / work.tensor
-        ranks = work.hpz if work.hpz > 1 else group
-        width = width_at_rest(teacher, work)
-        size = times * width * (teacher.parameters - teacher.small)
-        add("teacher's weights", "all_gather", size, ranks, "teacher")
+        width = width_at_rest(teacher, work) * work.micro_batches / work.window
+        near = work.hpz if work.hpz > 1 else world
+        size = width * (teacher.parameters - teacher.small)
+        add_weights("teacher's weights", kind, size, width * teacher.outer, near, "teacher")
         head = teacher.vocabulary * teacher.hidden if teacher.is_tied else 0
-        add("teacher's head", "all_gather", times * width * head, ranks, "student")
+        add("teacher's head", kind, width * head, near, "student")
     return made + _count_activations(student, teacher, work)
 
 

@@ -33,14 +33,15 @@ def tune_work(
     work = replace(
         work, student_hpz=_find_partition(work.student_hpz, sizes[0], here, with_copy, each)
     )
-    if work.offload_weights:
+    is_cut = work.tensor > 1
+    if work.offload_weights or is_cut:
         work = replace(work, student_hpz=1)
     work = _tune_teacher(cfg, work, teacher, here, taken)
 
     # Whether gradients are exchanged once is found out by what the first step leaves.
     wanted, has_gain = cfg.deepspeed.reduce_once, world > 1 or work.offload_optimizer
-    once = wanted == "true"
-    if wanted == "auto" and has_gain and here.has_accelerator and not each:
+    once = wanted == "true" and not is_cut
+    if wanted == "auto" and has_gain and not is_cut and here.has_accelerator and not each:
         first = on_device(estimate_bytes(student, teacher, work, world))
         once = first + bytes_of_sums(student) <= FULL * memory
     return replace(work, reduces_once=once)
@@ -57,7 +58,9 @@ def _tune_teacher(
     # A teacher that is whole on each rank is not gathered.
     if teacher is None or work.teacher_is_whole:
         return replace(work, window=1, hpz=1)
-    if not work.offload_teacher:
+    if work.tensor > 1:
+        work = replace(work, hpz=1)
+    elif not work.offload_teacher:
         work = replace(work, hpz=_find_partition(work.hpz, _measure(teacher), here, taken))
     given = cfg.teacher.window
     if given == "auto" and not (here.ranks > 1 or work.offload_teacher):
