@@ -75,6 +75,11 @@ def test_what_ranks_of_70b_to_8b_receive():
     assert far == pytest.approx(141.1 * 63 / 64, rel=1e-3)
     assert received(Run(H100, 64, copies=8))["teacher's"] == pytest.approx(one["teacher's"])
 
+    # Of the student's four passes of two micro-batches the first makes the copies.
+    near = received(Run(H100, 64, 2, copies=8))["student's"]
+    expected = 16.06 * 63 / 64 + (16.06 + 2 * (16.06 - 1.05)) * 7 / 8
+    assert near == pytest.approx(expected, rel=1e-3)
+
 
 def test_a_prediction_waits_for_an_exchange_that_takes_longer_than_the_products():
     """Over one card of 50 GB/s for eight GPUs the teacher's 141 GB take 141·(7/8)/(0.8·50) = 3.1 s,
