@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ds_kd.config.schema import RunConfig
-from ds_kd.models.generation.sampling import group
+from ds_kd.models.generation.sampling import count_rows, group
 from ds_kd.plan import memory
 
 _BANDWIDTH = 3e12  # bytes per second that an accelerator reads of its memory (an H100)
@@ -46,7 +46,8 @@ def plan_writing(cfg: RunConfig, length: int, supervised: float) -> Writing | No
     prompt = max(1, round(length * (1 - supervised)) if has_answers else length)
     prompts = max(1, round(wanted.ratio * cfg.step_scheduler.global_batch_size))
     answers = prompts * wanted.samples_per_prompt
-    batches = group([[0] * prompt] * answers, wanted.max_new_tokens)
+    least = count_rows("cpu" if cfg.dist_env.backend == "gloo" else "cuda")
+    batches = group([[0] * prompt] * answers, wanted.max_new_tokens, least)
     samples = cfg.step_scheduler.global_batch_size - prompts + answers
     sizes = tuple(map(len, batches))
     return Writing(prompt, wanted.max_new_tokens, samples, sizes, wanted.reuse)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import predict
+from ds_kd.losses import chunked
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
-from ds_kd.losses.fused import forward_kl
+from ds_kd.losses.fused import chunk, forward_kl
 from ds_kd.losses.head import Head, States
 from ds_kd.models import causal_lm, varlen
 from ds_kd.models.attention import Segments, attend_by_sample
@@ -21,6 +23,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
+
+
+TEMPLATE = ["reverse_kl", "tvd", "jsd", "skew_forward", "skew_reverse", "alpha_beta"]
 
 
 def on_gpu(inputs):
@@ -59,6 +64,32 @@ def test_the_loss_never_waits_for_the_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss(States(leaf, Head(head)), labels, States(teacher, Head(teacher_weight)))[0].backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", TEMPLATE)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_the_templates_divergences_equal_the_plain_code_on_cuda(name, temperature, monkeypatch):
+    """Over two blocks of columns and with heads of different width; one kernel, no waits."""
+    divergence = predict.make_loss(name, temperature).divergence
+    inputs = on_gpu(case(3, 70, 5003, extra=(7, 3)))
+    loss = DistillationLoss(MaskedCrossEntropy(), divergence, 0.4, vocab_size=5003)
+    assert chunk.can_fuse(divergence, inputs[0].device, torch.float32)
+    value, sums, grads = evaluate(loss, *inputs)
+    monkeypatch.setattr(chunked, "can_fuse", lambda *_: False)
+    expected, expected_sums, expected_grads = evaluate(loss, *inputs)
+    assert torch.allclose(value, expected, rtol=1e-5)
+    assert torch.allclose(sums, expected_sums, rtol=1e-4, atol=1e-3)
+    for got, want in zip(grads, expected_grads, strict=True):
+        assert (got - want).abs().max() <= 1e-4 * want.abs().max()
+
+    head, other = Head(inputs[1], inputs[2]), Head(inputs[5])
+    student = States(inputs[0].requires_grad_(), head)
+    monkeypatch.undo()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(student, inputs[3], States(inputs[4], other))[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -29,6 +29,13 @@ def test_ranks_that_share_a_sample_divide_the_ranks_and_not_the_batch():
         check_world(cfg, 8)
 
 
+def test_heads_are_divided_over_both_kinds_of_ranks(tmp_path):
+    model = f"model.pretrained_model_name_or_path={tiny.llama(tmp_path)}"
+    assert "its attention has 4 head(s), and each" in problems_of("distributed.cp_size=5", model)
+    told = problems_of("distributed={cp_size: 3, tp_size: 2}", model)
+    assert "its num_attention_heads is 4, and 2 × cp_size 3 ranks need one each" in told
+
+
 def test_what_cannot_be_split_is_refused_by_name():
     told = problems_of("distributed={sequence_parallel: true}")
     assert "distributed.sequence_parallel: got true" in told and "cp_size: 2" in told

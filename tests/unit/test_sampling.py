@@ -10,6 +10,7 @@ from ds_kd.models.generation.sampling import (
     Draw,
     Sampling,
     choose,
+    count_rows,
     group,
     share_of,
     uniforms,
@@ -128,11 +129,14 @@ def test_what_the_models_own_file_asks_for_does_not_change_its_distribution(mode
 
 def test_batches_depend_on_the_prompts_alone_and_hold_limited_tokens():
     prompts = [[7] * n for n in (3, 900, 4, 5, 6, 901)] + [[8] * 3]
-    batches = group(prompts, 100)
+    batches = group(prompts, 100, 2)
     assert batches == [[5, 1], [4, 3], [2, 0], [6]]
     mixed = [3, 0, 6, 5, 1, 4, 2]
-    other = group([prompts[k] for k in mixed], 100)
+    other = group([prompts[k] for k in mixed], 100, 2)
     assert [[mixed[k] for k in batch] for batch in other] == batches
     assert [*map(len, group([[7] * 4000] * 100, 96))] == [16] * 6 + [4]
     assert [*map(len, group([[7]] * 100, 1))] == [25] * 4 and group([], 5) == []
+    # Few prompts are one batch, in which a token takes as long as in several smaller ones.
+    sizes = [[*map(len, group([[7]] * 24, 1, count_rows(kind)))] for kind in ("cpu", "cuda")]
+    assert sizes == [[8] * 3, [24]] and [*map(len, group([[7]] * 7, 1))] == [7]
     assert group([[7] * 10**6], 5) == [[0]]

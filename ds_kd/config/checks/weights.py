@@ -146,6 +146,19 @@ def _find_absent(names: list[str], config: dict[str, Any]) -> str:
     return next((part for part in needed if not any(part.endswith(n) for n in names)), "")
 
 
+def read_config(component: Component) -> dict[str, Any]:
+    """Return the content of a local model's config.json; nothing where it cannot be told here."""
+    name = component.kwargs.get("pretrained_model_name_or_path")
+    if not isinstance(name, str) or component.kwargs.get("gguf_file") is not None:
+        return {}
+    path = Path(name, str(component.kwargs.get("subfolder") or ""), "config.json")
+    try:
+        found = json.loads(read_plain_file(path, _MAX_BYTES))
+    except (OSError, ValueError, NotPlainFileError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def find_unknown_map(student: Component, peft: Peft) -> str | None:
     """Return the problem of a `target_modules` word that names no map of a local model, or None.
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-from ds_kd.config.components import Component, problem
+from ds_kd.config.checks.weights import read_config
+from ds_kd.config.components import problem
 from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
 from ds_kd.config.schema import RunConfig
-from ds_kd.errors import NotPlainFileError, read_plain_file
 
 KEY = "distributed.cp_size"
-_MAX_BYTES = 100_000_000
 _HEADS = ("num_attention_heads", "n_head")  # their number in a config.json
 #: Kinds of layer whose tokens are joined around attention; others mix tokens in other ways.
 _LAYERS = {"full_attention", "sliding_attention"}
@@ -38,7 +35,7 @@ def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
                 f"{model.key}.attn_implementation: {given} sees only a part of the tokens with "
                 f"{KEY}: {size}; write sdpa, or remove {KEY}"
             )
-        elif misfit := _find_misfit(_read_config(model), size):
+        elif misfit := _find_misfit(read_config(model), size):
             key = f"{model.key}.pretrained_model_name_or_path"
             name = model.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can split", misfit))
@@ -52,7 +49,7 @@ def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
 
 
 def _find_misfit(config: dict[str, Any], size: int) -> str:
-    """Return why a model's samples cannot be split over ranks, or an empty text.
+    """Return why a model's samples cannot be split over `size` ranks, or an empty text.
 
     Args:
         config: the content of its config.json; may be empty.
@@ -65,16 +62,3 @@ def _find_misfit(config: dict[str, Any], size: int) -> str:
     kinds = config.get("layer_types")
     others = sorted({*map(str, kinds)} - _LAYERS) if isinstance(kinds, list) else []
     return f"it has layers of type {', '.join(others)}; remove {KEY}" if others else ""
-
-
-def _read_config(component: Component) -> dict[str, Any]:
-    """Return the configuration of a local model; an empty one where it cannot be told here."""
-    name = component.kwargs.get("pretrained_model_name_or_path")
-    if not isinstance(name, str) or component.kwargs.get("gguf_file") is not None:
-        return {}
-    path = Path(name, str(component.kwargs.get("subfolder") or ""), "config.json")
-    try:
-        found = json.loads(read_plain_file(path, _MAX_BYTES))
-    except (OSError, ValueError, NotPlainFileError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from ds_kd.config.checks.weights import read_config
 from ds_kd.config.checks.zero_file import load_zero_config
-from ds_kd.config.components import Component, problem
+from ds_kd.config.components import problem
 from ds_kd.config.names import AUTO, INT8, NVME
 from ds_kd.config.schema import RunConfig
-from ds_kd.errors import NotPlainFileError, read_plain_file
 
 KEY = "distributed.tp_size"
-_MAX_BYTES = 100_000_000
 #: Architectures whose step with cut matrices was compared with plain transformers.
 ARCHITECTURES = (
     "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
@@ -33,9 +30,8 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
     if size == 1:
         return
     for component in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
-        config = _read_config(component)
-        parts = cfg.distributed.cp_size or 1
-        if config is not None and (misfit := find_misfit(config, size, parts)):
+        config, parts = read_config(component), cfg.distributed.cp_size or 1
+        if config and (misfit := find_misfit(config, size, parts)):
             key = f"{component.key}.pretrained_model_name_or_path"
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
@@ -93,16 +89,3 @@ def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1) -> str:
         return few if heads < size * parts else ""
     most = math.gcd(*counts.values())
     return f"its {odd} is {counts[odd]}; " + (f"write {most}" if most > 1 else f"remove {KEY}")
-
-
-def _read_config(component: Component) -> dict[str, Any] | None:
-    """Return the configuration of a local model, or None where it cannot be told here."""
-    name = component.kwargs.get("pretrained_model_name_or_path")
-    if not isinstance(name, str) or component.kwargs.get("gguf_file") is not None:
-        return None
-    path = Path(name, str(component.kwargs.get("subfolder") or ""), "config.json")
-    try:
-        found = json.loads(read_plain_file(path, _MAX_BYTES))
-    except (OSError, ValueError, NotPlainFileError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None

@@ -27,7 +27,9 @@ from torch import Tensor
 _ONE = 2**40
 _ROWS = 32  # prompts of a batch at the most
 _TOKENS = 65_536  # of a batch at the most, padding and new ones included: the cache of their keys
-_LEAST_BATCHES = 4  # into which prompts are divided, if there are so many, for ranks to share
+#: Batches into which prompts are divided for ranks to share, if each has `count_rows` of them.
+_LEAST_BATCHES = 4
+_LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,18 @@ def _keep_likeliest(weights: Tensor, top_p: float) -> Tensor:
     return weights * (weights >= least)
 
 
-def group(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
+def count_rows(device_type: str) -> int:
+    """Return how many prompts share a batch before there is another one for the next rank.
+
+    A token of a batch takes the time in which the weights are read, whatever the number of its
+    rows, up to some eight on a CPU and far more on a GPU: smaller batches take as long each.
+    """
+    return _LEAST_ROWS if device_type == "cpu" else _ROWS
+
+
+def group(
+    prompts: Sequence[list[int]], new_tokens: int, least: int = _LEAST_ROWS
+) -> list[list[int]]:
     """Return the batches in which prompts are written, as lists of their numbers.
 
     Prompts of similar length share a batch, the longest first. Batches depend on the prompts alone;
@@ -125,9 +138,10 @@ def group(prompts: Sequence[list[int]], new_tokens: int) -> list[list[int]]:
 
     Args:
         new_tokens: the limit of each.
+        least: from `count_rows`.
     """
     order = sorted(range(len(prompts)), key=lambda k: (-len(prompts[k]), prompts[k], k))
-    most = min(_ROWS, max(1, -(-len(prompts) // _LEAST_BATCHES)))
+    most = min(_ROWS, max(least, -(-len(prompts) // _LEAST_BATCHES)))
     batches: list[list[int]] = []
     while order:
         rows = _TOKENS // (len(prompts[order[0]]) + new_tokens)

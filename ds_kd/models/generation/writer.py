@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ds_kd.models import attention
 from ds_kd.models.generation.replica import Replica
-from ds_kd.models.generation.sampling import Draw, Sampling, Written, group, write
+from ds_kd.models.generation.sampling import Draw, Sampling, Written, count_rows, group, write
 from ds_kd.parallel.layout import Group
 from ds_kd.parallel.world import World
 
@@ -62,9 +62,10 @@ class Writer:
         """Return (limit of new tokens, numbers of the prompts) of each batch."""
         limits = [min(self.how.max_new_tokens, self.room(len(prompt))) for prompt in prompts]
         batches: list[tuple[int, list[int]]] = []
+        least = count_rows(self.world.device.type)
         for limit in sorted({limit for limit in limits if limit > 0}, reverse=True):
             numbers = [k for k, each in enumerate(limits) if each == limit]
-            for batch in group([prompts[k] for k in numbers], limit):
+            for batch in group([prompts[k] for k in numbers], limit, least):
                 batches.append((limit, [numbers[k] for k in batch]))
         return batches
 

@@ -1,0 +1,87 @@
+"""What `benchmarks/count.py` counts and predicts, against numbers by hand and the plan's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks import predict
+from benchmarks.count import Cost
+from benchmarks.predict import Run
+from ds_kd.plan.hardware import GPUS
+from ds_kd.plan.step.operations import count_operations
+
+H100 = GPUS["h100"]
+
+
+def test_operations_between_products_are_joined():
+    """Of [8, 8] in fp32, 256 bytes each: one by one 2 + 2 + 3, joined what another group made."""
+    x, weight = (torch.empty(8, 8, device="meta") for _ in range(2))
+    with torch.no_grad(), Cost(8, 8) as cost:
+        doubled = x * 2  # reads x; its result is read by the group itself and by none else
+        shifted = doubled + 1  # is read by the product, and so written
+        product = shifted @ weight
+        _ = product + x  # reads both, once more as another group; nobody reads the result
+    totals = cost.by_phase[""]
+    assert totals.launches == 4 and totals.products == 3 * 256
+    assert totals.rest == (2 + 2 + 3) * 256
+    assert totals.joined == (1 + 1 + 2) * 256
+
+
+def test_what_3b_to_1b_costs_a_gpu():
+    """A change that makes a step cost more is seen here."""
+    lengths = [4096]
+    cost = predict.count_pair("3B-1B", lengths, predict.make_loss())
+    parts = cost.by_phase.values()
+    assert cost.passes == 2.5 and cost.waits == 0 and cost.launches <= 3002
+    assert sum(part.rest for part in parts) < 125e9
+    assert sum(part.joined for part in parts) < 49e9
+
+    # The plan's operations, from the models' shapes alone: 62.9 TFLOP.
+    work = Run(H100).work(lengths)
+    teacher, student = map(predict.find_shape, ("3B", "1B"))
+    counted = sum(part.tflop + part.attention for part in parts)
+    assert counted == pytest.approx(count_operations(student, teacher, work) / 1e12, rel=1e-3)
+    assert counted == pytest.approx(62.9, rel=1e-3)
+
+    # 56.7 TFLOP of products at 0.7 of 989, 6.2 of attention at 0.35 of it: 82 and 18 ms at least.
+    seconds, mfu = predict.rate("3B-1B", cost, lengths, Run(H100), joined=True)
+    assert 0.100 < seconds < 0.135 and mfu == pytest.approx(counted / 989 / seconds, rel=1e-3)
+    assert predict.rate("3B-1B", cost, lengths, Run(H100), joined=False)[0] > seconds
+
+
+def received(run: Run) -> dict[str, float]:
+    """GB that a rank receives in a step of 70B → 8B, by the first word of what it is."""
+    found: dict[str, float] = {}
+    for each in predict.exchanges_of("70B-8B", [4096], run):
+        word = each.name.split()[0]
+        found[word] = found.get(word, 0.0) + each.received / 1e9
+    return found
+
+
+def test_what_ranks_of_70b_to_8b_receive():
+    """The teacher has 70.55e9 parameters, 141.1 GB; a rank of 8 lacks seven eighths of them: 123.5.
+    The student has 8.03e9, 16.06 GB, twice, but for its head of 1.05 GB once."""
+    one, eight = received(Run(H100, 8)), received(Run(H100, 8, micro_batches=8))
+    assert one["teacher's"] == pytest.approx(123.5, rel=1e-3)
+    assert one["student's"] == pytest.approx((2 * 16.06 - 1.05) * 7 / 8, rel=1e-3)
+    assert one["gradients"] == pytest.approx(16.06 * 7 / 8, rel=1e-3)
+    assert eight["teacher's"] == pytest.approx(8 * one["teacher's"])
+    assert received(Run(H100, 8, 8, window=8))["teacher's"] == pytest.approx(one["teacher's"])
+
+    # Of 64 ranks a rank lacks 63/64; of copies inside nodes of eight it lacks 7/8, on faster links.
+    far = received(Run(H100, 64))["teacher's"]
+    assert far == pytest.approx(141.1 * 63 / 64, rel=1e-3)
+    assert received(Run(H100, 64, copies=8))["teacher's"] == pytest.approx(one["teacher's"])
+
+
+def test_a_prediction_waits_for_an_exchange_that_takes_longer_than_the_products():
+    """Over one card of 50 GB/s for eight GPUs the teacher's 141 GB take 141·(7/8)/(0.8·50) = 3.1 s,
+    and its 70.55e9 weights and 4,096 tokens 0.8 s of products."""
+    cost = Cost(1, 1)
+    cost.by_phase["teacher"].tflop = 2 * 70.55e9 * 4096 / 1e12
+    run = Run(H100, 64, network=50e9 / 8)
+    phases = {p.name: p for p in predict.predict("70B-8B", cost, [4096], run, joined=True)}
+    assert phases["teacher"].seconds == pytest.approx(3.09, rel=1e-2)
+    near = predict.predict("70B-8B", cost, [4096], Run(H100, 64), joined=True)[0]
+    assert near.seconds == near.products == pytest.approx(0.835, rel=1e-2)
