@@ -8,7 +8,7 @@ from typing import Any
 from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world
-from ds_kd.config.names import AUTO, INT8, NVME, OF_DIVERGENCE, home_of
+from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.parallel.engines import optimizer_numbers
@@ -342,7 +342,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": _is_offloaded(zero["student"], "offload_optimizer"),
         "offload_teacher": _is_offloaded(zero["teacher"], "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
-        "teacher_is_on_disk": (zero["teacher"].get("offload_param") or {}).get("device") == NVME,
+        "teacher_is_on_disk": (zero["teacher"].get("offload_param") or {}).get("device") == "nvme",
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
