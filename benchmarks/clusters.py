@@ -123,7 +123,7 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
     found, world = chooser.choose(), chooser.cluster.world
     work, parts = found.layout.work, found.parts
     moved = "weights, optimizer" if work.offload_weights else "optimizer"
-    states = sum(s for n, s in parts.items() if memory.is_state(n) and not n.startswith("host "))
+    states = sum(s for n, s in parts.items() if memory.is_state(n) and memory.is_on_device(n))
     tokens = work.tokens * work.micro_batches / work.sequence
     done = count_operations(chooser.student, chooser.teacher, work)
     received = sum(

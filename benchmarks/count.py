@@ -56,6 +56,7 @@ class Totals:
 
     Args:
         launches, waits: their number, and how often the host waits for a number.
+        groups: launches, if all operations between two products are one.
         products: bytes that matrix products and attention read and write.
         rest: those of all other operations, one by one.
         joined: those of all other operations, joined between products.
@@ -64,6 +65,7 @@ class Totals:
 
     launches: int = 0
     waits: int = 0
+    groups: int = 0
     products: int = 0
     rest: int = 0
     joined: int = 0
@@ -85,7 +87,7 @@ class Cost(TorchDispatchMode):
         self.phase = ""
         self.by_phase: defaultdict[str, Totals] = defaultdict(Totals)
         self.by_operation: Counter[str] = Counter()
-        self._group = 0
+        self._group, self._opened = 0, -1
         self._maker: dict[int, int] = {}  # group that made a memory, until others read it
         self._read: set[int] = set()  # memories that the group has read
 
@@ -137,6 +139,8 @@ class Cost(TorchDispatchMode):
         if is_kernel:
             self._group += 1
             self._read.clear()
+        totals.groups += is_kernel or self._opened != self._group
+        self._opened = self._opened if is_kernel else self._group
         if is_kernel and name not in _READS:
             totals.products += size
         else:
@@ -283,6 +287,7 @@ def describe(cost: Cost) -> list[str]:
     return [
         *lines,
         f"launches                          {cost.launches}",
+        f"launches, joined                  {sum(p.groups for p in parts)}",
         f"host waits                        {cost.waits}",
         f"GB of products and attention      {sum(p.products for p in parts) / 1e9:.0f}",
         f"GB of all other operations        {sum(p.rest for p in parts) / 1e9:.0f}",

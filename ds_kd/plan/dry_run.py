@@ -202,7 +202,7 @@ def _describe_worlds(
     lines = ["  on other numbers of ranks (the same micro-batch):"]
     for ranks in work.worlds:
         parts = memory.estimate_bytes(student, teacher, tune(work, ranks), ranks)
-        here = {name: size for name, size in parts.items() if not name.startswith("host ")}
+        here = {name: size for name, size in parts.items() if memory.is_on_device(name)}
         states = sum(size for name, size in here.items() if memory.is_state(name))
         whole = _format_size(sum(here.values()))
         line = f"    {ranks:>4}: {whole} of which states {_format_size(states)}"
@@ -342,6 +342,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "offload_optimizer": _is_offloaded(zero["student"], "offload_optimizer"),
         "offload_teacher": _is_offloaded(zero["teacher"], "offload_param"),
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
+        "teacher_is_on_disk": (zero["teacher"].get("offload_param") or {}).get("device") == "nvme",
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }

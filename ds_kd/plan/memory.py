@@ -80,6 +80,7 @@ class Work:
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
         teacher_is_whole: every rank has the whole teacher (stage 0).
+        teacher_is_on_disk: an offloaded teacher is on an NVMe disk, and not in the host's memory.
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
         bucket: DeepSpeed's reduce_bucket_size, elements.
@@ -103,6 +104,7 @@ class Work:
     offload_optimizer: bool = False
     offload_teacher: bool = False
     teacher_is_whole: bool = False
+    teacher_is_on_disk: bool = False
     teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
@@ -175,7 +177,8 @@ def _share_used(layers: list[Any], config: Any) -> float:
 
 
 def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int) -> dict[str, int]:
-    """Estimate the bytes of one rank by purpose; those named `host …` are in the host's memory.
+    """Estimate the bytes of one rank by purpose; those named `host …` are in the host's memory, and
+    those named `disk …` on a disk.
 
     Returns:
         First the states, which stay, then the additions of a step at its peak.
@@ -194,6 +197,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     out[f"{where}gradients"] = trained * (2 if work.offload_optimizer else 1)  # and the optimizer's
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
+        where = "disk " if work.teacher_is_on_disk else where
         whole = teacher.parameters * teacher.width // work.tensor
         rounded = shard(teacher, width_at_rest(teacher, work))
         out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
@@ -272,15 +276,20 @@ def _count_saved(shape: Shape, work: Work) -> int:
 
 def is_state(name: str) -> bool:
     """Return whether a part of `estimate_bytes` stays between steps."""
-    return name.removeprefix("host ") in {
+    return name.removeprefix("host ").removeprefix("disk ") in {
         "student weights", "fp32 weights", "optimizer", "gradients", "teacher weights",
         "teacher weights, once more", "student weights, once more", "teacher's head",
         "gradients, summed",
     }  # fmt: skip
 
 
+def is_on_device(name: str) -> bool:
+    """Return whether a part of `estimate_bytes` is in the accelerator's memory."""
+    return not name.startswith(("host ", "disk "))
+
+
 def on_device(parts: dict[str, int]) -> int:
-    return sum(size for name, size in parts.items() if not name.startswith("host "))
+    return sum(size for name, size in parts.items() if is_on_device(name))
 
 
 def on_host(parts: dict[str, int]) -> int:

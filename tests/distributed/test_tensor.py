@@ -30,6 +30,7 @@ def steps(world, root, paths, cases):
     from transformers import AutoModelForCausalLM
 
     from ds_kd.data.packing import PackedDataset
+    from ds_kd.parallel.accumulation import Once
     from ds_kd.parallel.engines import read_gradient_norm
     from ds_kd.parallel.tensor import count_numbers
 
@@ -41,7 +42,7 @@ def steps(world, root, paths, cases):
         accumulation, local = (1, -(-len(data) // world.data.size)) if "packs" in how else (2, 3)
         models = {"student": paths[kind], "teacher": paths["teacher"]}
         made = build(world, models, data, accumulation, local, ratio, sgd, **_of_build(how))
-        made.reduce_once = "once" in how
+        made.reduce_once = Once(always="once" in how)
         logged = made.validate()
         made.train()
 

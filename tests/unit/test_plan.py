@@ -42,6 +42,13 @@ def test_the_memory_of_a_node_counts_each_of_its_ranks_once():
     assert plan.Machine(ranks_per_node=8).of_node(alone, 1) == 16 * one
 
 
+def test_a_teacher_on_a_disk_takes_no_memory():
+    parts = plan.estimate_bytes(LARGE, LARGE, plan.replace(AWAY, teacher_is_on_disk=True), 16)
+    assert parts["disk teacher weights"] == 2 * 10**10 // 16
+    assert plan.on_host(parts) == 10**10 * (20 + 2) // 16
+    assert plan.on_device(parts) + plan.on_host(parts) == sum(parts.values()) - 2 * 10**10 // 16
+
+
 def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
     small = plan.Machine(room=80 * 10**9, host_room=64 * 10**9, ranks_per_node=8)
     assert small.lacks(plan.estimate_bytes(LARGE, LARGE, AWAY, 1), 1) == ["host"]

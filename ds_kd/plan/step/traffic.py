@@ -1,9 +1,10 @@
 """Count the bytes that the ranks of a run exchange in one optimizer step.
 
 ZeRO-3 gathers every layer of the student twice in a micro-batch, for forward and for backward, and
-its head once, as it is kept between the two. The teacher's layers are gathered
-once, its head once more where it is the embedding too. Gradients are reduced and scattered after
-each micro-batch. Small parameters are whole on every rank, and gathered once after the optimizer.
+its head once, as it is kept between the two; where nodes hold copies, all but the first forward
+stay inside them. The teacher's layers are gathered once, its head once more where it is the
+embedding too. Gradients are reduced and scattered after each micro-batch. Small parameters are
+whole on every rank, and gathered once after the optimizer.
 """
 
 from __future__ import annotations
@@ -67,7 +68,10 @@ def count_exchanges(
     forward, again = times * width * gathered, times * width * (gathered - head)
     near = work.student_hpz if work.student_hpz > 1 else world
     kind, first = "all_gather", "student's weights for forward"
-    add_weights(first, kind, forward, times * width * outer, world, "student")
+    # The first forward after an update goes to all ranks, and leaves each node its copy.
+    far = forward / times if work.tensor == 1 and near < world else forward
+    add_weights(first, kind, far, times * width * outer, world, "student")
+    add("student's weights from copies", kind, forward - far, near, "student")
     uncut = times * width * (outer - head)
     add_weights("student's weights for backward", kind, again, uncut, near, "backward")
     times = 1.0 if work.reduces_once else times
