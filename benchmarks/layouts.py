@@ -52,8 +52,6 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "lora": ("peft={dim: 8}",),
     "sgd, T=1": ("optimizer={_target_: torch.optim.SGD, lr: 0.1}", "kd_loss_fn.temperature=1"),
     "packed": ("packed_sequence.packed_sequence_size=256", *_BF16),
-    "cp": ("distributed.cp_size=2",),
-    "tp": ("distributed.tp_size=2",),
     "experts": ("teacher_model.pretrained_model_name_or_path={experts}",),
 }
 
@@ -300,7 +298,7 @@ def main() -> None:
         paths = write_models(Path(directory))
         for name in args.layouts:
             for ranks in args.ranks:
-                if name in ("hpz", "cp", "tp") and ranks % 2:
+                if name == "hpz" and ranks % 2:
                     continue
                 place = Path(directory) / f"{len(rows)}"
                 place.mkdir()
