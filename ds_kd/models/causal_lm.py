@@ -24,7 +24,7 @@ from ds_kd.losses.scores import compare_models, score_labels
 from ds_kd.models import attention
 from ds_kd.models.layers import LayerOutputs
 from ds_kd.models.rows import Rows
-from ds_kd.parallel.engines import read_weight
+from ds_kd.parallel.engines import gather, read_weight
 from ds_kd.parallel.layout import Group
 from ds_kd.parallel.sequence import Exchange
 
@@ -175,6 +175,13 @@ class FrozenModel(_Split):
 
     def train(self, mode: bool = True) -> FrozenModel:
         return super().train(False)
+
+    def next_tokens(self, batch: dict[str, Any]) -> Tensor:
+        # Without a pass of the head's module, after which ZeRO-3 would begin to gather the head in
+        # every pass, and the loss, which gathers it itself, would meet it half gathered.
+        hidden = self.hidden(batch)
+        with gather([*self.model.get_output_embeddings().parameters()]):
+            return self.head().logits(hidden).argmax(-1)
 
     @torch.no_grad()
     def forward(self, batch: dict[str, Any], probe: str | None = None) -> Any:
