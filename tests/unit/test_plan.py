@@ -219,6 +219,11 @@ def test_a_token_meets_some_experts_and_all_of_them_are_gathered():
     assert gathered == 4 * (shape.parameters - shape.small)
 
 
+def test_no_exchange_is_negative_where_zero3_keeps_even_the_head_whole():
+    tiny_one = plan.Shape(12_000, 12_000, 12_000, 2, 4_000, 96, 32, 500, True, 4, is_tied=True)
+    assert all(each.size > 0 for each in count_exchanges(tiny_one, tiny_one, plan.Work(8, 8), 2))
+
+
 def test_the_time_on_named_gpus_is_told_and_a_wrong_name_or_number_of_nodes_too(words, capsys):
     main = script("plan").main
     words = [word for word in words if word not in ("--gpu-memory", "64GB", "--ranks", "1")]

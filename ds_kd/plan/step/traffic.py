@@ -65,14 +65,14 @@ def count_exchanges(
     times, width = float(work.micro_batches), float(student.width)
     gathered, outer = student.parameters - student.small, student.outer
     head = student.vocabulary * student.hidden
-    forward, again = times * width * gathered, times * width * (gathered - head)
+    forward, again = times * width * gathered, times * width * max(0, gathered - head)
     near = work.student_hpz if work.student_hpz > 1 else world
     kind, first = "all_gather", "student's weights for forward"
     # The first forward after an update goes to all ranks, and leaves each node its copy.
     far = forward / times if work.tensor == 1 and near < world else forward
     add_weights(first, kind, far, times * width * outer, world, "student")
     add("student's weights from copies", kind, forward - far, near, "student")
-    uncut = times * width * (outer - head)
+    uncut = times * width * max(0, outer - head)
     add_weights("student's weights for backward", kind, again, uncut, near, "backward")
     times = 1.0 if work.reduces_once else times
     uncut = times * width * outer if student.head_trained else 0.0
