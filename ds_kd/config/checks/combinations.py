@@ -13,10 +13,8 @@ from ds_kd.config.keys import is_number
 from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_placement import check_placement
 from ds_kd.config.methods.check_rollouts import check_rollouts
-from ds_kd.config.methods.check_sequence import check_sequence
+from ds_kd.config.methods.check_sequence import check_sequence, find_own_collaters
 from ds_kd.config.methods.check_tensor import check_tensor
-from ds_kd.config.names import COLLATER
-from ds_kd.config.permissions import translate
 from ds_kd.config.schema import CACHED, SHARED_BASE, RunConfig, StepScheduler
 from ds_kd.config.signatures import signature_of
 from ds_kd.config.task import WITH_TEACHER, find_wrong_entry
@@ -184,13 +182,10 @@ def _check_sharing(cfg: RunConfig, problems: list[str]) -> None:
         )
 
     # A model's own attention is only known when it is loaded; see `models.probes.check_sharing`.
-    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        given = loader.kwargs.get("collate_fn")
-        if given is not None and translate(str(given)) != COLLATER:
-            problems.append(
-                f"{key}: {loader.key}.collate_fn: {given} does not know shared beginnings; remove "
-                "one of the two keys"
-            )
+    for place, name in find_own_collaters(cfg):
+        problems.append(
+            f"{key}: {place}: {name} does not know shared beginnings; remove one of the two keys"
+        )
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         given = model.kwargs.get("attn_implementation")
         if given not in (None, "sdpa"):

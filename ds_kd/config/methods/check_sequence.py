@@ -39,13 +39,11 @@ def check_sequence(cfg: RunConfig, problems: list[str]) -> None:
             key = f"{model.key}.pretrained_model_name_or_path"
             name = model.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can split", misfit))
-    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        given = loader.kwargs.get("collate_fn")
-        if given is not None and translate(str(given)) != COLLATER:
-            problems.append(
-                f"{loader.key}.collate_fn: what {given} returns cannot be split by {KEY}: {size}; "
-                "remove one of the two keys"
-            )
+    for key, given in find_own_collaters(cfg):
+        problems.append(
+            f"{key}: what {given} returns cannot be split by {KEY}: {size}; remove one of the two "
+            "keys"
+        )
 
 
 def _find_misfit(config: dict[str, Any], size: int) -> str:
@@ -62,3 +60,14 @@ def _find_misfit(config: dict[str, Any], size: int) -> str:
     kinds = config.get("layer_types")
     others = sorted({*map(str, kinds)} - _LAYERS) if isinstance(kinds, list) else []
     return f"it has layers of type {', '.join(others)}; remove {KEY}" if others else ""
+
+
+def find_own_collaters(cfg: RunConfig) -> list[tuple[str, str]]:
+    """Return (key, name) of each `collate_fn` that is not the default one."""
+    loaders = filter(None, (cfg.dataloader, cfg.validation_dataloader))
+    named = [(f"{each.key}.collate_fn", each.kwargs.get("collate_fn")) for each in loaders]
+    return [
+        (key, str(given))
+        for key, given in named
+        if given is not None and translate(str(given)) != COLLATER
+    ]
