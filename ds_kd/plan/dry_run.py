@@ -18,6 +18,7 @@ from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
+from ds_kd.plan.step.passes import count_passes
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
 from ds_kd.plan.step.tuning import tune_work
@@ -136,7 +137,7 @@ def _describe_cost(
     lines = [f"  a step: {operations / 1e12:.3g} TFLOP on each rank, {told}"]
     lines += describe_traffic(student, teacher, work, world)
     if cluster is not None:
-        lines += describe_time(student, asked, work, cluster, _is_forward_kl(cfg.kd_loss_fn))
+        lines += describe_time(student, asked, work, cluster)
     return lines
 
 
@@ -334,6 +335,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "sequence": cfg.distributed.cp_size or 1,
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
+        "passes": count_passes(cfg),
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
@@ -372,11 +374,8 @@ def _is_offloaded(zero: dict[str, Any], part: str) -> bool:
 
 def _shares_softmax(loss: Component) -> bool:
     """Return whether CE and the distillation loss read one softmax."""
-    return _is_forward_kl(loss) and loss.kwargs.get("temperature", 1.0) == 1.0
-
-
-def _is_forward_kl(loss: Component) -> bool:
-    return home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
+    is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
+    return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
 
 
 def _format_size(size: int) -> str:

@@ -76,6 +76,8 @@ class Work:
         chunk: tokens whose logits exist at one time.
         shares_softmax: CE and the distillation loss read one softmax, as with forward KL at T = 1;
             a chunk needs one buffer less.
+        passes: over `[tokens, vocabulary]` in fp32 that the loss makes on a GPU; see
+            `ds_kd.plan.step.passes`.
         optimizer_numbers: fp32 numbers that the optimizer keeps for every weight.
         checkpointing: activations are computed again in backward.
         offload_weights, offload_optimizer, offload_teacher: kept in the host's memory.
@@ -98,6 +100,7 @@ class Work:
     micro_batches: int = 1
     chunk: int = 2048
     shares_softmax: bool = True
+    passes: float = 2.5
     optimizer_numbers: int = 2
     checkpointing: bool = False
     offload_weights: bool = False

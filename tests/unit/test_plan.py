@@ -239,6 +239,38 @@ def test_the_time_on_named_gpus_is_told_and_a_wrong_name_or_number_of_nodes_too(
     assert "--nodes: got 3, expected a number of nodes that divides 16" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("section", "passes"),
+    [
+        # As tests/unit/test_cuda_path.py counts them in the real code: of bf16, half of 5 and of 7.
+        ("{name: forward_kl, temperature: 2}", 2.5),
+        ("{name: jsd}", 3.5),
+        ("[{name: reverse_kl, weight: 1}]", 3.5),
+        # No kernel: of two losses, of one that looks for ids, and in fp64 above T = 8.
+        ("[{name: forward_kl, weight: 0.5}, {name: reverse_kl, weight: 0.5}]", 60),
+        ("{name: top_k, k: 4}", 60),
+        ("{name: jsd, temperature: 9}", 60),
+    ],
+)
+def test_the_loss_takes_the_time_of_its_kernel_or_of_the_plain_code(section, passes, words):
+    def plan_loss(*more):
+        overrides = [word for word in words if "=" in word]
+        bf16 = ["model.torch_dtype=bf16", "teacher_model.torch_dtype=bf16"]
+        cfg = load(GUIDE, [*overrides, *bf16, "kd_loss_fn._target_=null", *more], config_only=True)
+        return work_of(cfg, 1, 4096, 1.0)
+
+    work = plan_loss(f"kd_loss_fn={section}")
+    assert work.passes == passes
+    assert plan_loss(f"kd_loss_fn={section}", "kd_ratio=0").passes == 23.5
+    if passes < 4:
+        assert plan_loss(f"kd_loss_fn={section}", "model.torch_dtype=fp32").passes == 2 * passes
+
+    # Of 32,000 words and a micro-batch of 4,096 tokens, at 3.35 TB/s.
+    work = plan.replace(work, micro_batches=1)
+    student = estimate_phases(LARGE, LARGE, work, Cluster(GPUS["h100"], 1, 1))[1]
+    assert student.memory == pytest.approx(passes * 4 * 4096 * 32_000 / 3.35e12, rel=1e-3)
+
+
 def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     clusters.write_models(tmp_path)
     small = clusters.plan_row(tmp_path, ("8B", "1B"), 8, clusters.LENGTH)

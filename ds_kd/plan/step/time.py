@@ -17,7 +17,6 @@ from ds_kd.plan.step.traffic import count_exchanges
 #: Share of the peak that large products reach.
 OF_PEAK = 0.7
 _HOST = 2e11  # bytes per second that the processors of a node read and write
-_PASSES = {"fused": 2.5, "shared": 23.5, "two": 37.5}  # over `[tokens, vocabulary]` in fp32
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,16 @@ class Phase:
 
 
 def estimate_phases(
-    student: Shape, teacher: Shape | None, work: Work, cluster: Cluster, fused: bool = True
+    student: Shape, teacher: Shape | None, work: Work, cluster: Cluster
 ) -> list[Phase]:
-    """Return the phases of one step on a rank.
-
-    Args:
-        fused: one kernel computes the loss, as with the forward KL on CUDA.
-    """
+    """Return the phases of one step on a rank."""
     gpu, world = cluster.gpu, cluster.world
     operations = count_by_phase(student, teacher, work)
     exchanges = count_exchanges(student, teacher, work, world)
 
     # The loss goes over its logits in the student's forward.
     rows = work.micro_batches * work.tokens * work.supervised / work.sequence
-    kind = "fused" if fused else "shared" if work.shares_softmax else "two"
-    passes = {"student": _PASSES[kind] * 4 * rows * student.vocabulary / work.tensor}
+    passes = {"student": work.passes * 4 * rows * student.vocabulary / work.tensor}
     # The optimizer reads and writes fp32 weights, its numbers and gradients, and writes weights.
     trained = student.trained / world
     passes["optimizer"] = trained * (8 + 8 * work.optimizer_numbers + 4 + student.width)
@@ -88,12 +82,10 @@ def _count_moved(student: Shape, teacher: Shape | None, work: Work, world: int) 
     return moved
 
 
-def describe_time(
-    student: Shape, teacher: Shape | None, work: Work, cluster: Cluster, fused: bool = True
-) -> list[str]:
+def describe_time(student: Shape, teacher: Shape | None, work: Work, cluster: Cluster) -> list[str]:
     """Return lines on the time of a step by phase, and on tokens per second of all ranks."""
     # Ranks that share a layer or a sample have the same tokens.
-    phases = estimate_phases(student, teacher, work, cluster, fused)
+    phases = estimate_phases(student, teacher, work, cluster)
     seconds = sum(phase.seconds for phase in phases)
     groups = cluster.world / (work.tensor * work.sequence)
     tokens = work.tokens * work.micro_batches * groups / seconds

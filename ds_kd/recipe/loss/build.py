@@ -37,8 +37,18 @@ def build_loss(cfg: RunConfig, tokenizer: Any, world: World) -> DistillationLoss
             shared = causal_lm.common_vocab_size(tokenizer, teacher_tokenizer, *rows)
     elif cfg.reads_cache and (found := open_record(cfg, tokenizer, world)) is not None:
         shared = share_vocabulary(cfg, found, rows[0])
-    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows[0], world)
-    divergence = _build_divergence(cfg, shared or rows[0], world)
+    return assemble_loss(cfg, rows[0], shared, world)
+
+
+def assemble_loss(cfg: RunConfig, rows: int, shared: int | None, world: World) -> DistillationLoss:
+    """Return the loss of the config's sections.
+
+    Args:
+        rows: ids of the student's head.
+        shared: ids that both models share; None if these are the student's.
+    """
+    ce = _build_part_of_loss(cfg.loss_fn, check_cross_entropy, rows, world)
+    divergence = _build_divergence(cfg, shared or rows, world)
     return DistillationLoss(ce, divergence, cfg.kd_ratio, shared)
 
 

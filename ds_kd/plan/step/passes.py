@@ -1,0 +1,41 @@
+"""Count how often a run's loss goes over its logits on a GPU."""
+
+from __future__ import annotations
+
+import torch
+
+from ds_kd.config.schema import RunConfig
+from ds_kd.losses.head import Head, States
+from ds_kd.parallel.world import World
+from ds_kd.recipe.loss.build import assemble_loss
+from ds_kd.recipe.models import config_of, training_dtype
+
+#: Times that one kernel reads or writes `[tokens, vocabulary]`: both models' logits twice and a
+#: gradient once for the forward KL, and once more each for the divergences of the template.
+_OF_KERNEL = {"forward_kl": 5, "others": 7}
+#: Passes in fp32 of the plain code: CE alone or with the forward KL of the same softmax, with one
+#: of its own, and with other divergences, of which 40 to 75 were counted up to T = 2.
+_PLAIN = {"shared": 23.5, "two": 37.5, "others": 60.0}
+
+
+def count_passes(cfg: RunConfig) -> float:
+    """Return the passes over `[tokens, vocabulary]` in fp32 that the loss makes.
+
+    The loss itself is asked whether a kernel computes it.
+
+    Raises:
+        ConfigError: a loss refuses its arguments, or breaks its contract.
+    """
+    config, dtype = config_of(cfg.model).get_text_config(), training_dtype(cfg.model)
+    here = World(0, 1, torch.device("cpu"), "gloo")
+    loss = assemble_loss(cfg, config.vocab_size, None, here)
+    softcap = getattr(config, "final_logit_softcapping", None)
+
+    # The meta device stands for a GPU on which the kernels work.
+    hidden, weight = (torch.empty(1, 1, dtype=dtype, device="meta") for _ in range(2))
+    kind = "forward_kl" if getattr(loss.divergence, "name", "") == "forward_kl" else "others"
+    if loss.is_fused(States(hidden, Head(weight, softcap=softcap)), is_training=True):
+        return _OF_KERNEL[kind] * dtype.itemsize / 4
+    if cfg.kd_ratio == 0 or (kind == "forward_kl" and loss.divergence.temperature == 1.0):
+        return _PLAIN["shared"]
+    return _PLAIN["two" if kind == "forward_kl" else "others"]
