@@ -154,9 +154,14 @@ WITHOUT_EFFECT = {
 #: Its sections for other programs; their values are not read, not even their `${…}`.
 UNREAD = {"ci", "skypilot"}
 
-#: Keys of NeMo-AutoModel that have no meaning here, and what to do instead. They are refused unless
-#: they are off.
+_ON_ALL = (
+    "a teacher runs on all ranks, as ranks of its own gain no time where the network keeps up "
+    "(docs/distributed.md); remove it, and see teacher.placement, teacher.window or a cache"
+)
+#: Keys of NeMo-AutoModel that have no meaning here and others that may be looked for, and what to
+#: do instead. They are refused unless they are off.
 REFUSED_KEYS = {
+    **dict.fromkeys(("teacher_ranks", "distributed.teacher_ranks", "teacher.ranks"), _ON_ALL),
     "separate_meshes": "student and teacher share all ranks here; remove it and "
     "teacher_distributed",
     "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "

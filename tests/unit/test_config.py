@@ -814,6 +814,8 @@ def test_a_trusted_models_own_code_is_run_where_the_command_line_says_so():
         ("neftune={noise_alpha: 5}", "neftune: "),
         ("checkpoint.dequantize_base_checkpoint=true", "checkpoint.dequantize_base_checkpoint: "),
         ("distributed={pp_size: 2}", "distributed.pp_size: got 2, expected 1"),
+        ("teacher_ranks=2", "teacher_ranks: a teacher runs on all ranks"),
+        ("distributed={teacher_ranks: 2}", "distributed.teacher_ranks: a teacher runs on all"),
         ("model.backend={fake_balanced_gate: true}", "model.backend.fake_balanced_gate: "),
         ("model.num_nextn_predict_layers=2", "model.num_nextn_predict_layers: "),
         ("model.config={_target_: a.b}", "model.config: "),
