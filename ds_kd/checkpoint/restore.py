@@ -114,10 +114,21 @@ def load(
     if not loaded:
         raise CheckpointError(f"{found / ENGINE}: DeepSpeed found nothing to load")
     state.load_state_dict(saved["train_state"])
-    rng = found / f"rng_rank{world.rank}.pt"
+    rng = found / f"rng_rank{find_generators(world, saved.get('tensor_size', 1))}.pt"
     if rng.is_file():  # a rank beyond the saved number keeps its own seed
         set_rng_state(torch.load(rng, weights_only=True))
     return saved
+
+
+def find_generators(world: World, parts: int) -> int:
+    """Return the saved rank whose generators this rank takes over. Ranks that see the same tokens
+    take the same, as their dropout masks must be equal.
+
+    Args:
+        parts: `distributed.tp_size` of the checkpoint.
+    """
+    same = parts == world.tensor.size
+    return world.rank if same else world.tokens.rank * parts
 
 
 def _load_resharded(
