@@ -295,11 +295,14 @@ def test_kd_ratio_0_runs_on_one_rank_without_a_teacher(overrides, root):
         "teacher_model=null",
         "validation_dataset=null",
         "model.torch_dtype=fp32",
+        "model.use_liger_kernel=true",
         f"checkpoint.checkpoint_dir={root / 'plain'}",
         "checkpoint.save_consolidated=false",
         ranks=1,
     )
     assert result.returncode == 0, result.stderr
+    told = "model.use_liger_kernel: not used; they need an NVIDIA GPU" in result.stdout
+    assert told == (" on cpu" in result.stdout)
     assert "launch/export.py" in result.stdout and not (root / "plain/final").exists()
 
 

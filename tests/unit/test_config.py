@@ -17,6 +17,7 @@ from ds_kd.config.load import check_world, fingerprint, fingerprint_validation, 
 from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.reference.keys import list_keys
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.text.yaml_source import read
 from tests import tiny
 from tests.scripts import script
 
@@ -114,6 +115,33 @@ def test_an_override_reads_yaml_values_and_null_drops_a_section():
 def test_a_key_may_be_written_with_dashes_as_options_are():
     cfg = load(GUIDE, ["kd-ratio=0.3", "step_scheduler.max-steps=7"])
     assert cfg.kd_ratio == 0.3 and cfg.step_scheduler.max_steps == 7
+
+
+TASKS = "evaluation={every: end, tasks: [{task: squad, data: held.jsonl}, {task: kl}]}"
+
+
+def test_an_override_may_name_an_entry_of_a_list():
+    data, _, _ = read(GUIDE, [TASKS, "evaluation.tasks[0].limit=8"])
+    assert data["evaluation"]["tasks"][0] == {"task": "squad", "data": "held.jsonl", "limit": 8}
+    cfg = load(GUIDE, ["optimizer.betas=[0.9, 0.999]", "optimizer.betas[1]=0.95"])
+    assert cfg.optimizer.kwargs["betas"] == [0.9, 0.95]
+    with pytest.raises(ConfigError, match=r"command line: evaluation\.tasks.*few"):
+        load(GUIDE, [TASKS, "evaluation.tasks[0].limit=few"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluation.tasks[2].limit=8", "evaluation.tasks ends with evaluation.tasks[1]; write "),
+        ("evaluation.tasks.limit=8", "write evaluation.tasks[0].limit for its first entry"),
+        ("kd_ratio[0]=1", "kd_ratio is no list; write kd_ratio=[…]"),
+        ("kd_ratio[x]=1", "expected key.sub=value"),
+    ],
+)
+def test_an_override_of_a_lists_entry_that_is_not_there_is_refused(override, words):
+    with pytest.raises(ConfigError) as caught:
+        load(GUIDE, [TASKS, override])
+    assert words in str(caught.value) and len(caught.value.problems) == 1
 
 
 @pytest.mark.parametrize("bad", ["no_equals", "=3", "a..b=1"])

@@ -28,7 +28,7 @@ from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
 _AROUND = 100  # columns shown on both sides of a key in a long line
 _STRING = "tag:yaml.org,2002:str"
-_KEY = r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*"
+_KEY = r"[A-Za-z_]\w*(\[\d{1,5}\])*(\.[A-Za-z_]\w*(\[\d{1,5}\])*)*"  # a[0] is a list's entry
 _PLAIN_REFERENCE = re.compile(r"\$\{[\w.:]+\}")
 
 
@@ -341,21 +341,33 @@ def _override(raw: Any, override: str) -> str:
 
 
 def _set_value(raw: Any, name: str, value: Any) -> None:
-    """Set the value at a dotted key, through mappings only.
+    """Set the value at a dotted key, through mappings and the entries that lists have.
 
     Raises:
-        ConfigError: a list or a plain value stands on the way there.
+        ConfigError: a plain value stands on the way there, or a list without such an entry.
     """
     from omegaconf import OmegaConf
 
     there: Any = OmegaConf.to_container(raw, resolve=False)
-    way = name.split(".")
-    for k, part in enumerate(way[:-1]):
-        there = there.get(part)
-        if there is None:
+    way = [*re.finditer(r"[A-Za-z_]\w*|\[\d+\]", name)]
+    for k, part in enumerate(way):
+        step, key = part[0], name[: part.start()].rstrip(".")
+        if step.startswith("["):
+            if not isinstance(there, list):
+                raise ConfigError([f"{name}: {key} is no list; write {key}=[…]"])
+            if (number := int(step[1:-1])) >= len(there):
+                what = f"ends with {key}[{len(there) - 1}]" if there else "is empty"
+                raise ConfigError([f"{name}: {key} {what}; write {key}=[…] anew"])
+            there = there[number]
+            continue
+
+        # What is absent is made on the way, but no place in a list.
+        if there is None and not any(more[0].startswith("[") for more in way[k:]):
             break
-        if not isinstance(there, dict):
-            key = ".".join(way[: k + 1])
-            what = "a list" if isinstance(there, list) else "a plain value"
-            raise ConfigError([f"{name}: {key} is {what} and has no keys; write {key}=… anew"])
+        if there is not None and not isinstance(there, dict):
+            what, fresh = "a plain value", f"write {key}=… anew"
+            if isinstance(there, list):
+                what, fresh = "a list", f"write {key}[0].{step} for its first entry"
+            raise ConfigError([f"{name}: {key} is {what} and has no keys; {fresh}"])
+        there = None if there is None else there.get(step)
     OmegaConf.update(raw, name, value, merge=False)
