@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import resource
 import time
 from collections import Counter
@@ -227,6 +228,15 @@ def tokens_in(samples: list[dict[str, Any]]) -> tuple[int, int]:
     return (
         sum(len(s["input_ids"]) for s in samples),
         sum(label != -100 for s in samples for label in s["labels"]),
+    )
+
+
+def slope(xs: list[float], ys: list[float]) -> float:
+    """Return the slope of the logarithms, by least squares."""
+    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
+    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
+    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum(
+        (x - mx) ** 2 for x in lx
     )
 
 

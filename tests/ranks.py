@@ -57,8 +57,8 @@ def _server():
     context.set_forkserver_preload(
         ["transformers", "datasets", "peft", "ds_kd.recipe.run", "transformers.models.llama"]
     )
-    # For the server and all that it forks, also for benchmarks/kill_points.py: DeepSpeed looks for
-    # an accelerator when it is imported, and torch reads then how much to log.
+    # For the server and all that it forks, also for benchmarks/soaks/kill_points.py: DeepSpeed
+    # looks for an accelerator when it is imported, and torch reads then how much to log.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DS_ACCELERATOR", "cpu")
         patch.setenv("TORCH_CPP_LOG_LEVEL", "ERROR")

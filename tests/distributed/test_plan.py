@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks import layouts
+from benchmarks.plans import layouts
 from tests.ranks import run_ranks
 
 #: Layouts by the number of ranks that train them, one after the other.

@@ -1,9 +1,9 @@
-"""Short soaks; `python benchmarks/soak.py` and `benchmarks/kill_points.py` are the long ones."""
+"""Short soaks; the commands of `benchmarks/soaks/` are the long ones."""
 
 from __future__ import annotations
 
-from benchmarks.kill_points import Points
-from benchmarks.soak import soak
+from benchmarks.soaks.kill_points import Points
+from benchmarks.soaks.soak import soak
 
 
 def test_killed_again_and_again_a_run_loses_nothing_and_ends_bitwise_equal(tmp_path):

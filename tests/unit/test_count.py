@@ -1,13 +1,13 @@
-"""What `benchmarks/count.py` counts and predicts, against numbers by hand and the plan's."""
+"""What `benchmarks/plans/count.py` counts and predicts, against numbers by hand and the plan's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from benchmarks import predict
-from benchmarks.count import Cost
-from benchmarks.predict import Run
+from benchmarks.plans import predict
+from benchmarks.plans.count import Cost
+from benchmarks.plans.predict import Run
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.operations import count_operations
 

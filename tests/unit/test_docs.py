@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 from ds_kd.config.reference.keys import key_table
@@ -38,6 +40,34 @@ def test_every_link_between_pages_leads_somewhere():
         if not (page.parent / link).exists()
     ]
     assert not missing
+
+
+#: Starts each file as a command of its own from the root, in one process that imports torch once.
+SHOW_HELP = """
+import pathlib, runpy, sys
+plain = sys.path[1:]
+for name in sys.argv[1:]:
+    for each in [each for each in sys.modules if each.split(".")[0] == "benchmarks"]:
+        del sys.modules[each]
+    sys.path[:], sys.argv = [str(pathlib.Path(name).parent.resolve()), *plain], [name, "--help"]
+    try:
+        runpy.run_path(name, run_name="__main__")
+    except SystemExit as ended:
+        assert not ended.code, name
+"""
+
+
+def test_every_benchmark_tells_its_command_and_its_options():
+    files = sorted((ROOT / "benchmarks").glob("*/*.py"))
+    names = [str(p.relative_to(ROOT)) for p in files if "__main__" in p.read_text()]
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW_HELP, *names], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.split("usage: ")[1:]
+    assert len(told) == len(names) > 10
+    for name, text in zip(names, told, strict=True):
+        assert f" {name}" in text and "options:" in text
 
 
 def commands() -> list[tuple[str, str]]:

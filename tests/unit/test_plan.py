@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import clusters
+from benchmarks.plans import clusters
 from ds_kd.config.load import load
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.plan import memory as plan
@@ -274,7 +274,7 @@ def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     assert "cp_size 2: no layout of 1 fits" in (tmp_path / "70B-8B-8-131072.yaml").read_text()
     page = (GUIDE.parents[2] / "docs" / "scaling.md").read_text()
     for row in (small, large, long):
-        assert f"| {' | '.join(map(str, row.values()))} |" in page, "benchmarks/clusters.py"
+        assert f"| {' | '.join(map(str, row.values()))} |" in page, "benchmarks/plans/clusters.py"
     none = clusters.plan_row(tmp_path, ("405B", "70B"), 8, clusters.LENGTH)
     assert "nothing fits: " in none["teacher"]
     assert not (tmp_path / "405B-70B-8-4096.yaml").exists()

@@ -1,8 +1,8 @@
 """One optimizer step of ds_kd against the field's, on the same samples, interleaved.
 
-    python benchmarks/kd_step.py                              a cell per axis, 15 minutes on 2 cores
-    python benchmarks/kd_step.py --cells squad text-512       some of them
-    python benchmarks/kd_step.py --full --output results/kd   the whole matrix; writes .json and .md
+    python benchmarks/speed/kd_step.py                        a cell per axis, 15 minutes, 2 cores
+    python benchmarks/speed/kd_step.py --cells squad text-512                 some of them
+    python benchmarks/speed/kd_step.py --full --output results/kd             the whole matrix
 
 Teacher and student are the quickstart's (bash launch/quickstart.sh makes them). Every contender is
 a process of its own, as a user would start it; they take the same steps in turn (A B A B …), all
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
 import json
 import os
 import statistics
@@ -23,86 +22,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-SQUAD = ROOT.parent / "shared" / "data" / "squad_train.jsonl"
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One measurement.
-
-    Args:
-        name: how `--cells` calls it.
-        kind: `text` (pieces of one length), `squad` (real rows), `chat` (answers behind one system
-            prompt of 400 tokens) or `workspace` (the loss alone, from hidden states). ds_kd packs
-            samples of `squad` and `chat`.
-        length: tokens of a text sample.
-        masked: share of a text sample that is not supervised.
-        samples: per optimizer step.
-        micro_batch: samples per forward.
-        vocab: rows of both heads; 0 takes the models'.
-        ranks: processes, with all cores between them.
-        shares: ds_kd with shared beginnings takes part too.
-    """
-
-    name: str
-    kind: str = "text"
-    length: int = 512
-    masked: float = 0.0
-    samples: int = 4
-    micro_batch: int = 2
-    vocab: int = 0
-    dtype: str = "fp32"
-    ranks: int = 1
-    shares: bool = False
-
-    @property
-    def packs(self) -> bool:
-        return self.kind in ("squad", "chat")
-
-
-BASE = Cell("text-512")
-DEFAULT = [
-    BASE,
-    replace(BASE, name="text-512-half", masked=0.5),
-    replace(BASE, name="text-512-5pc", masked=0.95),
-    replace(BASE, name="text-2048", length=2048, samples=1, micro_batch=1),
-    replace(BASE, name="vocab-128k", vocab=128256),
-    replace(BASE, name="vocab-152k", vocab=151936),
-    Cell("squad", "squad", samples=8, micro_batch=8),
-    replace(BASE, name="bf16", dtype="bf16"),
-    Cell("squad-bf16", "squad", samples=8, micro_batch=8, dtype="bf16"),
-    replace(BASE, name="2-ranks", ranks=2),
-    Cell("squad-shared", "squad", samples=32, micro_batch=8, shares=True),
-    Cell("chat-shared", "chat", samples=16, micro_batch=8, shares=True),
-    Cell("workspace", "workspace", vocab=128256, length=4096),
-]
-
-
-def full() -> list[Cell]:
-    """Return the default cells, and one for every mask × length × vocabulary × dtype."""
-    cells = [
-        Cell(
-            f"{length}-{masked:.0%}-{vocab // 1000}k-{dtype}",
-            length=length,
-            masked=masked,
-            vocab=vocab,
-            dtype=dtype,
-            samples=max(1, 2048 // length),
-            micro_batch=max(1, 1024 // length),
-        )
-        for length, masked, vocab, dtype in itertools.product(
-            (512, 1024, 2048, 4096), (0.0, 0.5, 0.95), (49152, 128256, 151936), DTYPES
-        )
-    ]
-    return [*DEFAULT, *cells]
+from benchmarks.arguments import SQUAD, add_output, add_pair, check_pair, make_parser
+from benchmarks.speed.cells import DEFAULT, DTYPES, Cell, full
 
 
 class Worker:
@@ -172,8 +99,8 @@ def work(args: argparse.Namespace) -> None:
     """Answer the orders of a `Worker`: this process is one rank of it."""
     import torch
     import torch.distributed as dist
-    from contenders import CONTENDERS
 
+    from benchmarks.speed.contenders import CONTENDERS
     from ds_kd.quiet import quiet
 
     quiet()
@@ -202,10 +129,11 @@ def work(args: argparse.Namespace) -> None:
 
 def _make_job(cell: Cell, args: argparse.Namespace) -> tuple[Any, list[list[dict[str, Any]]]]:
     """Return the job of a cell's contenders, and the samples of each step."""
-    import measure
     import torch
-    from contenders import Job
     from transformers import AutoTokenizer
+
+    from benchmarks import measure
+    from benchmarks.speed.contenders import Job
 
     steps = steps_of(cell, args, AutoTokenizer.from_pretrained(args.teacher))
     paths = [
@@ -219,7 +147,7 @@ def _make_job(cell: Cell, args: argparse.Namespace) -> tuple[Any, list[list[dict
 
 def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell, job: Any) -> Any:
     """Return the answer to an order, as `Worker.ask` describes it."""
-    import measure
+    from benchmarks import measure
 
     if order == "step":
         losses: list[float] = []
@@ -241,7 +169,7 @@ def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell,
 
 def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[dict[str, Any]]]:
     """Return the samples of each step; the first step is thrown away."""
-    import measure
+    from benchmarks import measure
 
     count = cell.samples * (args.rounds + 1)
     if cell.kind == "squad":
@@ -255,7 +183,7 @@ def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[
 
 def rows_of(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
     """Return a row for each contender of a cell; they take their steps in turn."""
-    from contenders import available
+    from benchmarks.speed.contenders import available
 
     wanted = ["ds_kd"] if cell.ranks > 1 else args.contenders
     if cell.shares and wanted is None:
@@ -274,8 +202,9 @@ def in_turn(
 ) -> list[dict[str, Any]]:
     """Return a row for each (cell, contender, arguments): one step of each, then the next of each,
     so that a slow minute of the machine meets all."""
-    import measure
     from transformers import AutoTokenizer
+
+    from benchmarks import measure
 
     rows = []
     with contextlib.ExitStack() as stack:
@@ -309,9 +238,9 @@ def in_turn(
 
 def workspace(cell: Cell) -> list[dict[str, Any]]:
     """Return the peak memory of the loss alone, without its gradients of hidden states and head."""
-    import measure
     import torch
 
+    from benchmarks import measure
     from ds_kd.losses.chunked import DistillationLoss
     from ds_kd.losses.cross_entropy import MaskedCrossEntropy
     from ds_kd.losses.divergences import KDLoss
@@ -357,25 +286,18 @@ def run_cell(cell: Cell, args: argparse.Namespace, directory: Path) -> list[dict
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    quickstart = ROOT / "quickstart"
-    parser.add_argument("--teacher", type=Path, default=quickstart / "teacher")
-    parser.add_argument("--student", type=Path, default=quickstart / "student")
+    parser = make_parser(__doc__)
+    add_pair(parser, rounds=4)
     parser.add_argument("--squad", type=Path, default=SQUAD, help="rows in SQuAD's schema")
     parser.add_argument("--cells", nargs="+", metavar="NAME", help="default: a line per axis")
     parser.add_argument("--full", action="store_true", help="the whole matrix; hours on a CPU")
     parser.add_argument("--contenders", nargs="+", metavar="NAME", help="default: all installed")
-    parser.add_argument("--rounds", type=int, default=4, help="timed steps of each contender")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_output(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     parser.add_argument("--directory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    for path in (args.teacher, args.student):
-        if not (path / "config.json").is_file():
-            parser.error(f"no model in {path}; bash launch/quickstart.sh makes it")
+    check_pair(parser, args)
     return args
 
 
@@ -384,7 +306,7 @@ def main() -> int:
     if args.worker:
         work(args)
         return 0
-    import measure
+    from benchmarks import measure
 
     cells = full() if args.full else DEFAULT
     if args.cells:

@@ -1,11 +1,11 @@
 """Count what one micro-batch costs a GPU, without one: the real code runs on meta tensors, which
 have shapes and no numbers, and every operation of torch is recorded.
 
-    python benchmarks/count.py                       Llama 3.2 3B → 1B, one sample of 4,096 tokens
-    python benchmarks/count.py --length 8192 --temperature 2 --divergence jsd
-    python benchmarks/count.py --samples 24         the same tokens, as a pack of so many samples
-    python benchmarks/count.py --pair 70B-8B --ranks 64 --micro-batches 8 --window 8 --copies 8
-    python benchmarks/count.py --table               the table of docs/performance.md
+    python benchmarks/plans/count.py                 Llama 3.2 3B → 1B, one sample of 4,096 tokens
+    python benchmarks/plans/count.py --length 8192 --temperature 2 --divergence jsd
+    python benchmarks/plans/count.py --samples 24    the same tokens, as a pack of so many samples
+    python benchmarks/plans/count.py --pair 70B-8B --ranks 64 --micro-batches 8 --window 8
+    python benchmarks/plans/count.py --table         the table of docs/performance.md
 
 A pass is one reading or writing of `[tokens, vocabulary]` in fp32; matrix products are counted by
 their operations instead. Launches are operations that are not views: a kernel each, about. Between
@@ -26,13 +26,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.arguments import make_parser
 
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear")
 _ATTENTION = ("torch_attn::_varlen_attn", "torch_attn::_varlen_attn_backward")
@@ -301,9 +302,7 @@ def parse(pairs: tuple[str, ...]) -> argparse.Namespace:
     from ds_kd.config.signatures import divergences_by_name
     from ds_kd.plan.hardware import GPUS
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--pair", default="3B-1B", choices=pairs, help="teacher and student")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a micro-batch")
     parser.add_argument("--samples", type=int, default=1, help="of a pack of so many tokens")
@@ -333,8 +332,14 @@ def parse(pairs: tuple[str, ...]) -> argparse.Namespace:
 
 
 def main() -> None:
-    from predict import PAIRS, Run, count_pair, describe_time, make_loss, make_table
-
+    from benchmarks.plans.predict import (
+        PAIRS,
+        Run,
+        count_pair,
+        describe_time,
+        make_loss,
+        make_table,
+    )
     from ds_kd.plan.hardware import GPUS
 
     args = parse(PAIRS)

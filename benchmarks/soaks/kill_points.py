@@ -1,7 +1,7 @@
 """Kill one rank of a run between any two file operations of its last save, and start it again.
 
-    python benchmarks/kill_points.py                    every point of both ranks; about 25 minutes
-    python benchmarks/kill_points.py --every 8          every eighth
+    python benchmarks/soaks/kill_points.py              every point of both ranks; about 25 minutes
+    python benchmarks/soaks/kill_points.py --every 8    every eighth
 
 SIGKILL is real, and so are the ranks: each is a process that runs `launch/kd.py`, forked from one
 that has imported torch already. A rank counts its file operations from the moment in which its last
@@ -14,7 +14,6 @@ the killed one.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import multiprocessing
@@ -28,8 +27,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import ROOT, make_parser
 
 STEPS, RANKS = 4, 2
 GUIDE = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
@@ -233,9 +233,7 @@ def _names(directory: Path) -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--every", type=int, default=1, metavar="N", help="every N-th point")
     parser.add_argument("--first", type=int, default=0, metavar="N", help="begin with this point")
     parser.add_argument("--consolidated", choices=["final", "every"], default="every")

@@ -1,7 +1,7 @@
 """Time HellaSwag by launch/evaluate.py and by lm-evaluation-harness, side by side on the same rows.
 
-    python benchmarks/evaluate.py --model DIR --data hellaswag.jsonl [--limit 200] [--batch-size 8]
-    python benchmarks/evaluate.py … --side ours|harness          one of them alone
+    python benchmarks/speed/evaluate.py --model DIR --data hellaswag.jsonl [--limit 200]
+    python benchmarks/speed/evaluate.py … --side ours|harness    one of them alone
 
 Both load the model in float32 before the clocks start; the harness comes with requirements-dev.txt.
 Prints seconds, seconds of the processor (which other work on the machine changes less), accuracies,
@@ -10,17 +10,17 @@ and the largest difference of a log-likelihood.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
+from benchmarks.arguments import make_parser
 from ds_kd.quiet import quiet
 
 
@@ -66,7 +66,7 @@ def time_ours(model: str, data: str, limit: int | None) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--limit", type=int)

@@ -1,6 +1,6 @@
 """A step whose teacher is read from a cache against one whose teacher runs, on the same rows.
 
-    python benchmarks/cached.py --teacher DIR --student DIR --data squad_train.jsonl
+    python benchmarks/speed/cached.py --teacher DIR --student DIR --data squad_train.jsonl
 
 Both take the same steps of one student in turn (A B A B …), each with the rows of the same
 micro-batches; the cache was filled before, so that these are steps of a second epoch. The first
@@ -19,21 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import add_run, make_parser
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     option = parser.add_argument
-    option("--teacher", required=True)
-    option("--student", required=True)
-    option("--data", required=True, help="rows in SQuAD's schema")
+    add_run(parser, "rows in SQuAD's schema", pack=0)
     option("--steps", type=int, default=6)
     option("--samples", type=int, default=8, help="of a step")
-    option("--pack", type=int, default=0, help="tokens of a pack, a step's sample; 0 pads")
-    option("--dtype", default="fp32")
     return parser.parse_args()
 
 

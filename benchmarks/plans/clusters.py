@@ -1,6 +1,6 @@
 """Plan Llama pairs on clusters: the table of docs/scaling.md, and a YAML for each of its rows.
 
-    python benchmarks/clusters.py --output plans      # plans/*.yaml, plans/table.md
+    python benchmarks/plans/clusters.py --output plans      # plans/*.yaml, plans/table.md
 
 It needs no GPU and no network: the models are the published shapes of Llama 3.1 and 3.2 as
 config.json files without weights, the samples texts of one length. Each row is what
@@ -10,14 +10,14 @@ config.json files without weights, the samples texts of one length. Each row is 
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import make_parser
 
 #: hidden size, width of the MLP, layers, heads, numbers of a head, whether the head is tied.
 SHAPES = {
@@ -146,14 +146,12 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    import measure
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="a directory to write into")
     parser.add_argument("--gpus", nargs="+", type=int, default=GPUS)
     args = parser.parse_args()
+    from benchmarks import measure
+
     root = args.output.resolve()
     write_models(root)
     rows = [plan_row(root, pair, gpus, LENGTH) for pair in PAIRS for gpus in args.gpus]

@@ -1,8 +1,8 @@
 """Measure how the cost of a step of ds_kd grows with tokens, vocabulary, teacher and ranks.
 
-    python benchmarks/scaling.py                       all axes, about 10 minutes on 2 cores
-    python benchmarks/scaling.py --axes ranks tokens   some of them
-    python benchmarks/scaling.py --output results/scaling
+    python benchmarks/speed/scaling.py                         all axes, about 10 minutes on 2 cores
+    python benchmarks/speed/scaling.py --axes ranks tokens     some of them
+    python benchmarks/speed/scaling.py --output results/scaling
 
 The slope under each table is that of the logarithms: 1 means that twice as much costs twice as
 much. On the axis of ranks it is that of the bytes a rank keeps between steps (weights, optimizer,
@@ -12,7 +12,6 @@ teacher), which must fall as 1/ranks: slope -1.
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kd_step import BASE, ROOT, SQUAD, Cell, WorkerError, in_turn
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import ROOT, SQUAD, add_output, add_pair, check_pair, make_parser
+from benchmarks.speed.cells import BASE, Cell
+from benchmarks.speed.kd_step import WorkerError, in_turn
 
 TOKENS = (256, 512, 1024, 2048)
 VOCABULARIES = (49152, 98304, 151936)
@@ -50,30 +53,17 @@ def cells(axis: str, teacher: Path, directory: Path) -> Iterator[tuple[float, Ce
             yield layers, replace(one, name=axis), out
 
 
-def slope(xs: list[float], ys: list[float]) -> float:
-    """Return the slope of the logarithms, by least squares."""
-    lx, ly = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    mx, my = sum(lx) / len(lx), sum(ly) / len(ly)
-    return sum((x - mx) * (y - my) for x, y in zip(lx, ly, strict=True)) / sum(
-        (x - mx) ** 2 for x in lx
-    )
-
-
 def main() -> int:
-    import measure
-
     axes = ("tokens", "vocabulary", "teacher", "ranks")
-    quickstart = ROOT / "quickstart"
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--axes", nargs="+", choices=axes, default=axes)
-    parser.add_argument("--teacher", type=Path, default=quickstart / "teacher")
-    parser.add_argument("--student", type=Path, default=quickstart / "student")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_pair(parser, rounds=3)
+    add_output(parser)
     args = parser.parse_args()
+    check_pair(parser, args)
     args.squad = SQUAD
+    from benchmarks import measure
+
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as directory:
         for axis in args.axes:
@@ -92,7 +82,7 @@ def main() -> int:
                 for point, row in zip(points, found, strict=True)
             ]
             column = "states GiB" if axis == "ranks" else "step s"
-            fitted = slope([r["x"] for r in of_axis], [r[column] for r in of_axis])
+            fitted = measure.slope([r["x"] for r in of_axis], [r[column] for r in of_axis])
             for row in of_axis:
                 row |= {"slope of": column, "slope": fitted}
             print(measure.markdown(of_axis), "\n", flush=True)

@@ -1,13 +1,13 @@
 """One GPU: a 3B teacher and a 1B student at Llama 3.2's shapes, random weights, bf16.
 
-    python benchmarks/gpu.py                            every contender that is installed
-    python benchmarks/gpu.py --length 4096 --samples 4 --contenders ds_kd plain
-    python benchmarks/gpu.py --output results/gpu
-    python benchmarks/gpu.py --length 512 --samples 32 --per-forward 16
+    python benchmarks/speed/gpu.py                      every contender that is installed
+    python benchmarks/speed/gpu.py --length 4096 --samples 4 --contenders ds_kd plain
+    python benchmarks/speed/gpu.py --output results/gpu
+    python benchmarks/speed/gpu.py --length 512 --samples 32 --per-forward 16
                                                         short samples, which ds_kd packs
-    python benchmarks/gpu.py --contenders ds_kd --profile results/step
+    python benchmarks/speed/gpu.py --contenders ds_kd --profile results/step
                                                         where the time of a step goes, by kernel
-    python benchmarks/gpu.py --rehearse                 tiny models, on any device: does it work?
+    python benchmarks/speed/gpu.py --rehearse           tiny models, on any device: does it work?
 
 Needs one GPU with 80 GB and 10 GB of disk, no download, and about 10 minutes. Every contender is a
 process of its own, one after the other: two of them do not fit into 80 GB. MFU counts the products
@@ -27,8 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import add_output, make_parser
 
 SHAPES: dict[str, dict[str, Any]] = {
     "student": dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=16),
@@ -41,9 +42,10 @@ TINY = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_atten
 
 def make(name: str, directory: Path, is_tiny: bool) -> Path:
     """Save a model of random weights at the shapes of Llama 3.2, and return its directory."""
-    import measure
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    from benchmarks import measure
 
     shape = {"num_attention_heads": HEADS[name], **SHAPES[name], **(TINY if is_tiny else {})}
     config = LlamaConfig(
@@ -63,8 +65,9 @@ def make(name: str, directory: Path, is_tiny: bool) -> Path:
 
 def flops(path: Path, tokens: int, length: int, passes: int) -> float:
     """Return a model's operations on so many tokens; `passes` is 1 forward, 3 with backward."""
-    import measure
     from transformers import AutoConfig
+
+    from benchmarks import measure
 
     shapes, (hidden, vocab) = measure.linear_shapes(path)
     weights = sum(i * o * count for (i, o), count in shapes.items()) + hidden * vocab
@@ -88,16 +91,14 @@ def make_steps(count: int, samples: int, length: int) -> list[list[dict[str, Any
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sample")
     parser.add_argument("--samples", type=int, default=2, help="per optimizer step")
     parser.add_argument("--per-forward", type=int, default=1, help="samples; ds_kd packs several")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each contender")
     parser.add_argument("--peak", type=float, default=989.0, help="of the GPU, dense bf16 TFLOP/s")
     parser.add_argument("--contenders", nargs="+", metavar="NAME")
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_output(parser)
     parser.add_argument(
         "--profile", type=Path, help="write PROFILE-CONTENDER.txt and a trace of one more step"
     )
@@ -109,9 +110,10 @@ def parse() -> argparse.Namespace:
 
 def time_contender(args: argparse.Namespace) -> dict[str, Any]:
     """Return the row of the contender `args.worker`: seconds of a step, MFU and peak memory."""
-    import measure
     import torch
-    from contenders import CONTENDERS, Job
+
+    from benchmarks import measure
+    from benchmarks.speed.contenders import CONTENDERS, Job
 
     teacher, student = args.models / "teacher", args.models / "student"
     tokens = args.length * args.samples
@@ -145,10 +147,11 @@ def time_contender(args: argparse.Namespace) -> dict[str, Any]:
 
 def profile(function: Callable[[], Any], output: Path) -> None:
     """Write the kernels of one call by their time, and its trace for chrome://tracing."""
-    import measure
     import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as record
+
+    from benchmarks import measure
 
     kinds = [ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -179,14 +182,13 @@ def main() -> int:
 
     if not (torch.cuda.is_available() or args.rehearse):
         print(
-            "benchmarks/gpu.py needs an NVIDIA GPU; --rehearse tries it on tiny models, and "
+            "benchmarks/speed/gpu.py needs an NVIDIA GPU; --rehearse tries it on tiny models, and "
             "kd_step.py measures a CPU",
             file=sys.stderr,
         )
         return 2
-    import measure
-    from contenders import available
-
+    from benchmarks import measure
+    from benchmarks.speed.contenders import available
     from ds_kd.quiet import quiet
 
     quiet()

@@ -1,7 +1,7 @@
 """Measure what splitting one long sample over gloo ranks saves, and what it sends.
 
-    python benchmarks/split.py                       2,048 tokens, on 1, 2 and 4 ranks
-    python benchmarks/split.py --tokens 8192 --ranks 1 4
+    python benchmarks/speed/split.py                 2,048 tokens, on 1, 2 and 4 ranks
+    python benchmarks/speed/split.py --tokens 8192 --ranks 1 4
 
 For each number of ranks it prints, of the first rank: what forward keeps for backward beside the
 weights, how far the memory's peak in a step is above its rest, the numbers that it sends to others
@@ -10,7 +10,6 @@ around attention, and the loss, which must not change.
 
 from __future__ import annotations
 
-import argparse
 import multiprocessing
 import os
 import resource
@@ -19,8 +18,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import make_parser
 
 LAYERS, HIDDEN, HEADS, SHARED, VOCAB = 4, 512, 8, 4, 8192
 
@@ -110,7 +110,7 @@ def make_batch(tokens: int, here: Any) -> Any:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     options = parser.parse_args()

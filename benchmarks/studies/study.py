@@ -1,6 +1,6 @@
 """The tables and curves of docs/results.md, from what a study has left.
 
-    python benchmarks/study.py study --curves docs/results.svg
+    python benchmarks/studies/study.py study --curves docs/results.svg
 
 `study/runs` holds the runs of `launch/sweep.py` over `rng.seed` and others with
 `ds_configs/runs/squad_study.yaml`.
@@ -10,15 +10,15 @@ compared with cross-entropy alone (kd_ratio 0) seed by seed.
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.arguments import make_parser
 from ds_kd.evaluate.report.charts import COLOURS
 from ds_kd.evaluate.report.runs import Run, read_run
 
@@ -127,12 +127,12 @@ def draw(study: dict[str, dict[str, Run]], output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("study", type=Path)
     parser.add_argument("--curves", type=Path, metavar="SVG")
     args = parser.parse_args()
+    if not (args.study / "runs").is_dir():
+        parser.error(f"no directory {args.study / 'runs'}, into which launch/sweep.py writes runs")
     study = read_study(args.study)
     for seeds in study.values():
         for run in seeds.values():

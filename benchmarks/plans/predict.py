@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import functools
 import importlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import torch
 
-import torch  # noqa: E402
-
-from benchmarks.count import Cost, count, make_model, make_step  # noqa: E402
-from ds_kd.plan.hardware import Gpu  # noqa: E402
-from ds_kd.plan.memory import Shape, Work, shape_of  # noqa: E402
-from ds_kd.plan.step.cluster import OF_LINK, Cluster  # noqa: E402
-from ds_kd.plan.step.operations import count_operations  # noqa: E402
-from ds_kd.plan.step.time import OF_PEAK, Phase, estimate_phases  # noqa: E402
-from ds_kd.plan.step.traffic import Exchange, count_exchanges  # noqa: E402
+from benchmarks.plans.count import Cost, count, make_model, make_step
+from ds_kd.plan.hardware import Gpu
+from ds_kd.plan.memory import Shape, Work, shape_of
+from ds_kd.plan.step.cluster import OF_LINK, Cluster
+from ds_kd.plan.step.operations import count_operations
+from ds_kd.plan.step.time import OF_PEAK, Phase, estimate_phases
+from ds_kd.plan.step.traffic import Exchange, count_exchanges
 
 #: Arguments of `LlamaConfig`, as in the models' public config.json: Llama 3.2 1B and 3B, Llama 3.1
 #: 8B and 70B.

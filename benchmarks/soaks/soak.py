@@ -1,8 +1,8 @@
 """Kill one run again and again, at random moments, and see that nothing is lost.
 
-    python benchmarks/soak.py                       50 kills on 2 ranks, about 10 minutes on 2 cores
-    python benchmarks/soak.py --kills 200 --seed 7
-    python benchmarks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
+    python benchmarks/soaks/soak.py                 50 kills on 2 ranks, about 10 minutes on 2 cores
+    python benchmarks/soaks/soak.py --kills 200 --seed 7
+    python benchmarks/soaks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
 
 A small Llama with dropout is distilled on shuffled data. Every attempt gets SIGKILL for all its
 processes while it starts, in a step, while a checkpoint is written or while the student is
@@ -13,7 +13,6 @@ the weights must be, bit by bit, those of a run that nobody disturbed.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import os
@@ -28,8 +27,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from benchmarks.arguments import ROOT, make_parser
 
 #: What an attempt is killed in, and how often.
 MOMENTS = {"start": 1, "step": 4, "saving": 5}
@@ -205,9 +205,7 @@ def _check_start(text: str, expected: int) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,8 +1,8 @@
 """Compare the plan of a run with the run: memory of a rank, and bytes that it exchanges in a step.
 
-    python benchmarks/layouts.py                        twelve layouts on 1, 2, 4 and 8 gloo ranks
-    python benchmarks/layouts.py --ranks 2 --layouts plain hpz
-    python benchmarks/layouts.py --output results/layouts
+    python benchmarks/plans/layouts.py                  twelve layouts on 1, 2, 4 and 8 gloo ranks
+    python benchmarks/plans/layouts.py --ranks 2 --layouts plain hpz
+    python benchmarks/plans/layouts.py --output results/layouts
 
 Every layout is a YAML, trained for three steps of two micro-batches by the code that trains any
 run, in processes of its own. States are the bytes of all tensors that live after the last step; the
@@ -13,7 +13,6 @@ logits. All are compared with what `launch/plan.py` says for the same YAML.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
@@ -24,13 +23,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import psutil  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.arguments import add_output, make_parser
 
 LENGTH, SAMPLES, VOCAB = 128, 2, 16_000
 STEPS, MICRO = 3, 2
@@ -269,7 +269,7 @@ def make_row(name: str, ranks: int, found: dict[str, Any]) -> dict[str, Any]:
 def fit_slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return for each layout that ran on several numbers of ranks the slope of the logarithm of its
     states over that of the ranks; -1 where a rank keeps its share alone."""
-    from scaling import slope
+    from benchmarks.measure import slope
 
     points: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -282,15 +282,12 @@ def fit_slopes(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    import measure
-
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
-    parser.add_argument("--output", type=Path, help="write OUTPUT.json and OUTPUT.md")
+    add_output(parser)
     args = parser.parse_args()
+    from benchmarks import measure
     from tests.ranks import run_ranks
 
     rows = []

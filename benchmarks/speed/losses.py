@@ -1,8 +1,8 @@
 """Time and peak memory of every divergence that `kd_loss_fn.name` chooses.
 
-    python benchmarks/losses.py                                     # seconds of one core
-    python benchmarks/losses.py --tokens 1024 --vocabulary 128256 --hidden 8 --memory
-    python benchmarks/losses.py --tokens 4096 --vocabulary 128256 --hidden 2048 --rounds 10
+    python benchmarks/speed/losses.py                               # seconds of one core
+    python benchmarks/speed/losses.py --tokens 1024 --vocabulary 128256 --hidden 8 --memory
+    python benchmarks/speed/losses.py --tokens 4096 --vocabulary 128256 --hidden 2048 --rounds 10
                                                     # on a GPU: bf16, by kernels and without
 
 A row is CE and the divergence of `--tokens` tokens with their gradients, from hidden states on.
@@ -22,23 +22,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import measure  # noqa: E402
-import torch  # noqa: E402
+import torch
 
-from ds_kd.config.names import home_of  # noqa: E402
-from ds_kd.config.signatures import divergences_by_name  # noqa: E402
-from ds_kd.losses.chunked import DistillationLoss  # noqa: E402
-from ds_kd.losses.cross_entropy import MaskedCrossEntropy  # noqa: E402
-from ds_kd.losses.head import Head, States  # noqa: E402
+from benchmarks import measure
+from benchmarks.arguments import make_parser
+from ds_kd.config.names import home_of
+from ds_kd.config.signatures import divergences_by_name
+from ds_kd.losses.chunked import DistillationLoss
+from ds_kd.losses.cross_entropy import MaskedCrossEntropy
+from ds_kd.losses.head import Head, States
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
