@@ -103,6 +103,8 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
         rows = work.micro_batches * work.tokens * work.supervised / work.sequence
         size = rows * student.width * student.hidden
         made.append(Exchange("loss's gradients", "all_reduce", size, work.tensor, "backward"))
+
+    # A teacher may be whole where the student is cut.
     passes = 3 if work.checkpointing else 2
     for name, shape, times, tensor in (
         ("student", student, passes, work.tensor),
