@@ -65,7 +65,10 @@ from ds_kd.parallel.world import World, on_rank0, sum_over
 
 PREEMPTED = "PREEMPTED"
 LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
-_LAYOUT = {"distributed.dp_size", "distributed.tp_size", "distributed.cp_size"}
+_LAYOUT = {
+    "distributed.dp_size", "distributed.tp_size", "distributed.cp_size",
+    "teacher_distributed.tp_size",
+}  # fmt: skip
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 

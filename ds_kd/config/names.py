@@ -140,6 +140,10 @@ WITHOUT_EFFECT = {
     "distributed.moe": _PLACEMENT,
     "distributed.reshard_after_forward": _PLACEMENT,
     "distributed.defer_fsdp_grad_sync": "ZeRO-3 reduces every micro-batch",
+    **{
+        f"teacher_distributed.{name}": "ZeRO shards the teacher"
+        for name in ("_target_", "strategy", "sequence_parallel", "activation_checkpointing")
+    },
     "distributed.mp_policy": "model.torch_dtype decides",
     "checkpoint.single_rank_consolidation": "rank 0 writes the student",
     "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself",
@@ -162,10 +166,13 @@ _ON_ALL = (
 #: do instead. They are refused unless they are off.
 REFUSED_KEYS = {
     **dict.fromkeys(("teacher_ranks", "distributed.teacher_ranks", "teacher.ranks"), _ON_ALL),
-    "separate_meshes": "student and teacher share all ranks here; remove it and "
-    "teacher_distributed",
-    "teacher_distributed": "student and teacher share all ranks here; remove it (ZeRO shards "
-    "the teacher)",
+    "separate_meshes": "student and teacher share all ranks here (ZeRO shards the teacher); "
+    "remove it",
+    **{
+        f"teacher_distributed.{name}": "student and teacher share all ranks here; remove it"
+        for name in ("dp_size", "dp_replicate_size", "pp_size", "ep_size")
+    },
+    "teacher_distributed.cp_size": "distributed.cp_size splits samples for both models; remove it",
     "quantization": "quantised training is not supported; remove the section",
     "qat": "quantised training is not supported; remove the section",
     "neftune": "noise on embeddings is not offered; remove the section",

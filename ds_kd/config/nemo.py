@@ -221,6 +221,10 @@ class Translation:
 
     def _note_distributed(self) -> None:
         """Note that ZeRO-3 takes the place of the strategy that the YAML names."""
+        teacher = self.section("teacher_distributed")
+        for key in set(teacher) - {"tp_size"}:
+            if teacher[key] in (None, 1, "none"):
+                del teacher[key]  # asks for nothing
         section = self.section("distributed")
         if not section:
             return

@@ -9,6 +9,7 @@ from typing import Any
 from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, key
 from ds_kd.config.methods.rollouts import Rollouts
+from ds_kd.config.methods.teacher_ranks import TeacherDistributed
 from ds_kd.config.names import (  # fmt: skip
     OF_CROSS_ENTROPY,
     OF_DATA,
@@ -132,6 +133,9 @@ class RunConfig:
     distributed: Distributed = key(
         Distributed, "Describes NeMo-AutoModel's ranks; ZeRO-3 takes its place."
     )
+    teacher_distributed: TeacherDistributed = key(
+        TeacherDistributed, "Says how the teacher lies on the ranks, if not as the student does."
+    )
     compile: Compile = key(Compile, "Compiles the transformer layers with torch.compile.")
     deepspeed: DeepSpeed = key(DeepSpeed, "Gives the ZeRO files of the two engines.")
     tensorboard: TensorBoard = key(TensorBoard, "Sets how TensorBoard's events are written.")
@@ -173,6 +177,11 @@ class RunConfig:
         """Return whether a teacher is loaded beside the student."""
         is_read = self.teacher.kind == CACHED and not self.teacher.fill
         return self.asks_teacher and self.teacher_model is not None and not is_read
+
+    @property
+    def teacher_tp_size(self) -> int:
+        """Return the number of ranks over which the teacher's matrices are cut."""
+        return self.teacher_distributed.tp_size or self.distributed.tp_size or 1
 
     @property
     def reads_cache(self) -> bool:

@@ -160,7 +160,8 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
     import deepspeed
 
     _gather_by_layer(module)
-    engine, *_ = deepspeed.initialize(model=module, config=config)
+    with tensor.hide_groups(config):
+        engine, *_ = deepspeed.initialize(model=module, config=config)
     tensor.prepare(engine)
     engine.eval()
     return engine

@@ -92,6 +92,22 @@ def show_maps() -> Iterator[None]:
         wrapper.weight = shown
 
 
+@contextmanager
+def hide_groups(config: dict[str, Any]) -> Iterator[None]:
+    """Build a model that is not cut as if there were no other: DeepSpeed takes the groups of an
+    engine that was built before, and is cut, for those of every engine."""
+    from deepspeed.utils import groups
+
+    if _SECTION in config:
+        yield
+        return
+    kept, groups.mpu = groups.mpu, None
+    try:
+        yield
+    finally:
+        groups.mpu = kept
+
+
 def without_cuts(config: dict[str, Any]) -> dict[str, Any]:
     """Return an engine's configuration for loading a model, which is cut afterwards."""
     return {name: value for name, value in config.items() if name != _SECTION}

@@ -332,6 +332,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "supervised": supervised,
         "micro_batches": max(1, steps.global_batch_size * shared // (local * world)),
         "tensor": cfg.distributed.tp_size or 1,
+        "teacher_is_uncut": cfg.teacher_tp_size == 1,
         "sequence": cfg.distributed.cp_size or 1,
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),

@@ -92,6 +92,8 @@ class Work:
         window: micro-batches that the teacher runs on between two gatherings of its weights.
         reduces_once: a rank adds up the gradients of a step before they are exchanged.
         tensor, sequence: ranks that share a layer's weights, or a sample's tokens; 1 for none.
+        teacher_is_uncut: the ranks that share the student's layers compute whole ones of the
+            teacher each.
     """
 
     tokens: int
@@ -117,6 +119,12 @@ class Work:
     reduces_once: bool = False
     tensor: int = 1
     sequence: int = 1
+    teacher_is_uncut: bool = False
+
+    @property
+    def teacher_tensor(self) -> int:
+        """Return the ranks that share a layer of the teacher."""
+        return 1 if self.teacher_is_uncut else self.tensor
 
     @property
     def worlds(self) -> list[int]:
@@ -201,7 +209,7 @@ def estimate_bytes(student: Shape, teacher: Shape | None, work: Work, world: int
     if teacher is not None:
         where = "host " if work.offload_teacher else ""
         where = "disk " if work.teacher_is_on_disk else where
-        whole = teacher.parameters * teacher.width // work.tensor
+        whole = teacher.parameters * teacher.width // work.teacher_tensor
         rounded = shard(teacher, width_at_rest(teacher, work))
         out[f"{where}teacher weights"] = whole if work.teacher_is_whole else rounded
         if work.hpz > 1:
@@ -219,12 +227,12 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     """Estimate what a step adds at its peak, in the accelerator's memory."""
     in_transit = 2 if world > 1 else 1  # what is gathered, and the buffer that it is gathered into
     heads = student.vocabulary * student.hidden * student.width
-    live, buffers = _count_live(student) * student.width, 2
+    live, buffers = _count_live(student) * student.width // work.tensor, 2
     if teacher is not None and not work.teacher_is_whole:
         # The head of a rounded teacher becomes numbers of its dtype to be read.
         width = width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
         heads += round(teacher.vocabulary * teacher.hidden * width)
-        live = max(live, _count_live(teacher) * teacher.width)
+        live = max(live, _count_live(teacher) * teacher.width // work.teacher_tensor)
     if teacher is not None or work.cached_head:
         buffers = 3 if work.shares_softmax else 4
 
@@ -241,11 +249,11 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     if work.checkpointing:
         activations += tokens * student.hidden * student.layers * student.width
     if teacher is not None:  # its layers run before the student's, and keep nothing
-        passing = 4 * teacher.hidden + 3 * teacher.inner // work.tensor
+        passing = 4 * teacher.hidden + 3 * teacher.inner // work.teacher_tensor
         passing += 3 * teacher.hidden * (work.window - 1)
         activations = max(activations, tokens * passing * teacher.width)
     return {
-        "gathered layers and heads": (live // work.tensor + heads) * in_transit,
+        "gathered layers and heads": (live + heads) * in_transit,
         "gradients before they are shared out": gradients,
         "logits workspace": buffers * 4 * rows * student.vocabulary,
         "activations": activations,

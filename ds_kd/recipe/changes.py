@@ -15,7 +15,10 @@ from ds_kd.recipe.models import name_of
 
 _HASHED_SAMPLES = 64
 #: Settings that change only the order of sums, and only the end of a run.
-_LAYOUT = ("distributed.cp_size", "distributed.sequence_parallel", "distributed.tp_size")
+_LAYOUT = (
+    "distributed.cp_size", "distributed.sequence_parallel", "distributed.tp_size",
+    "teacher_distributed.tp_size",
+)  # fmt: skip
 _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs", "step_scheduler.patience")
 
 

@@ -18,11 +18,13 @@ CASES = [
     (0.5, "tied", {"packs": True}),
     (0.5, "untied", {"checkpointing": True}),
     (0.5, "tied", {"once": True}),  # gradients of micro-batches are exchanged together
+    # A rank of two has no token of the loss, and the teacher is not cut.
+    (0.5, "untied", {"few": True, "whole_teacher": True}),
 ]
 
 
 def _of_build(how):
-    return {name: value for name, value in how.items() if name != "once"}
+    return {name: value for name, value in how.items() if name not in ("once", "few")}
 
 
 def steps(world, root, paths, cases):
@@ -38,6 +40,10 @@ def steps(world, root, paths, cases):
     found = []
     for ratio, kind, how in cases:
         rows = tiny.samples(6 * world.data.size, seed=world.data.size, masked=MASKED)
+        if "few" in how:
+            for row in rows:
+                row["labels"][:] = [-100] * len(row["labels"])
+            rows[0]["labels"][-1] = rows[0]["input_ids"][0]
         data = PackedDataset(rows, PACK) if "packs" in how else rows
         accumulation, local = (1, -(-len(data) // world.data.size)) if "packs" in how else (2, 3)
         models = {"student": paths[kind], "teacher": paths["teacher"]}
@@ -112,7 +118,12 @@ def paths(tmp_path_factory):
 
 def judge(case):
     """Whether a step of cut matrices is the step of plain PyTorch."""
-    close = case["error"] <= 1e-6 and case["norm"] <= 1e-5 and case["logged"] <= 1e-5
+    # A weight is rounded by its own size; one token moves some by more than 1.
+    close = (
+        case["error"] <= 1e-6 * max(1.0, case["moved"])
+        and case["norm"] <= 1e-5
+        and case["logged"] <= 1e-5
+    )
     return close and case["moved"] > 1e-2 and case["cut"] == 14
 
 

@@ -40,6 +40,7 @@ def build(
     lr_scheduler=None,
     layer_losses=(),
     zero=None,
+    whole_teacher=False,
     **extra,
 ):
     """A real Trainer over `rows` from the saved student and teacher; `adapt` is called with the
@@ -79,7 +80,8 @@ def build(
     def cut(name):
         of_model = AutoConfig.from_pretrained(paths[name])
         trains = name == "student" and adapt is None
-        return config | cut_layers(of_model, world.tensor.size, trains)
+        ranks = 1 if whole_teacher and name == "teacher" else world.tensor.size
+        return config | cut_layers(of_model, ranks, trains)
 
     def load(path, adapt=None):
         with engines.zero3_init(config):

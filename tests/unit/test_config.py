@@ -95,7 +95,7 @@ def test_all_problems_are_reported_at_once():
 
 @pytest.mark.parametrize(
     "section",
-    ["separate_meshes", "teacher_distributed", "quantization"],
+    ["separate_meshes", "quantization"],
 )
 def test_sections_that_do_not_fit_are_refused_with_a_sentence(section):
     with pytest.raises(ConfigError, match=f"{section}: .*(remove|set) "):
@@ -871,7 +871,7 @@ def test_nemos_examples_with_separate_meshes_say_what_cannot_run_and_load_withou
     told = "\n".join(caught.value.problems)
     assert len(caught.value.problems) == 3
     assert "separate_meshes: student and teacher share all ranks" in told
-    assert "teacher_distributed: student and teacher share all ranks" in told
+    assert "teacher_distributed.tp_size: got 2, expected 1; distributed.tp_size cuts both" in told
     assert "distributed.pp_size" in told
     dropped = ["separate_meshes=null", "teacher_distributed=null", "distributed.pp_size=1"]
     assert load(GUIDE, [*theirs, *dropped]).teacher_model is not None

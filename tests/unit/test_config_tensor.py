@@ -52,7 +52,7 @@ def test_a_local_model_that_cannot_be_cut_is_told_by_its_section(tmp_path):
     assert load(GUIDE, [TWO, name]).distributed.tp_size == 2
     (told,) = problems(name, "distributed.tp_size=4")
     assert "expected a model that distributed.tp_size: 4 can cut" in told
-    assert "its num_key_value_heads is 2; write 2" in told
+    assert "its num_key_value_heads is 2; write distributed.tp_size: 2" in told
 
     (told,) = problems(name, "distributed.cp_size=4")
     assert "its num_attention_heads is 4, and 2 × cp_size 4 ranks need one each" in told
@@ -62,6 +62,48 @@ def test_a_local_model_that_cannot_be_cut_is_told_by_its_section(tmp_path):
     (told,) = problems(name)
     assert "its model_type olmo3 is none of arcee, cohere" in told
     assert "remove distributed.tp_size, as ZeRO-3 shards any model" in told
+
+
+def test_a_model_of_experts_or_of_joined_maps_is_told_why_and_may_be_a_whole_teacher(tmp_path):
+    model = tiny.llama(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    student, teacher = (
+        f"{part}.pretrained_model_name_or_path={model}" for part in ("model", "teacher_model")
+    )
+    for changes, why in (
+        ({"model_type": "qwen3_moe", "num_experts": 8}, "its num_experts is 8, and experts are"),
+        ({"model_type": "phi3"}, "qkv_proj of its model_type phi3 holds several maps in one"),
+    ):
+        (model / "config.json").write_text(json.dumps({**config, **changes}))
+        (told,) = problems(student)
+        assert why in told and "remove distributed.tp_size, as ZeRO-3 shards" in told
+        (told,) = problems(teacher)
+        assert why in told and "write teacher_distributed.tp_size: 1, which leaves it" in told
+        cfg = load(GUIDE, [TWO, teacher, "teacher_distributed.tp_size=1"])
+        assert cfg.teacher_tp_size == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        (
+            "tp_size: 4",
+            "tp_size: got 4, expected 1, or 2 as distributed.tp_size is; distributed.tp_size cuts",
+        ),
+        ("cp_size: 2", "cp_size: distributed.cp_size splits samples for both models; remove it"),
+        ("dp_size: 2", "dp_size: student and teacher share all ranks here; remove it"),
+        ("tp: 2", "tp: unknown key; known here: tp_size"),
+    ],
+)
+def test_a_teacher_that_cannot_lie_so_is_one_error(override, told):
+    found = problems(f"teacher_distributed={{{override}}}")
+    assert len(found) == 1 and f"teacher_distributed.{told}" in found[0], found
+
+
+def test_nemos_words_for_a_teacher_on_all_ranks_ask_for_nothing():
+    nemos = "{strategy: fsdp2, dp_size: none, cp_size: 1, pp_size: 1, tp_size: 2}"
+    assert load(GUIDE, [TWO, f"teacher_distributed={nemos}"]).teacher_tp_size == 2
+    assert load(GUIDE, ["teacher_distributed=null"]).teacher_tp_size == 1
 
 
 def test_each_architecture_that_is_offered_has_a_plan_of_transformers():

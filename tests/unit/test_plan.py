@@ -15,7 +15,7 @@ from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.cluster import Cluster
-from ds_kd.plan.step.operations import count_operations
+from ds_kd.plan.step.operations import count_by_phase, count_operations
 from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.traffic import Exchange, count_exchanges
 from tests import tiny
@@ -200,6 +200,27 @@ def test_ranks_that_share_layers_or_samples_share_activations_logits_and_operati
     for part in ("tensor", "sequence"):
         halved = count_operations(LARGE, LARGE, plan.replace(work, **{part: 2}))
         assert halved == count_operations(LARGE, LARGE, work) / 2
+
+
+def test_a_whole_teacher_beside_a_cut_student_is_computed_on_each_of_its_ranks():
+    cut = plan.Work(1024, 1024, tensor=2)
+    uncut = plan.replace(cut, teacher_is_uncut=True)
+    alone = plan.replace(cut, tensor=1)
+    operations = [count_by_phase(LARGE, LARGE, work) for work in (cut, uncut, alone)]
+    head = 2 * 1024 * LARGE.vocabulary * LARGE.hidden  # of which a rank computes half
+    assert operations[1]["teacher"] == operations[2]["teacher"] - head / 2
+    assert operations[1]["student"] == operations[0]["student"]
+    received = [
+        {each.name: each.received for each in count_exchanges(LARGE, LARGE, work, 8)}
+        for work in (cut, uncut, alone)
+    ]
+    assert received[1]["teacher's weights"] == received[2]["teacher's weights"]
+    assert "teacher's sums" in received[0] and "teacher's sums" not in received[1]
+    sizes = [
+        plan.estimate_bytes(LARGE, LARGE, plan.replace(work, teacher_is_whole=True), 8)
+        for work in (cut, uncut)
+    ]
+    assert sizes[1]["teacher weights"] == 2 * sizes[0]["teacher weights"]
 
 
 def test_a_token_meets_some_experts_and_all_of_them_are_gathered():

@@ -26,7 +26,7 @@ _OF_A_CACHE = (
 )  # fmt: skip
 _OF_THE_TEACHER = (
     "teacher_model", "offload_teacher_model", "deepspeed.teacher", "teacher.placement",
-    "teacher.window",
+    "teacher.window", "teacher_distributed",
 )  # fmt: skip
 
 

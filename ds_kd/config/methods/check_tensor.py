@@ -12,7 +12,10 @@ from ds_kd.config.components import problem
 from ds_kd.config.names import AUTO, INT8
 from ds_kd.config.schema import RunConfig
 
-KEY = "distributed.tp_size"
+KEY, OF_TEACHER = "distributed.tp_size", "teacher_distributed.tp_size"
+#: What to do about a model that cannot be cut.
+REMEDY = f"remove {KEY}, as ZeRO-3 shards any model"
+REMEDY_OF_TEACHER = f"write {OF_TEACHER}: 1, which leaves it whole, or remove {KEY}"
 #: Architectures whose step with cut matrices was compared with plain transformers.
 ARCHITECTURES = (
     "arcee", "cohere", "cohere2", "cwm", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text",
@@ -20,18 +23,34 @@ ARCHITECTURES = (
     "ministral3", "mistral", "nanochat", "nemotron", "olmo", "phi", "qwen2", "qwen3", "seed_oss",
     "smollm3", "starcoder2", "vaultgemma",
 )  # fmt: skip
+#: Architectures with a matrix that is several maps, one below the other: a part of its rows would
+#: be a part of some maps and nothing of others.
+_JOINED = {
+    "bloom": "query_key_value", "codegen": "qkv_proj", "falcon": "query_key_value",
+    "glm": "gate_up_proj", "glm4": "gate_up_proj", "gpt2": "c_attn", "gpt_bigcode": "c_attn",
+    "gpt_neox_japanese": "query_key_value", "mpt": "Wqkv", "openai-gpt": "c_attn",
+    "persimmon": "query_key_value", "phi3": "qkv_proj",
+}  # fmt: skip
+#: Keys of a configuration that count experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 #: Keys of a configuration that count what is divided over ranks.
 _DIVIDED = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
 
 
 def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
     """Add a line to `problems` for each key that does not go with cut matrices."""
-    size = cfg.distributed.tp_size or 1
+    size, of_teacher = cfg.distributed.tp_size or 1, cfg.teacher_tp_size
+    if of_teacher not in (1, size):
+        expected = "1" if size == 1 else f"1, or {size} as {KEY} is"
+        hint = f"{KEY} cuts both models, as the ranks that share matrices share samples too"
+        problems.append(problem(OF_TEACHER, of_teacher, expected, hint))
     if size == 1:
         return
-    for component in filter(None, (cfg.model, cfg.teacher_model if cfg.loads_teacher else None)):
+    is_cut = cfg.loads_teacher and of_teacher > 1
+    for component in filter(None, (cfg.model, cfg.teacher_model if is_cut else None)):
         config, parts = read_config(component), cfg.distributed.cp_size or 1
-        if config and (misfit := find_misfit(config, size, parts)):
+        remedy = REMEDY if component is cfg.model else REMEDY_OF_TEACHER
+        if config and (misfit := find_misfit(config, size, parts, remedy)):
             key = f"{component.key}.pretrained_model_name_or_path"
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
@@ -68,19 +87,17 @@ def _count_copies(given: Any) -> int:
     return int(zero.get("zero_hpz_partition_size", 1))
 
 
-def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1) -> str:
+def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1, remedy: str = REMEDY) -> str:
     """Return why a model cannot be cut over `size` ranks, or an empty text.
 
     Args:
         config: the content of its config.json.
         parts: ranks over which samples are split, each of which needs a head of its own.
+        remedy: what to do where no number of ranks fits.
     """
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
-        return (
-            f"its model_type {kind} is none of {', '.join(ARCHITECTURES)}; remove {KEY}, as ZeRO-3 "
-            f"shards any model"
-        )
+        return f"{_tell_why(config)}; {remedy}"
     counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
     odd = next((key for key, count in counts.items() if count % size), None)
     if odd is None:
@@ -88,4 +105,15 @@ def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1) -> str:
         few = f"its {_DIVIDED[0]} is {heads}, and {size} × cp_size {parts} ranks need one each"
         return few if heads < size * parts else ""
     most = math.gcd(*counts.values())
-    return f"its {odd} is {counts[odd]}; " + (f"write {most}" if most > 1 else f"remove {KEY}")
+    return f"its {odd} is {counts[odd]}; " + (f"write {KEY}: {most}" if most > 1 else remedy)
+
+
+def _tell_why(config: Mapping[str, Any]) -> str:
+    """Return why a model of another architecture is not cut."""
+    kind = config.get("model_type")
+    for name in _EXPERTS:
+        if isinstance(count := config.get(name), int) and count > 1:
+            return f"its {name} is {count}, and experts are not cut"
+    if (joined := _JOINED.get(str(kind))) is not None:
+        return f"{joined} of its model_type {kind} holds several maps in one matrix"
+    return f"its model_type {kind} is none of {', '.join(ARCHITECTURES)}"

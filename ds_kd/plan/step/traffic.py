@@ -47,7 +47,6 @@ def count_exchanges(
         world: number of ranks.
     """
     made: list[Exchange] = []
-    group = world // work.tensor
 
     def add(name: str, kind: str, size: float, ranks: int, when: str) -> None:
         if size and ranks > 1:
@@ -56,10 +55,11 @@ def count_exchanges(
     # A tensor-parallel rank has its part of every layer, which ZeRO shards over the ranks that have
     # the same; embedding and head are not cut.
     def add_weights(name: str, kind: str, size: float, outer: float, ranks: int, when: str) -> None:
-        if work.tensor == 1:
+        tensor = work.teacher_tensor if when == "teacher" else work.tensor
+        if tensor == 1:
             add(name, kind, size, ranks, when)
             return
-        add(name, kind, (size - outer) / work.tensor, group, when)
+        add(name, kind, (size - outer) / tensor, world // tensor, when)
         add(f"{name}, uncut", kind, outer, world, when)
 
     times, width = float(work.micro_batches), float(student.width)
@@ -95,18 +95,28 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
 
     A tensor-parallel layer sums its result twice in forward and twice in backward, and twice more
     where it is computed again. Ulysses exchanges queries, keys, values and results of attention in
-    forward, and their gradients in backward.
+    forward, and their gradients in backward. Ranks that share out the loss's tokens sum the
+    gradients of hidden states.
     """
     made = []
+    if work.tensor > 1:
+        rows = work.micro_batches * work.tokens * work.supervised / work.sequence
+        size = rows * student.width * student.hidden
+        made.append(Exchange("loss's gradients", "all_reduce", size, work.tensor, "backward"))
+
+    # A teacher may be whole where the student is cut.
     passes = 3 if work.checkpointing else 2
-    for name, shape, times in (("student", student, passes), ("teacher", teacher, 1)):
+    for name, shape, times, tensor in (
+        ("student", student, passes, work.tensor),
+        ("teacher", teacher, 1, work.teacher_tensor),
+    ):
         if shape is None:
             continue
         rows = work.micro_batches * work.tokens / work.sequence * shape.width * shape.layers
         when = "backward" if name == "student" else "teacher"
-        if work.tensor > 1:
+        if tensor > 1:
             size = 2 * times * rows * shape.hidden
-            made.append(Exchange(f"{name}'s sums", "all_reduce", size, work.tensor, when))
+            made.append(Exchange(f"{name}'s sums", "all_reduce", size, tensor, when))
         if work.sequence > 1:
             size = times * rows * (2 * shape.heads + 2 * shape.kv)
             made.append(Exchange(f"{name}'s attention", "all_to_all", size, work.sequence, when))

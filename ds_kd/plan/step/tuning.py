@@ -63,6 +63,8 @@ def _tune_teacher(
     elif not work.offload_teacher:
         work = replace(work, hpz=_find_partition(work.hpz, _measure(teacher), here, taken))
     given = cfg.teacher.window
+    if work.teacher_tensor > 1:  # cut layers take one micro-batch at a time
+        return replace(work, window=1)
     if given == "auto" and not (here.ranks > 1 or work.offload_teacher):
         return replace(work, window=1)
     most = None if given == "auto" else int(given)

@@ -36,7 +36,7 @@ def build_window(
     """
     part = zero["zero_optimization"]
     is_far = (part.get("offload_param") or {}).get("device", "none") != "none" or world.size > 1
-    is_split = world.tensor.size > 1 or world.sequence.size > 1  # with an attention of its own
+    is_split = world.sequence.size > 1  # with an attention of its own
     if wanted == 1 or is_split or (wanted == "auto" and not (is_far and part["stage"])):
         return None
     model = engine.module.model
