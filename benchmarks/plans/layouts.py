@@ -36,7 +36,10 @@ LENGTH, SAMPLES, VOCAB = 128, 2, 16_000
 STEPS, MICRO = 3, 2
 _OFFLOADED = "{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}"
 _BF16 = ("model.torch_dtype=bf16", "teacher_model.torch_dtype=bf16")
-_FEW_KEPT = "deepspeed.student={zero_optimization: {stage: 3, stage3_max_reuse_distance: 0}}"
+_FEW_KEPT = (
+    "deepspeed.student={zero_optimization: "
+    "{stage: 3, stage3_max_reuse_distance: 0, stage3_max_live_parameters: 0}}"
+)
 _HPZ = "deepspeed.teacher={zero_optimization: {stage: 3, zero_hpz_partition_size: 2}}"
 #: Overrides of the YAML of each layout.
 LAYOUTS: dict[str, tuple[str, ...]] = {

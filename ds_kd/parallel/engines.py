@@ -13,6 +13,7 @@ is always written, as DeepSpeed clips gradients at 1.0 by default.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -152,6 +153,7 @@ def build_student(
             model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config
         )
     tensor.prepare(engine)
+    _decide_anew_with_each_trace(engine)
     return engine
 
 
@@ -163,6 +165,7 @@ def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:
     with tensor.hide_groups(config):
         engine, *_ = deepspeed.initialize(model=module, config=config)
     tensor.prepare(engine)
+    _decide_anew_with_each_trace(engine)
     engine.eval()
     return engine
 
@@ -179,6 +182,32 @@ def _gather_by_layer(module: nn.Module) -> None:
     kinds = {type(part) for part in module.modules() if type(part).__name__ in names}
     if kinds:
         set_z3_leaf_modules(module, list(kinds))
+
+
+def _decide_anew_with_each_trace(engine: Any) -> None:
+    """Make ZeRO-3 decide anew which layers stay whole when modules run in another order.
+
+    DeepSpeed records the order of a pass, and keeps weights whole that come again soon, such as a
+    layer's between forward and backward. It remembers what a module lets go of at each place of the
+    order, also after it has given that order up. The probes of a model have no backward pass: after
+    them a run would let go of every layer in forward and gather it again for backward.
+    """
+    offload = getattr(engine.optimizer, "parameter_offload", engine.optimizer)
+    if not hasattr(offload, "get_param_coordinator"):  # nothing is sharded
+        return
+    coordinator = offload.get_param_coordinator()
+    decide = type(coordinator)._PartitionedParameterCoordinator__params_to_release
+    # The decorator around the cache does not name it.
+    remembered, give_up = (
+        inspect.getclosurevars(decide).nonlocals["func"],
+        coordinator._invalidate_trace,
+    )
+
+    def give_up_and_forget() -> None:
+        remembered.cache_clear()
+        give_up()
+
+    coordinator._invalidate_trace = give_up_and_forget
 
 
 def read_gradient_norm(engine: Any) -> float:

@@ -356,7 +356,16 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     ):
         if key in zero[model]:
             values[name] = int(float(zero[model][key]))
-    return memory.Work(**values)
+    return memory.Work(**values, reuse=max(_read_distances(zero["student"])))
+
+
+def _read_distances(zero: dict[str, Any]) -> list[int]:
+    """Return how far ahead ZeRO-3 looks for another use of a weight, and for weights to fetch."""
+    found = []
+    for key in ("max_reuse_distance", "max_live_parameters"):
+        value = zero.get(f"stage3_{key}", zero.get(key))
+        found.append(memory.REUSE if value is None else int(float(value)))
+    return found
 
 
 def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ _BUCKET = 500_000_000  # elements: its reduce_bucket_size
 _SURE = 0.75  # share of a memory that a plan may fill, as peaks are planned within 30 %
 _GROUP = 64  # numbers of a weight in 8 bits that share a scale and a smallest value
 _PREFETCH = 50_000_000  # elements: its stage3_prefetch_bucket_size
+REUSE = 1_000_000_000  # elements: its stage3_max_reuse_distance and stage3_max_live_parameters
 WORLDS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -86,6 +87,8 @@ class Work:
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
         cached_head: bytes of the head of a teacher that is read from a cache.
         bucket: DeepSpeed's reduce_bucket_size, elements.
+        reuse: its stage3_max_reuse_distance, or stage3_max_live_parameters if that is more, up to
+            which it fetches ahead; elements.
         hpz, student_hpz: ranks that hold a second whole copy of the teacher or the student
             together, and gather it from each other (zero_hpz_partition_size); 1 for none, 0 where
             the run decides.
@@ -113,6 +116,7 @@ class Work:
     teacher_is_rounded: bool = False
     cached_head: int = 0
     bucket: int = _BUCKET
+    reuse: int = REUSE
     hpz: int = 0
     student_hpz: int = 0
     window: int = 1
@@ -233,6 +237,10 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
         width = width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
         heads += round(teacher.vocabulary * teacher.hidden * width)
         live = max(live, _count_live(teacher) * teacher.width // work.teacher_tensor)
+    # Layers that wait for backward are not in transit. A single rank has its own weights in place.
+    kept = count_kept(student, work) * student.layer * student.width // work.tensor
+    is_kept = world > 1 or work.offload_weights
+    layers = max(in_transit * live, (in_transit - 1) * live + kept * is_kept)
     if teacher is not None or work.cached_head:
         buffers = 3 if work.shares_softmax else 4
 
@@ -253,7 +261,7 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
         passing += 3 * teacher.hidden * (work.window - 1)
         activations = max(activations, tokens * passing * teacher.width)
     return {
-        "gathered layers and heads": (live + heads) * in_transit,
+        "gathered layers and heads": layers + heads * in_transit,
         "gradients before they are shared out": gradients,
         "logits workspace": buffers * 4 * rows * student.vocabulary,
         "activations": activations,
@@ -276,6 +284,13 @@ def _count_live(shape: Shape) -> int:
     prefetched."""
     body = shape.layer * shape.layers
     return min(body, shape.layer + max(shape.layer, _PREFETCH))
+
+
+def count_kept(student: Shape, work: Work) -> int:
+    """Return the number of the student's layers that stay whole from forward to backward: the last
+    ones, with fewer than `reuse` parameters between their forward and the end of it."""
+    after = work.reuse - student.vocabulary * student.hidden
+    return min(student.layers, max(0, -(-after * work.tensor // max(1, student.layer))))
 
 
 def _count_saved(shape: Shape, work: Work) -> int:

@@ -161,8 +161,50 @@ def reduce_once(world, paths):
     return found
 
 
+def train_after_probes(world, paths):
+    """For each distance at which ZeRO-3 still keeps weights: bytes of the student that are gathered
+    in a step of some micro-batches, after forwards without a backward pass; and those planned."""
+    from ds_kd.models.probes import check_head
+    from ds_kd.plan.memory import Work
+    from ds_kd.plan.step.traffic import count_exchanges
+
+    found, rows = [], tiny.samples(2 * MICRO_BATCHES * world.size, seed=5)
+    for distance in (10**9, 10_000, 0):
+        zero = {
+            "zero_optimization": {
+                **SHARDED["zero_optimization"],
+                "stage3_max_reuse_distance": distance,
+                "stage3_max_live_parameters": distance,
+            }
+        }
+        trainer = build(world, paths, rows, MICRO_BATCHES, 1, 0.0, sgd, zero=zero)
+        check_head(trainer.student, world.device, "model")
+        trainer.student.train()
+        batches = trainer.batches.after(0)
+        trainer._step(next(batches), 0.0)  # DeepSpeed records the order of a pass meanwhile
+        with count_bytes() as counts:
+            trainer._step(next(batches), 0.0)
+        found.append([sum(size for (kind, _), size in counts.items() if kind == "gather")])
+
+        shape = _shape(paths["student"])
+        work = Work(16, 16, micro_batches=MICRO_BATCHES, reuse=distance)
+        planned = count_exchanges(shape, None, work, world.size)
+        found[-1].append(sum(each.size for each in planned if each.kind == "all_gather"))
+    return found
+
+
+def _shape(path):
+    """The sizes of a model, no weight of which is kept whole."""
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd.plan.memory import replace, shape_of
+
+    return replace(shape_of(AutoModelForCausalLM.from_pretrained(path), 4), small=0)
+
+
 def exchange(world, directory, paths):
     return {
+        "probed": train_after_probes(world, paths),
         "windows": teach_in_windows(world, paths),
         "once": reduce_once(world, paths),
         "nodes": train_inside_nodes(world, directory, paths),
@@ -201,6 +243,15 @@ def test_copies_inside_a_machine_keep_gathers_there_and_change_no_bit(found):
     # Of two micro-batches' passes, forward and backward, the student's first one crosses.
     assert 0 < near_stepped[0] <= stepped[0] / 4 and near_stepped[1] > 0
     assert case["same"] == [True, True], case
+
+
+def test_the_student_is_gathered_once_a_micro_batch_if_its_layers_may_stay_for_backward(found):
+    whole, last_layer, nothing = found["probed"]
+    weights = 96 * 32 + 2 * (3 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32  # the head is the embedding
+    assert whole[0] == MICRO_BATCHES * 4 * weights
+    assert nothing[0] == 2 * whole[0] > last_layer[0] > whole[0]
+    for gathered, planned in found["probed"]:
+        assert gathered == pytest.approx(planned, rel=0.01)  # less the last norm
 
 
 def test_gradients_that_are_added_up_first_are_exchanged_once_and_the_step_is_the_same(found):

@@ -169,8 +169,13 @@ def test_what_is_gathered_follows_the_window_copies_in_nodes_and_one_exchange_of
     assert plain["teacher's weights"] == 4 * 2 * 10**10 * 15 / 16
     assert plain["gradients"] == 4 * 2 * 10**10 * 15 / 16
     assert plain["student's weights for forward"] == 4 * 2 * 10**10 * 15 / 16
-    head = 32_000 * 4096
-    assert plain["student's weights for backward"] == 4 * 2 * (10**10 - head) * 15 / 16
+    # The head stays for backward, the embedding too, and the last 3 of 32 layers: less than
+    # DeepSpeed's reuse distance of 10^9 is met between their forward and the head's end.
+    body = 10**10 - 2 * 32_000 * 4096
+    assert plain["student's weights for backward"] == 4 * 2 * body * 29 / 32 * 15 / 16
+    again = received(reuse=0)["student's weights for backward"]
+    assert again == 4 * 2 * 10**10 * 15 / 16
+    assert "student's weights for backward" not in received(reuse=10**11)
     assert received(window=4)["teacher's weights"] == 2 * 10**10 * 15 / 16
     assert received(hpz=8)["teacher's weights"] == 4 * 2 * 10**10 * 7 / 8
     assert received(reduces_once=True)["gradients"] == 2 * 10**10 * 15 / 16

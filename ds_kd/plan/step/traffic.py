@@ -1,8 +1,8 @@
 """Count the bytes that the ranks of a run exchange in one optimizer step.
 
-ZeRO-3 gathers every layer of the student twice in a micro-batch, for forward and for backward, and
-its head once, as it is kept between the two; where nodes hold copies, all but the first forward
-stay inside them. The teacher's layers are gathered once, its head once more where it is the
+ZeRO-3 gathers every layer of the student for forward, and again for backward, except those that it
+keeps between the two: the head, and the last layers. Where nodes hold copies, all but the first
+forward stay inside them. The teacher's layers are gathered once, its head once more where it is the
 embedding too. Gradients are reduced and scattered after each micro-batch. Small parameters are
 whole on every rank, and gathered once after the optimizer.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_kd.plan.memory import Shape, Work, width_at_rest
+from ds_kd.plan.memory import Shape, Work, count_kept, width_at_rest
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ def count_exchanges(
 
     times, width = float(work.micro_batches), float(student.width)
     gathered, outer = student.parameters - student.small, student.outer
-    head = student.vocabulary * student.hidden
-    forward, again = times * width * gathered, times * width * max(0, gathered - head)
+    forward, outer_again = times * width * gathered, _count_outer_again(student, work)
+    again = times * width * (_count_again(student, work) + outer_again)
     near = work.student_hpz if work.student_hpz > 1 else world
     kind, first = "all_gather", "student's weights for forward"
     # The first forward after an update goes to all ranks, and leaves each node its copy.
     far = forward / times if work.tensor == 1 and near < world else forward
     add_weights(first, kind, far, times * width * outer, world, "student")
     add("student's weights from copies", kind, forward - far, near, "student")
-    uncut = times * width * max(0, outer - head)
+    uncut = times * width * outer_again
     add_weights("student's weights for backward", kind, again, uncut, near, "backward")
     times = 1.0 if work.reduces_once else times
     uncut = times * width * outer if student.head_trained else 0.0
@@ -88,6 +88,21 @@ def count_exchanges(
         head = teacher.vocabulary * teacher.hidden if teacher.is_tied else 0
         add("teacher's head", kind, width * head, near, "student")
     return made + _count_activations(student, teacher, work)
+
+
+def _count_again(student: Shape, work: Work) -> float:
+    """Return the parameters of layers that are gathered again for backward."""
+    body = max(0, student.parameters - student.small - student.outer)
+    return body * (1 - count_kept(student, work) / max(1, student.layers))
+
+
+def _count_outer_again(student: Shape, work: Work) -> int:
+    """Return the parameters of embedding and head that are gathered again for backward. A head is
+    not, as its backward comes next; an embedding of its own is if the head between is large."""
+    if work.reuse == 0:
+        return student.outer
+    head = student.vocabulary * student.hidden
+    return 0 if student.is_tied or 2 * head < work.reuse else student.outer - head
 
 
 def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> list[Exchange]:
