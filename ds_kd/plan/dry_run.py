@@ -19,6 +19,7 @@ from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.passes import count_passes
+from ds_kd.plan.step.ranks import Tune, smallest_fit
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
 from ds_kd.plan.step.tuning import tune_work
@@ -193,7 +194,7 @@ def _describe_worlds(
     teacher: memory.Shape | None,
     work: memory.Work,
     machine: memory.Machine,
-    tune: memory.Tune,
+    tune: Tune,
 ) -> list[str]:
     """Return lines on the memory with 1 to 128 ranks, and on the smallest number that fits.
 
@@ -258,14 +259,14 @@ def _advise(
     teacher: memory.Shape | None,
     work: memory.Work,
     machine: memory.Machine,
-    tune: memory.Tune,
+    tune: Tune,
 ) -> str:
     """Return a sentence on the smallest number of ranks that fits, and the keys that it needs."""
     assert machine.room is not None
     room = _format_size(machine.room)
     if machine.host_room is not None:
         room += f" and a host of {_format_size(machine.host_room)}"
-    found = memory.smallest_fit(student, teacher, work, machine, tune)
+    found = smallest_fit(student, teacher, work, machine, tune)
     if found is None:
         return (
             f"nothing fits into {room}: write distributed.activation_checkpointing: true, or "

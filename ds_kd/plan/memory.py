@@ -7,7 +7,6 @@ their way and one chunk of logits.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -352,33 +351,6 @@ class Machine:
         if self.host_room is not None and self.of_node(parts, world) > self.host_room:
             too_small.append("host")
         return too_small
-
-
-#: Settles what a run decides by itself on so many ranks.
-Tune = Callable[[Work, int], Work]
-
-
-def smallest_fit(
-    student: Shape,
-    teacher: Shape | None,
-    work: Work,
-    machine: Machine,
-    tune: Tune = lambda work, _: work,
-) -> tuple[int, Work] | None:
-    """Return (ranks, work) of the smallest number of ranks that fits, or None.
-
-    The work is tried as it is, then with the teacher, the optimizer and the weights moved to the
-    host's memory, one after the other.
-    """
-    offers = [work, replace(work, offload_teacher=True)] if teacher is not None else [work]
-    offers.append(replace(offers[-1], offload_optimizer=True))
-    offers.append(replace(offers[-1], offload_weights=True))
-    for offer in offers:
-        for world in offer.worlds:
-            tuned = tune(offer, world)
-            if not machine.lacks(estimate_bytes(student, teacher, tuned, world), world):
-                return world, tuned
-    return None
 
 
 def place(work: Work, placement: str) -> Work:

@@ -242,8 +242,7 @@ def build_teacher(cfg: RunConfig, compared: list[int], world: World) -> Resident
     compiles = not cfg.rolls_out and cfg.teacher.placement != INT8
     compile_model(cfg.compile, compiles, module.model, world)
     has_several = cfg.rolls_out or count_micro_batches(cfg, world) > 1
-    is_cut = world.tensor.size > 1 and cfg.teacher_tp_size > 1
-    wanted = cfg.teacher.window if has_several and not is_cut else 1
+    wanted = cfg.teacher.window if has_several else 1
     return ResidentTeacher(engine, build_window(wanted, engine, zero, by_sample, world))
 
 

@@ -159,8 +159,8 @@ def _run_parts(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def agrees(engine: Any, device: torch.device) -> bool:
-    """Return whether a pass over two micro-batches of a few tokens gives what two passes give (a
-    collective, with the same answer on every rank).
+    """Return whether a pass over two micro-batches of a few tokens gives what two passes give, on
+    this rank (a collective).
 
     Args:
         engine: DeepSpeed engine of a `FrozenModel` whose layers are divided.

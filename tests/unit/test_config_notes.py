@@ -46,6 +46,16 @@ SQUAD = "dataset={_target_: ds_kd.data.squad.make_squad_dataset, %s}"
             "checkpoint.keep_best",
             "no validation_dataset or validation_share",
         ),
+        (
+            ["distributed.cp_size=2", "teacher.window=4"],
+            "teacher.window",
+            "ranks that share samples take one micro-batch at a time",
+        ),
+        (
+            ["distributed.tp_size=2", "deepspeed.reduce_once=true"],
+            "deepspeed.reduce_once",
+            "gradients of cut matrices are exchanged in each pass",
+        ),
         (["checkpoint.enabled=false"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),
         (["checkpoint=null"], "step_scheduler.ckpt_every_steps", "checkpoints are off"),
         (

@@ -16,6 +16,7 @@ from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.cluster import Cluster
 from ds_kd.plan.step.operations import count_by_phase, count_operations
+from ds_kd.plan.step.ranks import smallest_fit
 from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.traffic import Exchange, count_exchanges
 from tests import tiny
@@ -52,9 +53,9 @@ def test_a_teacher_on_a_disk_takes_no_memory():
 def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
     small = plan.Machine(room=80 * 10**9, host_room=64 * 10**9, ranks_per_node=8)
     assert small.lacks(plan.estimate_bytes(LARGE, LARGE, AWAY, 1), 1) == ["host"]
-    assert plan.smallest_fit(LARGE, LARGE, AWAY, small)[0] == 32  # 200 GB over 4 nodes
+    assert smallest_fit(LARGE, LARGE, AWAY, small)[0] == 32  # 200 GB over 4 nodes
     large = plan.Machine(room=80 * 10**9, host_room=10**12, ranks_per_node=8)
-    assert plan.smallest_fit(LARGE, LARGE, AWAY, large)[0] == 1
+    assert smallest_fit(LARGE, LARGE, AWAY, large)[0] == 1
 
 
 def test_a_teacher_takes_the_first_place_for_which_there_is_memory():

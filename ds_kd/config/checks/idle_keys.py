@@ -37,12 +37,30 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         cfg: the checked config.
         data: the keys that the YAML sets, without defaults.
     """
+    found: dict[str, str] = {}
+    for is_off, keys, reason in _list_rules(cfg):
+        for key in keys if is_off else ():
+            if _is_set(data, key):
+                found.setdefault(key, f"{key}: has no effect, as {reason}")
+
+    notes = [*found.values()]
+    for dataset in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
+        notes += _note_idle_lengths(dataset, data)
+    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
+        notes += _note_idle_loader_keys(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
+    return notes
+
+
+def _list_rules(cfg: RunConfig) -> list[tuple[Any, tuple[str, ...], str]]:
+    """Return whether keys are switched off, the keys and the reason, of which the first counts."""
     checkpoints_off, steps = not cfg.checkpoint.enabled, cfg.step_scheduler
     validates = cfg.validates
     containers = cfg.slurm is not None and cfg.slurm.container_image
+    windows = cfg.teacher.window not in ("auto", 1) and cfg.distributed.ranks_per_sample > 1
+    once = cfg.deepspeed.reduce_once == "true" and (cfg.distributed.tp_size or 1) > 1
 
-    # (whether these keys are switched off, the keys, the reason); the first reason of a key counts.
-    rules = [
+    # The widest reason comes first, as a key is told one.
+    return [
         (not validates, (*_WITH_A_VALIDATION, "validation_dataloader"),
          "there is no validation_dataset or validation_share"),
         (checkpoints_off, _OF_CHECKPOINTS, "checkpoints are off"),
@@ -59,6 +77,8 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (cfg.kd_ratio == 0 and not validates, ("teacher",), "kd_ratio is 0"),
         (cfg.teacher.kind != CACHED, _OF_A_CACHE, f"teacher.kind is {cfg.teacher.kind}"),
         (cfg.teacher.kind == CACHED, ("teacher.window",), "a cache is filled batch by batch"),
+        (windows, ("teacher.window",), "ranks that share samples take one micro-batch at a time"),
+        (once, ("deepspeed.reduce_once",), "gradients of cut matrices are exchanged in each pass"),
         (cfg.teacher.keep == "hidden", ("teacher.k",), "hidden states are kept"),
         (cfg.teacher.keep != "hidden", ("teacher.dtype",), f"teacher.keep is {cfg.teacher.keep}"),
         (cfg.reads_cache and not cfg.teacher.fill, _OF_THE_TEACHER[1:],
@@ -66,18 +86,6 @@ def find_idle_keys(cfg: RunConfig, data: dict[str, Any]) -> list[str]:
         (not cfg.rolls_out, ("rollouts",), "rollouts.ratio is 0"),
         (cfg.rolls_out, _OF_LOADING, "rollouts make each step's micro-batches when it begins"),
     ]  # fmt: skip
-    found: dict[str, str] = {}
-    for is_off, keys, reason in rules:
-        for key in keys if is_off else ():
-            if _is_set(data, key):
-                found.setdefault(key, f"{key}: has no effect, as {reason}")
-
-    notes = [*found.values()]
-    for dataset in filter(None, (cfg.dataset, *cfg.validation_dataset.values())):
-        notes += _note_idle_lengths(dataset, data)
-    for loader in filter(None, (cfg.dataloader, cfg.validation_dataloader)):
-        notes += _note_idle_loader_keys(loader, data, cfg.packed_sequence.packed_sequence_size > 0)
-    return notes
 
 
 def _is_set(data: dict[str, Any], key: str) -> bool:

@@ -25,7 +25,9 @@ def tune_work(
         world: number of ranks.
     """
     memory = _MEMORY if room.room is None else room.room
-    here = machine.Machine(world, min(room.ranks_per_node, world), memory, not room.is_one)
+    shares_samples = work.tensor > 1 or work.sequence > 1
+    per_node = None if shares_samples else min(room.ranks_per_node, world)
+    here = machine.Machine(world, per_node, memory, not room.is_one)
     sizes = _measure(student), None if teacher is None else _measure(teacher)
     taken = gathering.count_states(*sizes, here)
     with_copy = taken + gathering.count_copy(sizes[1], here)
@@ -63,9 +65,8 @@ def _tune_teacher(
     elif not work.offload_teacher:
         work = replace(work, hpz=_find_partition(work.hpz, _measure(teacher), here, taken))
     given = cfg.teacher.window
-    if work.teacher_tensor > 1:  # cut layers take one micro-batch at a time
-        return replace(work, window=1)
-    if given == "auto" and not (here.ranks > 1 or work.offload_teacher):
+    is_far = here.ranks > 1 or work.offload_teacher
+    if work.tensor > 1 or work.sequence > 1 or (given == "auto" and not is_far):
         return replace(work, window=1)
     most = None if given == "auto" else int(given)
     count = Window(most, int(window.SHARE * here.memory), teacher.hidden * teacher.width)

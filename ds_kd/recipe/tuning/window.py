@@ -7,7 +7,7 @@ from typing import Any
 from ds_kd.config.components import ConfigError
 from ds_kd.models import probes
 from ds_kd.models.attention import attend_by_sample, is_by_sample
-from ds_kd.parallel.world import World
+from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.tuning.machine import Machine
 from ds_kd.teachers.window import Window, agrees, divide_layers
 
@@ -36,7 +36,7 @@ def build_window(
     """
     part = zero["zero_optimization"]
     is_far = (part.get("offload_param") or {}).get("device", "none") != "none" or world.size > 1
-    is_split = world.sequence.size > 1  # with an attention of its own
+    is_split = world.tensor.size > 1 or world.sequence.size > 1  # with an attention of its own
     if wanted == 1 or is_split or (wanted == "auto" and not (is_far and part["stage"])):
         return None
     model = engine.module.model
@@ -65,6 +65,8 @@ def _make_ready(engine: Any, by_sample: bool, world: World) -> bool:
         is_ready = is_ready and is_by_sample(model) and agrees(engine, world.device)
     except (RuntimeError, TypeError, ValueError, LookupError, AttributeError):
         is_ready = False
+    # Numbers close to the tolerance may fall on both sides of it, and windows have to be equal.
+    is_ready = bool(sum_over([float(not is_ready)], world.everyone)[0] == 0)
     if not is_ready:
         attend_by_sample(model, by_sample)
     return is_ready
