@@ -109,20 +109,24 @@ def draw(study: dict[str, dict[str, Run]], output: Path) -> None:
 
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": output.name, "font.size": 9}
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(9.0, 3.4), layout="constrained")
+        figure = Figure(figsize=(11.0, 3.4), layout="constrained")
         for axes, tag in zip(figure.subplots(1, 2), ("val_ce_loss", "val_kl_at_t1"), strict=True):
-            for colour, (name, runs) in zip(COLOURS, study.items(), strict=False):
+            for number, (name, runs) in enumerate(study.items()):
+                colour, dash = (
+                    COLOURS[number % len(COLOURS)],
+                    "--" if number >= len(COLOURS) else "-",
+                )
                 curves = [run.curve(tag) for run in runs.values()]
                 for steps, values in curves:
                     axes.plot(steps, values, "o", ms=3, color=colour, alpha=0.5)
                 means = [
                     sum(each) / len(each) for each in zip(*(v for _, v in curves), strict=True)
                 ]
-                axes.plot(curves[0][0], means, color=colour, label=name)
+                axes.plot(curves[0][0], means, dash, color=colour, label=name)
             axes.set_title(f"held-out {LOGGED[tag][0]}, nats per token")
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)
-        axes.legend()
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center")
         figure.savefig(output, format="svg", metadata={"Date": None})
 
 
