@@ -51,20 +51,22 @@ def paths(tmp_path_factory):
 def test_another_layout_of_ranks_sees_the_same_batches_and_ends_at_the_same_weights(
     paths, tmp_path
 ):
-    def run(ranks, tensor, name, steps):
+    def run(ranks, tensor, sequence, name, steps):
         directory = tmp_path / f"{name}-{steps}"
         directory.mkdir()
         given = paths, tmp_path / name, steps
-        return run_ranks(part, ranks, directory, *given, tensor=tensor)[0]
+        layout = {"tensor": tensor, "sequence": sequence}
+        return run_ranks(part, ranks, directory, *given, **layout)[0]
 
-    sizes = [(4, 2), (2, 1), (1, 1), (2, 2), (3, 1)]  # ranks, and over how many matrices are cut
+    # Ranks, over how many matrices are cut, and over how many samples are split.
+    sizes = [(4, 2, 1), (1, 1, 1), (2, 1, 2), (4, 1, 1), (3, 1, 1)]
     losses = []
     for k, layout in enumerate(sizes):
         one = run(*layout, "moved", PER_PART * (k + 1))
         assert one["found"] == (f"step_{PER_PART * k:07d}" if k else None)
         assert bool(one["said"]) == bool(k)
         losses += one["losses"]
-    straight = run(2, 1, "straight", PER_PART * len(sizes))
+    straight = run(2, 1, 1, "straight", PER_PART * len(sizes))
     # fp32, sums taken in another order.
     torch.testing.assert_close(losses, straight["losses"], rtol=1e-5, atol=1e-5)
     for name, value in straight["weights"].items():
