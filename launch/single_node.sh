@@ -74,10 +74,12 @@ ask() {
 trap 'ask INT' INT
 trap 'ask TERM' TERM HUP
 trap 'ask USR1' USR1
+# bash would tell of a process that was killed, whichever line it is at by then.
+exec 2>/dev/null
 signalled=1
 while [ "$signalled" = 1 ]; do # a signal ends `wait`, not the launcher
   signalled=0
   code=0
-  wait "$launcher" 2>/dev/null || code=$? # without bash's own word on a process that was killed
+  wait "$launcher" || code=$?
 done
 exit "${ended:-$code}"
