@@ -18,7 +18,7 @@ CASES = [
     (0.5, "tied", {"packs": True}),
     (0.5, "untied", {"checkpointing": True}),
     (0.5, "tied", {"once": True}),  # gradients of micro-batches are exchanged together
-    # A rank of two has no token of the loss, and the teacher is not cut.
+    # In one micro-batch a rank of two has no token of the loss, and the teacher is not cut.
     (0.5, "untied", {"few": True, "whole_teacher": True}),
 ]
 
@@ -41,9 +41,8 @@ def steps(world, root, paths, cases):
     for ratio, kind, how in cases:
         rows = tiny.samples(6 * world.data.size, seed=world.data.size, masked=MASKED)
         if "few" in how:
-            for row in rows:
-                row["labels"][:] = [-100] * len(row["labels"])
-            rows[0]["labels"][-1] = rows[0]["input_ids"][0]
+            # The second micro-batch has no other token.
+            rows[3]["labels"][-1] = rows[3]["input_ids"][0]
         data = PackedDataset(rows, PACK) if "packs" in how else rows
         accumulation, local = (1, -(-len(data) // world.data.size)) if "packs" in how else (2, 3)
         models = {"student": paths[kind], "teacher": paths["teacher"]}
@@ -118,12 +117,7 @@ def paths(tmp_path_factory):
 
 def judge(case):
     """Whether a step of cut matrices is the step of plain PyTorch."""
-    # A weight is rounded by its own size; one token moves some by more than 1.
-    close = (
-        case["error"] <= 1e-6 * max(1.0, case["moved"])
-        and case["norm"] <= 1e-5
-        and case["logged"] <= 1e-5
-    )
+    close = case["error"] <= 1e-6 and case["norm"] <= 1e-5 and case["logged"] <= 1e-5
     return close and case["moved"] > 1e-2 and case["cut"] == 14
 
 
@@ -136,7 +130,7 @@ def two(paths, tmp_path_factory):
 def test_a_step_of_cut_matrices_is_the_step_of_plain_pytorch(two):
     _, found = two
     assert found[0] == found[1]
-    assert all(judge(case) for case in found[0]["steps"]), found[0]["steps"]
+    assert [case for case in found[0]["steps"] if not judge(case)] == []
 
 
 def test_an_adapter_of_cut_maps_takes_the_step_of_plain_peft_and_is_kept_whole(two):
