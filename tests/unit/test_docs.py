@@ -92,6 +92,7 @@ RUN_BY = {
     "python launch/kd.py --config cfg.yaml --check": "unit/test_config_notes.py::test_checking",
     "python launch/kd.py --config cfg.yaml --show": "unit/test_show.py::test_the_command_shows",
     "python launch/kd.py --config cfg.yaml": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
+    "python launch/kd.py --config ds_configs/": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
     "deepspeed launch/kd.py": "e2e/test_run.py::test_the_guides_yaml_runs_under_the_deepspeed",
     "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_one_job_on_two_hosts",
     "torchrun --nproc-per-node": "e2e/test_run.py::test_torchrun_starts_the_same_run",
@@ -119,6 +120,7 @@ RUN_BY = {
 #: A documented command → the reason why no test runs it.
 NOT_RUN = {
     "bash launch/quickstart.sh": "it downloads a teacher of 135 M parameters and takes minutes",
+    "python launch/fetch_teacher.py": "it downloads a teacher of 135 M parameters",
     "bash launch/test.sh": "it runs these tests",
     "bash launch/setup.sh": "it installs packages; launch/test.sh calls it before the tests",
     "source": "it is the shell's own",
