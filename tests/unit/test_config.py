@@ -660,6 +660,7 @@ def test_damaged_files_of_a_model_are_told_by_key(tmp_path):
         ("{", "its config.json is not JSON: "),
         ("[]", "its config.json holds list, not a mapping"),
         ('{"model_type": "bert"}', "describes an encoder (bert), which predicts no next token"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', "its weights are quantised (fp8); "),
     ):
         config.write_text(text)
         assert said in told()
@@ -770,6 +771,7 @@ def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
             "pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}",
             "model.backend={_target_: nemo_automodel.components.models.common.BackendConfig}",
             "step_scheduler.gc_every_steps=3",
+            "checkpoint.dequantize_base_checkpoint=true",
         ],
     )
     check_world(cfg, 4)  # dp_size is of the other parallelism's making
@@ -778,6 +780,7 @@ def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
         "ci", "checkpoint.model_save_format", "dataloader.collate_fn.pad_seq_len_divisible",
         "validation_dataloader.collate_fn", "loss_fn", "distributed.dp_size", "dataset.tokenizer",
         "distributed.pipeline", "model.backend", "step_scheduler.gc_every_steps",
+        "checkpoint.dequantize_base_checkpoint",
     ):  # fmt: skip
         assert told.count(key) == 1, (key, cfg.notes)
     assert cfg.dataloader.kwargs["collate_fn"] == "ds_kd.data.collate.default_collater"
@@ -840,7 +843,6 @@ def test_a_trusted_models_own_code_is_run_where_the_command_line_says_so():
         ("fp8={enabled: true}", "fp8: "),
         ("qat={enabled: true}", "qat: "),
         ("neftune={noise_alpha: 5}", "neftune: "),
-        ("checkpoint.dequantize_base_checkpoint=true", "checkpoint.dequantize_base_checkpoint: "),
         ("distributed={pp_size: 2}", "distributed.pp_size: got 2, expected 1"),
         ("teacher_ranks=2", "teacher_ranks: a teacher runs on all ranks"),
         ("distributed={teacher_ranks: 2}", "distributed.teacher_ranks: a teacher runs on all"),
