@@ -157,6 +157,13 @@ WITHOUT_EFFECT = {
     "step_scheduler.loss_average_window_steps": "the loss of every step is logged",
 }
 
+#: Keys of its ChatDataset that say how rows are padded, shuffled or read in advance.
+CHAT_WITHOUT_EFFECT = {
+    "padding": "the collater pads each batch",
+    "shuffle_seed": "rows are shuffled with rng.seed",
+    "num_proc": "rows are read as the machine has cores",
+}
+
 #: Its sections for other programs; their values are not read, not even their `${…}`.
 UNREAD = {"ci", "skypilot"}
 

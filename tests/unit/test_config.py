@@ -18,6 +18,7 @@ from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.reference.keys import list_keys
 from ds_kd.config.schema import RunConfig
 from ds_kd.config.text.yaml_source import read
+from ds_kd.data.rows.detect import known_data_sets
 from tests import tiny
 from tests.scripts import script
 
@@ -1002,6 +1003,7 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
     from ds_kd.config.reference.json_schema import json_schema
 
     run = yaml.safe_load(GUIDE.read_text())
+    chats = {"_target_": "ds_kd.data.chat.ChatDataset", "dataset_name": "a.jsonl"}
     validator = jsonschema.Draft202012Validator(json_schema())
     for right in (
         {"kd_loss_fn": {"temperature": 2, "chunk_size": 512}},
@@ -1013,6 +1015,12 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
         {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}},
         {"dataloader": {"shuffle": True, "num_workers": 2, "group_by_length": True}},
         {"dataset": {"_target_": "my.own.dataset", "anything": 1}},
+        {"dataset": {**chats, "padding": "do_not_pad", "mask_reasoning_content": False}},
+        *(
+            {"dataset": {"_target_": d.name, "dataset_name": ["a", "b"], "labels": "shifted"}}
+            for d in known_data_sets()
+            if not d.has_parts
+        ),
     ):
         validator.validate({**run, **right})
 
@@ -1058,6 +1066,7 @@ def test_keys_are_listed_by_prefix():
     assert "kd_loss_fn.temperature   T > 0, divides both models' logits. [of ds_kd" in told
     assert "of ds_kd.losses.KDLoss: float = 1.0]" in told
     assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
+    assert "of ds_kd.data.chat.ChatDataset: str | list" in "".join(list_keys("dataset.dataset_n"))
 
 
 @pytest.mark.parametrize(
