@@ -28,7 +28,8 @@ _ONLY_WRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")
 _TOUCH_FEW = (
     "aten::gather", "aten::scatter_add_", "aten::new_full", "aten::new_zeros", "aten::embedding",
 )  # fmt: skip
-#: How often a kernel of our own reads its arguments, by name; it writes over the first once.
+#: Number of times that a kernel of our own reads its arguments, by name; it writes over the first
+#: once.
 _READS = {
     "ds_kd::distil_rows": {"student": 2, "teacher": 2},
     "ds_kd::distil_rows_by": {"student": 3, "teacher": 3},

@@ -294,7 +294,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
             names = lora.find_linear_maps(model, *chosen, wanted.match_all_linear)
-        # Where the base model came from is written into the adapter's own config.
+        # The adapter's own config names the directory or hub id of the base model.
         lora.add_adapter(
             model,
             names,

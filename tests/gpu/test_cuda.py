@@ -1,4 +1,5 @@
-"""What only a GPU can tell: same numbers, no waiting for the host, the real command over NCCL."""
+"""Tests that only a GPU can decide: same numbers, no waiting for the host, the real command over
+NCCL."""
 
 from __future__ import annotations
 
@@ -209,5 +210,5 @@ def test_the_clock_times_the_device_without_waiting_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    # What had not passed when it was first read is told the second time.
+    # A time that had not passed when it was first read is told the second time.
     assert first.get("teacher", 0) + clock.read().get("teacher", 0) > 0

@@ -137,8 +137,8 @@ def test_models_that_are_the_same_give_exactly_0_and_a_zero_gradient(
     assert sums["acceptance_at_t1"] == (labels != -100).sum()
 
 
-# Of p = (3/4, 1/4) for the teacher and q = (1/2, 1/2) for the student, written out. Each changes
-# when the two are exchanged, but for those whose definition is symmetric.
+# Values of p = (3/4, 1/4) for the teacher and q = (1/2, 1/2) for the student, written out. Each
+# changes when the two are exchanged, but for those whose definition is symmetric.
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [

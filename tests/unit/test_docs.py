@@ -1,4 +1,4 @@
-"""What README and docs say comes from the code, and what they name exists."""
+"""The facts in README and docs come from the code, and all that they name exists."""
 
 from __future__ import annotations
 

@@ -150,7 +150,7 @@ def value(results: dict, metric: str, model: int = 0) -> float:
 
 
 def likelihoods(directory: Path, prompts: list[tuple[str, str]]) -> list[float]:
-    """Of each (context, ending) by plain transformers, one at a time."""
+    """Return that of each (context, ending) by plain transformers, one at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)

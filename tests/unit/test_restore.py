@@ -1,4 +1,4 @@
-"""Which saved generators a rank takes over, without ranks."""
+"""The saved generators that a rank takes over, without ranks."""
 
 from __future__ import annotations
 
