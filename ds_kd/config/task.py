@@ -90,7 +90,7 @@ def load_task(path: str | Path) -> TaskFile:
 def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
     """Return what is wrong with an entry of a run's `evaluation.tasks`: its task, or its file."""
     name, data = entry["task"], entry["data"]
-    columns = COLUMNS.get(name, ())
+    columns: tuple[str, ...] = COLUMNS.get(name, ())
     if name.endswith((".yaml", ".yml")):
         try:
             columns = find_columns(load_task(name))
