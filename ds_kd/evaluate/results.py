@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ds_kd.evaluate.comparison import shorten
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.kinds import Record
 
@@ -63,7 +64,7 @@ def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     """Return the results as a text of aligned columns."""
     names = [metric.name for metric in metrics]
     rows = [["", *(f"{m.name} {'↓' if m.is_lower_better else '↑'}" for m in metrics)]]
-    labels = _shorten([each["model"] for each in results["models"]])
+    labels = shorten([each["model"] for each in results["models"]])
     for each in results["models"]:
         rows.append([labels[each["model"]], *(_show(each["metrics"][name]) for name in names)])
     for each in results["differences"]:
@@ -82,16 +83,6 @@ def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
 def _show(value: dict[str, float], sign: str = "") -> str:
     middle = f"{value['value']:{sign}.{_DIGITS}f}"
     return f"{middle} [{value['low']:{sign}.{_DIGITS}f}, {value['high']:{sign}.{_DIGITS}f}]"
-
-
-def _shorten(names: list[str]) -> dict[str, str]:
-    """Return for each path as many of its last parts as tell it from the others."""
-    parts = {name: Path(name).parts for name in names}
-    for count in range(1, max(map(len, parts.values())) + 1):
-        short = {name: "/".join(part[-count:]) for name, part in parts.items()}
-        if len({*short.values()}) == len(short):
-            return short
-    return {name: name for name in names}
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:

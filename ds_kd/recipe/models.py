@@ -41,6 +41,11 @@ def select_location(component: Component) -> dict[str, Any]:
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
 
 
+def select_trust(component: Component) -> dict[str, Any]:
+    """Return the argument that lets a model's own code run, for a model made of its config."""
+    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
+
+
 def tokenizer_of(component: Component, world: World) -> Any:
     """Return the model's tokenizer, which pads on the right; rank 0 loads it first.
 
@@ -164,9 +169,8 @@ def check_files(component: Component) -> list[tuple[str, str]]:
         **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
     files = WeightFiles(name_of(component), select_location(component))
-    trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
-    model = empty_model(config, **trusted)
+    model = empty_model(config, **select_trust(component))
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return find_differing_ties(files, model)

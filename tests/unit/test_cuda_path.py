@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.plans.count import Cost, count, make_step
+from benchmarks.plans.cost import Cost, count, make_step
 from ds_kd.config.load import load
 from ds_kd.losses import chunked
 from ds_kd.losses.buffers import Buffers

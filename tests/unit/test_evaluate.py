@@ -422,6 +422,7 @@ def test_an_own_multiple_choice_names_columns_choices_and_the_right_one(place):
 
 
 def test_the_tasks_of_the_documentation_load(tmp_path):
+    from ds_kd.config.task import find_columns, load_task
     from ds_kd.recipe.evaluation import find_task
 
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
@@ -430,6 +431,7 @@ def test_the_tasks_of_the_documentation_load(tmp_path):
     for text in (text for text in fences if "kind:" in text):
         (tmp_path / "task.yaml").write_text(text)
         columns.append(find_task(str(tmp_path / "task.yaml")).columns)
+        assert find_columns(load_task(tmp_path / "task.yaml")) == columns[-1]
     assert columns == [
         ("answerKey", "choices", "question"),
         ("problem", "solution"),
@@ -546,6 +548,14 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
             ": reference: got '{{a",
         ),
         ({"tasks": [{"task": "squad", "dta": "{rows}"}]}, "its keys are task, data, limit"),
+        (
+            {"tasks": [{"task": "{own}", "data": "{rows}"}]},
+            "questions.jsonl', expected rows with answer, question; its first row has context",
+        ),
+        (
+            {"tasks": [{"task": "squad", "data": "{place}/one"}]},
+            "expected a directory of rows with context, question, answers; none of its files has",
+        ),
         ({"every": 0}, "evaluation.every: got 0, expected an integer ≥ 1, or end"),
     ],
 )
@@ -555,8 +565,14 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
 
     (place / "broken.yaml").write_text("{kind: perplexity, reference: '{{a'}")
     (place / "other.jsonl").write_text('{"n": 1}')
+    (place / "own.yaml").write_text(
+        "{kind: generation, prompt: '{{q}} {{range(2)}}', columns: {q: question}, "
+        "reference: answer.text}"
+    )
     text = json.dumps(section).replace("{rows}", str(place / "questions.jsonl"))
-    text = text.replace("{broken}", str(place / "broken.yaml"))
+    for name in ("broken", "own"):
+        text = text.replace(f"{{{name}}}", str(place / f"{name}.yaml"))
+    text = text.replace("{place}", str(place))
     filled = json.loads(text.replace("{other}", str(place / "other.jsonl")))
     data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
     given = {

@@ -18,7 +18,13 @@ from ds_kd.config.components import Component, config_error
 from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.models.files.weight_files import WeightFiles, empty_model
-from ds_kd.recipe.models import config_of, name_of, select_location, training_dtype
+from ds_kd.recipe.models import (
+    config_of,
+    name_of,
+    select_location,
+    select_trust,
+    training_dtype,
+)
 
 _GROUPS = (64, 32, 16)  # numbers that share a scale
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors writes them
@@ -47,7 +53,7 @@ def quantize(component: Component) -> dict[str, Any]:
     Raises:
         ValueError: its files are of another dtype than it runs in, or its widths have no group.
     """
-    model = empty_model(config_of(component), **_select_trust(component))
+    model = empty_model(config_of(component), **select_trust(component))
     names = {
         f"{name}.weight": module.weight.shape[1]
         for name, module in model.named_modules()
@@ -77,7 +83,3 @@ def quantize(component: Component) -> dict[str, Any]:
         )
     groups = {"num_bits": 8, "group_size": group, "group_dim": 1, "symmetric": False}
     return {"weight_quantization": {"quantized_initialization": groups}}
-
-
-def _select_trust(component: Component) -> dict[str, Any]:
-    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
