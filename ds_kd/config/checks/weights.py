@@ -176,6 +176,13 @@ def read_matrices(component: Component) -> dict[str, tuple[str, int]] | None:
         return None
 
 
+def find_text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the language model, as transformers reads it:
+    a model of images or sound too has that in `text_config`, whose own model_type counts."""
+    nested = config.get("text_config")
+    return config | {"model_type": None} | nested if isinstance(nested, dict) else config
+
+
 def find_unknown_map(student: Component, peft: Peft) -> str | None:
     """Return the problem of a `target_modules` word that names no map of a local model, or None.
 
