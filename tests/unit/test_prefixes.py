@@ -39,7 +39,7 @@ ROWS = st.lists(st.tuples(WORDS, st.integers(0, 2**12 - 1)), min_size=1, max_siz
 
 
 class NoTemplate:
-    """What `choose_questions` asks of a tokenizer."""
+    """The part of a tokenizer that `choose_questions` asks."""
 
     chat_template = None
 
