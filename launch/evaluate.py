@@ -59,7 +59,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     quiet()
     from ds_kd.parallel.world import start_or_alone, stop
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
+    from ds_kd.recipe.tasks.evaluation import Options, evaluate, find_task
 
     task = find_task(args.task)
     options = Options(args.data, args.limit, args.dtype, args.batch_size, args.output)

@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet()
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import Rows, write_starter
+    from ds_kd.plan.new_config.starter import Rows, write_starter
     from ds_kd.plan.step.cluster import bytes_of, divide_over_nodes, make_cluster
 
     try:

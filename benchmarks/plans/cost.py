@@ -187,7 +187,7 @@ def make_step(
         loss: the `DistillationLoss`.
         lengths: tokens of the samples of a pack, all of them supervised. One sample is a pack too,
             as SDPA would go another way on meta tensors than it goes on a GPU.
-        parents: of the nodes, where samples share their beginnings (`ds_kd.models.tree`).
+        parents: of the nodes, where samples share their beginnings (`ds_kd.models.packs.tree`).
     """
     from ds_kd.losses.head import States
     from ds_kd.models import causal_lm

@@ -65,7 +65,7 @@ def meet_at(port: int) -> None:
 
 
 def evaluate_on_ranks(world, root: Path) -> None:
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
+    from ds_kd.recipe.tasks.evaluation import Options, evaluate, find_task
 
     for task, data in TASKS.items():
         options = Options(str(root / data), batch_size=3, output=root / f"{task}-ranks.json")

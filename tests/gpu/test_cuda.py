@@ -13,8 +13,9 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.fused import chunk, forward_kl
 from ds_kd.losses.head import Head, States
-from ds_kd.models import causal_lm, varlen
+from ds_kd.models import causal_lm
 from ds_kd.models.attention import Segments, attend_by_sample
+from ds_kd.models.packs import varlen
 from ds_kd.recipe.tuning.kernels import use_liger_kernels
 from tests import tiny
 from tests.e2e.test_run import kd

@@ -25,8 +25,9 @@ from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.losses.named.mixed import JSD
 from ds_kd.losses.named.top_k import TopK
-from ds_kd.models import attention, varlen
+from ds_kd.models import attention
 from ds_kd.models.causal_lm import FrozenModel
+from ds_kd.models.packs import varlen
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_loader, fill_for_gpu
 from tests import tiny
