@@ -72,12 +72,20 @@ _LAYOUT = {
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 
-def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
+def differences(
+    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Return a line for each difference between two fingerprints, by name.
 
     Earlier versions saved no identity of labels, and another one of models' files, or none; its
     absence is no difference. Nor is another layout of the ranks.
+
+    Args:
+        defaults: the values of settings that a fingerprint does not name, by name.
     """
+    given = saved.keys() | present.keys()
+    unsaid = {name: value for name, value in (defaults or {}).items() if name in given}
+    saved, present = unsaid | saved, unsaid | present
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
     unknown |= _LAYOUT
@@ -106,6 +114,7 @@ class Checkpointer:
         patience: seconds between the launcher's SIGTERM and SIGKILL; None if it sends no SIGKILL.
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
+        defaults: the values of settings that the fingerprint does not name, by name.
         changes: the differences that `resume` found in the fingerprint, a line each, by name.
         validation: settings that decide the validation loss of given weights, like `fingerprint`.
         validation_changes: the differences in `validation`, like `changes`.
@@ -120,6 +129,7 @@ class Checkpointer:
     save_consolidated: str = "final"
     retention: Retention = Retention()
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict, kw_only=True)
     config_text: str = ""
     card: Callable[[TrainState], str] | None = None
     stops_on_failed_save: bool = False
@@ -279,9 +289,10 @@ class Checkpointer:
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         if self.buffer is not None and (found / ROLLOUTS).is_file():
             self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text()))
-        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
+        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint, self.defaults)
         if "validation" in saved:  # earlier versions did not save it
-            self.validation_changes = differences(saved["validation"], self.validation)
+            before = saved["validation"]
+            self.validation_changes = differences(before, self.validation, self.defaults)
         if self.world.is_main:
             for line in self.changes.values():
                 self.say(f"resuming, but {line}")

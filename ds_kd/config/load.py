@@ -31,9 +31,12 @@ from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
 from ds_kd.config.methods.check_placement import note_on_placement
 from ds_kd.config.methods.rollouts import add_defaults
+from ds_kd.config.names import LOSSES
 from ds_kd.config.nemo import Translation
 from ds_kd.config.permissions import mark_permitted
+from ds_kd.config.reference.keys import every_key
 from ds_kd.config.schema import Rng, RunConfig
+from ds_kd.config.signatures import signature_of
 from ds_kd.config.text.yaml_source import read
 
 
@@ -180,6 +183,26 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
     flat = {name: value for name, value in _flatten(cfg).items() if not name.startswith(ignored)}
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
     return flat | {"ds_kd": __version__} | versions
+
+
+def list_defaults(cfg: RunConfig) -> dict[str, Any]:
+    """Return the values of the keys that a YAML does not give, by dotted name.
+
+    Of the arguments of `_target_` sections only those are there that have one default whatever the
+    section calls.
+    """
+    found: dict[str, Any] = {}
+    for name, key in every_key():
+        if key.component is not None:
+            found |= {f"{name}.{part}": v for part, v in (key.component.kwargs or {}).items()}
+        elif key.section is None:
+            found[name] = key.default
+    loss = signature_of(f"{LOSSES}KDLoss")
+    if loss is not None:
+        found["kd_loss_fn.temperature"] = float(loss.defaults["temperature"])
+    if cfg.rolls_out:
+        found["kd_ratio"] = add_defaults({"rollouts": {}})["kd_ratio"]
+    return found
 
 
 #: Keys by which runs differ in their results, and are compared.

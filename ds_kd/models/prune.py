@@ -22,6 +22,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
+from ds_kd.hub import expect_hub
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 
 #: Rows that `divergences_without` uses. Each costs half a forward for every layer of the model.
@@ -236,6 +237,7 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
         raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model")
 
     # A name that is no directory may be a hub id.
+    expect_hub(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:

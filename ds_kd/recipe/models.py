@@ -15,6 +15,7 @@ from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
+from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.files.model_files import explain_no_tokenizer
@@ -57,6 +58,7 @@ def tokenizer_of(component: Component, world: World) -> Any:
     kwargs = select_location(component)
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
+    expect_hub(name_of(component))
     with config_error(key, name_of(component), expected):
         try:
             tokenizer = rank0_first(
@@ -104,6 +106,7 @@ def load_model(
         with config_error(key, name_of(component), expected):
             return refuse_damage(load)
 
+    load_or_refuse(lambda: refuse_quantised(component))
     # transformers would tie weights for which the files hold different values.
     ties = load_or_refuse(lambda: check_files(component)) if extra.get("use_safetensors") else []
     if ties:
@@ -174,6 +177,18 @@ def check_files(component: Component) -> list[tuple[str, str]]:
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return find_differing_ties(files, model)
+
+
+def refuse_quantised(component: Component) -> None:
+    """Refuse a model of the hub whose weights are quantised; `--check` does so for a directory.
+
+    Raises:
+        ValueError: says what to name instead.
+    """
+    how = getattr(config_of(component), "quantization_config", None)
+    if how:
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        raise ValueError(f"its weights are quantised ({kind}); name one of bf16 or fp32 weights")
 
 
 def check_rope(config: Any) -> None:
@@ -306,5 +321,6 @@ def config_of(component: Component) -> Any:
 
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
+    expect_hub(name_of(component))
     with config_error(key, name_of(component), expected):
         return AutoConfig.from_pretrained(name_of(component), **select_location(component))

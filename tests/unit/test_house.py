@@ -21,7 +21,7 @@ LEVELS = (
     ("data",),
     ("script", "command_line"),
     ("parallel", "quiet"),
-    ("process",),
+    ("process", "hub"),
     ("errors",),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}

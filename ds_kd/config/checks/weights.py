@@ -54,6 +54,10 @@ def find_wrong_files(directory: Path, kwargs: dict[str, Any]) -> str:
     if kind in _ENCODERS and not (config | kwargs).get("is_decoder"):
         return f"its config.json describes an encoder ({kind}), which predicts no next token"
 
+    if how := config.get("quantization_config"):
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        return f"its weights are quantised ({kind}); name a model of bf16 or fp32 weights"
+
     # Weights that transformers finds in another way are left to the run.
     if config.get("transformers_weights") or any(kwargs.get(name) for name in _CHOOSERS):
         return ""

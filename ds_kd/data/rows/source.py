@@ -21,6 +21,7 @@ from ds_kd.data.rows.files import (
     find_wrong_line,
 )
 from ds_kd.errors import first_line
+from ds_kd.hub import expect_hub
 
 T = TypeVar("T")
 
@@ -122,6 +123,7 @@ def _load(source: str, split: str) -> Any:
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):
         raise FileNotFoundError(f"no such file or directory; give {ENDINGS}, or a hub id")
+    expect_hub(source)
     try:
         return datasets.load_dataset(source, split=split)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:
