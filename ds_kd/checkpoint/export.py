@@ -100,7 +100,7 @@ def export_to(checkpoint: Path, out: Path) -> None:
     aside = out.with_name(f"{out.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        export_checkpoint(checkpoint.resolve(), aside)
+        export_checkpoint(Path(os.path.realpath(checkpoint)), aside)
         aside.rename(out)
     except CheckpointError as error:
         raise ExportError(str(error)) from error

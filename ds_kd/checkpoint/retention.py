@@ -6,15 +6,16 @@ A checkpoint is a real directory with a name from `step_name`. Anything else, su
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, fsync
+from ds_kd.files import parse_json, read_plain_file
 
 _OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.resharded|\.final\.(new|old)")
+_LARGEST = 100_000_000  # bytes of a file of JSON
 _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")
 
 
@@ -91,10 +92,11 @@ def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
     it was not validated."""
     for name in (VALIDATION, STATE):
         try:
-            saved = json.loads((checkpoint / name).read_text())
+            saved = parse_json(read_plain_file(checkpoint / name, _LARGEST))
         except (OSError, ValueError):
             continue
-        if (loss := saved.get("validation_loss")) is not None:
+        loss = saved.get("validation_loss") if isinstance(saved, dict) else None
+        if isinstance(loss, (int, float)):
             return loss, saved.get("validation")
     return None
 

@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ds_kd.files import parse_json, read_plain_file
+
 NAME = "RUNNING"
+_LARGEST = 1 << 16  # bytes of a lock file
 HEARTBEAT_SECONDS = 6.0
 STALE_SECONDS = 10 * HEARTBEAT_SECONDS
 _PF_EXITING = 0x4  # one of the kernel's flags of a process
@@ -157,15 +160,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a lock file and its time of change (`beat`), or None without one."""
+    holder: Any = None
     try:
-        with path.open() as file:  # opening makes a network file system refresh the file's state
-            text, beat = file.read(), os.fstat(file.fileno()).st_mtime
+        with contextlib.suppress(ValueError):  # no lock file of a run
+            # Opening makes a network file system refresh the file's state.
+            holder = parse_json(read_plain_file(path, _LARGEST))
+        beat = path.lstat().st_mtime
     except FileNotFoundError:
         return None
-    try:
-        holder = json.loads(text)
-    except ValueError:
-        holder = None
     return {**(holder if isinstance(holder, dict) else {}), "beat": beat}
 
 
@@ -202,8 +204,9 @@ def _read_start(pid: int) -> int | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    started = _read_start(int(holder["pid"]))
-    return started is not None and started == holder["process_started"]
+    pid = holder.get("pid")
+    started = _read_start(pid) if isinstance(pid, int) else None
+    return started is not None and started == holder.get("process_started")
 
 
 def _refusal(holder: dict[str, Any]) -> str:

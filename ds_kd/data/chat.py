@@ -213,12 +213,11 @@ def _has_content(message: dict[str, Any]) -> bool:
 
 
 def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
-    # Some templates refuse a system turn or two user turns in a row; others fail on absent values.
-    except (TemplateError, TypeError) as error:
+    # Some templates refuse a system turn or two user turns in a row; others fail on absent values,
+    # or are no templates at all.
+    except Exception as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from ds_kd.errors import UserError, first_line
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 
 NEW_TOKENS = 256
@@ -225,11 +226,12 @@ def load_student(directory: str | Path, device: str | None = None) -> LoadedStud
     dtype: Any = torch.float32 if where.type == "cpu" else "auto"
     try:
         # Code of the model's repository is not run, and transformers must not ask on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with name_damage(str(place)):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         told = explain_no_tokenizer(str(place)) or f"cannot be loaded: {first_line(error)}"
         raise StudentError(f"{place}: {told}") from error
     model, report = loaded

@@ -20,7 +20,7 @@ LEVELS = (
     ("script", "command_line"),
     ("parallel", "quiet"),
     ("process",),
-    ("errors",),
+    ("errors", "files"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 READS_CONFIG = {"__main__", "config", "recipe", "plan"}
