@@ -278,7 +278,7 @@ class Checkpointer:
         scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         if self.buffer is not None and (found / ROLLOUTS).is_file():
-            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text()))
+            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
         if "validation" in saved:  # earlier versions did not save it
             self.validation_changes = differences(saved["validation"], self.validation)
@@ -324,7 +324,7 @@ class Checkpointer:
         if finished:
             marker.unlink(missing_ok=True)
         else:
-            marker.write_text(f"preempted at step {step}\n")
+            marker.write_text(f"preempted at step {step}\n", "utf-8")
 
     def _write_small(
         self, engine: Any, state: TrainState, aside: Path, validation_loss: float | None
@@ -337,10 +337,10 @@ class Checkpointer:
             "tensor_size": self.world.tensor.size,
             "fingerprint": self.fingerprint,
         }
-        (aside / STATE).write_text(json.dumps(saved))
-        (aside / CONFIG).write_text(self.config_text)
+        (aside / STATE).write_text(json.dumps(saved), "utf-8")
+        (aside / CONFIG).write_text(self.config_text, "utf-8")
         if self.buffer is not None and (kept := self.buffer.state_dict(state.step)) is not None:
-            (aside / ROLLOUTS).write_text(json.dumps(kept))
+            (aside / ROLLOUTS).write_text(json.dumps(kept), "utf-8")
 
         # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model

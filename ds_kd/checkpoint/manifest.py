@@ -53,7 +53,7 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def write(directory: Path, files: dict[str, Any]) -> None:
-    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
     fsync(directory / MANIFEST)
 
 

@@ -69,7 +69,7 @@ def note_validation(checkpoint: Path, loss: float, settings: dict[str, Any]) -> 
     """Write the loss of a validation that was made after the checkpoint was saved, atomically
     beside its files, and make `BEST` agree."""
     aside = checkpoint / f".{VALIDATION}.new"
-    aside.write_text(json.dumps({"validation_loss": loss, "validation": settings}))
+    aside.write_text(json.dumps({"validation_loss": loss, "validation": settings}), "utf-8")
     manifest.fsync(aside)
     aside.replace(checkpoint / VALIDATION)
     _point_best(checkpoint.parent, set())

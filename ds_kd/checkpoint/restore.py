@@ -96,7 +96,7 @@ def load(
     Raises:
         CheckpointError: it holds another model, or cannot be resharded for this number of ranks.
     """
-    saved = json.loads((found / STATE).read_text())
+    saved = json.loads((found / STATE).read_text("utf-8"))
     try:
         # Earlier versions knew no cut matrices.
         before = saved["world_size"], saved.get("tensor_size", 1)

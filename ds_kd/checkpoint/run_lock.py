@@ -104,7 +104,7 @@ class RunLock:
     def _create(self) -> bool:
         """Create the lock file atomically, and return False if there is one."""
         aside = self.path.with_name(f".{NAME}.{self._token}")
-        aside.write_text(json.dumps({"token": self._token, **_this_process()}))
+        aside.write_text(json.dumps({"token": self._token, **_this_process()}), "utf-8")
         try:
             os.link(aside, self.path)
         except FileExistsError:
@@ -114,8 +114,8 @@ class RunLock:
                 handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
                 return False
-            with open(handle, "w") as file:
-                file.write(aside.read_text())
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(aside.read_text("utf-8"))
         finally:
             aside.unlink(missing_ok=True)
         return True
@@ -128,7 +128,7 @@ class RunLock:
     def _now(self) -> float:
         """Return the present time of the file system's clock."""
         probe = self.path.with_name(f".{NAME}.{self._token}")
-        probe.write_text("")
+        probe.write_text("", "utf-8")
         try:
             return probe.stat().st_mtime
         finally:
@@ -183,7 +183,7 @@ def _this_process() -> dict[str, Any]:
 
 def _machine() -> list[str]:
     """Return the identity of host, boot and container, inside which process numbers are unique."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
 
 
@@ -196,7 +196,7 @@ def _read_start(pid: int) -> int | None:
     ending."""
     try:
         # The process's name, in brackets, may hold any character.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     state, flags, started = words[0], int(words[6]), int(words[19])

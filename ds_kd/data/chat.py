@@ -267,7 +267,7 @@ def with_template(tokenizer: Any, chat_template: str | None) -> Any:
         # A mistyped path is valid Jinja, and would render every conversation to itself.
         raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
     changed = copy.copy(tokenizer)
-    changed.chat_template = chat_template if is_text else Path(chat_template).read_text()
+    changed.chat_template = chat_template if is_text else Path(chat_template).read_text("utf-8")
     return changed
 
 

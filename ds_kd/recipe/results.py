@@ -44,7 +44,7 @@ def mark_without_checkpoints(cfg: RunConfig, step: int, finished: bool) -> None:
     if finished:
         marker_of(cfg).unlink(missing_ok=True)
     else:
-        marker_of(cfg).write_text(f"preempted at step {step}\n")
+        marker_of(cfg).write_text(f"preempted at step {step}\n", "utf-8")
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
