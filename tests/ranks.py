@@ -41,7 +41,9 @@ def _rank(
         from ds_kd.parallel import world as distributed
 
         torch.set_num_threads(1)
-        world = distributed.start("gloo", timeout_minutes, **layout)
+        world = distributed.divide(
+            distributed.start("gloo", timeout_minutes), timeout_minutes, **layout
+        )
         result = worker(world, Path(directory), *args)
         (Path(directory) / f"result{rank}.json").write_text(json.dumps(result))
         distributed.stop()
@@ -76,7 +78,7 @@ def run_ranks(
     **layout: int,
 ) -> list:
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
-    order. `layout` has the sizes of `world.start`."""
+    order. `layout` has the sizes of `world.divide`."""
     context = _server()
     port = free_port()
     ranks = [

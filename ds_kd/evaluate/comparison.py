@@ -74,6 +74,16 @@ def _find_wrong_value(record: dict[str, Any]) -> str:
     return ""
 
 
+def shorten(names: list[str]) -> dict[str, str]:
+    """Return for each path as many of its last parts as tell it from the others."""
+    parts = {name: Path(name).parts for name in names}
+    for count in range(1, max(map(len, parts.values())) + 1):
+        short = {name: "/".join(part[-count:]) for name, part in parts.items()}
+        if len({*short.values()}) == len(short):
+            return short
+    return {name: name for name in names}
+
+
 def summarize(records: list[dict[str, Any]]) -> list[str]:
     """Return lines about the validation before and after a run, and its speed."""
     validations = [record for record in records if "val_loss" in record]

@@ -12,7 +12,7 @@ from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import ConfigError, config_error
-from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.load import fingerprint, settings_of
 from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
@@ -74,7 +74,6 @@ def build(
     Raises:
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)

@@ -193,10 +193,9 @@ def _evaluate_one(
 ) -> Evaluated:
     loaded = Loaded("--model", name, options.dtype, world)
     vocab = loaded.share_vocabulary(against) if against is not None else 0
+    encoder = loaded.encoder if against is None else loaded.encoder.read_no_more(against.encoder)
     with _blame("--data", options.data):
-        items = rank0_first(
-            lambda: load_items(task, options.data, options.limit, loaded.encoder), world
-        )
+        items = rank0_first(lambda: load_items(task, options.data, options.limit, encoder), world)
     key = _identify(loaded, against, task, items)
     title = {"model": name, "task": task.name, "data": options.data, "limit": options.limit}
     journal = Journal(_folder_of(options), key, title, items.rows, world.rank)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,11 @@ def select_location(component: Component) -> dict[str, Any]:
     """Return the arguments that choose the files, for the config and tokenizer of a model too."""
     names = ("revision", "trust_remote_code", "cache_dir", "gguf_file", "subfolder", "token")
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
+
+
+def select_trust(component: Component) -> dict[str, Any]:
+    """Return the argument that lets a model's own code run, for a model made of its config."""
+    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
 
 
 def tokenizer_of(component: Component, world: World) -> Any:
@@ -166,9 +172,8 @@ def check_files(component: Component) -> list[tuple[str, str]]:
         **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
     files = WeightFiles(name_of(component), select_location(component))
-    trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
-    model = empty_model(config, **trusted)
+    model = empty_model(config, **select_trust(component))
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return find_differing_ties(files, model)
@@ -228,7 +233,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if packs and cfg.packed_sequence.share_prefixes:
         checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     if world.sequence.size > 1:
-        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
+        check_parts = partial(probes.check_parts, everyone=world.everyone)
+        checks.append((check_parts, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.plans import predict
-from benchmarks.plans.count import Cost
+from benchmarks.plans.cost import Cost
 from benchmarks.plans.predict import Run
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.operations import count_operations

@@ -69,7 +69,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         return wrong
     files = files_of(source)
     if files is None:
-        if not is_directory(source) or _may_hold(Path(source), columns):
+        if not is_directory(source) or may_hold(Path(source), columns):
             return None
         expected = f"a directory of rows with {', '.join(columns)}"
         return problem(key, source, expected, "none of its files has them")
@@ -112,7 +112,7 @@ _MOST_FILES = 2000
 _FORMATS_LEFT = (".arrow", ".ndjson", ".tar", ".zip", ".hdf5", ".h5", ".lance", ".avro")
 
 
-def _may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
+def may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
     """Return whether a directory may hold rows with these columns: a file of it has them, or is
     one that only `datasets` can read."""
     if any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -66,6 +67,25 @@ def load_rows(
     if len(rows) == 0:
         raise ValueError(f"{source!r}, split {split!r}: no rows")
     return rows
+
+
+def find_held_out(source: str) -> str:
+    """Return the split of a source by which a model is judged: `validation` of a directory or a hub
+    data set that has one, else `train`. Files have no splits, and serve any."""
+    import datasets
+
+    try:
+        if files_of(source) is not None or (Path(source) / "state.json").is_file():
+            return "train"
+        names = Path(source) / "dataset_dict.json"
+        there = (
+            json.loads(names.read_text("utf-8"))["splits"]
+            if names.is_file()
+            else datasets.get_dataset_split_names(source)
+        )
+    except Exception:  # `load_rows` tells what is wrong with it
+        return "train"
+    return "validation" if "validation" in there else "train"
 
 
 def _load_files(files: list[str], split: str) -> Any:

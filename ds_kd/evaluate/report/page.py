@@ -50,7 +50,8 @@ td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 {% for name in found.models[0].metrics %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for each in found.models + found.differences %}<tr>
 <td>{{ each.model }}{% if each.minus %} − {{ each.minus }}{% endif %}</td>
-{% for value in each.metrics.values() %}<td class="n">{{ interval(value) }}</td>{% endfor %}</tr>
+{% for name in found.models[0].metrics %}<td class="n">
+{{ interval(each.metrics.get(name)) }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
 
 <h2>Curves</h2>
