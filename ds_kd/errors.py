@@ -62,12 +62,14 @@ _WORKERS = {
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Return the message for an error that means that a resource of the machine is used up or that
-    a loader's worker has ended, or None for any other error."""
+    """Return the message for an error that means that a resource of the machine is used up, that a
+    path is none, or that a loader's worker has ended, or None for any other error."""
     text = f"{type(error).__name__}: {error}"
     for words, remedy in _WORKERS.items():
         if words in text:
             return UserError(f"{first_line(error)}\n{remedy}")
+    if "File name too long" in text or "embedded null" in text:
+        return MachineError(f"a name is no path of this machine: {first_line(error):.200}")
     for what, several in _EXHAUSTED.items():
         if any(words in text for words in several):
             told = f"no more {what}: {first_line(error)}"

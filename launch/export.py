@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> None:
 
     # DeepSpeed prints a line for each thing it does, and progress bars; its errors are raised.
     with (
-        open(os.devnull, "w", encoding="utf-8") as nowhere,
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
         redirect_stdout(nowhere),
         redirect_stderr(nowhere),
     ):

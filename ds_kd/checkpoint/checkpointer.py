@@ -52,6 +52,7 @@ from ds_kd.checkpoint.manifest import (
     STATE,
     CheckpointError,
     error_of,
+    follow,
 )
 from ds_kd.checkpoint.retention import Retention, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
@@ -304,7 +305,7 @@ class Checkpointer:
     def newest(self) -> Path | None:
         """Return the checkpoint that `LATEST` names, without communication."""
         link = self.directory / LATEST
-        return link.resolve() if link.exists() else None
+        return follow(link) if link.exists() else None
 
     def note_validation(self, step: int, loss: float) -> None:
         """Add the loss of a validation to the checkpoint of a step, which was saved before it."""

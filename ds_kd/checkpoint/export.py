@@ -104,7 +104,7 @@ def export_to(checkpoint: Path, out: Path) -> None:
         aside.rename(out)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written ({first_line(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

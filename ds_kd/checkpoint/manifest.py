@@ -90,6 +90,11 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(f"{path}: content does not match its SHA-256")
 
 
+def follow(link: Path) -> Path:
+    """Return where a link leads in the end; the link itself if it leads in a circle."""
+    return Path(os.path.realpath(link))
+
+
 def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -11,7 +11,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, fsync
+from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, follow, fsync
 from ds_kd.files import parse_json, read_plain_file
 
 _OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.resharded|\.final\.(new|old)")
@@ -79,7 +79,7 @@ def best_in(directory: Path) -> list[Path]:
     """
     told = {path: _read_validation(path) for path in steps_in(directory)}
     known = {path: each for path, each in told.items() if each is not None}
-    reached = step_of((directory / LATEST).resolve())
+    reached = step_of(follow(directory / LATEST))
     course = [path for path in known if reached is None or (step_of(path) or 0) <= reached]
     measure = next((known[path][1] for path in course), None)
     if measure is not None:
@@ -109,7 +109,7 @@ def find_superfluous(directory: Path, keep: Retention) -> list[Path]:
     """
     if keep.last is None:
         return []
-    latest = (directory / LATEST).resolve()
+    latest = follow(directory / LATEST)
     reached = step_of(latest)
     course = [p for p in steps_in(directory) if reached is None or (step_of(p) or 0) <= reached]
     wanted = {latest, *(path.resolve() for path in best_in(directory)[: keep.best])}

@@ -7,6 +7,7 @@ print(student([{"role": "user", "content": "What is a list?"}]).text)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +95,10 @@ class LoadedStudent:
         """Return the tokens of a prompt, to the point where the answer begins.
 
         Raises:
-            StudentError: there is no chat template, or it refuses these messages.
+            StudentError: there is no chat template, it refuses these messages, or a text is not
+                UTF-8.
         """
+        _check_text(prompt)
         if isinstance(prompt, str) and not chat:
             return list(self.tokenizer(prompt)["input_ids"])
         if not self.chats:
@@ -170,6 +173,14 @@ class LoadedStudent:
                 f"answer; give a shorter one"
             )
         return room
+
+
+def _check_text(prompt: Any) -> None:
+    """Refuse a text that is not UTF-8, such as a shell may give, with a StudentError."""
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise StudentError("the prompt is not UTF-8, as no model reads other text") from None
 
 
 def find_ends(model: Any, tokenizer: Any) -> list[int]:

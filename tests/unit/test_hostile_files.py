@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ds_kd.checkpoint.manifest import CheckpointError, read_files_of
-from ds_kd.checkpoint.retention import best_in
+from ds_kd.checkpoint.manifest import CheckpointError, follow, read_files_of
+from ds_kd.checkpoint.restore import find
+from ds_kd.checkpoint.retention import Retention, best_in, find_superfluous
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.data.rows.source import load_rows
 from ds_kd.evaluate.comparison import read_lines
@@ -171,6 +172,14 @@ def test_files_of_a_run_that_are_none_are_not_waited_for(kind, tmp_path):
     (tmp_path / "step_0000001").mkdir()
     endless(tmp_path / "step_0000001" / "validation.json", kind)
     assert best_in(tmp_path) == []
+
+
+def test_a_latest_that_leads_in_a_circle_is_none(tmp_path):
+    endless(tmp_path / "LATEST", "a circle of links")
+    (tmp_path / "step_0000001").mkdir()
+    assert follow(tmp_path / "LATEST") == tmp_path / "LATEST"
+    assert find_superfluous(tmp_path, Retention(last=1, best=0)) == []
+    assert find(tmp_path / "nothing", print) is None
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd"])

@@ -97,7 +97,7 @@ def write_report(directories: list[Path], output: Path, evaluations: Sequence[Pa
     text = render(runs, [read_evaluation(path) for path in evaluations])
     try:
         check_replaceable(output)
-        output.write_text(text, encoding="utf-8")
+        output.write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
         told = error.strerror or first_line(error)
         raise ReportError(f"--output {output}: cannot be written ({told})") from error

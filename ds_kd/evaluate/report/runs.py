@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,7 +131,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         for each in (*found["models"], *found["differences"]):
             _ = each["model"]
             for metric in each["metrics"].values():
-                _ = [float(metric[name]) for name in ("value", "low", "high")]
+                _ = [math.isfinite(metric[name]) for name in ("value", "low", "high")]
     except OSError as error:
         raise ReportError(f"--evaluation {path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
