@@ -22,7 +22,7 @@ from tests.scripts import script
 
 DEEP = "[" * 100_000
 TREE = '{"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}, "added_tokens": []}'
-#: What stands in a file of a model in place of its content, and a part of what is told.
+#: A file of a model, the content that it has instead of its own, and a part of the message.
 DAMAGES = {
     "a list for a config": ("config.json", "[1]", ""),
     "a config without bottom": ("config.json", DEEP, ""),

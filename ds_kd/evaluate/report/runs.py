@@ -126,7 +126,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """
     try:
         found = parse_json(read_plain_file(path, _LARGEST))
-        # What the page shows is there.
+        # All that the page shows is there.
         _ = found["task"], found["models"][0]["samples"]
         for each in (*found["models"], *found["differences"]):
             _ = each["model"]
