@@ -57,9 +57,19 @@ def load(
     Raises:
         ConfigError: lists all problems.
     """
-    data, text, source = read(path, overrides or [])
+    data, text, source = read(path, overrides or [], _list_known())
     with source.add_places():
         return replace(_check(mark_permitted(data, allow), config_only), text=text, source=source)
+
+
+def _list_known() -> set[str]:
+    """Return the dotted names of the schema's keys but those that take any value."""
+    known = set()
+    for name, key in keys_of(RunConfig).items():
+        inner = keys_of(key.section) if key.section else {}
+        known |= {f"{name}.{part}" for part in inner}
+        known |= set() if inner or key.annotation is Any else {name}
+    return known
 
 
 def _check(data: dict, config_only: bool) -> RunConfig:

@@ -14,7 +14,8 @@ from typing import Any
 
 from ds_kd.config.components import Component, problem
 from ds_kd.config.sections import Peft
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.errors import first_line
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000
 #: Models whose linear maps have the same names in their files and in memory.
