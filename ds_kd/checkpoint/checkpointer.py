@@ -52,6 +52,7 @@ from ds_kd.checkpoint.manifest import (
     STATE,
     CheckpointError,
     error_of,
+    follow,
 )
 from ds_kd.checkpoint.retention import Retention, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
@@ -213,7 +214,7 @@ class Checkpointer:
 
     def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
         """Return the bytes of a checkpoint, over all ranks."""
-        total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
+        total = int(sum_over([engine_files.count_written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
             parameters = engine.module.model.parameters()
             total += sum(count_numbers(p) * p.element_size() for p in parameters)
@@ -288,7 +289,7 @@ class Checkpointer:
         scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         if self.buffer is not None and (found / ROLLOUTS).is_file():
-            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text()))
+            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
         self.changes = differences(saved.get("fingerprint", {}), self.fingerprint, self.defaults)
         if "validation" in saved:  # earlier versions did not save it
             before = saved["validation"]
@@ -315,7 +316,7 @@ class Checkpointer:
     def newest(self) -> Path | None:
         """Return the checkpoint that `LATEST` names, without communication."""
         link = self.directory / LATEST
-        return link.resolve() if link.exists() else None
+        return follow(link) if link.exists() else None
 
     def note_validation(self, step: int, loss: float) -> None:
         """Add the loss of a validation to the checkpoint of a step, which was saved before it."""
@@ -335,7 +336,7 @@ class Checkpointer:
         if finished:
             marker.unlink(missing_ok=True)
         else:
-            marker.write_text(f"preempted at step {step}\n")
+            marker.write_text(f"preempted at step {step}\n", "utf-8")
 
     def _write_small(
         self, engine: Any, state: TrainState, aside: Path, validation_loss: float | None
@@ -348,10 +349,10 @@ class Checkpointer:
             "tensor_size": self.world.tensor.size,
             "fingerprint": self.fingerprint,
         }
-        (aside / STATE).write_text(json.dumps(saved))
-        (aside / CONFIG).write_text(self.config_text)
+        (aside / STATE).write_text(json.dumps(saved), "utf-8")
+        (aside / CONFIG).write_text(self.config_text, "utf-8")
         if self.buffer is not None and (kept := self.buffer.state_dict(state.step)) is not None:
-            (aside / ROLLOUTS).write_text(json.dumps(kept))
+            (aside / ROLLOUTS).write_text(json.dumps(kept), "utf-8")
 
         # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model

@@ -57,9 +57,19 @@ def load(
     Raises:
         ConfigError: lists all problems.
     """
-    data, text, source = read(path, overrides or [])
+    data, text, source = read(path, overrides or [], _list_known())
     with source.add_places():
         return replace(_check(mark_permitted(data, allow), config_only), text=text, source=source)
+
+
+def _list_known() -> set[str]:
+    """Return the dotted names of the schema's keys but those that take any value."""
+    known = set()
+    for name, key in keys_of(RunConfig).items():
+        inner = keys_of(key.section) if key.section else {}
+        known |= {f"{name}.{part}" for part in inner}
+        known |= set() if inner or key.annotation is Any else {name}
+    return known
 
 
 def _check(data: dict, config_only: bool) -> RunConfig:
@@ -94,8 +104,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
         other = find_other_tokenizer(cfg.model, cfg.teacher_model, cfg.kd_ratio > 0)
         problems += [other] if other else []
     if not config_only and cfg.model:
-        sets = [each for each in (cfg.dataset, *cfg.validation_dataset.values()) if each]
-        missing = find_missing_template(cfg.model, sets)
+        missing = find_missing_template(cfg.model, cfg.dataset, [*cfg.validation_dataset.values()])
         problems += [missing] if missing else []
     if problems:
         raise ConfigError(_drop_repeats(problems, written))
@@ -189,8 +198,7 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
 def list_defaults(cfg: RunConfig) -> dict[str, Any]:
     """Return the values of the keys that a YAML does not give, by dotted name.
 
-    Of the arguments of `_target_` sections only those are there that have one default whatever the
-    section calls.
+    Arguments of `_target_` sections are there only if they have one default whatever is called.
     """
     found: dict[str, Any] = {}
     for name, key in every_key():

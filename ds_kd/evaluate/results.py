@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ds_kd.evaluate.comparison import shorten
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.kinds import Record
@@ -38,7 +40,7 @@ def summarize(
     task: str, metrics: Sequence[Metric], evaluated: list[Evaluated], about: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the results as JSON: each model's metrics with 95 % intervals, and the differences of
-    every two models that could score the same samples.
+    every two models that could score the same samples, in the metrics that compare them.
 
     Args:
         task: its name.
@@ -54,10 +56,20 @@ def summarize(
     for first, second in itertools.combinations(evaluated, 2):
         if first.rows == second.rows:
             pair = second.records, first.records
-            found = {metric.name: asdict(estimate_difference(metric, *pair)) for metric in metrics}
+            found = {
+                metric.name: asdict(estimate_difference(metric, *pair))
+                for metric in metrics
+                if _divide_alike(metric, *pair)
+            }
             names = {"model": second.model, "minus": first.model}
             differences.append({**names, "metrics": found})
     return {"task": task, **about, "models": models, "differences": differences}
+
+
+def _divide_alike(metric: Metric, records: list[Record], others: list[Record]) -> bool:
+    """Return whether both models' sums are divided by the same number for each sample. Other
+    tokenizers make other tokens, and means over these are not to be compared."""
+    return bool(np.array_equal(metric.read(records)[1], metric.read(others)[1]))
 
 
 def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
@@ -69,7 +81,7 @@ def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
         rows.append([labels[each["model"]], *(_show(each["metrics"][name]) for name in names)])
     for each in results["differences"]:
         label = f"{labels[each['model']]} − {labels[each['minus']]}"
-        rows.append([label, *(_show(each["metrics"][name], "+") for name in names)])
+        rows.append([label, *(_show(each["metrics"].get(name), "+") for name in names)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
@@ -80,7 +92,9 @@ def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     return "\n".join([f"{told}, 95 % bootstrap intervals", *(line.rstrip() for line in lines)])
 
 
-def _show(value: dict[str, float], sign: str = "") -> str:
+def _show(value: dict[str, float] | None, sign: str = "") -> str:
+    if value is None:
+        return "—"
     middle = f"{value['value']:{sign}.{_DIGITS}f}"
     return f"{middle} [{value['low']:{sign}.{_DIGITS}f}, {value['high']:{sign}.{_DIGITS}f}]"
 

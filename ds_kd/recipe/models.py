@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ds_kd.errors import first_line
 from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
     WeightFiles,
@@ -60,9 +62,10 @@ def tokenizer_of(component: Component, world: World) -> Any:
     expect_hub(name_of(component))
     with config_error(key, name_of(component), expected):
         try:
-            tokenizer = rank0_first(
-                lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
-            )
+            with name_damage(name_of(component)):
+                tokenizer = rank0_first(
+                    lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
+                )
         except (ValueError, OSError, ImportError) as error:
             # transformers lists what it has tried, and takes a path for a name on the hub.
             told = "" if kwargs.get("subfolder") else explain_no_tokenizer(name_of(component))
@@ -123,14 +126,15 @@ def refuse_damage(load: Callable[[], Any]) -> Any:
     """Return `load()`.
 
     Raises:
-        ValueError: a file of weights is damaged.
+        ValueError: a file is damaged.
     """
     from safetensors import SafetensorError
 
-    try:
-        return load()
-    except SafetensorError as error:
-        raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
+    with name_damage():
+        try:
+            return load()
+        except SafetensorError as error:
+            raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
 
 
 def check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
@@ -244,7 +248,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if packs and cfg.packed_sequence.share_prefixes:
         checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     if world.sequence.size > 1:
-        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
+        check_parts = partial(probes.check_parts, everyone=world.everyone)
+        checks.append((check_parts, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
@@ -320,5 +325,5 @@ def config_of(component: Component) -> Any:
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
     expect_hub(name_of(component))
-    with config_error(key, name_of(component), expected):
+    with config_error(key, name_of(component), expected), name_damage(name_of(component)):
         return AutoConfig.from_pretrained(name_of(component), **select_location(component))

@@ -1,4 +1,5 @@
-"""What surrounds the process: variables, limits, directories, output. Each ends in a sentence."""
+"""The surroundings of the process: variables, limits, directories, output. Each ends in a
+sentence."""
 
 from __future__ import annotations
 
@@ -247,7 +248,9 @@ def test_a_node_that_is_told_to_stop_before_its_ranks_are_there_ends_with_that_c
     ],
 )
 def test_every_terminal_shows_what_it_can(locale):
-    done = shell("KD --list-keys kd_ratio && KD --help | tail -n 1", **locale)
+    done = shell(
+        "KD --list-keys kd_ratio && KD --help | tail -n 1 && KD -c GUIDE --check", **locale
+    )
     assert done.returncode == 0 and not done.stderr
     assert "\\u03b1 of the distillation loss" in done.stdout
 

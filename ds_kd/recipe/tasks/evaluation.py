@@ -36,6 +36,7 @@ from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.evaluate.tasks.own import make_task
+from ds_kd.files import check_replaceable
 from ds_kd.losses.head import States
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.files.model_files import identity_of
@@ -192,10 +193,9 @@ def _evaluate_one(
 ) -> Evaluated:
     loaded = Loaded("--model", name, options.dtype, world)
     vocab = loaded.share_vocabulary(against) if against is not None else 0
+    encoder = loaded.encoder if against is None else loaded.encoder.read_no_more(against.encoder)
     with _blame("--data", options.data):
-        items = rank0_first(
-            lambda: load_items(task, options.data, options.limit, loaded.encoder), world
-        )
+        items = rank0_first(lambda: load_items(task, options.data, options.limit, encoder), world)
     key = _identify(loaded, against, task, items)
     title = {"model": name, "task": task.name, "data": options.data, "limit": options.limit}
     journal = Journal(_folder_of(options), key, title, items.rows, world.rank)
@@ -222,8 +222,7 @@ def _check_output(options: Options) -> None:
         OSError: they cannot be made, or written to.
     """
     assert options.output is not None
-    if options.output.is_dir():
-        raise IsADirectoryError("it is a directory; give the name of a .json file")
+    check_replaceable(options.output)
     folder = _folder_of(options)
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
