@@ -29,22 +29,26 @@ class CompareError(UserError):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file.
+    """Return the records of a log of JSON lines. A last line without an end is left out: its run is
+    writing it, or was killed meanwhile.
 
     Raises:
         CompareError: it cannot be read, or a line is no record.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise CompareError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CompareError(f"{path}: not text, expected lines of JSON") from error
     records = []
+    lines = text.splitlines()
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line) if line.strip() else {}
         except json.JSONDecodeError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
             raise CompareError(f"{path}, line {number}: not JSON: {error.msg}") from error
         if not isinstance(record, dict):
             raise CompareError(f"{path}, line {number}: got {line:.80}, expected a mapping")
