@@ -139,7 +139,7 @@ def test_runs_that_have_a_colour_again_are_dashed_in_charts_and_names(tmp_path):
     text = (tmp_path / "a.html").read_text()
     assert text.count("stroke-dasharray: 2.") == 1
     # In the tables and above the curves.
-    assert text.count("border-top-style:dashed") == text.count("border-top-style:solid") / 7 > 0
+    assert text.count("border-top-style:dotted") == text.count("border-top-style:solid") / 7 > 0
 
 
 def test_what_is_no_run_is_told(tmp_path, capsys):

@@ -24,7 +24,7 @@ td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 .mark { display: inline-block; width: 1.6em; border-top: .4em; margin: 0 .5em .2em 0 }
 </style></head><body>
 {% macro label(k) %}<span class="mark" style="border-top-color:{{ styles[k].color }};
-border-top-style:{{ "dashed" if styles[k].linestyle == "--" else "solid" }}"></span>
+border-top-style:{{ "dotted" if styles[k].linestyle == "--" else "solid" }}"></span>
 {{- runs[k].name }}{% endmacro %}
 <h1>Distillation runs</h1>
 
