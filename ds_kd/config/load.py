@@ -91,8 +91,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
         other = find_other_tokenizer(cfg.model, cfg.teacher_model, cfg.kd_ratio > 0)
         problems += [other] if other else []
     if not config_only and cfg.model:
-        sets = [each for each in (cfg.dataset, *cfg.validation_dataset.values()) if each]
-        missing = find_missing_template(cfg.model, sets)
+        missing = find_missing_template(cfg.model, cfg.dataset, [*cfg.validation_dataset.values()])
         problems += [missing] if missing else []
     if problems:
         raise ConfigError(_drop_repeats(problems, written))

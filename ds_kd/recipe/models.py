@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -229,7 +230,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if packs and cfg.packed_sequence.share_prefixes:
         checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     if world.sequence.size > 1:
-        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
+        check_parts = partial(probes.check_parts, everyone=world.everyone)
+        checks.append((check_parts, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)

@@ -967,6 +967,13 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert new.main([*words, "--data", str(rows), "--chat-template", str(template)]) == 0
     path.write_text(capsys.readouterr().out)
     assert load(path).dataset.kwargs["chat_template"] == str(template)
+    # A template of one validation set is not that of others where the training set is absent.
+    held_out = '{"_target_": "ds_kd.data.text.make_sharegpt_dataset", "dataset_name": "%s"%s}'
+    first = held_out % (rows, f', "chat_template": "{template}"')
+    both = f"validation_dataset={{a: {first}, b: {held_out % (rows, '')}}}"
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["dataset=null", both])
+    assert "validation_dataset.b.chat_template: missing" in "\n".join(caught.value.problems)
     assert new.main([*words, "--data", str(tmp_path / "notes.txt")]) == 2
     assert '{"text": …} lines' in capsys.readouterr().err
 

@@ -99,11 +99,11 @@ def test_the_kernel_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     options, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ds_kd.losses.fused import forward_kl
+    from ds_kd.losses.fused import forward_kl, programs
     from ds_kd.losses.fused.kernel import distil_row
 
-    fixed = [*options, len(forward_kl.COLUMNS), forward_kl._BLOCK]
-    made = compile_for_h100(distil_row, [*GIVEN, *["fp32"] * 3], fixed, forward_kl._WARPS)
+    fixed = [*options, len(forward_kl.COLUMNS), programs.BLOCK]
+    made = compile_for_h100(distil_row, [*GIVEN, *["fp32"] * 3], fixed, programs.WARPS)
     assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 4
 
 
@@ -113,11 +113,11 @@ def test_the_template_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     name, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ds_kd.losses.fused import terms
+    from ds_kd.losses.fused import programs, terms
     from ds_kd.losses.fused.terms_kernel import TERMS_BY_NAME, distil_row_by
 
-    fixed = [TERMS_BY_NAME[name], True, len(terms.COLUMNS), terms._BLOCK]
-    made = compile_for_h100(distil_row_by, [*GIVEN, *["fp32"] * 5], fixed, terms._WARPS)
+    fixed = [TERMS_BY_NAME[name], True, len(terms.COLUMNS), programs.BLOCK]
+    made = compile_for_h100(distil_row_by, [*GIVEN, *["fp32"] * 5], fixed, programs.WARPS)
     assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 6
 
 

@@ -94,7 +94,7 @@ RUN_BY = {
     "python launch/kd.py --config cfg.yaml": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
     "python launch/kd.py --config ds_configs/": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
     "deepspeed launch/kd.py": "e2e/test_run.py::test_the_guides_yaml_runs_under_the_deepspeed",
-    "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_one_job_on_two_hosts",
+    "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_cut_matrices_on_two_hosts",
     "torchrun --nproc-per-node": "e2e/test_run.py::test_torchrun_starts_the_same_run",
     "NPROC=2 bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",
     "bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -162,7 +163,8 @@ def write_universal(directory: Path, out: Path) -> None:
             torch.save({"param": files.read(name, state)}, out / "zero" / name / f"{state}.pt")
     kept = {**files.optimizer, "fp32_flat_groups": []}
     states = kept["optimizer_state_dict"]
-    step = {0: {"step": states["state"][0]["step"].clone()}}
+    # DeepSpeed's Adam for the host counts steps in a plain number; a tensor is read from the disk.
+    step = {0: {"step": deepcopy(states["state"][0]["step"])}}
     kept["optimizer_state_dict"] = {**states, "state": step}
     torch.save(kept | {"param_groups": states["param_groups"]}, out / "zero" / "optimizer_state.pt")
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ds_kd.config.checks.weights import read_config
+from ds_kd.config.checks.weights import find_text_config, read_config
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import problem
 from ds_kd.config.names import AUTO, INT8
@@ -48,7 +48,8 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         return
     is_cut = cfg.loads_teacher and of_teacher > 1
     for component in filter(None, (cfg.model, cfg.teacher_model if is_cut else None)):
-        config, parts = read_config(component), cfg.distributed.cp_size or 1
+        config = find_text_config(read_config(component))
+        parts = cfg.distributed.cp_size or 1
         remedy = REMEDY if component is cfg.model else REMEDY_OF_TEACHER
         if config and (misfit := find_misfit(config, size, parts, remedy)):
             key = f"{component.key}.pretrained_model_name_or_path"
@@ -91,11 +92,13 @@ def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1, remedy: st
     """Return why a model cannot be cut over `size` ranks, or an empty text.
 
     Args:
-        config: the content of its config.json.
+        config: the content of its config.json, or its `text_config`.
         parts: ranks over which samples are split, each of which needs a head of its own.
         remedy: what to do where no number of ranks fits.
     """
     kind = config.get("model_type")
+    if kind is None:  # of a `text_config` that leaves it to the class, which a run knows
+        return ""
     if kind not in ARCHITECTURES:
         return f"{_tell_why(config)}; {remedy}"
     counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
