@@ -10,6 +10,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.rows.detect import samples_of
+from ds_kd.data.rows.source import find_held_out
 from ds_kd.errors import UserError, first_line
 
 NEW_TOKENS = 40
@@ -167,7 +168,7 @@ def compare(
     if isinstance(data, Path):
         name = str(data)
         try:
-            samples = samples_of(name, tokenizer, row + 1)
+            samples = samples_of(name, tokenizer, row + 1, find_held_out(name))
         except ValueError as error:
             raise CompareError(f"--data: {first_line(error)}") from error
     if row >= len(samples):
