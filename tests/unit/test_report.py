@@ -128,7 +128,7 @@ def test_one_run_and_an_old_log_make_a_page_too(tmp_path):
     assert "none (step_scheduler.val_samples)" in (tmp_path / "a.html").read_text()
 
 
-def test_what_is_no_run_is_told(tmp_path, capsys):
+def test_a_directory_that_is_no_run_is_told(tmp_path, capsys):
     for name, text in {"empty": None, "blank": "", "torn": "{"}.items():
         (tmp_path / name).mkdir()
         if text is not None:
