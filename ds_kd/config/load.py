@@ -198,7 +198,7 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
 def list_defaults(cfg: RunConfig) -> dict[str, Any]:
     """Return the values of the keys that a YAML does not give, by dotted name.
 
-    Arguments of `_target_` sections are there only if they have one default whatever the section
+    An argument of a `_target_` section is there if its default is the same whatever the section
     calls.
     """
     found: dict[str, Any] = {}

@@ -9,6 +9,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.rows.detect import samples_of
+from ds_kd.data.rows.source import find_held_out
 from ds_kd.errors import UserError, first_line
 from ds_kd.files import NotPlainFileError, parse_json, read_plain_file
 from ds_kd.models.files.damage import name_damage
@@ -31,16 +32,21 @@ class CompareError(UserError):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file.
+    """Return the records of a log of JSON lines. A last line without an end is left out: its run is
+    writing it, or was killed meanwhile.
 
     Raises:
         CompareError: it cannot be read, or a line is no record of a run.
     """
     records = []
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
+    text = _read_text(path)
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             record = parse_json(line) if line.strip() else {}
         except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
             what = getattr(error, "msg", first_line(error))
             raise CompareError(f"{path}, line {number}: not JSON: {what}") from error
         if not isinstance(record, dict):
@@ -190,7 +196,7 @@ def compare(
     if isinstance(data, Path):
         name = str(data)
         try:
-            samples = samples_of(name, tokenizer, row + 1)
+            samples = samples_of(name, tokenizer, row + 1, find_held_out(name))
         except ValueError as error:
             raise CompareError(f"--data: {first_line(error)}") from error
     if row >= len(samples):

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ds_kd import __version__
+from ds_kd.config.checks.data import find_wrong_source
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.names import MODEL
 from ds_kd.config.task import METRICS, TaskFile, load_task
@@ -154,6 +155,8 @@ def evaluate(
     if options.output is not None:
         with _blame("--output", str(options.output)):
             on_rank0(lambda: _check_output(options), world)
+    if wrong := find_wrong_source("--data", options.data):
+        raise EvaluationError(wrong)
     with _blame("--data", options.data):
         task = rank0_first(lambda: fit_task(task, options.data), world)
 
