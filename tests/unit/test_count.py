@@ -30,7 +30,7 @@ def test_operations_between_products_are_joined():
     assert totals.joined == (1 + 1 + 2) * 256
 
 
-def test_what_3b_to_1b_costs_a_gpu():
+def test_a_step_of_3b_to_1b_costs_a_gpu_so_much():
     """A change that makes a step cost more is seen here."""
     lengths = [4096]
     cost = predict.count_pair("3B-1B", lengths, predict.make_loss())
@@ -62,7 +62,7 @@ def received(run: Run) -> dict[str, float]:
     return found
 
 
-def test_what_ranks_of_70b_to_8b_receive():
+def test_ranks_of_70b_to_8b_receive_so_many_bytes():
     """The teacher has 70.55e9 parameters, 141.1 GB; a rank of 8 lacks seven eighths of them: 123.5.
     The student has 8.03e9, 16.06 GB, twice; but once the head of 1.05 GB and the last three of its
     layers, of 0.436 GB each, as they are used again within DeepSpeed's 1e9 weights."""

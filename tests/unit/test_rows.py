@@ -213,7 +213,7 @@ def test_all_columns_of_csv_are_text_numbers_and_empty_cells_too(tmp_path):
         (lines(PAIRS).encode() + LATIN, "byte 0xe9 is not of UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_files_text_is_told_by_the_check(tmp_path, content, said):
+def test_the_check_tells_the_faults_of_a_files_text(tmp_path, content, said):
     path = tmp_path / "r.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in wrong(path)
