@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import Component, problem
-from ds_kd.errors import NotPlainFileError, read_plain_file
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000  # those of 256 thousand tokens have about 35 MB
 
@@ -51,7 +51,7 @@ def find_other_tokenizer(student: Component, teacher: Component, is_needed: bool
 
 
 _NEED_TEMPLATE = (".ChatDataset", ".make_sharegpt_dataset")
-#: Where transformers finds a template beside the model.
+#: Names under which transformers finds a template beside the model.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 

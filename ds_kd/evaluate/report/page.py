@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_kd.errors import first_line
 from ds_kd.evaluate.comparison import SHOWN
 from ds_kd.evaluate.report.charts import draw_charts, style_of
 from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_evaluation, read_run
+from ds_kd.files import check_replaceable
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -94,9 +97,11 @@ def write_report(directories: list[Path], output: Path, evaluations: Sequence[Pa
     runs = [read_run(directory) for directory in directories]
     text = render(runs, [read_evaluation(path) for path in evaluations])
     try:
-        output.write_text(text, encoding="utf-8")
+        check_replaceable(output)
+        output.write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
-        raise ReportError(f"--output {output}: cannot be written ({error.strerror})") from error
+        told = error.strerror or first_line(error)
+        raise ReportError(f"--output {output}: cannot be written ({told})") from error
 
 
 def render(runs: list[Run], evaluations: Sequence[dict[str, Any]] = ()) -> str:
@@ -136,6 +141,6 @@ def _format_interval(found: dict[str, float] | None) -> str:
 
 
 def _format_amount(value: Any) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "—"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

@@ -37,6 +37,7 @@ from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.evaluate.tasks.own import make_task
+from ds_kd.files import check_replaceable
 from ds_kd.losses.head import States
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.files.model_files import identity_of
@@ -224,8 +225,7 @@ def _check_output(options: Options) -> None:
         OSError: they cannot be made, or written to.
     """
     assert options.output is not None
-    if options.output.is_dir():
-        raise IsADirectoryError("it is a directory; give the name of a .json file")
+    check_replaceable(options.output)
     folder = _folder_of(options)
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)
