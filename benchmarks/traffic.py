@@ -26,7 +26,7 @@ def count_bytes() -> Iterator[defaultdict[str, Counter[tuple[int, ...]]]]:
     plain = {name: getattr(comm.cdb, name) for name in _COLLECTIVES}
 
     def watch(name: str) -> Any:
-        def counted(*args: Any, group: Any = None, **named: Any) -> Any:
+        def count(*args: Any, group: Any = None, **named: Any) -> Any:
             members = dist.get_process_group_ranks(group or dist.group.WORLD)
             given = [*args, *named.values()]
             lists = [each if isinstance(each, list) else [each] for each in given]
@@ -35,7 +35,7 @@ def count_bytes() -> Iterator[defaultdict[str, Counter[tuple[int, ...]]]]:
             counts[_COLLECTIVES[name]][tuple(members)] += max(sizes)
             return plain[name](*args, group=group, **named)
 
-        return counted
+        return count
 
     for name in plain:
         setattr(comm.cdb, name, watch(name))

@@ -18,7 +18,7 @@ class UserError(Exception):
     """
 
     exit_code = 1
-    #: Whether it is about the YAML and its overrides, which all ranks read.
+    #: True if it is about the YAML and its overrides, which all ranks read.
     is_of_config = False
 
     def text(self, excerpts: bool = False) -> str:

@@ -3,9 +3,9 @@
     python launch/new_config.py --student DIR --teacher DIR --data FILE --gpus 8 > cfg.yaml
     python launch/new_config.py … --gpus 64 --nodes 8 --gpu-memory 80GB --host-memory 2TB > cfg.yaml
 
-Models and data are directories, files or hub ids. Of all batch sizes, places of the teacher,
-activation checkpointing and offload whose memory plan fits, the YAML has those whose step takes
-least time, and says why; steps and validation follow the number of rows. Without --validation a
+Models and data are directories, files or hub ids. The YAML has the batch sizes, place of the
+teacher, activation checkpointing and offload whose step takes least time among all whose memory
+plan fits, and says why; steps and validation follow the number of rows. Without --validation a
 share of the rows is kept out of training and validated on. Exit code 2 where something named is
 wrong.
 """
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     quiet()
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import Rows, write_starter
+    from ds_kd.plan.new_config.starter import Rows, write_starter
     from ds_kd.plan.step.cluster import bytes_of, divide_over_nodes, make_cluster
 
     try:

@@ -54,7 +54,8 @@ def _rank(
 
 @functools.cache
 def _server():
-    """Where ranks are forked: a process that has imported once what takes each of them seconds."""
+    """Return the process from which ranks are forked: a process that has imported once what takes
+    each of them seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["transformers", "datasets", "peft", "ds_kd.recipe.run", "transformers.models.llama"]

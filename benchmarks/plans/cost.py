@@ -28,7 +28,8 @@ _ONLY_WRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")
 _TOUCH_FEW = (
     "aten::gather", "aten::scatter_add_", "aten::new_full", "aten::new_zeros", "aten::embedding",
 )  # fmt: skip
-#: How often a kernel of our own reads its arguments, by name; it writes over the first once.
+#: Number of times that a kernel of our own reads its arguments, by name; it writes over the first
+#: once.
 _READS = {
     "ds_kd::distil_rows": {"student": 2, "teacher": 2},
     "ds_kd::distil_rows_by": {"student": 3, "teacher": 3},
@@ -186,7 +187,7 @@ def make_step(
         loss: the `DistillationLoss`.
         lengths: tokens of the samples of a pack, all of them supervised. One sample is a pack too,
             as SDPA would go another way on meta tensors than it goes on a GPU.
-        parents: of the nodes, where samples share their beginnings (`ds_kd.models.tree`).
+        parents: of the nodes, where samples share their beginnings (`ds_kd.models.packs.tree`).
     """
     from ds_kd.losses.head import States
     from ds_kd.models import causal_lm

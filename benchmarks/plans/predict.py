@@ -1,7 +1,7 @@
 """Predict the time of a step of named Llama pairs from what `cost.py` counts: its operations and
 bytes at a GPU's rates, and the exchange of ZeRO-3 between ranks.
 
-What is assumed is in `ASSUMED` and printed with each prediction; docs/performance.md compares one
+The assumptions are in `ASSUMED` and printed with each prediction; docs/performance.md compares one
 with a measurement.
 """
 

@@ -1,4 +1,5 @@
-"""What ranks exchange in a step: the teacher batch by batch or in a window, gradients each or once.
+"""Measure what ranks exchange in a step: teacher batch by batch or in a window, gradients each or
+once.
 
     torchrun --nproc-per-node 2 benchmarks/speed/exchange.py --teacher DIR --student DIR --data FILE
 

@@ -47,7 +47,8 @@ ALONE = "CE only"
 _ALPHA, _TEMPERATURE = "kd_ratio", "kd_loss_fn.temperature"
 _TEACHER = "teacher_model.pretrained_model_name_or_path"
 _SEEDS = ("seed", "rng.seed")
-#: What a name tells by itself, and what changes where and how a run works, but not what it learns.
+#: Keys that a name tells by itself, and keys that change where and how a run works, but not what it
+#: learns.
 _TOLD = (_ALPHA, _TEMPERATURE, _TEACHER, *_SEEDS)
 _WITHOUT_EFFECT = re.compile(
     r"(checkpoint|tensorboard|wandb|slurm|compile|dataloader\.num_workers"
@@ -116,7 +117,7 @@ def name_settings(given: Sequence[dict[str, Any]]) -> list[Setting]:
         for key, default in ((_ALPHA, 0.5), (_TEMPERATURE, 1.0))
     )
 
-    # Of cross-entropy alone the temperature is told where there are several.
+    # The temperature of cross-entropy alone is told where there are several.
     usual_teacher = _find_usual(teachers)
     usual_heat = _find_usual([t for a, t in zip(alphas, temperatures, strict=True) if not a])
     keys = [key for key in dict.fromkeys(k for each in values for k in each) if key not in _TOLD]

@@ -203,7 +203,7 @@ class Checkpointer:
 
     def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
         """Return the bytes of a checkpoint, over all ranks."""
-        total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
+        total = int(sum_over([engine_files.count_written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
             parameters = engine.module.model.parameters()
             total += sum(count_numbers(p) * p.element_size() for p in parameters)

@@ -199,7 +199,7 @@ def state_bytes(engine: Any) -> int:
     return _bytes_of([*tensors, *_find_trained_tensors(engine)])
 
 
-def written_bytes(engine: Any) -> int:
+def count_written_bytes(engine: Any) -> int:
     """Return the bytes that this rank writes into a checkpoint: fp32 weights and optimizer states,
     which before the first step are estimated."""
     trained = _find_trained_tensors(engine)

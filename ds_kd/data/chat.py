@@ -2,7 +2,7 @@
 
 In plain form the tokens of the answer and EOS after them are supervised. In chat form all tokens
 that an assistant turn adds to the rendered conversation are (header and closing tokens included),
-or those that the template marks with `{% generation %}`. Of an empty answer or turn no token is.
+or those that the template marks with `{% generation %}`. No token of an empty answer or turn is.
 This module imports no torch, as the check of a config imports it.
 """
 
@@ -31,7 +31,7 @@ def tokenize_prompt_answer(
 
     The text is tokenised once, as the model will read it. If a BPE merges the prompt's last space
     into the answer's first token, that token belongs to the answer. EOS ends the answer, so that
-    the student learns to stop. Of an empty answer no token is supervised.
+    the student learns to stop. No token of an empty answer is supervised.
 
     Args:
         tokenizer: the offsets of a fast one tell which characters each token holds. With a slow

@@ -1,8 +1,8 @@
 """Run a task on a model: samples in batches, batches shared out over ranks, records gathered.
 
-How samples are put into batches depends on the samples alone, never on the number of ranks or on
-where an earlier evaluation stopped: a sum in floating point depends a little on its batch, and so
-all of these give the same numbers.
+Batches depend on the samples alone, never on the number of ranks or on where an earlier evaluation
+stopped: a sum in floating point depends a little on its batch, and so all of these give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> 
         samples = samples_of(source, encoder.tokenizer, limit, split)
         made = [task.prepare(sample, encoder) for sample in samples]
 
-    # Of a sample without a supervised token nothing can be said.
+    # A sample without a supervised token tells nothing.
     if not any(made):
         raise ValueError(f"{source!r}: none of its {len(made)} rows has anything to score")
     if all(item.get("references") == [] for items in made for item in items):

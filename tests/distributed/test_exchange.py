@@ -1,4 +1,4 @@
-"""What four ranks exchange in a step, counted in bytes, and that less of it changes no result."""
+"""The exchange of four ranks in a step, counted in bytes, and that less of it changes no result."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def rows_of(world, kind):
 
 
 def teach_in_windows(world, paths):
-    """Of every layout: (bytes gathered by the teacher for a step and whether weights are equal to
-    the last bit) with micro-batches one by one, all in a window, and two in a window."""
+    """Return for every layout (bytes gathered by the teacher for a step and whether weights are
+    equal to the last bit) with micro-batches one by one, all in a window, and two in a window."""
     from ds_kd.teachers.base import ask
     from ds_kd.teachers.window import Window, agrees, divide_layers
     from ds_kd.train.batches import move_batch
@@ -214,7 +214,7 @@ def test_copies_inside_a_machine_keep_gathers_there_and_change_no_bit(found):
     (taught, stepped), (near_taught, near_stepped) = case["over all"], case["inside"]
     assert taught[0] > 0 and taught[1] == 0
     assert near_taught == [0, taught[0]]  # nothing of the teacher crosses
-    # Of two micro-batches' passes, forward and backward, the student's first one crosses.
+    # The student's first of two micro-batches' passes, forward and backward, crosses.
     assert 0 < near_stepped[0] <= stepped[0] / 4 and near_stepped[1] > 0
     assert case["same"] == [True, True], case
 

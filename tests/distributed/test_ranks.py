@@ -1,4 +1,4 @@
-"""What ranks do together."""
+"""Work that ranks do together."""
 
 from __future__ import annotations
 

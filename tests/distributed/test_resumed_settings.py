@@ -1,4 +1,4 @@
-"""What the YAML says of the optimizer and its schedule holds after a resume; what it does not
+"""The YAML's words on the optimizer and its schedule hold after a resume; what it does not
 change stays as it was, bit for bit."""
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def on_two_ranks(world, root, paths):
 
 
 def ended_and_measured_otherwise(world, root, paths):
-    """What each start of a run that patience ended says, and the steps at which it begins and
-    ends."""
+    """Return what each start of a run that patience ended says, and the steps at which it begins
+    and ends."""
     cfg = load(GUIDE, [f"checkpoint.checkpoint_dir={root / 'measured'}"])
 
     def start(patience, kd_ratio, data):

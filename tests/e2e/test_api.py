@@ -1,4 +1,4 @@
-"""What launch/kd.py does, from Python: `load_config`, `build`, `train`, more than once."""
+"""The work of launch/kd.py, from Python: `load_config`, `build`, `train`, more than once."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ PartitionName=all Nodes=n1,n2 Default=YES DefaultTime=20 State=UP
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Return why there can be no cluster here; None if there can."""
     absent = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed: bash launch/test.sh --system-packages"

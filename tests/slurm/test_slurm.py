@@ -126,7 +126,7 @@ def test_two_nodes_run_to_the_end(submit, undisturbed):
 def test_a_job_whose_time_is_up_saves_and_goes_on_by_itself_bitwise(cluster, submit, undisturbed):
     job, directory = submit("again")
     until_step(submit, "again", job, 3)
-    # What --signal=B:USR1@120 does two minutes before the end.
+    # The effect of --signal=B:USR1@120 two minutes before the end.
     cluster.run("scancel", "--batch", "--signal=USR1", job)
     cluster.start_again_now(job)
     assert "preempted at step" in log_of(submit, "again", job)

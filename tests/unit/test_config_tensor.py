@@ -1,4 +1,5 @@
-"""What `--check` says of `distributed.tp_size`: each bad layout is one error that names the key."""
+"""The words of `--check` on `distributed.tp_size`: each bad layout is one error that names the
+key."""
 
 from __future__ import annotations
 

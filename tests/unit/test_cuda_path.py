@@ -1,5 +1,5 @@
-"""What can be proved of the path on CUDA without a GPU: shapes, strides, and operations counted on
-meta tensors."""
+"""Properties of the path on CUDA that can be proved without a GPU: shapes, strides, and operations
+counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.losses.named.mixed import JSD
 from ds_kd.losses.named.top_k import TopK
-from ds_kd.models import attention, varlen
+from ds_kd.models import attention
 from ds_kd.models.causal_lm import FrozenModel
+from ds_kd.models.packs import varlen
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_loader, fill_for_gpu
 from tests import tiny
@@ -185,8 +186,8 @@ def test_the_heads_gradient_is_summed_in_fp32_by_the_products_themselves():
 
 
 def launch_by_runs(query, key, value, runs, back, scale):
-    """What `varlen_attn` says that it does: causal attention of each run of queries, whose last one
-    is at the end of its run of keys."""
+    """Compute what `varlen_attn` says that it does: causal attention of each run of queries, whose
+    last one is at the end of its run of keys."""
     out = []
     starts = [torch.as_tensor(each).tolist() for each in (runs.queries, runs.keys)]
     for q, end_q, k, end_k in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
@@ -234,7 +235,7 @@ def test_one_launch_for_a_pack_has_the_queries_and_keys_of_every_sample(name, wi
 
 @pytest.mark.parametrize("parents", [None, "shared"])
 def test_launches_do_not_depend_on_the_number_of_samples(parents):
-    """Of a real step on meta tensors, and the host waits for none."""
+    """Counted in a real step on meta tensors, and the host waits for none."""
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5)
     counted = []
     for samples in (2, 24):

@@ -1,4 +1,4 @@
-"""What README and docs say comes from the code, and what they name exists."""
+"""The facts in README and docs come from the code, and all that they name exists."""
 
 from __future__ import annotations
 
@@ -155,3 +155,9 @@ def test_the_tests_that_run_documented_commands_exist():
         if f"def {name}" not in (ROOT / "tests" / path).read_text():
             missing.append(f"{command}: {place}")
     assert not missing
+
+
+def test_the_map_of_the_code_names_every_room():
+    page = (ROOT / "docs" / "code.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "ds_kd").glob("*/**/__init__.py")}
+    assert {room for room in rooms if f"{room}/" not in page} == set()

@@ -1,4 +1,5 @@
-"""What surrounds the process: variables, limits, directories, output. Each ends in a sentence."""
+"""The surroundings of the process: variables, limits, directories, output. Each ends in a
+sentence."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def value(results: dict, metric: str, model: int = 0) -> float:
 
 
 def likelihoods(directory: Path, prompts: list[tuple[str, str]]) -> list[float]:
-    """Of each (context, ending) by plain transformers, one at a time."""
+    """Return that of each (context, ending) by plain transformers, one at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -480,7 +480,7 @@ def test_an_own_multiple_choice_names_columns_choices_and_the_right_one(place):
 
 def test_the_tasks_of_the_documentation_load(tmp_path):
     from ds_kd.config.task import find_columns, load_task
-    from ds_kd.recipe.evaluation import find_task
+    from ds_kd.recipe.tasks.evaluation import find_task
 
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     fences = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)

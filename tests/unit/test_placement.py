@@ -1,4 +1,4 @@
-"""Where a teacher lies: what its files allow, and what the memory of a machine decides."""
+"""Places of a teacher: those that its files allow, and the one that a machine's memory decides."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, lora, probes
 from ds_kd.models.attention import attend_by_sample
-from ds_kd.models.tree import Tree
+from ds_kd.models.packs.tree import Tree
 from ds_kd.plan.samples import describe_sharing
 from tests import tiny
 from tests.unit.test_packing import CPU, Engine, architecture
@@ -39,7 +39,7 @@ ROWS = st.lists(st.tuples(WORDS, st.integers(0, 2**12 - 1)), min_size=1, max_siz
 
 
 class NoTemplate:
-    """What `choose_questions` asks of a tokenizer."""
+    """The part of a tokenizer that `choose_questions` asks."""
 
     chat_template = None
 

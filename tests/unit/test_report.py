@@ -20,7 +20,7 @@ ENDS = {"": 0.0, "_low": -0.1, "_high": 0.2}
 
 
 def make_run(directory, kd_ratio, slope):
-    """What a run of six steps leaves, two ranks, validated before and after."""
+    """Write what a run of six steps leaves, two ranks, validated before and after."""
     (directory / "tensorboard").mkdir(parents=True)
     (directory / "step_6").mkdir()
     (directory / "LATEST").symlink_to("step_6")

@@ -1,4 +1,4 @@
-"""What a rank takes over of a checkpoint, without ranks."""
+"""The parts of a checkpoint that a rank takes over, without ranks."""
 
 from __future__ import annotations
 

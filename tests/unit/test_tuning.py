@@ -1,4 +1,4 @@
-"""What a run chooses from its machines, models and memory, and that no choice changes a result."""
+"""The choices of a run from its machines, models and memory, none of which changes a result."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_gradients_are_added_up_by_themselves_where_the_first_step_has_left_room
         return SimpleNamespace(module=module, optimizer=SimpleNamespace(offload_optimizer=offloads))
 
     def steps(wanted, count, student, machine, *peaks):
-        """What is chosen for each of some steps before which so many GB were the most."""
+        """Return what is chosen for each of some steps before which so many GB were the most."""
         once = choose(wanted, count, student, machine)
         return [once.decide([peak * 1e9 / 2**30, 1.0]) for peak in peaks]
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What is kept of a weight: itself, in fp32, and Adam's two means.
+#: Kept of a weight: itself, in fp32, and Adam's two means.
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt")
 _FIRST = "zero_pp_rank_0_mp_rank_00_model_states.pt"

@@ -51,7 +51,7 @@ def find_other_tokenizer(student: Component, teacher: Component, is_needed: bool
 
 
 _NEED_TEMPLATE = (".ChatDataset", ".make_sharegpt_dataset")
-#: Where transformers finds a template beside the model.
+#: Names under which transformers finds a template beside the model.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 

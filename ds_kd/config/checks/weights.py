@@ -123,7 +123,7 @@ def _read_header(path: Path) -> dict[str, dict[str, Any]]:
 
 def _find_absent(names: list[str], config: dict[str, Any]) -> str:
     """Return a weight that a decoder whose layers are all alike needs and has not, or an empty
-    text. What a layer holds is what at least half of the layers hold."""
+    text. A weight is needed in a layer if at least half of the layers hold it."""
     if not names:
         return ""
     of_layers: dict[int, set[str]] = {}

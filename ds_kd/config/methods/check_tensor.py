@@ -13,7 +13,7 @@ from ds_kd.config.names import AUTO, INT8
 from ds_kd.config.schema import RunConfig
 
 KEY, OF_TEACHER = "distributed.tp_size", "teacher_distributed.tp_size"
-#: What to do about a model that cannot be cut.
+#: The remedy for a model that cannot be cut.
 REMEDY = f"remove {KEY}, as ZeRO-3 shards any model"
 REMEDY_OF_TEACHER = f"write {OF_TEACHER}: 1, which leaves it whole, or remove {KEY}"
 #: Architectures whose step with cut matrices was compared with plain transformers.
@@ -56,7 +56,7 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
 
-    # What wraps, compiles, packs or copies whole matrices.
+    # These keys wrap, compile, pack or copy whole matrices.
     together = f"does not go with {KEY}: {size}"
     if cfg.compile.enabled == "true":
         problems.append(f"compile.enabled: {together}; write false")

@@ -90,7 +90,7 @@ def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
         rows[f"{section}.name"] = [f"one of {', '.join(words.values())}"]
         sentences[f"{section}.name"] = "Chooses one of the project's, in place of _target_ "
 
-    # What all of the project's divergences take is told of the default one only.
+    # Arguments of all the project's divergences are told of the default one only.
     shared = arguments_of(key.component.calls, key.component)[0] if key.component.calls else {}
     for name in callables_of(key.component):
         is_other = name in words and name != key.component.calls

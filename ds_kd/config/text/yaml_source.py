@@ -361,7 +361,7 @@ def _set_value(raw: Any, name: str, value: Any) -> None:
             there = there[number]
             continue
 
-        # What is absent is made on the way, but no place in a list.
+        # Absent sections are made on the way, but no place in a list.
         if there is None and not any(more[0].startswith("[") for more in way[k:]):
             break
         if there is not None and not isinstance(there, dict):

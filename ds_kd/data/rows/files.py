@@ -121,7 +121,7 @@ def sample_rows(
 ) -> Iterator[tuple[object, dict]]:
     """Yield (place, row) of the rows at the beginning of a file, and of some at random places.
 
-    They are the same rows each time. Of a file below 4 MiB they are all rows, up to 20,000. Little
+    They are the same rows each time. A file below 4 MiB gives all its rows, up to 20,000. Little
     of a larger file is read: random rows are looked up in files with a row on each line, and in the
     row groups of parquet.
 

@@ -124,7 +124,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        # What the page shows is there.
+        # All that the page shows is there.
         _ = found["task"], found["models"][0]["samples"]
         for each in (*found["models"], *found["differences"]):
             _ = each["model"]

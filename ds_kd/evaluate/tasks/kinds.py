@@ -52,7 +52,7 @@ class Task(Protocol):
 
     def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
         """Return the tokens of a row, or of a sample: one item, or several whose records add up.
-        What has nothing to score makes none.
+        A row with nothing to score makes none.
 
         Raises:
             ValueError: the row lacks something.

@@ -21,7 +21,7 @@ from torch import Tensor
 from ds_kd.losses.fused.programs import run_programs, try_out
 from ds_kd.losses.pair import HIGH_TEMPERATURE, NEAR
 
-#: What the kernel finds of each token: CE, KL at T, the teacher's entropy at T (nats), whether both
+#: Found by the kernel for each token: CE, KL at T, the teacher's entropy at T (nats), whether both
 #: models name the same token first, and two sums for high temperatures (`near_kl`).
 COLUMNS = ("ce_loss", "kd_loss", "teacher_entropy", "top1_agreement", "series", "farthest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

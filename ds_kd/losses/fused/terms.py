@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ds_kd.losses.fused.programs import run_programs, try_out
 
-#: What the kernel finds of each token.
+#: Found by the kernel for each token.
 COLUMNS = ("ce_loss", "kd_loss", "teacher_entropy", "top1_agreement")
 
 

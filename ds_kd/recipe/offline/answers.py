@@ -21,7 +21,7 @@ from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.models.generate import find_ends
 from ds_kd.models.generation.sampling import Draw, Sampling, group, write
 from ds_kd.parallel.world import World, on_rank0, rank0_first
-from ds_kd.recipe.evaluation import Loaded
+from ds_kd.recipe.tasks.evaluation import Loaded
 
 Row = dict[str, Any]
 #: Columns of a file, the first that are all there → how its prompts are read.

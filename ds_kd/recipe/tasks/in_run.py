@@ -10,8 +10,8 @@ from ds_kd.evaluate.run import Items, load_items
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.parallel.world import World, rank0_first
-from ds_kd.recipe.evaluation import find_longest, fit_task, make_named_task
 from ds_kd.recipe.models import config_of
+from ds_kd.recipe.tasks.evaluation import find_longest, fit_task, make_named_task
 from ds_kd.train.evaluation import Evaluation
 
 
