@@ -103,10 +103,10 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> None:
     from ds_kd.recipe.results import closing_message, mark_without_checkpoints
 
     with ds_kd.build(cfg, listens=True) as trainer:
-        finished = trainer.train()
+        summary = trainer.train()
         if trainer.metrics is not None:  # on rank 0
-            mark_without_checkpoints(cfg, trainer.state.step, finished)
-            trainer.metrics.say(closing_message(cfg, trainer.state.step, finished))
+            mark_without_checkpoints(cfg, summary.step, summary.finished)
+            trainer.metrics.say(closing_message(cfg, summary.step, summary.finished))
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,6 +14,7 @@ mistake.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.task == "kl" and args.teacher is None:
         parser.error("--task kl compares with a teacher: give --teacher DIR")
-    if len({*args.model}) < len(args.model):
+    if len({*map(os.path.normpath, args.model)}) < len(args.model):
         parser.error("--model: the same model is given twice")
     return args
 

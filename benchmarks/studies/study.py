@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.arguments import make_parser
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import shorten
-from ds_kd.evaluate.report.charts import COLOURS
+from ds_kd.evaluate.report.charts import style_of
 from ds_kd.evaluate.report.runs import Run, read_run
 
 #: Tag of the log → title, digits.
@@ -111,7 +111,7 @@ def name_settings(given: Sequence[dict[str, Any]]) -> list[Setting]:
     """
     values = [{key: _write(value) for key, value in each.items()} for each in given]
     teachers = [each.get(_TEACHER, "none") for each in values]
-    short = shorten([*dict.fromkeys(map(_find_place, teachers))])
+    short = shorten([*dict.fromkeys(map(_find_place, teachers))]) if teachers else {}
     alphas, temperatures = (
         [float(each.get(key, default)) for each in values]
         for key, default in ((_ALPHA, 0.5), (_TEMPERATURE, 1.0))
@@ -243,14 +243,12 @@ def draw(study: Study, output: Path) -> None:
         figure = Figure(figsize=(11.0, 3.4), layout="constrained")
         for axes, tag in zip(figure.subplots(1, 2), ("val_ce_loss", "val_kl_at_t1"), strict=True):
             for number, (setting, runs) in enumerate(study.items()):
-                colour = COLOURS[number % len(COLOURS)]
-                dash = "--" if number >= len(COLOURS) else "-"
+                style = style_of(number)
                 curves = [run.curve(tag) for run in runs.values()]
                 for steps, values in curves:
-                    axes.plot(steps, values, "o", ms=3, color=colour, alpha=0.5)
+                    axes.plot(steps, values, "o", ms=3, color=style["color"], alpha=0.5)
                 means = average(curves)
-                line = [*means], [*means.values()]
-                axes.plot(*line, dash, color=colour, label=setting.name)
+                axes.plot([*means], [*means.values()], label=setting.name, **style)
             axes.set_title(f"held-out {LOGGED[tag][0]}, nats per token")
             axes.set_xlabel("step")
             axes.grid(alpha=0.3)

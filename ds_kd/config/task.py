@@ -54,7 +54,9 @@ class TaskFile:
         "Compare only what this expression finds first in the answer, its group if it has one.",
     )
     stop: list = key(list, "Texts that end an answer; by default a line break.")
-    max_new_tokens: int = key(64, "The most tokens of an answer.", unit="tokens", low=1)
+    max_new_tokens: int = key(
+        64, "The most tokens of an answer.", unit="tokens", low=1, high=1_000_000
+    )
     chat: bool = key(False, "Ask with the tokenizer's chat template, the prompt as user's turn.")
 
 

@@ -213,12 +213,11 @@ def _has_content(message: dict[str, Any]) -> bool:
 
 
 def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
-    # Some templates refuse a system turn or two user turns in a row; others fail on absent values.
-    except (TemplateError, TypeError) as error:
+    # Some templates refuse a system turn or two user turns in a row; others fail on absent values,
+    # or are no templates at all.
+    except Exception as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -268,7 +267,7 @@ def with_template(tokenizer: Any, chat_template: str | None) -> Any:
         # A mistyped path is valid Jinja, and would render every conversation to itself.
         raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
     changed = copy.copy(tokenizer)
-    changed.chat_template = chat_template if is_text else Path(chat_template).read_text()
+    changed.chat_template = chat_template if is_text else Path(chat_template).read_text("utf-8")
     return changed
 
 

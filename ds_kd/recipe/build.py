@@ -12,7 +12,7 @@ from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import ConfigError, config_error
-from ds_kd.config.load import fingerprint, settings_of
+from ds_kd.config.load import fingerprint, list_defaults, settings_of
 from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
@@ -359,4 +359,5 @@ def _make_checkpointer(
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
         validation=fingerprint_validations(cfg, held_out),
+        defaults=list_defaults(cfg),
     )

@@ -15,8 +15,10 @@ from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
+from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
     WeightFiles,
@@ -57,11 +59,13 @@ def tokenizer_of(component: Component, world: World) -> Any:
     kwargs = select_location(component)
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
+    expect_hub(name_of(component))
     with config_error(key, name_of(component), expected):
         try:
-            tokenizer = rank0_first(
-                lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
-            )
+            with name_damage(name_of(component)):
+                tokenizer = rank0_first(
+                    lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
+                )
         except (ValueError, OSError, ImportError) as error:
             # transformers lists what it has tried, and takes a path for a name on the hub.
             told = "" if kwargs.get("subfolder") else explain_no_tokenizer(name_of(component))
@@ -104,6 +108,7 @@ def load_model(
         with config_error(key, name_of(component), expected):
             return refuse_damage(load)
 
+    load_or_refuse(lambda: refuse_quantised(component))
     # transformers would tie weights for which the files hold different values.
     ties = load_or_refuse(lambda: check_files(component)) if extra.get("use_safetensors") else []
     if ties:
@@ -121,14 +126,15 @@ def refuse_damage(load: Callable[[], Any]) -> Any:
     """Return `load()`.
 
     Raises:
-        ValueError: a file of weights is damaged.
+        ValueError: a file is damaged.
     """
     from safetensors import SafetensorError
 
-    try:
-        return load()
-    except SafetensorError as error:
-        raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
+    with name_damage():
+        try:
+            return load()
+        except SafetensorError as error:
+            raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
 
 
 def check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
@@ -174,6 +180,18 @@ def check_files(component: Component) -> list[tuple[str, str]]:
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return find_differing_ties(files, model)
+
+
+def refuse_quantised(component: Component) -> None:
+    """Refuse a model of the hub whose weights are quantised; `--check` does so for a directory.
+
+    Raises:
+        ValueError: says what to name instead.
+    """
+    how = getattr(config_of(component), "quantization_config", None)
+    if how:
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        raise ValueError(f"its weights are quantised ({kind}); name one of bf16 or fp32 weights")
 
 
 def check_rope(config: Any) -> None:
@@ -306,5 +324,6 @@ def config_of(component: Component) -> Any:
 
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
-    with config_error(key, name_of(component), expected):
+    expect_hub(name_of(component))
+    with config_error(key, name_of(component), expected), name_damage(name_of(component)):
         return AutoConfig.from_pretrained(name_of(component), **select_location(component))

@@ -56,7 +56,7 @@ def train(world, root: Path, name: str, evaluation: dict | None, stop_at: int = 
         # Before the last step is validated or saved nobody asks; an evaluation does.
         if stop_at:
             trainer.asked_to_stop = lambda: trainer.state.step == stop_at
-        assert trainer.train() == (not stop_at)
+        assert trainer.train().finished == (not stop_at)
 
 
 def meet_at(port: int) -> None:

@@ -178,7 +178,7 @@ def broken_off(world, root, paths):
         return stop()
 
     made.asked_to_stop = look
-    finished = made.train()
+    finished = made.train().finished
     validated = "validation" in made.metrics.out.getvalue()
     out = {"broken off": [finished, made.state.step], "validated": validated}
 
@@ -207,7 +207,7 @@ def ended_early(world, root, paths):
         else:
             made.checkpointer.resume(made.student, made.state)
         began = made.state.step, made.is_done
-        finished = made.train()
+        finished = made.train().finished
         student = (root / "patient" / "final" / "model.safetensors").is_file()
         out[f"patience {patience}"] = [*began, finished, made.state.step, student]
         said = made.metrics.out.getvalue().splitlines()

@@ -556,6 +556,7 @@ def without_head(place: Path) -> Path:
         ("--task squad", "no column context, question, answers; found"),
         ("--data {place}/none.jsonl", "no such file: {place}/none.jsonl"),
         ("--data {place}/empty.jsonl", "empty.jsonl"),
+        ("--data {place}/rows.txt", "texts are rows of their own: a .jsonl file of"),
         ("--data {place}/unlabelled.jsonl", "line 2: label '' names none of 4 endings"),
         ("--model {place}/absent", "--model: got '{place}/absent', expected a Hugging Face model"),
         ("--model {place}/absent", "before); no such directory"),
@@ -568,6 +569,7 @@ def without_head(place: Path) -> Path:
 )
 def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
     (place / "empty.jsonl").write_text("")
+    (place / "rows.txt").write_text("the river")
     rows = choice_rows(3)
     rows[1]["label"] = ""
     write_rows(place / "unlabelled.jsonl", rows)
@@ -582,6 +584,13 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
     told = capfd.readouterr().err.strip()
     assert expected.format(**names) in told
     assert "Traceback" not in told and len(told.splitlines()) <= 2, told
+
+
+def test_the_same_model_is_given_once_however_it_is_written(place, capfd):
+    words = ("--model", place / "one", "--model", f"{place}/one/", "--task", "perplexity")
+    with pytest.raises(SystemExit):
+        run_command(*words, "--data", place / "texts.jsonl")
+    assert "the same model is given twice" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -21,8 +21,8 @@ LEVELS = (
     ("data",),
     ("script", "command_line"),
     ("parallel", "quiet"),
-    ("process",),
-    ("errors",),
+    ("process", "hub"),
+    ("errors", "files"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 READS_CONFIG = {"__main__", "config", "recipe", "plan"}
@@ -200,6 +200,23 @@ def test_functions_are_not_named_by_participles():
         if not any("property" in ast.unparse(each) for each in node.decorator_list)
         if (word := node.name.strip("_").split("_")[0]).endswith(("ed", "ing")) and word != "seed"
     ]
+    assert not guilty
+
+
+def test_text_files_are_utf_8_whatever_the_locale():
+    guilty = []
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("launch").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            modes = [value for value in values if isinstance(value, str)]
+            opens = name == "open" and (isinstance(node.func, ast.Name) or modes)
+            opens = opens and not any("b" in mode for mode in modes)
+            least = {"read_text": 1, "write_text": 2}.get(name, 0)
+            if opens or len(node.args) < least:
+                guilty.append(f"{path.name}:{node.lineno} {ast.unparse(node):.60}")
     assert not guilty
 
 

@@ -73,6 +73,8 @@ def test_a_name_tells_what_differs_and_what_changes_nothing_is_no_difference():
 
 
 def test_two_runs_of_one_setting_and_seed_are_refused_by_their_directories(tmp_path):
+    (tmp_path / "runs" / "stopped").mkdir(parents=True)
+    assert study.read_study(tmp_path) == {}
     write_run(tmp_path, "first", 2.0, **{"rng.seed": 1})
     write_run(tmp_path, "other", 3.0, **{"rng.seed": 1, "optimizer.lr": 1e-3})
     assert len(study.read_study(tmp_path)) == 2

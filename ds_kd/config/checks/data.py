@@ -14,6 +14,7 @@ from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import ColumnsError, DataSet, data_set, declaration_of
+from ds_kd.data.rows.detect import recognise
 from ds_kd.data.rows.files import (
     ENDINGS,
     FORMATS,
@@ -85,6 +86,8 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
                 return problem(chooser, kwargs[data.columns_from], f"columns of {name}", hint)
             if data.columns_from:
                 hint += f"; {data.columns_from} names others"
+            if other := recognise(found):
+                hint += f"; {key.rpartition('.')[0]}._target_: {other.name} reads such rows"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
         if wrong := _find_wrong_row(name, data, kwargs, len(files)):
             return problem(key, name, "rows that can be learnt from", wrong)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import Component, problem
-from ds_kd.errors import NotPlainFileError, read_plain_file
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000  # those of 256 thousand tokens have about 35 MB
 

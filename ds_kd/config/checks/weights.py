@@ -14,7 +14,8 @@ from typing import Any
 
 from ds_kd.config.components import Component, problem
 from ds_kd.config.sections import Peft
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.errors import first_line
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000
 #: Models whose linear maps have the same names in their files and in memory.
@@ -53,6 +54,10 @@ def find_wrong_files(directory: Path, kwargs: dict[str, Any]) -> str:
     kind = config.get("model_type")
     if kind in _ENCODERS and not (config | kwargs).get("is_decoder"):
         return f"its config.json describes an encoder ({kind}), which predicts no next token"
+
+    if how := config.get("quantization_config"):
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        return f"its weights are quantised ({kind}); name a model of bf16 or fp32 weights"
 
     # Weights that transformers finds in another way are left to the run.
     if config.get("transformers_weights") or any(kwargs.get(name) for name in _CHOOSERS):

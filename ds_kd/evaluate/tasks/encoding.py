@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.data.chat import tokenize_open_turn
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.errors import UserError
+
+
+class TemplateError(UserError):
+    """A chat template cannot render a prompt; the message says why."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -72,13 +80,15 @@ class Encoder:
         Args:
             as_chat: whether the prompt is the user's turn in the tokenizer's chat template, or
                 running text, of which white space at the end is left to the answer's first token.
+
+        Raises:
+            TemplateError: the chat template cannot render it.
         """
         if as_chat:
-            turn = [{"role": "user", "content": prompt}]
-            out = self.tokenizer.apply_chat_template(
-                turn, add_generation_prompt=True, return_dict=True
-            )
-            return list(out["input_ids"])
+            try:
+                return tokenize_open_turn(self.tokenizer, [{"role": "user", "content": prompt}])
+            except ValueError as error:
+                raise TemplateError(f"{self.tokenizer.name_or_path}: {error}") from error
         return self.encode(prompt.rstrip()) or [self.first_token]
 
     def cut(self, context: list[int], following: list[int]) -> list[int]:

@@ -168,7 +168,7 @@ def _name_option_of_template(student: str) -> Iterator[None]:
 def _load(values: dict[str, Any]) -> RunConfig:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.yaml"
-        path.write_text(_TEMPLATE.format(**values))
+        path.write_text(_TEMPLATE.format(**values), "utf-8")
         try:
             return load(path)
         except ConfigError as error:  # the user does not know this file, so places in it are cut
