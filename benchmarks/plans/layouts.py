@@ -1,6 +1,6 @@
 """Compare the plan of a run with the run: memory of a rank, and bytes that it exchanges in a step.
 
-    python benchmarks/plans/layouts.py                  twelve layouts on 1, 2, 4 and 8 gloo ranks
+    python benchmarks/plans/layouts.py                  sixteen layouts on 1, 2, 4 and 8 gloo ranks
     python benchmarks/plans/layouts.py --ranks 2 --layouts plain hpz
     python benchmarks/plans/layouts.py --output results/layouts
 
@@ -56,7 +56,14 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "sgd, T=1": ("optimizer={_target_: torch.optim.SGD, lr: 0.1}", "kd_loss_fn.temperature=1"),
     "packed": ("packed_sequence.packed_sequence_size=256", *_BF16),
     "experts": ("teacher_model.pretrained_model_name_or_path={experts}",),
+    "tp 2": ("distributed.tp_size=2",),
+    "tp 2, whole teacher": ("distributed.tp_size=2", "teacher_distributed.tp_size=1"),
+    "cp 2": ("distributed.cp_size=2",),
 }
+#: Layouts of pairs of ranks → the sizes of `world.divide`.
+PAIRS: dict[str, dict[str, int]] = {
+    "hpz": {}, "tp 2": {"tensor": 2}, "tp 2, whole teacher": {"tensor": 2}, "cp 2": {"sequence": 2}
+}  # fmt: skip
 
 
 class Traffic(TorchDispatchMode):
@@ -157,8 +164,9 @@ def write_mixture(path: Path) -> Path:
     return path
 
 
-def load_layout(paths: dict[str, str], ranks: int, directory: Path, overrides: Any) -> Any:
-    """Return the config of a layout."""
+def load_layout(paths: dict[str, str], groups: int, directory: Path, overrides: Any) -> Any:
+    """Return the config of a layout, for a number of ranks, or groups of ranks, that see samples of
+    their own."""
     from ds_kd.config.load import load
 
     content = {
@@ -171,7 +179,7 @@ def load_layout(paths: dict[str, str], ranks: int, directory: Path, overrides: A
         "kd_loss_fn": {"temperature": 2.0},
         "optimizer": {"_target_": "torch.optim.AdamW", "lr": 1e-4, "fused": True},
         "step_scheduler": {
-            "global_batch_size": SAMPLES * MICRO * ranks, "local_batch_size": SAMPLES,
+            "global_batch_size": SAMPLES * MICRO * groups, "local_batch_size": SAMPLES,
             "max_steps": STEPS,
         },
         "dist_env": {"backend": "gloo"},
@@ -215,7 +223,7 @@ def run_layout(
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     before, there = read_status("VmRSS"), live_storages()
 
-    cfg = load_layout(paths, world.size, directory, overrides)
+    cfg = load_layout(paths, world.data.size, directory, overrides)
     trainer = build(cfg, world)
     Path("/proc/self/clear_refs").write_text("5")
     with count_steps(trainer) as steps:
@@ -230,19 +238,20 @@ def run_layout(
     return {"run": found, "plan": plan_layout(cfg, world.size)}
 
 
-def warm_up(world: Any, directory: Path, paths: dict[str, str]) -> None:
+def warm_up(world: Any, directory: Path, paths: dict[str, str], overrides: Any) -> None:
     """Train tiny models, so that memory of the libraries' own is there before a run is measured."""
     from ds_kd.recipe.build import build
 
     small = {**paths, "student": paths["small"], "teacher": paths["small"]}
-    build(load_layout(small, world.size, directory, ()), world).train()
+    shared = [each for each in overrides if "distributed." in each]
+    build(load_layout(small, world.data.size, directory, shared), world).train()
 
 
 def run_alone(
     world: Any, directory: Path, paths: dict[str, str], overrides: tuple[str, ...]
 ) -> dict[str, Any]:
     """Return what `run_layout` does, in processes that have run nothing before."""
-    warm_up(world, directory, paths)
+    warm_up(world, directory, paths, overrides)
     return run_layout(world, directory, paths, overrides)
 
 
@@ -298,11 +307,12 @@ def main() -> None:
         paths = write_models(Path(directory))
         for name in args.layouts:
             for ranks in args.ranks:
-                if name == "hpz" and ranks % 2:
+                if name in PAIRS and ranks % 2:
                     continue
                 place = Path(directory) / f"{len(rows)}"
                 place.mkdir()
-                found = run_ranks(run_alone, ranks, place, paths, LAYOUTS[name], seconds=300)[0]
+                given, shared = (paths, LAYOUTS[name]), PAIRS.get(name, {})
+                found = run_ranks(run_alone, ranks, place, *given, seconds=300, **shared)[0]
                 rows.append(make_row(name, ranks, found))
                 print(json.dumps(rows[-1]), flush=True)
     print(measure.markdown(rows))

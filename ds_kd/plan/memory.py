@@ -40,6 +40,7 @@ class Shape:
         heads, kv: numbers of a token's queries, and of its keys or values, in a layer.
         is_tied: the head is the embedding.
         used: share of a layer's parameters that a token meets; below 1 with experts.
+        cuts: a layer's maps that `distributed.tp_size` cuts by their outputs, and by their inputs.
     """
 
     parameters: int
@@ -57,6 +58,7 @@ class Shape:
     kv: int = 0
     is_tied: bool = False
     used: float = 1.0
+    cuts: tuple[int, int] = (5, 2)
 
     @property
     def outer(self) -> int:
@@ -174,7 +176,16 @@ def shape_of(model: Any, width: int) -> Shape:
         kv,
         head is model.get_input_embeddings().weight,
         _share_used(layers, config),
+        _count_cuts(config),
     )
+
+
+def _count_cuts(config: Any) -> tuple[int, int]:
+    """Return `cuts` by transformers' plan for the architecture, or those of a Llama's layer."""
+    plan = getattr(config, "base_model_tp_plan", None) or {}
+    styles = [style for name, style in plan.items() if name.startswith("layers.")]
+    found = styles.count("colwise"), styles.count("rowwise")
+    return found if all(found) else Shape.cuts
 
 
 def _share_used(layers: list[Any], config: Any) -> float:

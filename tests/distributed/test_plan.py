@@ -15,7 +15,7 @@ CONVERTED = ("bf16",)
 
 
 def work(world, root, paths, names):
-    layouts.warm_up(world, root, paths)
+    layouts.warm_up(world, root, paths, ())
     return {name: layouts.run_layout(world, root, paths, layouts.LAYOUTS[name]) for name in names}
 
 

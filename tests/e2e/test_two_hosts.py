@@ -96,7 +96,9 @@ def kill(process):
 def test_cut_matrices_on_two_hosts_with_the_documented_command_outlive_the_loss_of_one(hosts):
     (hosts / "hostfile").write_text("".join(f"{name} slots=2\n" for name in HOSTS))
     (hosts / "rows.jsonl").write_text(tiny.squad_rows(22))
+    # Both models are cut in SLURM's test.
     run = ["launch/kd.py", "--config", GUIDE, "distributed.tp_size=2"]
+    run += ["teacher_distributed.tp_size=1"]
     run += [f"model.pretrained_model_name_or_path={tiny.llama(hosts / 'student', seed=1)}"]
     run += [f"teacher_model.pretrained_model_name_or_path={tiny.llama(hosts / 'teacher', seed=2)}"]
     run += [f"dataset.dataset_name={hosts / 'rows.jsonl'}", "validation_dataset=null"]

@@ -222,6 +222,8 @@ def test_a_whole_teacher_beside_a_cut_student_is_computed_on_each_of_its_ranks()
     ]
     assert received[1]["teacher's weights"] == received[2]["teacher's weights"]
     assert "teacher's sums" in received[0] and "teacher's sums" not in received[1]
+    # Forward sums two results of a layer; backward the gradients of q, k, v, gate and up.
+    assert received[0]["student's sums"] == 3.5 * received[0]["teacher's sums"]
     sizes = [
         plan.estimate_bytes(LARGE, LARGE, plan.replace(work, teacher_is_whole=True), 8)
         for work in (cut, uncut)

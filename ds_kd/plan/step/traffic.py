@@ -108,10 +108,11 @@ def _count_outer_again(student: Shape, work: Work) -> int:
 def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> list[Exchange]:
     """Return the exchanges of tensor and sequence parallelism.
 
-    A tensor-parallel layer sums its result twice in forward and twice in backward, and twice more
-    where it is computed again. Ulysses exchanges queries, keys, values and results of attention in
-    forward, and their gradients in backward. Ranks that share out the loss's tokens sum the
-    gradients of hidden states.
+    A tensor-parallel layer sums the results of the maps that are cut by their inputs, again where
+    it is computed again, and in backward what each map that is cut by its outputs has of its
+    input's gradient. Ulysses exchanges queries, keys, values and results of attention in forward,
+    and their gradients in backward. Ranks that share out the loss's tokens sum the gradients of
+    hidden states.
     """
     made = []
     if work.tensor > 1:
@@ -120,20 +121,21 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
         made.append(Exchange("loss's gradients", "all_reduce", size, work.tensor, "backward"))
 
     # A teacher may be whole where the student is cut.
-    passes = 3 if work.checkpointing else 2
-    for name, shape, times, tensor in (
-        ("student", student, passes, work.tensor),
-        ("teacher", teacher, 1, work.teacher_tensor),
+    again = 2 if work.checkpointing else 1
+    for name, shape, forward, backward, tensor in (
+        ("student", student, again, 1, work.tensor),
+        ("teacher", teacher, 1, 0, work.teacher_tensor),
     ):
         if shape is None:
             continue
         rows = work.micro_batches * work.tokens / work.sequence * shape.width * shape.layers
         when = "backward" if name == "student" else "teacher"
         if tensor > 1:
-            size = 2 * times * rows * shape.hidden
+            by_outputs, by_inputs = shape.cuts
+            size = (forward * by_inputs + backward * by_outputs) * rows * shape.hidden
             made.append(Exchange(f"{name}'s sums", "all_reduce", size, tensor, when))
         if work.sequence > 1:
-            size = times * rows * (2 * shape.heads + 2 * shape.kv)
+            size = (forward + backward) * rows * (2 * shape.heads + 2 * shape.kv)
             made.append(Exchange(f"{name}'s attention", "all_to_all", size, work.sequence, when))
     return made
 
