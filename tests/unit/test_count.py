@@ -33,8 +33,8 @@ def test_what_3b_to_1b_costs_a_gpu():
     lengths = [4096]
     cost = predict.count_pair("3B-1B", lengths, predict.make_loss())
     parts = cost.by_phase.values()
-    assert cost.passes == 2.5 and cost.waits == 0 and cost.launches <= 3002
-    assert sum(part.rest for part in parts) < 125e9
+    assert cost.passes == 3.5 and cost.waits == 0 and cost.launches <= 3002
+    assert sum(part.rest for part in parts) < 126e9
     assert sum(part.joined for part in parts) < 49e9
 
     # The plan's operations, from the models' shapes alone: 62.9 TFLOP.
