@@ -4,7 +4,7 @@
 
     cfg = ds_kd.load_config("cfg.yaml", ["kd_ratio=0.3"])     # or a mapping in place of the file
     with ds_kd.build(cfg) as trainer:                         # on every rank; resumes
-        finished = trainer.train()
+        summary = trainer.train()                         # steps, losses, whether it is finished
     student = ds_kd.load_student("checkpoints/final")         # on one process
     print(student("Translate to French: I love coding!").text)
 

@@ -31,9 +31,9 @@ from ds_kd.config.components import ConfigError
 from ds_kd.config.load import check_world, load
 from ds_kd.config.reference.keys import hint_at_keys, list_keys
 from ds_kd.config.schema import RunConfig
-from ds_kd.process import prepare
+from ds_kd.process import check_machine, prepare
 from ds_kd.quiet import quiet
-from ds_kd.script import run_script
+from ds_kd.script import Ending
 
 PROGRAM = "ds-kd" if Path(sys.argv[0]).name == "ds-kd" else "kd.py"
 #: Options of launch/plan.py that a user may give here.
@@ -74,25 +74,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def run(args: argparse.Namespace) -> None:
-    if args.list_keys is not None:
-        print_keys(args.list_keys)
-        return
-    cfg = load(args.config, args.overrides, tuple(args.allow_targets), config_only=args.dry_run)
-    with cfg.source.add_places():
-        if args.check:
-            check(cfg, args)
-            return
-        if not args.verbose:
-            quiet()
-        if args.show_samples is not None:
-            show_samples(cfg, args)
-        elif args.dry_run:
-            show_plan(cfg, args)
-        else:
-            train(cfg, args)
-
-
 def print_keys(prefix: str) -> None:
     lines = list_keys(prefix)
     if not lines:
@@ -122,22 +103,35 @@ def train(cfg: RunConfig, args: argparse.Namespace) -> None:
     from ds_kd.recipe.results import closing_message, mark_without_checkpoints
 
     with ds_kd.build(cfg, listens=True) as trainer:
-        finished = trainer.train()
+        summary = trainer.train()
         if trainer.metrics is not None:  # on rank 0
-            mark_without_checkpoints(cfg, trainer.state.step, finished)
-            trainer.metrics.say(closing_message(cfg, trainer.state.step, finished))
+            mark_without_checkpoints(cfg, summary.step, summary.finished)
+            trainer.metrics.say(closing_message(cfg, summary.step, summary.finished))
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command of this process, or one in it with the words `argv`, and return its exit
+    code. The console command `ds-kd` is this."""
+    if argv is None:
+        prepare()
     args = parse(sys.argv[1:] if argv is None else argv)
-    return run_script(lambda: run(args))
+    asked = {check: args.check, show_samples: args.show_samples, show_plan: args.dry_run}
+    answer = next((answer for answer, is_asked in asked.items() if is_asked), train)
 
-
-def start() -> int:
-    """Run the command of this process; the console command `ds-kd` is this."""
-    prepare()
-    return main()
+    # No function stands between this one and `train`, which a reader follows to the step.
+    with Ending() as ending:
+        check_machine()
+        if args.list_keys is not None:
+            print_keys(args.list_keys)
+            return 0
+        words = args.config, args.overrides, tuple(args.allow_targets)
+        cfg = load(*words, config_only=args.dry_run)
+        with cfg.source.add_places():
+            if not (args.verbose or args.check):
+                quiet()
+            answer(cfg, args)
+    return ending.code
 
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(main())

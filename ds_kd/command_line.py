@@ -89,6 +89,13 @@ def _as_overrides(argv: list[str], parser: argparse.ArgumentParser) -> list[str]
     return words
 
 
+def read_seed(text: str) -> int:
+    """Return the number of an option that seeds torch's generators."""
+    if not text.strip().isdecimal() or len(text) > 18:
+        raise argparse.ArgumentTypeError(f"got {text:.40}, expected a whole number from 0 to 1e18")
+    return int(text)
+
+
 def positive(kind: Callable[[str], Number], most: float = math.inf) -> Callable[[str], Number]:
     """Return a function that reads an option's value as a finite number of this kind above 0."""
 

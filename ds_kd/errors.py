@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import stat
 import sysconfig
 import traceback
 from pathlib import Path
@@ -18,7 +16,7 @@ class UserError(Exception):
     """
 
     exit_code = 1
-    #: Whether it is about the YAML and its overrides, which all ranks read.
+    #: True if it is about the YAML and its overrides, which all ranks read.
     is_of_config = False
 
     def text(self, excerpts: bool = False) -> str:
@@ -64,12 +62,14 @@ _WORKERS = {
 
 
 def explain(error: BaseException) -> UserError | None:
-    """Return the message for an error that means that a resource of the machine is used up or that
-    a loader's worker has ended, or None for any other error."""
+    """Return the message for an error that means that a resource of the machine is used up, that a
+    path is none, or that a loader's worker has ended, or None for any other error."""
     text = f"{type(error).__name__}: {error}"
     for words, remedy in _WORKERS.items():
         if words in text:
             return UserError(f"{first_line(error)}\n{remedy}")
+    if "File name too long" in text or "embedded null" in text:
+        return MachineError(f"a name is no path of this machine: {first_line(error):.200}")
     for what, several in _EXHAUSTED.items():
         if any(words in text for words in several):
             told = f"no more {what}: {first_line(error)}"
@@ -101,31 +101,3 @@ def describe_user_error(error: BaseException) -> str:
     # The script that was started is no code of the user's.
     places = [place for place in places if not place.endswith(" in <module>")][-_FRAMES:]
     return f"{text} ({', called at '.join(reversed(places))})" if places else text
-
-
-class NotPlainFileError(ValueError):
-    """A path names a device, a pipe, a directory, or a file that is too large."""
-
-
-def read_plain_file(path: str | Path, most: int) -> bytes:
-    """Return the bytes of a regular file, without waiting for a pipe.
-
-    Args:
-        most: largest size in bytes.
-
-    Raises:
-        OSError: the file cannot be read.
-        NotPlainFileError: it is not a regular file, or is larger.
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise NotPlainFileError("not a regular file")
-    with open(handle, "rb") as file:
-        content = file.read(most + 1)
-    if content is None:  # a file of the kernel that has no content yet
-        raise NotPlainFileError("not a regular file")
-    if len(content) > most:
-        size = f"{most // 1024} KiB" if most < 1_000_000 else f"{most // 1_000_000} MB"
-        raise NotPlainFileError(f"larger than {size}")
-    return content

@@ -20,7 +20,7 @@ def quiet() -> None:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    # Of another rank that died torch prints a C++ backtrace with every call to its store.
+    # If another rank dies, torch prints a C++ backtrace with every call to its store.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.filterwarnings("ignore")
     choose_accelerator()
@@ -31,5 +31,5 @@ def quiet() -> None:
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # What it logs as an error it raises as well.
+    # It raises as well all that it logs as an error.
     logging.getLogger("datasets").setLevel(logging.CRITICAL)

@@ -6,27 +6,46 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from ds_kd.errors import UserError, explain
 from ds_kd.process import check_machine
 
 
-def run_script(work: Callable[[], int | None]) -> int:
-    """Run `work`, and return its exit code or that of the `UserError` it raises.
+class Ending:
+    """Ends the script whose work is inside its block: `with Ending() as ending: …`.
 
     One rank prints a `UserError` on standard error. Any other error is a bug and keeps its
-    traceback.
+    traceback. `code` is the exit code then, 0 without an error.
     """
-    try:
+
+    def __init__(self) -> None:
+        self.code = 0
+
+    def __enter__(self) -> Ending:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if isinstance(error, KeyboardInterrupt):
+            self.code = 130
+        elif isinstance(error, Exception):
+            self.code = _tell(error)
+        return isinstance(error, (KeyboardInterrupt, Exception))
+
+
+def run_script(work: Callable[[], int | None]) -> int:
+    """Run `work`, and return its exit code or that of the error it raises, as `Ending` tells it."""
+    with Ending() as ending:
         check_machine()
-        return work() or 0
-    except KeyboardInterrupt:
-        return 130
-    except Exception as error:
-        told = error if isinstance(error, UserError) else explain(error)
-        if told is None:
-            traceback.print_exception(error)
+        ending.code = work() or 0
+    return ending.code
+
+
+def _tell(error: Exception) -> int:
+    """Print an error, on one rank if it is a user's, and return its exit code."""
+    told = error if isinstance(error, UserError) else explain(error)
     if told is None:
+        traceback.print_exception(error)
         return 1
     if _is_first_to_fail():
         text = told.text(excerpts=sys.stderr.isatty())

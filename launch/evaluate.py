@@ -5,7 +5,7 @@
     python launch/evaluate.py --model DIR --teacher DIR --task kl --data validation.jsonl
     torchrun --nproc-per-node 8 launch/evaluate.py … / deepspeed launch/evaluate.py …
 
-Several ranks share the samples out; the numbers are those of one. Of several models the differences
+Several ranks share the samples out; the numbers are those of one. The differences of several models
 are told too, with their intervals. With --output the results are written as JSON, and what each
 sample gave beside it: the same command goes on where it was stopped. Exit code 2 for a user's
 mistake.
@@ -14,6 +14,7 @@ mistake.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.task == "kl" and args.teacher is None:
         parser.error("--task kl compares with a teacher: give --teacher DIR")
-    if len({*args.model}) < len(args.model):
+    if len({*map(os.path.normpath, args.model)}) < len(args.model):
         parser.error("--model: the same model is given twice")
     return args
 
@@ -59,7 +60,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> None:
     quiet()
     from ds_kd.parallel.world import start_or_alone, stop
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
+    from ds_kd.recipe.tasks.evaluation import Options, evaluate, find_task
 
     task = find_task(args.task)
     options = Options(args.data, args.limit, args.dtype, args.batch_size, args.output)

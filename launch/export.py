@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> None:
     from ds_kd.checkpoint.export import export_to
 
     # DeepSpeed prints a line for each thing it does, and progress bars; its errors are raised.
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+    with (
+        open(os.devnull, "w", encoding="utf-8", errors="replace") as nowhere,
+        redirect_stdout(nowhere),
+        redirect_stderr(nowhere),
+    ):
         export_to(args.checkpoint, args.out)
     print(f"wrote {args.out}; load it with AutoModelForCausalLM.from_pretrained({str(args.out)!r})")
 

@@ -20,7 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.command_line import positive
+from ds_kd.command_line import positive, read_seed
+from ds_kd.errors import MachineError, first_line
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 from ds_kd.script import run_script
@@ -48,7 +49,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="T",
         help="of sampling; 0, the default, takes the likeliest token",
     )
-    option("--seed", type=int, default=0, metavar="N", help="of sampling; 0 by default")
+    option("--seed", type=read_seed, default=0, metavar="N", help="of sampling; 0 by default")
     args = parser.parse_args(argv)
     if args.prompt is None and not args.chat:
         parser.error("give --prompt TEXT, --chat, or both")
@@ -89,7 +90,10 @@ def read_questions() -> Iterator[str]:
     sign = "> " if sys.stdin.isatty() else ""
     while True:
         print(sign, end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except (OSError, ValueError) as error:  # a directory, or no text
+            raise MachineError(f"standard input cannot be read: {first_line(error)}") from None
         if not line:
             print(end="\n" if sign else "")
             return

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.command_line import positive
+from ds_kd.command_line import positive, read_seed
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 from ds_kd.script import run_script
@@ -52,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help="of sampling; 0, the default, takes the likeliest token",
     )
     option("--top-p", type=positive(float, 1), default=1.0, metavar="P", help="1 by default")
-    option("--seed", type=int, default=0, metavar="N", help="of sampling; 0 by default")
+    option("--seed", type=read_seed, default=0, metavar="N", help="of sampling; 0 by default")
     option("--plain", action="store_true", help="leave the chat template out")
     option("--dtype", choices=DTYPES, default="auto", help="of the weights; see evaluate.py")
     option("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher passes it

@@ -7,9 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ds_kd.__main__ import OF_PLAN, main, parse, start
+from ds_kd.__main__ import OF_PLAN, main, parse
 
-__all__ = ["OF_PLAN", "main", "parse", "start"]
+__all__ = ["OF_PLAN", "main", "parse"]
 
 if __name__ == "__main__":
-    sys.exit(start())
+    sys.exit(main())

@@ -244,7 +244,7 @@ def natural_question(passage: Passage, index: int) -> str | None:
     return f'What does the documentation of {passage.subject} say about "{name}"?'
 
 
-def beginning(passage: Passage, index: int) -> str:
+def find_beginning(passage: Passage, index: int) -> str:
     """Return the first words of sentence `index`: three, or as many as make it unique."""
     run = [sentence.split() for sentence in passage.sentences]
     count = 3
@@ -263,13 +263,13 @@ def row(passage: Passage, turns: list[tuple[str, str]]) -> Row:
     return {"id": digest(passage.text)[:16], "title": passage.subject, "messages": messages}
 
 
-def training_row(passage: Passage) -> Row:
+def make_training_row(passage: Passage) -> Row:
     """Return a row that asks for every sentence: first for the definition of the subject, then in
     an order that does not help to answer."""
     turns = []
     for index in answers(passage, ANSWER_WORDS):
         asked = natural_question(passage, index)
-        asked = asked or f'Which sentence begins with "{beginning(passage, index)}"?'
+        asked = asked or f'Which sentence begins with "{find_beginning(passage, index)}"?'
         turns.append((asked, passage.sentences[index]))
     turns.sort(key=lambda turn: (turn[0] != passage.opening, digest(turn[1])))
     return row(passage, turns)
@@ -297,7 +297,7 @@ def split(train: int, validation: int) -> dict[str, list[Row]]:
         held_out.add(source)
         rows += filter(None, (validation_row(p) for p in found if p.source == source))
     made = {
-        "train": [training_row(p) for p in found if p.source not in held_out],
+        "train": [make_training_row(p) for p in found if p.source not in held_out],
         "validation": sorted(rows, key=lambda row: str(row["id"])),
     }
     for (name, rows), wanted in zip(made.items(), (train, validation), strict=True):

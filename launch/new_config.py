@@ -3,9 +3,9 @@
     python launch/new_config.py --student DIR --teacher DIR --data FILE --gpus 8 > cfg.yaml
     python launch/new_config.py … --gpus 64 --nodes 8 --gpu-memory 80GB --host-memory 2TB > cfg.yaml
 
-Models and data are directories, files or hub ids. Of all batch sizes, places of the teacher,
-activation checkpointing and offload whose memory plan fits, the YAML has those whose step takes
-least time, and says why; steps and validation follow the number of rows. Without --validation a
+Models and data are directories, files or hub ids. The YAML has the batch sizes, place of the
+teacher, activation checkpointing and offload whose step takes least time among all whose memory
+plan fits, and says why; steps and validation follow the number of rows. Without --validation a
 share of the rows is kept out of training and validated on. Exit code 2 where something named is
 wrong.
 """
@@ -19,9 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ds_kd.command_line import positive
-from ds_kd.config.components import ConfigError
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
+from ds_kd.script import run_script
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -48,28 +48,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--nodes", type=number, metavar="N", help="that the GPUs are divided over")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="times are of it (h100)")
     args = parser.parse_args(argv)
+    return run_script(lambda: run(args))
+
+
+def run(args: argparse.Namespace) -> None:
     quiet()
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import Rows, write_starter
+    from ds_kd.plan.new_config.starter import Rows, write_starter
     from ds_kd.plan.step.cluster import bytes_of, divide_over_nodes, make_cluster
 
-    try:
-        host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
-        together = args.ranks_per_node
-        if args.nodes is not None:
-            together = divide_over_nodes(args.gpus, args.nodes)
-        cluster = make_cluster(args.gpu, args.gpus, together)
-        assert cluster is not None
-        machine = Machine(bytes_of(args.gpu_memory), host, cluster.per_node)
-        rows = Rows(args.data, args.validation, args.columns, args.chat_template)
-        text, warnings = write_starter((args.student, args.teacher), rows, machine, cluster)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+    host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
+    together = args.ranks_per_node
+    if args.nodes is not None:
+        together = divide_over_nodes(args.gpus, args.nodes)
+    cluster = make_cluster(args.gpu, args.gpus, together)
+    assert cluster is not None
+    machine = Machine(bytes_of(args.gpu_memory), host, cluster.per_node)
+    rows = Rows(args.data, args.validation, args.columns, args.chat_template)
+    text, warnings = write_starter((args.student, args.teacher), rows, machine, cluster)
     print(text, end="")
     for line in warnings:
         print(line, file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    config = Path(args.config).resolve()
+    config = Path(args.config).absolute()
     os.chdir(ROOT)  # where the job will start: the YAML's relative paths are meant from there
     cfg = load(config, args.overrides, allow=tuple(args.allow_targets))
     slurm = check_slurm(cfg)

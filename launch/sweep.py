@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     runs = lay_out(args.config, args.overrides, tuple(args.allow_targets), args.ranks)
     commands, failed = StoppableCommands(), []
     for number, each in enumerate(runs, 1):
-        is_finished = each.mark.is_file() and each.mark.read_text() == each.cfg.text
+        is_finished = each.mark.is_file() and each.mark.read_text("utf-8") == each.cfg.text
         said = ", finished before" if is_finished else ""
         print(f"[{number}/{len(runs)}] {each.name}{said}", flush=True)
         if is_finished:
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
             failed.append(each.name)
         else:
             each.mark.parent.mkdir(parents=True, exist_ok=True)
-            each.mark.write_text(each.cfg.text)
+            each.mark.write_text(each.cfg.text, "utf-8")
     print("\n".join([*tabulate(runs), *(f"failed: {name}" for name in failed)]))
     return 1 if failed else 0
 

@@ -41,7 +41,9 @@ def _rank(
         from ds_kd.parallel import world as distributed
 
         torch.set_num_threads(1)
-        world = distributed.start("gloo", timeout_minutes, **layout)
+        world = distributed.divide(
+            distributed.start("gloo", timeout_minutes), timeout_minutes, **layout
+        )
         result = worker(world, Path(directory), *args)
         (Path(directory) / f"result{rank}.json").write_text(json.dumps(result))
         distributed.stop()
@@ -52,7 +54,8 @@ def _rank(
 
 @functools.cache
 def _server():
-    """Where ranks are forked: a process that has imported once what takes each of them seconds."""
+    """Return the process from which ranks are forked: a process that has imported once what takes
+    each of them seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["transformers", "datasets", "peft", "ds_kd.recipe.run", "transformers.models.llama"]
@@ -76,7 +79,7 @@ def run_ranks(
     **layout: int,
 ) -> list:
     """`worker(world, directory, *args)` on `size` ranks → what each returned (JSON), in rank
-    order. `layout` has the sizes of `world.start`."""
+    order. `layout` has the sizes of `world.divide`."""
     context = _server()
     port = free_port()
     ranks = [

@@ -92,7 +92,7 @@ def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dic
 def branches(rows: list[dict]) -> list[dict]:
     """The samples behind common beginnings: one of all, one of every three, and one sample twice.
 
-    What three have in common is supervised in two of them.
+    The beginning that three have in common is supervised in two of them.
     """
     made = []
     for k, row in enumerate(rows):

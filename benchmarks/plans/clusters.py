@@ -77,7 +77,7 @@ def load_pair(root: Path, pair: tuple[str, str], length: int, values: dict[str, 
     """Write and load the YAML of a row, `root/PAIR.yaml`.
 
     Args:
-        values: from `ds_kd.plan.starter.write_layout`.
+        values: from `ds_kd.plan.new_config.starter.write_layout`.
     """
     from ds_kd.config.load import load
 
@@ -95,7 +95,7 @@ def plan_row(root: Path, pair: tuple[str, str], gpus: int, length: int) -> dict[
     from ds_kd.config.load import check_world
     from ds_kd.plan.dry_run import work_of
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import make_chooser, write_layout
+    from ds_kd.plan.new_config.starter import make_chooser, write_layout
     from ds_kd.plan.step.cluster import bytes_of, make_cluster
 
     cells: dict[str, Any] = {"pair": " → ".join(pair), "GPUs": gpus, "tokens": length}

@@ -109,7 +109,7 @@ def live_storages() -> dict[int, int]:
 
 
 @contextmanager
-def counted_steps(trainer: Any) -> Iterator[list[float]]:
+def count_steps(trainer: Any) -> Iterator[list[float]]:
     """Count the collectives of each step of a trainer into a list."""
     steps: list[float] = []
     plain = trainer._step
@@ -218,7 +218,7 @@ def run_layout(
     cfg = load_layout(paths, world.size, directory, overrides)
     trainer = build(cfg, world)
     Path("/proc/self/clear_refs").write_text("5")
-    with counted_steps(trainer) as steps:
+    with count_steps(trainer) as steps:
         trainer.train()
     peak = read_status("VmHWM") - before
     gc.collect()

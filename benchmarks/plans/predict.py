@@ -1,7 +1,7 @@
-"""Predict the time of a step of named Llama pairs from what `count.py` counts: its operations and
+"""Predict the time of a step of named Llama pairs from what `cost.py` counts: its operations and
 bytes at a GPU's rates, and the exchange of ZeRO-3 between ranks.
 
-What is assumed is in `ASSUMED` and printed with each prediction; docs/performance.md compares one
+The assumptions are in `ASSUMED` and printed with each prediction; docs/performance.md compares one
 with a measurement.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.plans.count import Cost, count, make_model, make_step
+from benchmarks.plans.cost import Cost, count, make_model, make_step
 from ds_kd.plan.hardware import Gpu
 from ds_kd.plan.memory import Shape, Work, shape_of
 from ds_kd.plan.step.cluster import OF_LINK, Cluster

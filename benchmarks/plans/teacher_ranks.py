@@ -90,7 +90,7 @@ def make_row(root: Path, pair: tuple[str, str], gpus: int, batch: int | None, gb
     """Return a row of the table: a pair, a cluster, the batch, and what comes of it."""
     from ds_kd.plan.dry_run import work_of
     from ds_kd.plan.memory import Machine
-    from ds_kd.plan.starter import make_chooser
+    from ds_kd.plan.new_config.starter import make_chooser
     from ds_kd.plan.step.cluster import bytes_of, make_cluster
 
     values = {**clusters.PLAIN, "gpus": gpus, "batch": gpus}

@@ -189,7 +189,7 @@ class Points:
         """Kill `rank` before its operation `at`, and start again.
 
         Returns:
-            What the kill left, in words.
+            The remains of the kill, in words.
 
         Raises:
             AssertionError: something was lost; the message says what.

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.arguments import ROOT, make_parser
 
-#: What an attempt is killed in, and how often.
+#: The phase in which an attempt is killed, and how often.
 MOMENTS = {"start": 1, "step": 4, "saving": 5}
 
 

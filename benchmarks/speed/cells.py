@@ -1,4 +1,4 @@
-"""What `kd_step.py` and `scaling.py` measure: samples, sizes and ranks of a step."""
+"""The cells that `kd_step.py` and `scaling.py` measure: samples, sizes and ranks of a step."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def _collate(job: Job, samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # ---- the field -----------------------------------------------------------------------------------
 
 
-def _padded(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
+def _pad(samples: list[dict[str, Any]], device: torch.device) -> tuple[torch.Tensor, ...]:
     """Return (input ids, attention mask, shifted labels), padded on the right."""
     length = max(len(s["input_ids"]) for s in samples)
     ids, mask, labels = [], [], []
@@ -182,7 +182,7 @@ def _loop(job: Job, loss_of: Callable[..., torch.Tensor]) -> Iterator[Step]:
         count = sum(label != -100 for s in samples for label in s["labels"])
         total = 0.0
         for part in _chunks(samples, job.micro_batch):
-            ids, mask, labels = _padded(part, device)
+            ids, mask, labels = _pad(part, device)
             inputs = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
             loss = loss_of(student, teacher, inputs, labels.flatten()) / count
             loss.backward()

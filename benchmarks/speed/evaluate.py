@@ -47,7 +47,7 @@ def time_ours(model: str, data: str, limit: int | None) -> dict[str, Any]:
     from ds_kd.evaluate.run import load_items, plan_batches, run_task, tokens_of_batch
     from ds_kd.evaluate.tasks.builtin import BUILTIN
     from ds_kd.parallel.world import World
-    from ds_kd.recipe.evaluation import Loaded
+    from ds_kd.recipe.tasks.evaluation import Loaded
 
     world = World(0, 1, torch.device("cpu"), "gloo")
     task = BUILTIN["hellaswag"]

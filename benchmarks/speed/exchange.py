@@ -1,4 +1,5 @@
-"""What ranks exchange in a step: the teacher batch by batch or in a window, gradients each or once.
+"""Measure what ranks exchange in a step: teacher batch by batch or in a window, gradients each or
+once.
 
     torchrun --nproc-per-node 2 benchmarks/speed/exchange.py --teacher DIR --student DIR --data FILE
 
@@ -16,20 +17,14 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.arguments import add_run, make_parser
+from benchmarks.traffic import count_bytes
 
-_COLLECTIVES = {
-    "all_gather_into_tensor": "gathered",
-    "all_gather_coalesced": "gathered",
-    "reduce_scatter_tensor": "reduced",
-}
 #: Way → (whether the teacher has its window, whether gradients are exchanged once).
 WAYS = {"batch by batch": (False, False), "window": (True, False), "window, once": (True, True)}
 
@@ -69,34 +64,6 @@ def build(args: argparse.Namespace, directory: str) -> Any:
     return ds_kd.build(ds_kd.load_config(values))
 
 
-@contextmanager
-def count_bytes() -> Iterator[dict[str, int]]:
-    """Count the bytes that DeepSpeed's collectives hand over inside this block."""
-    import torch
-    from deepspeed.comm import comm
-
-    counts = {"gathered": 0, "reduced": 0}
-    plain = {name: getattr(comm.cdb, name) for name in _COLLECTIVES}
-
-    def watch(name: str) -> Any:
-        def counted(*args: Any, **named: Any) -> Any:
-            given = [*args, *named.values()]
-            lists = [each if isinstance(each, list) else [each] for each in given]
-            sizes = [sum(t.nbytes for t in e if isinstance(t, torch.Tensor)) for e in lists]
-            counts[_COLLECTIVES[name]] += max(sizes)
-            return plain[name](*args, **named)
-
-        return counted
-
-    for name in plain:
-        setattr(comm.cdb, name, watch(name))
-    try:
-        yield counts
-    finally:
-        for name in plain:
-            delattr(comm.cdb, name)
-
-
 def take(trainer: Any, step: list[dict[str, Any]]) -> dict[str, float]:
     """Return the costs of a step, and its loss on rank 0."""
     seen: dict[str, float] = {}
@@ -105,7 +72,8 @@ def take(trainer: Any, step: list[dict[str, Any]]) -> dict[str, float]:
     wall, cpu = time.perf_counter(), time.process_time()
     with count_bytes() as counts:
         trainer._step(step, wall)
-    cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, **counts}
+    cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    cost |= {kind: sum(counts[kind].values()) for kind in ("gathered", "reduced")}
     parts = {name: seen.get(f"time/{name}", 0.0) for name in ("teacher", "backward")}
     return {**cost, **parts, "loss": seen.get("train_loss", 0.0)}
 

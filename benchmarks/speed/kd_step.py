@@ -267,7 +267,7 @@ def workspace(cell: Cell) -> list[dict[str, Any]]:
                 student, teacher = States(leaf[0], Head(leaf[1])), States(h_t, Head(w_t))  # noqa: B023
                 loss(student, labels, teacher)[0].backward()  # noqa: B023
 
-            # What stays is the gradients; they are no workspace.
+            # The gradients stay; they are no workspace.
             kept = sum(t.nbytes for t in leaf)
             row[f"{name} GiB"] = (measure.peak_bytes(run) - kept) / measure.GIB
         row["share"] = row["ds_kd GiB"] / row["plain GiB"]

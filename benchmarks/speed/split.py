@@ -36,7 +36,7 @@ def run_step(rank: int, size: int, tokens: int, port: int, out: Path) -> None:
     from ds_kd.parallel import sequence, world
 
     torch.set_num_threads(1)
-    here = world.start("gloo", sequence=size)
+    here = world.divide(world.start("gloo"), timeout_minutes=10, sequence=size)
     student, batch = make_student(here), make_batch(tokens, here)
     sent = [0]
     plain = sequence._send

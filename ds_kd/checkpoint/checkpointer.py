@@ -52,6 +52,7 @@ from ds_kd.checkpoint.manifest import (
     STATE,
     CheckpointError,
     error_of,
+    follow,
 )
 from ds_kd.checkpoint.retention import Retention, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
@@ -72,12 +73,20 @@ _LAYOUT = {
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
 
 
-def differences(saved: dict[str, Any], present: dict[str, Any]) -> dict[str, str]:
+def differences(
+    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any] | None = None
+) -> dict[str, str]:
     """Return a line for each difference between two fingerprints, by name.
 
     Earlier versions saved no identity of labels, and another one of models' files, or none; its
     absence is no difference. Nor is another layout of the ranks.
+
+    Args:
+        defaults: the values of settings that a fingerprint does not name, by name.
     """
+    given = saved.keys() | present.keys()
+    unsaid = {name: value for name, value in (defaults or {}).items() if name in given}
+    saved, present = unsaid | saved, unsaid | present
     unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
     unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
     unknown |= _LAYOUT
@@ -106,6 +115,7 @@ class Checkpointer:
         patience: seconds between the launcher's SIGTERM and SIGKILL; None if it sends no SIGKILL.
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
+        defaults: the values of settings that the fingerprint does not name, by name.
         changes: the differences that `resume` found in the fingerprint, a line each, by name.
         validation: settings that decide the validation loss of given weights, like `fingerprint`.
         validation_changes: the differences in `validation`, like `changes`.
@@ -120,6 +130,7 @@ class Checkpointer:
     save_consolidated: str = "final"
     retention: Retention = Retention()
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    defaults: dict[str, Any] = field(default_factory=dict, kw_only=True)
     config_text: str = ""
     card: Callable[[TrainState], str] | None = None
     stops_on_failed_save: bool = False
@@ -203,7 +214,7 @@ class Checkpointer:
 
     def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
         """Return the bytes of a checkpoint, over all ranks."""
-        total = int(sum_over([engine_files.written_bytes(engine)], self.world.everyone)[0])
+        total = int(sum_over([engine_files.count_written_bytes(engine)], self.world.everyone)[0])
         if consolidate:
             parameters = engine.module.model.parameters()
             total += sum(count_numbers(p) * p.element_size() for p in parameters)
@@ -278,10 +289,11 @@ class Checkpointer:
         scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
         if self.buffer is not None and (found / ROLLOUTS).is_file():
-            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text()))
-        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint)
+            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
+        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint, self.defaults)
         if "validation" in saved:  # earlier versions did not save it
-            self.validation_changes = differences(saved["validation"], self.validation)
+            before = saved["validation"]
+            self.validation_changes = differences(before, self.validation, self.defaults)
         if self.world.is_main:
             for line in self.changes.values():
                 self.say(f"resuming, but {line}")
@@ -304,7 +316,7 @@ class Checkpointer:
     def newest(self) -> Path | None:
         """Return the checkpoint that `LATEST` names, without communication."""
         link = self.directory / LATEST
-        return link.resolve() if link.exists() else None
+        return follow(link) if link.exists() else None
 
     def note_validation(self, step: int, loss: float) -> None:
         """Add the loss of a validation to the checkpoint of a step, which was saved before it."""
@@ -324,7 +336,7 @@ class Checkpointer:
         if finished:
             marker.unlink(missing_ok=True)
         else:
-            marker.write_text(f"preempted at step {step}\n")
+            marker.write_text(f"preempted at step {step}\n", "utf-8")
 
     def _write_small(
         self, engine: Any, state: TrainState, aside: Path, validation_loss: float | None
@@ -337,10 +349,10 @@ class Checkpointer:
             "tensor_size": self.world.tensor.size,
             "fingerprint": self.fingerprint,
         }
-        (aside / STATE).write_text(json.dumps(saved))
-        (aside / CONFIG).write_text(self.config_text)
+        (aside / STATE).write_text(json.dumps(saved), "utf-8")
+        (aside / CONFIG).write_text(self.config_text, "utf-8")
         if self.buffer is not None and (kept := self.buffer.state_dict(state.step)) is not None:
-            (aside / ROLLOUTS).write_text(json.dumps(kept))
+            (aside / ROLLOUTS).write_text(json.dumps(kept), "utf-8")
 
         # The student's other files are in every checkpoint, so that each can be exported.
         model = engine.module.model

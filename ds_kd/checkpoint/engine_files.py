@@ -113,18 +113,23 @@ def complete_states(optimizer: torch.optim.Optimizer) -> None:
     """Complete loaded states that another class of Adam saved, as after offload was switched on or
     off.
 
-    torch replaces whole parameter groups, and DeepSpeed's CPU Adam counts steps in a plain number.
+    torch replaces whole parameter groups, and DeepSpeed's optimizers count steps in a plain number,
+    torch's in a tensor.
     """
     for group in optimizer.param_groups:
         for name, value in optimizer.defaults.items():
             group.setdefault(name, value)
-    is_host_adam = type(optimizer).__name__ == "DeepSpeedCPUAdam"
-    for state in optimizer.state.values():
-        if is_host_adam:
+    is_of_deepspeed = type(optimizer).__module__.startswith("deepspeed.")
+    on_device = any(map(optimizer.defaults.get, ("fused", "capturable")))
+    for parameter, state in optimizer.state.items():
+        if "step" not in state:
+            continue
+        if is_of_deepspeed:
             state["step"] = int(state["step"])
-        elif isinstance(state.get("step"), torch.Tensor):
+        else:
             # After a universal checkpoint all parts share one counter, which each would advance.
-            state["step"] = state["step"].clone()
+            device = parameter.device if on_device else "cpu"
+            state["step"] = torch.tensor(float(state["step"]), device=device)
 
 
 def find_lost_states(engine: Any) -> list[str]:
@@ -194,7 +199,7 @@ def state_bytes(engine: Any) -> int:
     return _bytes_of([*tensors, *_find_trained_tensors(engine)])
 
 
-def written_bytes(engine: Any) -> int:
+def count_written_bytes(engine: Any) -> int:
     """Return the bytes that this rank writes into a checkpoint: fp32 weights and optimizer states,
     which before the first step are estimated."""
     trained = _find_trained_tensors(engine)

@@ -100,11 +100,11 @@ def export_to(checkpoint: Path, out: Path) -> None:
     aside = out.with_name(f"{out.name}.part")
     try:
         shutil.rmtree(aside, ignore_errors=True)
-        export_checkpoint(checkpoint.resolve(), aside)
+        export_checkpoint(Path(os.path.realpath(checkpoint)), aside)
         aside.rename(out)
     except CheckpointError as error:
         raise ExportError(str(error)) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ExportError(f"{out}: cannot be written ({first_line(error)})") from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -13,12 +13,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ds_kd.errors import UserError
+from ds_kd.files import parse_json, read_plain_file
 
 MANIFEST, ENGINE, MODEL, ADAPTER = "manifest.json", "engine", "model", "adapter"
 STATE, CONFIG, CARD = "state.json", "config.yaml", "README.md"
 VALIDATION = "validation.json"  # of a validation that was made after the save; in no manifest
 ROLLOUTS = "rollouts.json"
 LATEST, FINAL, BEST = "LATEST", "final", "BEST"
+_LARGEST = 100_000_000  # bytes of a manifest
 #: Errors of the system, torch and safetensors on a full disk.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
@@ -51,7 +53,7 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def write(directory: Path, files: dict[str, Any]) -> None:
-    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
     fsync(directory / MANIFEST)
 
 
@@ -62,8 +64,13 @@ def read_files_of(checkpoint: Path) -> dict[str, Any]:
         CheckpointError: the manifest is missing or unreadable.
     """
     try:
-        return json.loads((checkpoint / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        files = parse_json(read_plain_file(checkpoint / MANIFEST, _LARGEST))["files"]
+        for name, want in files.items():
+            if Path(name).is_absolute() or ".." in Path(name).parts:
+                raise ValueError(name)
+            _ = int(want["bytes"]), str(want["sha256"])
+        return dict(files)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
         raise CheckpointError(f"{checkpoint / MANIFEST}: missing or unreadable") from None
 
 
@@ -81,6 +88,11 @@ def verify(checkpoint: Path) -> None:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes, expected {want['bytes']}")
         if digest(path)["sha256"] != want["sha256"]:
             raise CheckpointError(f"{path}: content does not match its SHA-256")
+
+
+def follow(link: Path) -> Path:
+    """Return where a link leads in the end; the link itself if it leads in a circle."""
+    return Path(os.path.realpath(link))
 
 
 def fsync(path: Path) -> None:

@@ -23,7 +23,16 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.checkpoint import manifest
-from ds_kd.checkpoint.manifest import BEST, CARD, FINAL, LATEST, MODEL, VALIDATION, CheckpointError
+from ds_kd.checkpoint.manifest import (
+    BEST,
+    CARD,
+    FINAL,
+    LATEST,
+    MODEL,
+    VALIDATION,
+    CheckpointError,
+    follow,
+)
 from ds_kd.checkpoint.retention import Retention, best_in, find_superfluous, leftovers_in, prune
 
 FRESH_FINAL, _OLD_FINAL, _REPLACED = ".final.new", ".final.old", ".replaced."
@@ -58,7 +67,7 @@ def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], Non
 
 def complete(checkpoint: Path, directory: Path) -> None:
     """Make `LATEST`, `final` and `BEST` agree with `checkpoint` as the newest one."""
-    if (directory / LATEST).resolve() != checkpoint.resolve():
+    if follow(directory / LATEST) != checkpoint.resolve():
         manifest.switch_link(directory / LATEST, checkpoint.name)
     if holds_student(checkpoint) and not _is_student_of(directory / FINAL, checkpoint):
         _put_final(checkpoint, directory)
@@ -69,7 +78,7 @@ def note_validation(checkpoint: Path, loss: float, settings: dict[str, Any]) -> 
     """Write the loss of a validation that was made after the checkpoint was saved, atomically
     beside its files, and make `BEST` agree."""
     aside = checkpoint / f".{VALIDATION}.new"
-    aside.write_text(json.dumps({"validation_loss": loss, "validation": settings}))
+    aside.write_text(json.dumps({"validation_loss": loss, "validation": settings}), "utf-8")
     manifest.fsync(aside)
     aside.replace(checkpoint / VALIDATION)
     _point_best(checkpoint.parent, set())
@@ -170,7 +179,7 @@ def _is_student_of(final: Path, checkpoint: Path) -> bool:
 def _point_best(directory: Path, doomed: set[Path]) -> None:
     best = [path for path in best_in(directory) if path not in doomed]
     link = directory / BEST
-    if best and link.resolve() != best[0].resolve():
+    if best and follow(link) != best[0].resolve():
         manifest.switch_link(link, best[0].name)
     elif not best:
         with contextlib.suppress(FileNotFoundError):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ds_kd.checkpoint import engine_files
-from ds_kd.checkpoint.manifest import ENGINE, LATEST, STATE, CheckpointError, verify
+from ds_kd.checkpoint.manifest import ENGINE, LATEST, STATE, CheckpointError, follow, verify
 from ds_kd.checkpoint.retention import bad_in, set_aside, step_of, steps_in
 from ds_kd.checkpoint.state import TrainState, set_rng_state
 from ds_kd.errors import first_line
@@ -62,7 +62,7 @@ def _read_latest(directory: Path) -> Path | None:
     link = directory / LATEST
     if not link.exists():
         return None
-    resolved = link.resolve()
+    resolved = follow(link)
     here = directory / resolved.name
     return here if here.resolve() == resolved and not here.is_symlink() else resolved
 
@@ -96,7 +96,7 @@ def load(
     Raises:
         CheckpointError: it holds another model, or cannot be resharded for this number of ranks.
     """
-    saved = json.loads((found / STATE).read_text())
+    saved = json.loads((found / STATE).read_text("utf-8"))
     try:
         # Earlier versions knew no cut matrices.
         before = saved["world_size"], saved.get("tensor_size", 1)

@@ -6,15 +6,16 @@ A checkpoint is a real directory with a name from `step_name`. Anything else, su
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, fsync
+from ds_kd.checkpoint.manifest import LATEST, STATE, VALIDATION, follow, fsync
+from ds_kd.files import parse_json, read_plain_file
 
 _OURS = re.compile(r"\.(saving|pruned|replaced)\.step_\d{7,}|\.resharded|\.final\.(new|old)")
+_LARGEST = 100_000_000  # bytes of a file of JSON
 _BAD = re.compile(r"bad\.step_\d{7,}(\.\d+)?")
 
 
@@ -78,7 +79,7 @@ def best_in(directory: Path) -> list[Path]:
     """
     told = {path: _read_validation(path) for path in steps_in(directory)}
     known = {path: each for path, each in told.items() if each is not None}
-    reached = step_of((directory / LATEST).resolve())
+    reached = step_of(follow(directory / LATEST))
     course = [path for path in known if reached is None or (step_of(path) or 0) <= reached]
     measure = next((known[path][1] for path in course), None)
     if measure is not None:
@@ -91,10 +92,11 @@ def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:
     it was not validated."""
     for name in (VALIDATION, STATE):
         try:
-            saved = json.loads((checkpoint / name).read_text())
+            saved = parse_json(read_plain_file(checkpoint / name, _LARGEST))
         except (OSError, ValueError):
             continue
-        if (loss := saved.get("validation_loss")) is not None:
+        loss = saved.get("validation_loss") if isinstance(saved, dict) else None
+        if isinstance(loss, (int, float)):
             return loss, saved.get("validation")
     return None
 
@@ -107,7 +109,7 @@ def find_superfluous(directory: Path, keep: Retention) -> list[Path]:
     """
     if keep.last is None:
         return []
-    latest = (directory / LATEST).resolve()
+    latest = follow(directory / LATEST)
     reached = step_of(latest)
     course = [p for p in steps_in(directory) if reached is None or (step_of(p) or 0) <= reached]
     wanted = {latest, *(path.resolve() for path in best_in(directory)[: keep.best])}

@@ -21,7 +21,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ds_kd.files import parse_json, read_plain_file
+
 NAME = "RUNNING"
+_LARGEST = 1 << 16  # bytes of a lock file
 HEARTBEAT_SECONDS = 6.0
 STALE_SECONDS = 10 * HEARTBEAT_SECONDS
 _PF_EXITING = 0x4  # one of the kernel's flags of a process
@@ -101,7 +104,7 @@ class RunLock:
     def _create(self) -> bool:
         """Create the lock file atomically, and return False if there is one."""
         aside = self.path.with_name(f".{NAME}.{self._token}")
-        aside.write_text(json.dumps({"token": self._token, **_this_process()}))
+        aside.write_text(json.dumps({"token": self._token, **_this_process()}), "utf-8")
         try:
             os.link(aside, self.path)
         except FileExistsError:
@@ -111,8 +114,8 @@ class RunLock:
                 handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
             except FileExistsError:
                 return False
-            with open(handle, "w") as file:
-                file.write(aside.read_text())
+            with open(handle, "w", encoding="utf-8") as file:
+                file.write(aside.read_text("utf-8"))
         finally:
             aside.unlink(missing_ok=True)
         return True
@@ -125,7 +128,7 @@ class RunLock:
     def _now(self) -> float:
         """Return the present time of the file system's clock."""
         probe = self.path.with_name(f".{NAME}.{self._token}")
-        probe.write_text("")
+        probe.write_text("", "utf-8")
         try:
             return probe.stat().st_mtime
         finally:
@@ -157,15 +160,14 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
 
 def _read(path: Path) -> dict[str, Any] | None:
     """Return the content of a lock file and its time of change (`beat`), or None without one."""
+    holder: Any = None
     try:
-        with path.open() as file:  # opening makes a network file system refresh the file's state
-            text, beat = file.read(), os.fstat(file.fileno()).st_mtime
+        with contextlib.suppress(ValueError):  # no lock file of a run
+            # Opening makes a network file system refresh the file's state.
+            holder = parse_json(read_plain_file(path, _LARGEST))
+        beat = path.lstat().st_mtime
     except FileNotFoundError:
         return None
-    try:
-        holder = json.loads(text)
-    except ValueError:
-        holder = None
     return {**(holder if isinstance(holder, dict) else {}), "beat": beat}
 
 
@@ -181,7 +183,7 @@ def _this_process() -> dict[str, Any]:
 
 def _machine() -> list[str]:
     """Return the identity of host, boot and container, inside which process numbers are unique."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
     return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
 
 
@@ -194,7 +196,7 @@ def _read_start(pid: int) -> int | None:
     ending."""
     try:
         # The process's name, in brackets, may hold any character.
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
     except OSError:
         return None
     state, flags, started = words[0], int(words[6]), int(words[19])
@@ -202,8 +204,9 @@ def _read_start(pid: int) -> int | None:
 
 
 def _lives(holder: dict[str, Any]) -> bool:
-    started = _read_start(int(holder["pid"]))
-    return started is not None and started == holder["process_started"]
+    pid = holder.get("pid")
+    started = _read_start(pid) if isinstance(pid, int) else None
+    return started is not None and started == holder.get("process_started")
 
 
 def _refusal(holder: dict[str, Any]) -> str:

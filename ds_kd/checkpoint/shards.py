@@ -44,7 +44,9 @@ class ShardWriter:
             self._part(i).replace(self.directory / final)
             weight_map |= dict.fromkeys(names, final)
         index = {"metadata": {"total_size": self._total}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+        (self.directory / "model.safetensors.index.json").write_text(
+            json.dumps(index, indent=2), "utf-8"
+        )
 
     def _part(self, i: int) -> Path:
         return self.directory / f"part-{i}.safetensors"

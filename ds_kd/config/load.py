@@ -31,9 +31,12 @@ from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
 from ds_kd.config.methods.check_placement import note_on_placement
 from ds_kd.config.methods.rollouts import add_defaults
+from ds_kd.config.names import LOSSES
 from ds_kd.config.nemo import Translation
 from ds_kd.config.permissions import mark_permitted
+from ds_kd.config.reference.keys import every_key
 from ds_kd.config.schema import Rng, RunConfig
+from ds_kd.config.signatures import signature_of
 from ds_kd.config.text.yaml_source import read
 
 
@@ -54,9 +57,19 @@ def load(
     Raises:
         ConfigError: lists all problems.
     """
-    data, text, source = read(path, overrides or [])
+    data, text, source = read(path, overrides or [], _list_known())
     with source.add_places():
         return replace(_check(mark_permitted(data, allow), config_only), text=text, source=source)
+
+
+def _list_known() -> set[str]:
+    """Return the dotted names of the schema's keys but those that take any value."""
+    known = set()
+    for name, key in keys_of(RunConfig).items():
+        inner = keys_of(key.section) if key.section else {}
+        known |= {f"{name}.{part}" for part in inner}
+        known |= set() if inner or key.annotation is Any else {name}
+    return known
 
 
 def _check(data: dict, config_only: bool) -> RunConfig:
@@ -91,8 +104,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
         other = find_other_tokenizer(cfg.model, cfg.teacher_model, cfg.kd_ratio > 0)
         problems += [other] if other else []
     if not config_only and cfg.model:
-        sets = [each for each in (cfg.dataset, *cfg.validation_dataset.values()) if each]
-        missing = find_missing_template(cfg.model, sets)
+        missing = find_missing_template(cfg.model, cfg.dataset, [*cfg.validation_dataset.values()])
         problems += [missing] if missing else []
     if problems:
         raise ConfigError(_drop_repeats(problems, written))
@@ -181,6 +193,26 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
     flat = {name: value for name, value in _flatten(cfg).items() if not name.startswith(ignored)}
     versions = {name: version(name) for name in ("torch", "transformers", "deepspeed")}
     return flat | {"ds_kd": __version__} | versions
+
+
+def list_defaults(cfg: RunConfig) -> dict[str, Any]:
+    """Return the values of the keys that a YAML does not give, by dotted name.
+
+    An argument of a `_target_` section is among them if it has one default whatever the
+    section calls.
+    """
+    found: dict[str, Any] = {}
+    for name, key in every_key():
+        if key.component is not None:
+            found |= {f"{name}.{part}": v for part, v in (key.component.kwargs or {}).items()}
+        elif key.section is None:
+            found[name] = key.default
+    loss = signature_of(f"{LOSSES}KDLoss")
+    if loss is not None:
+        found["kd_loss_fn.temperature"] = float(loss.defaults["temperature"])
+    if cfg.rolls_out:
+        found["kd_ratio"] = add_defaults({"rollouts": {}})["kd_ratio"]
+    return found
 
 
 #: Keys by which runs differ in their results, and are compared.

@@ -145,6 +145,8 @@ WITHOUT_EFFECT = {
         for name in ("_target_", "strategy", "sequence_parallel", "activation_checkpointing")
     },
     "distributed.mp_policy": "model.torch_dtype decides",
+    "checkpoint.dequantize_base_checkpoint": "a model of bf16 or fp32 weights is loaded as it is, "
+    "and one of quantised weights is refused",
     "checkpoint.single_rank_consolidation": "rank 0 writes the student",
     "checkpoint.staging_dir": "checkpoints are staged in checkpoint_dir itself",
     "checkpoint.v4_compatible": "the student is saved as transformers saves it",
@@ -153,6 +155,13 @@ WITHOUT_EFFECT = {
     "step_scheduler.gc_every_steps": "Python collects by itself",
     "step_scheduler.log_remote_every_steps": "every step is logged",
     "step_scheduler.loss_average_window_steps": "the loss of every step is logged",
+}
+
+#: Keys of its ChatDataset that say how rows are padded, shuffled or read in advance.
+CHAT_WITHOUT_EFFECT = {
+    "padding": "the collater pads each batch",
+    "shuffle_seed": "rows are shuffled with rng.seed",
+    "num_proc": "rows are read as the machine has cores",
 }
 
 #: Its sections for other programs; their values are not read, not even their `${…}`.
@@ -180,8 +189,6 @@ REFUSED_KEYS = {
     "model's file beforehand",
     "tokenizer": "models and data use the student's own tokenizer as it was saved; remove it",
     "packed_sequence.max_packs": "write dataset.limit_dataset_samples",
-    "checkpoint.dequantize_base_checkpoint": "quantised weights are not supported; name a model of "
-    "bf16 or fp32 weights",
     "checkpoint.restore_from": "the same checkpoint_dir resumes by itself; remove it",
     "step_scheduler.save_checkpoint_every_epoch": "write ckpt_every_steps: epoch",
     "step_scheduler.grad_acc_steps": "it follows from global_batch_size; remove it",

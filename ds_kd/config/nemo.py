@@ -12,6 +12,7 @@ from typing import Any
 
 from ds_kd.config.components import problem
 from ds_kd.config.names import (
+    CHAT_WITHOUT_EFFECT,
     COLLATER,
     NEMO_COLLATERS,
     NEMO_KERNELS,
@@ -24,12 +25,6 @@ from ds_kd.config.text.origins import decode
 
 _NAME = "pretrained_model_name_or_path"
 _MODELS = ("model", "teacher_model")
-#: Keys of a data set's section that say how rows are padded, shuffled or read in advance.
-_OF_DATA = {
-    "padding": "the collater pads each batch",
-    "shuffle_seed": "rows are shuffled with rng.seed",
-    "num_proc": "rows are read as the machine has cores",
-}
 #: Arguments of a tokenizer's section that leave the student's own as it is.
 _OF_TOKENIZER = {"_target_", _NAME, "trust_remote_code"}
 
@@ -193,7 +188,7 @@ class Translation:
         for name in names:
             section = self.section(name)
             if str(section.get("_target_", "")).endswith(".ChatDataset"):
-                for key, reason in _OF_DATA.items():
+                for key, reason in CHAT_WITHOUT_EFFECT.items():
                     self.drop(f"{name}.{key}", reason)
                 if section.get("mask_reasoning_content") is False:
                     del section["mask_reasoning_content"]

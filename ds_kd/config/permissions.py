@@ -55,7 +55,7 @@ def refuse(dotted: str) -> str:
     if name in UNSUPPORTED:
         return f"{dotted}: {UNSUPPORTED[name]}"
 
-    # Of ds_kd itself only losses and data: a function of `ds_kd.config` could call anything.
+    # In ds_kd only losses and data are open: a function of `ds_kd.config` could call anything.
     is_ours = name.startswith(("ds_kd.losses.", "ds_kd.data."))
     if is_ours or name in ALLOWED or isinstance(dotted, Permitted):
         return ""

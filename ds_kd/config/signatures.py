@@ -49,7 +49,7 @@ def signature_of(dotted: str) -> Signature | None:
         if path is None:
             return None
         try:
-            tree = ast.parse(path.read_text())
+            tree = ast.parse(path.read_text("utf-8"))
         except (OSError, ValueError, SyntaxError):
             return None
 
@@ -77,7 +77,7 @@ def divergences_by_name() -> dict[str, str]:
     return {
         name: f"{prefix}{node.name}"
         for prefix, path in files.items()
-        for node in ast.parse(path.read_text()).body
+        for node in ast.parse(path.read_text("utf-8")).body
         if isinstance(node, ast.ClassDef) and (name := _read_literal(node, "name"))
     }
 
@@ -91,7 +91,7 @@ def explain_absence(dotted: str) -> str:
         if path is None:
             continue
         try:
-            names = _find_names(ast.parse(path.read_text()))
+            names = _find_names(ast.parse(path.read_text("utf-8")))
         except SyntaxError as error:
             return f"{path}, line {error.lineno}: {error.msg}"
         except (OSError, ValueError):

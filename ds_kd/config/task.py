@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ds_kd.config.checks.data import find_wrong_source
+from ds_kd.config.checks.data import find_wrong_source, may_hold
+from ds_kd.config.checks.files import is_directory
 from ds_kd.config.checks.sections import check_section
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.keys import key
@@ -53,7 +54,9 @@ class TaskFile:
         "Compare only what this expression finds first in the answer, its group if it has one.",
     )
     stop: list = key(list, "Texts that end an answer; by default a line break.")
-    max_new_tokens: int = key(64, "The most tokens of an answer.", unit="tokens", low=1)
+    max_new_tokens: int = key(
+        64, "The most tokens of an answer.", unit="tokens", low=1, high=1_000_000
+    )
     chat: bool = key(False, "Ask with the tokenizer's chat template, the prompt as user's turn.")
 
 
@@ -89,9 +92,10 @@ def load_task(path: str | Path) -> TaskFile:
 def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
     """Return what is wrong with an entry of a run's `evaluation.tasks`: its task, or its file."""
     name, data = entry["task"], entry["data"]
+    columns: tuple[str, ...] = COLUMNS.get(name, ())
     if name.endswith((".yaml", ".yml")):
         try:
-            load_task(name)
+            columns = find_columns(load_task(name))
         except ConfigError as error:
             return [f"{key}: {line}" for line in error.problems]
     elif name not in BUILTIN:
@@ -99,21 +103,33 @@ def find_wrong_entry(key: str, entry: dict[str, Any]) -> list[str]:
         hint = f"did you mean {near[0]}?" if near else ""
         return [problem(f"{key}.task", name, f"{', '.join(BUILTIN)} or a task's .yaml", hint)]
     wrong = find_wrong_source(f"{key}.data", data)
-    return [wrong] if wrong else _find_wrong_columns(f"{key}.data", name, data)
+    return [wrong] if wrong else _find_wrong_columns(f"{key}.data", columns, data)
 
 
-def _find_wrong_columns(key: str, task: str, data: str) -> list[str]:
-    """Return the problem of files that lack the columns of a task. One of ours without columns of
-    its own takes the rows of any data set; those of a YAML are left to the run."""
-    columns = COLUMNS.get(task, ())
+def find_columns(task: TaskFile) -> tuple[str, ...]:
+    """Return the columns that the templates of a task read, by the names that the rows have."""
+    from jinja2 import Environment, meta
+
+    environment = Environment()
+    trees = [environment.parse(_as_template(*each)) for each in _list_texts(task)]
+    found = set[str]().union(*map(meta.find_undeclared_variables, trees))
+    names = sorted(found - {*environment.globals})
+    return tuple(dict.fromkeys(task.columns.get(name, name) for name in names))
+
+
+def _find_wrong_columns(key: str, columns: tuple[str, ...], data: str) -> list[str]:
+    """Return the problem of files that lack the columns of a task. One without columns of its own
+    takes the rows of any data set."""
     expected = f"rows with {', '.join(columns) or columns_known()}"
-    for name in files_of(data) or ():
+    files = files_of(data)
+    if files is None and columns and is_directory(data) and not may_hold(Path(data), columns):
+        return [problem(key, data, f"a directory of {expected}", "none of its files has them")]
+    for name in files or ():
         try:
             found = columns_of(name)
         except (OSError, ValueError, RecursionError) as error:
             return [problem(key, name, expected, first_line(error))]
-        fits = {*columns} <= {*found} if columns else task not in BUILTIN or recognise(found)
-        if not fits:
+        if not ({*columns} <= {*found} if columns else recognise(found)):
             return [problem(key, name, expected, f"its first row has {', '.join(found)}")]
     return []
 
@@ -166,24 +182,30 @@ def _find_wrong_values(task: TaskFile) -> list[str]:
 
 
 def _find_wrong_templates(task: TaskFile) -> list[str]:
-    """Return the problem of each text that is not of Jinja's language, as
-    `evaluate.tasks.own.compile_value` reads it."""
+    """Return the problem of each text that is not of Jinja's language."""
     from jinja2 import Environment, TemplateError
 
-    several = task.choices if isinstance(task.choices, list) else []
-    texts = {f"choices[{k}]": text for k, text in enumerate(several)} | {"prompt": task.prompt}
-    expressions = {"reference": task.reference}
-    expressions |= {} if several else {"choices": task.choices}
-
-    # A text without braces stays as it is; an expression is one with or without them.
     found = []
-    for name, text in (texts | expressions).items():
-        if not isinstance(text, str):
-            continue
-        is_bare = name in expressions and "{{" not in text and "{%" not in text
+    for name, text in _list_texts(task):
         try:
-            Environment().parse(f"{{{{ ({text}) }}}}" if is_bare else text)
+            Environment().parse(_as_template(name, text))
         except TemplateError as error:
             expected = "a column's name, an expression of Jinja or a text with {{column}}"
             found.append(problem(name, text, expected, first_line(error)))
     return found
+
+
+def _list_texts(task: TaskFile) -> list[tuple[str, str]]:
+    """Return the key and the text of each template and expression."""
+    several = task.choices if isinstance(task.choices, list) else []
+    texts = {f"choices[{k}]": text for k, text in enumerate(several)}
+    texts |= {"prompt": task.prompt, "reference": task.reference}
+    texts |= {} if several else {"choices": task.choices}
+    return [(name, text) for name, text in texts.items() if isinstance(text, str)]
+
+
+def _as_template(name: str, text: str) -> str:
+    """Return a text as a template, as `evaluate.tasks.own` reads it: a reference, or choices that
+    are no list, may be an expression without braces."""
+    is_bare = name in ("reference", "choices") and "{{" not in text and "{%" not in text
+    return f"{{{{ ({text}) }}}}" if is_bare else text

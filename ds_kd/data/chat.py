@@ -2,7 +2,7 @@
 
 In plain form the tokens of the answer and EOS after them are supervised. In chat form all tokens
 that an assistant turn adds to the rendered conversation are (header and closing tokens included),
-or those that the template marks with `{% generation %}`. Of an empty answer or turn no token is.
+or those that the template marks with `{% generation %}`. No token of an empty answer or turn is.
 This module imports no torch, as the check of a config imports it.
 """
 
@@ -31,7 +31,7 @@ def tokenize_prompt_answer(
 
     The text is tokenised once, as the model will read it. If a BPE merges the prompt's last space
     into the answer's first token, that token belongs to the answer. EOS ends the answer, so that
-    the student learns to stop. Of an empty answer no token is supervised.
+    the student learns to stop. No token of an empty answer is supervised.
 
     Args:
         tokenizer: the offsets of a fast one tell which characters each token holds. With a slow
@@ -213,12 +213,11 @@ def _has_content(message: dict[str, Any]) -> bool:
 
 
 def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
-    from jinja2 import TemplateError
-
     try:
         return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
-    # Some templates refuse a system turn or two user turns in a row; others fail on absent values.
-    except (TemplateError, TypeError) as error:
+    # Some templates refuse a system turn or two user turns in a row; others fail on absent values,
+    # or are no templates at all.
+    except Exception as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 
@@ -268,7 +267,7 @@ def with_template(tokenizer: Any, chat_template: str | None) -> Any:
         # A mistyped path is valid Jinja, and would render every conversation to itself.
         raise ValueError(f"chat_template {chat_template!r} is neither a file nor Jinja text")
     changed = copy.copy(tokenizer)
-    changed.chat_template = chat_template if is_text else Path(chat_template).read_text()
+    changed.chat_template = chat_template if is_text else Path(chat_template).read_text("utf-8")
     return changed
 
 

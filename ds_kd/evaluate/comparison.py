@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +9,13 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.data.rows.detect import samples_of
+from ds_kd.data.rows.source import find_held_out
 from ds_kd.errors import UserError, first_line
+from ds_kd.files import NotPlainFileError, parse_json, read_plain_file
+from ds_kd.models.files.damage import name_damage
 
 NEW_TOKENS = 40
+_LARGEST_LOG = 1 << 30  # bytes
 _PROMPT_SHOWN = 600  # characters of a long prompt's end
 SHOWN = (
     ("val_ce_loss", "CE, nats per token"),
@@ -29,27 +32,62 @@ class CompareError(UserError):
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the records of a JSON-lines file.
+    """Return the records of a log of JSON lines. A last line without an end is left out: its run is
+    writing it, or was killed meanwhile.
 
     Raises:
-        CompareError: it cannot be read, or a line is no record.
+        CompareError: it cannot be read, or a line is no record of a run.
     """
+    records = []
+    text = _read_text(path)
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_json(line) if line.strip() else {}
+        except ValueError as error:
+            if number == len(lines) and not text.endswith("\n"):
+                break
+            what = getattr(error, "msg", first_line(error))
+            raise CompareError(f"{path}, line {number}: not JSON: {what}") from error
+        if not isinstance(record, dict):
+            raise CompareError(f"{path}, line {number}: got {line:.80}, expected a mapping")
+        if wrong := _find_wrong_value(record):
+            raise CompareError(f"{path}, line {number}: {wrong}")
+        records += [record] if record else []
+    return records
+
+
+def _read_text(path: Path) -> str:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return read_plain_file(path, _LARGEST_LOG).decode("utf-8")
     except OSError as error:
         raise CompareError(f"{path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CompareError(f"{path}: not text, expected lines of JSON") from error
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line) if line.strip() else {}
-        except json.JSONDecodeError as error:
-            raise CompareError(f"{path}, line {number}: not JSON: {error.msg}") from error
-        if not isinstance(record, dict):
-            raise CompareError(f"{path}, line {number}: got {line:.80}, expected a mapping")
-        records += [record] if record else []
-    return records
+    except NotPlainFileError as error:
+        raise CompareError(f"{path}: {error}, expected lines of JSON") from error
+
+
+def _find_wrong_value(record: dict[str, Any]) -> str:
+    """Return which value of a record is of another type than a run writes, or an empty text."""
+    for name, value in record.items():
+        if name == "val_samples":
+            is_right = isinstance(value, list) and all(isinstance(each, dict) for each in value)
+        else:
+            is_right = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_right or (name == "step" and not 0 <= value < 1 << 53):
+            return f"{name} is {value!r:.60}, expected what a run writes there"
+    return ""
+
+
+def shorten(names: list[str]) -> dict[str, str]:
+    """Return for each path as many of its last parts as tell it from the others."""
+    parts = {name: Path(name).parts for name in names}
+    for count in range(1, max(map(len, parts.values())) + 1):
+        short = {name: "/".join(part[-count:]) for name, part in parts.items()}
+        if len({*short.values()}) == len(short):
+            return short
+    return {name: name for name in names}
 
 
 def summarize(records: list[dict[str, Any]]) -> list[str]:
@@ -147,13 +185,18 @@ def compare(
             raise CompareError(f"{directory}: no Hugging Face model there")
 
     # Rows of a file are tokenised as a data set of ds_kd would; samples come as they are.
-    tokenizer = AutoTokenizer.from_pretrained(next(iter(models.values())))
+    named = next(iter(models.values()))
+    try:
+        with name_damage(str(named)):
+            tokenizer = AutoTokenizer.from_pretrained(named)
+    except (ValueError, OSError) as error:
+        raise CompareError(f"{named}: cannot be loaded: {first_line(error)}") from error
     samples: Any = data
     name = "the held-out data"
     if isinstance(data, Path):
         name = str(data)
         try:
-            samples = samples_of(name, tokenizer, row + 1)
+            samples = samples_of(name, tokenizer, row + 1, find_held_out(name))
         except ValueError as error:
             raise CompareError(f"--data: {first_line(error)}") from error
     if row >= len(samples):

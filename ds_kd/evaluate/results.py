@@ -10,6 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from ds_kd.evaluate.comparison import shorten
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.kinds import Record
 
@@ -37,7 +40,7 @@ def summarize(
     task: str, metrics: Sequence[Metric], evaluated: list[Evaluated], about: dict[str, Any]
 ) -> dict[str, Any]:
     """Return the results as JSON: each model's metrics with 95 % intervals, and the differences of
-    every two models that could score the same samples.
+    every two models that could score the same samples, in the metrics that compare them.
 
     Args:
         task: its name.
@@ -53,22 +56,32 @@ def summarize(
     for first, second in itertools.combinations(evaluated, 2):
         if first.rows == second.rows:
             pair = second.records, first.records
-            found = {metric.name: asdict(estimate_difference(metric, *pair)) for metric in metrics}
+            found = {
+                metric.name: asdict(estimate_difference(metric, *pair))
+                for metric in metrics
+                if _divide_alike(metric, *pair)
+            }
             names = {"model": second.model, "minus": first.model}
             differences.append({**names, "metrics": found})
     return {"task": task, **about, "models": models, "differences": differences}
+
+
+def _divide_alike(metric: Metric, records: list[Record], others: list[Record]) -> bool:
+    """Return whether both models' sums are divided by the same number for each sample. Other
+    tokenizers make other tokens, and means over these are not to be compared."""
+    return bool(np.array_equal(metric.read(records)[1], metric.read(others)[1]))
 
 
 def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     """Return the results as a text of aligned columns."""
     names = [metric.name for metric in metrics]
     rows = [["", *(f"{m.name} {'↓' if m.is_lower_better else '↑'}" for m in metrics)]]
-    labels = _shorten([each["model"] for each in results["models"]])
+    labels = shorten([each["model"] for each in results["models"]])
     for each in results["models"]:
         rows.append([labels[each["model"]], *(_show(each["metrics"][name]) for name in names)])
     for each in results["differences"]:
         label = f"{labels[each['model']]} − {labels[each['minus']]}"
-        rows.append([label, *(_show(each["metrics"][name], "+") for name in names)])
+        rows.append([label, *(_show(each["metrics"].get(name), "+") for name in names)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) for row in rows]
 
@@ -79,19 +92,11 @@ def format_table(results: dict[str, Any], metrics: Sequence[Metric]) -> str:
     return "\n".join([f"{told}, 95 % bootstrap intervals", *(line.rstrip() for line in lines)])
 
 
-def _show(value: dict[str, float], sign: str = "") -> str:
+def _show(value: dict[str, float] | None, sign: str = "") -> str:
+    if value is None:
+        return "—"
     middle = f"{value['value']:{sign}.{_DIGITS}f}"
     return f"{middle} [{value['low']:{sign}.{_DIGITS}f}, {value['high']:{sign}.{_DIGITS}f}]"
-
-
-def _shorten(names: list[str]) -> dict[str, str]:
-    """Return for each path as many of its last parts as tell it from the others."""
-    parts = {name: Path(name).parts for name in names}
-    for count in range(1, max(map(len, parts.values())) + 1):
-        short = {name: "/".join(part[-count:]) for name, part in parts.items()}
-        if len({*short.values()}) == len(short):
-            return short
-    return {name: name for name in names}
 
 
 def write_json(path: Path, results: dict[str, Any]) -> None:

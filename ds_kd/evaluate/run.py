@@ -1,8 +1,8 @@
 """Run a task on a model: samples in batches, batches shared out over ranks, records gathered.
 
-How samples are put into batches depends on the samples alone, never on the number of ranks or on
-where an earlier evaluation stopped: a sum in floating point depends a little on its batch, and so
-all of these give the same numbers.
+Batches depend on the samples alone, never on the number of ranks or on where an earlier evaluation
+stopped: a sum in floating point depends a little on its batch, and so all of these give the same
+numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from ds_kd.data.rows.detect import recognise, samples_of
-from ds_kd.data.rows.source import load_rows, name_bad_row, name_bad_text
+from ds_kd.data.rows.source import find_held_out, load_rows, name_bad_row, name_bad_text
 from ds_kd.evaluate.journal import Journal
 from ds_kd.evaluate.progress import Progress
 from ds_kd.evaluate.subject import Subject
@@ -59,30 +59,31 @@ def columns_in(source: str) -> list[str]:
     Raises:
         ValueError: it cannot be read.
     """
-    return list(load_rows(source, "train", (), 1).column_names)
+    return list(load_rows(source, find_held_out(source), (), 1).column_names)
 
 
 def load_items(task: Task, source: str, limit: int | None, encoder: Encoder) -> Items:
     """Return the samples of a file, tokenised.
 
     Args:
-        source: see `load_rows`.
+        source: see `load_rows`; of its splits `find_held_out` takes one.
         limit: take only the first rows, this many.
 
     Raises:
         ValueError: the rows cannot be read, lack columns, or none has anything to score.
     """
     made: list[list[Item]] = []
+    split = find_held_out(source)
     if task.columns:
-        rows = load_rows(source, "train", task.columns, limit)
-        prepare = name_bad_row(source, None, lambda row: task.prepare(row, encoder))
+        rows = load_rows(source, split, task.columns, limit)
+        prepare = name_bad_row(source, split, lambda row: task.prepare(row, encoder))
         with name_bad_text(source):
             made = [prepare(row, index) for index, row in enumerate(rows)]
     else:
-        samples = samples_of(source, encoder.tokenizer, limit)
+        samples = samples_of(source, encoder.tokenizer, limit, split)
         made = [task.prepare(sample, encoder) for sample in samples]
 
-    # Of a sample without a supervised token nothing can be said.
+    # A sample without a supervised token tells nothing.
     if not any(made):
         raise ValueError(f"{source!r}: none of its {len(made)} rows has anything to score")
     if all(item.get("references") == [] for items in made for item in items):

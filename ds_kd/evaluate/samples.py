@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ds_kd.data.packing import PackedDataset
+from ds_kd.data.prefixes import SharedDataset
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import question_of
 from ds_kd.parallel.world import World, sum_over
@@ -92,19 +94,18 @@ def choose_questions(
     """Return the first questions of validation samples that can be asked.
 
     Args:
-        samples: with `input_ids` and shifted `labels`; of a pack its first sample is taken.
+        samples: with `input_ids` and shifted `labels`; packs give the samples that they are made
+            of, as those of a tree (`data.prefixes`) do not stand one after the other.
         count: number of questions.
         longest: tokens that the models take; None if they know no limit.
     """
+    rows = samples.dataset if isinstance(samples, (PackedDataset, SharedDataset)) else samples
     found: list[tuple[list[int], list[int]]] = []
-    for k in range(len(samples)):
+    for k in range(len(rows)):
         if len(found) == count:
             break
-        sample = samples[k]
-        end = sample.get("segment_lengths", [len(sample["input_ids"])])[0]
-        one = {name: sample[name][:end] for name in ("input_ids", "labels")}
         try:
-            question = question_of(one, tokenizer)
+            question = question_of(rows[k], tokenizer)
         except UserError:  # nothing of it is supervised
             continue
         if longest is None or len(question[0]) + NEW_TOKENS <= longest:

@@ -1,7 +1,7 @@
 """Metrics as ratios of sums over samples, and how sure they are: bootstrap intervals.
 
 A bootstrap draws as many samples as there are, with replacement, many times, and looks at how much
-a metric moves. Of two models the same samples are drawn, so that their difference is paired: what
+a metric moves. The same samples are drawn of two models, so that their difference is paired: what
 makes a sample hard for both of them drops out.
 """
 

@@ -210,7 +210,11 @@ class DistillationLoss:
             kd, gradient = join(pair, alpha)
             ce = pair.student_lse - label_logit
         else:
-            kd, kd_gradient, entropy = _evaluate(divergence, pair)
+            if divergence.takes_whole_chunks:
+                entropy = pair.teacher_entropy
+                kd, kd_gradient = divergence.of_chunk(pair)
+            else:
+                kd, kd_gradient, entropy = _evaluate_blocks(divergence, pair)
             gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
             if t != 1.0 and not is_padded:
                 student.mul_(t)
@@ -326,12 +330,9 @@ def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tenso
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _evaluate(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, gradient and the teacher's entropy of a chunk: `[tokens, 1]`,
-    `[tokens, shared vocab]` and `[tokens, 1]`."""
-    if divergence.takes_whole_chunks:
-        entropy = pair.teacher_entropy
-        return *divergence.of_chunk(pair), entropy
+def _evaluate_blocks(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, gradient and the teacher's entropy of a chunk, a few tokens at a time:
+    `[tokens, 1]`, `[tokens, shared vocab]` and `[tokens, 1]`."""
     values, entropies, teacher = [], [], pair.teacher
     for rows, block in pair.blocks():
         entropies.append(block.teacher_entropy.to(teacher.dtype))

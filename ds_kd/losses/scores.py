@@ -18,7 +18,7 @@ _CHUNK = 256  # tokens whose logits exist at one time
 #: The first positions of the parts of a text for which validation tells the KL by itself.
 PARTS = (0, 64, 256, 1024, 4096)
 
-#: What `compare_models` measures of each token, in the order of its columns.
+#: Measured by `compare_models` for each token, in the order of its columns.
 DISTANCES = ("forward_kl", "reverse_kl", "acceptance", "top1_agreement", "top5_agreement")
 
 

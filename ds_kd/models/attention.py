@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_kd.models import varlen
-from ds_kd.models.tree import Tree
+from ds_kd.models.packs import varlen
+from ds_kd.models.packs.tree import Tree
 from ds_kd.parallel.sequence import Exchange
 
 NAME = "sdpa_by_sample"

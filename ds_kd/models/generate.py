@@ -7,6 +7,7 @@ print(student([{"role": "user", "content": "What is a list?"}]).text)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 from ds_kd.errors import UserError, first_line
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 
 NEW_TOKENS = 256
@@ -93,8 +95,10 @@ class LoadedStudent:
         """Return the tokens of a prompt, to the point where the answer begins.
 
         Raises:
-            StudentError: there is no chat template, or it refuses these messages.
+            StudentError: there is no chat template, it refuses these messages, or a text is not
+                UTF-8.
         """
+        _check_text(prompt)
         if isinstance(prompt, str) and not chat:
             return list(self.tokenizer(prompt)["input_ids"])
         if not self.chats:
@@ -171,6 +175,14 @@ class LoadedStudent:
         return room
 
 
+def _check_text(prompt: Any) -> None:
+    """Refuse a text that is not UTF-8, such as a shell may give, with a StudentError."""
+    try:
+        json.dumps(prompt, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError:
+        raise StudentError("the prompt is not UTF-8, as no model reads other text") from None
+
+
 def find_ends(model: Any, tokenizer: Any) -> list[int]:
     """Return the tokens that end a text: the model's, and the tokenizer's, with which it was
     trained."""
@@ -225,11 +237,12 @@ def load_student(directory: str | Path, device: str | None = None) -> LoadedStud
     dtype: Any = torch.float32 if where.type == "cpu" else "auto"
     try:
         # Code of the model's repository is not run, and transformers must not ask on the terminal.
-        tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, trust_remote_code=False, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        with name_damage(str(place)):
+            tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                place, dtype=dtype, trust_remote_code=False, output_loading_info=True
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         told = explain_no_tokenizer(str(place)) or f"cannot be loaded: {first_line(error)}"
         raise StudentError(f"{place}: {told}") from error
     model, report = loaded

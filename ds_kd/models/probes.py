@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ds_kd.errors import first_line
 from ds_kd.models import attention
-from ds_kd.parallel.world import sum_over
+from ds_kd.parallel.world import Group, sum_over
 
 _TOKENS = 16
 #: Sliding windows up to this length are probed with longer samples. For longer windows the probe
@@ -196,11 +196,12 @@ def check_sharing(engine: Any, device: torch.device, name: str) -> None:
         raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
 
 
-def check_parts(engine: Any, device: torch.device, name: str) -> None:
+def check_parts(engine: Any, device: torch.device, name: str, everyone: Group) -> None:
     """Refuse a model that computes a sample that is split over ranks differently from the whole.
 
     Args:
         engine, device, name: as for `check_head`, after `check_packing`.
+        everyone: all ranks, which refuse it together.
 
     Raises:
         ValueError: its attention is not plain SDPA, has fewer heads than there are ranks, or
@@ -233,7 +234,7 @@ def check_parts(engine: Any, device: torch.device, name: str) -> None:
         attention.attend_by_sample(module.model)
         error, scale = _difference(engine, engine(part, probe="hidden"), expected)
     is_wrong = not error <= _tolerance(engine) * scale
-    if sum_over([float(is_wrong)], group)[0]:  # each rank has looked at other tokens
+    if sum_over([float(is_wrong)], everyone)[0]:  # each rank has looked at other tokens
         raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
 
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
+from ds_kd.hub import expect_hub
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 
 #: Rows that `divergences_without` uses. Each costs half a forward for every layer of the model.
@@ -236,18 +238,21 @@ def load(source: str, dtype: str) -> tuple[Any, Any]:
         raise PruneError(f"--teacher {source}: no config.json there; give a Hugging Face model")
 
     # A name that is no directory may be a hub id.
+    expect_hub(source)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+        with name_damage(source):
+            tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
         where = "there" if path.is_dir() else "(no such directory, so the hub was asked)"
         reason = first_line(error)
         raise PruneError(
             f"--teacher {source}: no model with a tokenizer {where}: {reason}"
         ) from error
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, output_loading_info=True
-        )
+        with name_damage():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, output_loading_info=True
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise PruneError(f"--teacher {source}: {first_line(error)}") from error
 

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from ds_kd.errors import MachineError
-
 
 @dataclass(frozen=True)
 class Group:
@@ -49,22 +47,6 @@ class Layout:
     tokens: Group
     sequence: Group
     tensor: Group
-
-
-def check_size(size: int, tensor: int, sequence: int) -> None:
-    """Refuse a number of ranks that cannot be laid out.
-
-    Raises:
-        MachineError: says how many ranks to start.
-    """
-    width = tensor * sequence
-    if size % width:
-        named = {"tp_size": tensor, "cp_size": sequence}
-        sizes = " × ".join(f"distributed.{name} {n}" for name, n in named.items() if n > 1)
-        raise MachineError(
-            f"{sizes}: got {size} rank(s), expected a multiple of {width}; start "
-            f"{-(-size // width) * width} ranks"
-        )
 
 
 def list_ranks(size: int, tensor: int, sequence: int) -> dict[str, list[list[int]]]:

@@ -33,7 +33,7 @@ def write_new(path: Path, text: str) -> None:
         OSError: it cannot be written.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-    with open(os.open(path, flags, 0o600), "w") as file:
+    with open(os.open(path, flags, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
 
 
@@ -41,7 +41,8 @@ def read_own(path: Path) -> tuple[str, float] | None:
     """Return a file's text and time of change (seconds of Unix time), or None if there is no
     regular file of this user."""
     try:
-        with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)) as file:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(handle, encoding="utf-8", errors="replace") as file:
             found = os.fstat(file.fileno())
             if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
                 return None

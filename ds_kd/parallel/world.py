@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from ds_kd.errors import MachineError, UserError, first_line
-from ds_kd.parallel.layout import Group, Layout, check_size, lay_out
+from ds_kd.parallel.layout import Group, Layout, lay_out
 from ds_kd.parallel.rendezvous import (
     clear_stale_locks,
     fill_environment,
@@ -83,24 +83,29 @@ class World:
         return Group(0, 1) if self.layout is None else self.layout.tensor
 
 
-def start(
-    backend: str = "nccl", timeout_minutes: float = 10, tensor: int = 1, sequence: int = 1
-) -> World:
+def start(backend: str = "nccl", timeout_minutes: float = 10) -> World:
     """Join the job and return this process's `World`.
 
     Args:
         backend: `nccl` or `gloo`; without CUDA `nccl` becomes `gloo`, which the caller reports.
         timeout_minutes: longest wait of a collective for a missing rank.
-        tensor, sequence: sizes of these groups of the layout.
 
     Raises:
-        MachineError: a variable of the environment is invalid, the ranks cannot meet, or their
-            number does not fit the layout.
+        MachineError: a variable of the environment is invalid, or the ranks cannot meet.
     """
     fill_environment()
-    check_size(int(os.environ["WORLD_SIZE"]), tensor, sequence)
     with free_master_port():
-        world = _join(backend, timeout_minutes)
+        return _join(backend, timeout_minutes)
+
+
+def divide(world: World, timeout_minutes: float, tensor: int = 1, sequence: int = 1) -> World:
+    """Return the world with its ranks divided into groups (a collective).
+
+    Args:
+        world: all ranks; their number is a multiple of the product of both sizes.
+        timeout_minutes: as for `start`.
+        tensor, sequence: sizes of these groups of the layout.
+    """
     if tensor * sequence == 1:
         return world
     timeout = timedelta(minutes=timeout_minutes)

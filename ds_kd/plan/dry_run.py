@@ -11,6 +11,7 @@ from ds_kd.config.load import check_world
 from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.losses.chunked import default_chunk
+from ds_kd.models.files.damage import name_damage
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
@@ -302,7 +303,8 @@ def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Sh
     with torch.device("meta"):
         trusts = bool(component.kwargs.get("trust_remote_code", False))
         key = f"{component.key}.pretrained_model_name_or_path"
-        with config_error(key, name_of(component), "a Hugging Face causal language model"):
+        expected = "a Hugging Face causal language model"
+        with config_error(key, name_of(component), expected), name_damage(name_of(component)):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.config.text.yaml_source import Source
 from ds_kd.evaluate.comparison import SHOWN, read_lines
 from ds_kd.recipe.results import log_of, marker_of
+
+_MOST = 1000  # runs; each is checked before the first, which takes some milliseconds
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,8 @@ def lay_out(config: str, overrides: list[str], allow: tuple[str, ...], ranks: in
     varied = [key for key, values in given.items() if len(values) > 1]
     if not varied:
         raise ConfigError(["nothing varies: give a key several values, such as kd_ratio=0,0.5,1"])
+    if (count := math.prod(len(values) for values in given.values())) > _MOST:
+        raise ConfigError([f"these values make {count:,} runs, and {_MOST:,} at most are laid out"])
     runs: dict[str, Run] = {}
     seen: dict[str, RunConfig] = {}
     for values in itertools.product(*given.values()):

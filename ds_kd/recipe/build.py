@@ -12,7 +12,7 @@ from ds_kd.checkpoint.retention import Retention
 from ds_kd.checkpoint.state import TrainState, seed_rank
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import ConfigError, config_error
-from ds_kd.config.load import check_world, fingerprint, settings_of
+from ds_kd.config.load import fingerprint, list_defaults, settings_of
 from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.evaluate.samples import Generations, Next, choose_questions
@@ -27,7 +27,6 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples
-from ds_kd.recipe.in_run import build_evaluation
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
     check_lengths,
@@ -42,6 +41,7 @@ from ds_kd.recipe.offline.teacher import build_cached
 from ds_kd.recipe.optimizer import build_optimizer, build_schedule, place_optimizer
 from ds_kd.recipe.resident.placement import make_teacher_zero
 from ds_kd.recipe.rollouts import build_batches, steps_per_epoch
+from ds_kd.recipe.tasks.in_run import build_evaluation
 from ds_kd.recipe.tuning.compile import compile_model
 from ds_kd.recipe.tuning.engine import count_micro_batches, make_engine_config
 from ds_kd.recipe.tuning.gradients import choose_exchange
@@ -74,7 +74,6 @@ def build(
     Raises:
         ConfigError: something named in the config does not exist or does not fit; names the key.
     """
-    check_world(cfg, world.size)
     seed_rank(cfg.rng.seed, world.tokens.rank, cfg.rng.ranked)
     tokenizer = tokenizer_of(cfg.model, world)
     samples, held_out = build_samples(cfg, tokenizer, world)
@@ -295,7 +294,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
             names = lora.find_linear_maps(model, *chosen, wanted.match_all_linear)
-        # Where the base model came from is written into the adapter's own config.
+        # The adapter's own config names the directory or hub id of the base model.
         lora.add_adapter(
             model,
             names,
@@ -360,4 +359,5 @@ def _make_checkpointer(
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
         validation=fingerprint_validations(cfg, held_out),
+        defaults=list_defaults(cfg),
     )

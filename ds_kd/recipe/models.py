@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
+from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
     WeightFiles,
@@ -40,6 +43,11 @@ def select_location(component: Component) -> dict[str, Any]:
     return {name: component.kwargs[name] for name in names if name in component.kwargs}
 
 
+def select_trust(component: Component) -> dict[str, Any]:
+    """Return the argument that lets a model's own code run, for a model made of its config."""
+    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
+
+
 def tokenizer_of(component: Component, world: World) -> Any:
     """Return the model's tokenizer, which pads on the right; rank 0 loads it first.
 
@@ -51,11 +59,13 @@ def tokenizer_of(component: Component, world: World) -> Any:
     kwargs = select_location(component)
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its tokenizer: a directory, or a hub id and " + _NETWORK
+    expect_hub(name_of(component))
     with config_error(key, name_of(component), expected):
         try:
-            tokenizer = rank0_first(
-                lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
-            )
+            with name_damage(name_of(component)):
+                tokenizer = rank0_first(
+                    lambda: AutoTokenizer.from_pretrained(name_of(component), **kwargs), world
+                )
         except (ValueError, OSError, ImportError) as error:
             # transformers lists what it has tried, and takes a path for a name on the hub.
             told = "" if kwargs.get("subfolder") else explain_no_tokenizer(name_of(component))
@@ -98,6 +108,7 @@ def load_model(
         with config_error(key, name_of(component), expected):
             return refuse_damage(load)
 
+    load_or_refuse(lambda: refuse_quantised(component))
     # transformers would tie weights for which the files hold different values.
     ties = load_or_refuse(lambda: check_files(component)) if extra.get("use_safetensors") else []
     if ties:
@@ -115,14 +126,15 @@ def refuse_damage(load: Callable[[], Any]) -> Any:
     """Return `load()`.
 
     Raises:
-        ValueError: a file of weights is damaged.
+        ValueError: a file is damaged.
     """
     from safetensors import SafetensorError
 
-    try:
-        return load()
-    except SafetensorError as error:
-        raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
+    with name_damage():
+        try:
+            return load()
+        except SafetensorError as error:
+            raise ValueError(f"a file of its weights is damaged: {first_line(error)}") from error
 
 
 def check_whole(loaded: Any, ties: list[tuple[str, str]]) -> Any:
@@ -163,12 +175,23 @@ def check_files(component: Component) -> list[tuple[str, str]]:
         **{n: v for n, v in component.kwargs.items() if n != "pretrained_model_name_or_path"},
     )
     files = WeightFiles(name_of(component), select_location(component))
-    trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     check_rope(config)
-    model = empty_model(config, **trusted)
+    model = empty_model(config, **select_trust(component))
     if not component.kwargs.get("ignore_mismatched_sizes"):
         check_shapes(files, model)
     return find_differing_ties(files, model)
+
+
+def refuse_quantised(component: Component) -> None:
+    """Refuse a model of the hub whose weights are quantised; `--check` does so for a directory.
+
+    Raises:
+        ValueError: says what to name instead.
+    """
+    how = getattr(config_of(component), "quantization_config", None)
+    if how:
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        raise ValueError(f"its weights are quantised ({kind}); name one of bf16 or fp32 weights")
 
 
 def check_rope(config: Any) -> None:
@@ -225,7 +248,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if packs and cfg.packed_sequence.share_prefixes:
         checks.append((probes.check_sharing, "a model whose attention is plain SDPA"))
     if world.sequence.size > 1:
-        checks.append((probes.check_parts, "a model whose attention is plain SDPA"))
+        check_parts = partial(probes.check_parts, everyone=world.everyone)
+        checks.append((check_parts, "a model whose attention is plain SDPA"))
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
@@ -300,5 +324,6 @@ def config_of(component: Component) -> Any:
 
     key = f"{component.key}.pretrained_model_name_or_path"
     expected = "a Hugging Face model with its config.json: a directory, or a hub id and " + _NETWORK
-    with config_error(key, name_of(component), expected):
+    expect_hub(name_of(component))
+    with config_error(key, name_of(component), expected), name_damage(name_of(component)):
         return AutoConfig.from_pretrained(name_of(component), **select_location(component))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ds_kd.checkpoint.checkpointer import PREEMPTED
-from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST
+from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST, follow
 from ds_kd.config.components import ConfigError
 from ds_kd.config.schema import RunConfig
 from ds_kd.errors import UserError
@@ -44,7 +44,7 @@ def mark_without_checkpoints(cfg: RunConfig, step: int, finished: bool) -> None:
     if finished:
         marker_of(cfg).unlink(missing_ok=True)
     else:
-        marker_of(cfg).write_text(f"preempted at step {step}\n")
+        marker_of(cfg).write_text(f"preempted at step {step}\n", "utf-8")
 
 
 def closing_message(cfg: RunConfig, step: int, finished: bool) -> str:
@@ -91,8 +91,8 @@ def _describe_validation(cfg: RunConfig, step: int) -> list[str]:
 
 def _name_best(directory: Path) -> list[str]:
     """Return a line on the checkpoint of the lowest validation loss, if that is not the last."""
-    best = (directory / BEST).resolve()
-    if not best.is_dir() or best == (directory / LATEST).resolve():
+    best = follow(directory / BEST)
+    if not best.is_dir() or best == follow(directory / LATEST):
         return []
     command = f"python launch/export.py {directory / BEST} OUT"
     return [f"lowest validation loss: {best.name}; {command} writes its student"]

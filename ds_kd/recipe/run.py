@@ -11,6 +11,7 @@ from typing import Any
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.config.checks.machine import refuse_missing_packages
 from ds_kd.config.components import config_error
+from ds_kd.config.load import check_world
 from ds_kd.config.schema import RunConfig
 from ds_kd.parallel import world as distributed
 from ds_kd.parallel.signals import StopRequest
@@ -43,7 +44,9 @@ def open_run(
     refuse_missing_packages(cfg)
     check_caches()
     sizes = cfg.distributed.tp_size or 1, cfg.distributed.cp_size or 1
-    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes, *sizes)
+    world = distributed.start(cfg.dist_env.backend, cfg.dist_env.timeout_minutes)
+    check_world(cfg, world.size)
+    world = distributed.divide(world, cfg.dist_env.timeout_minutes, *sizes)
     with ExitStack() as held:
         held.enter_context(distributed.name_lost_ranks(world))
         lock = held.enter_context(lock_directories(cfg, world))

@@ -36,7 +36,7 @@ class CachedTeacher:
 class FillingTeacher:
     """Runs a teacher where a rank has no row of it, writes the rows, and returns what was stored.
 
-    What is returned is rounded as the stored rows are, so that a step is the same whether its rows
+    Its answers are rounded as the stored rows are, so that a step is the same whether its rows
     were there or not.
 
     Args:

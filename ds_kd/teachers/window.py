@@ -70,8 +70,8 @@ class Part:
         return slice(self.start, self.start + self.rows * self.length)
 
     def cut(self, value: Any) -> Any:
-        """Return this part of a layer's arguments, in the micro-batch's own shape. What does not
-        belong to tokens, `[1, total, …]`, stays as it is."""
+        """Return this part of a layer's arguments, in the micro-batch's own shape. Values that do
+        not belong to tokens, `[1, total, …]`, stay as they are."""
         if isinstance(value, (tuple, list)):
             return type(value)(map(self.cut, value))
         if isinstance(value, dict):

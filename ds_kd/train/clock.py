@@ -19,7 +19,7 @@ class Clock:
     """Adds up how long each part of a step takes on this rank.
 
     On a GPU parts are timed by events in its stream, which are read when they have passed: nothing
-    waits for the device. What has not passed at the end of a step counts to the next.
+    waits for the device. A time that has not passed at the end of a step counts to the next.
     """
 
     def __init__(self, device: torch.device):

@@ -59,7 +59,7 @@ class Evaluation:
         )
         found = {}
 
-        # Whether branches may share their context is found out anew, as it costs little.
+        # A test finds out anew if branches may share their context, as it costs little.
         with _in_plain_attention(student):
             subject.shares_prefix = can_branch(subject)
             for task, items in self.tasks:

@@ -78,7 +78,7 @@ class Metrics:
         # Both destinations are tried now, so that a mistake ends the run before models are loaded.
         if self._path is not None:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._path.open("a").close()
+            self._path.open("a", encoding="utf-8").close()
         if wandb is not None:
             try:
                 import wandb as client
@@ -161,7 +161,7 @@ class Metrics:
         """Open the files for a run whose first record is of `step` and stands at `place`."""
         _keep_before(path, place)
         # Line-buffered, so that a killed run keeps every record that it logged.
-        self._file = path.open("a", buffering=1)
+        self._file = path.open("a", buffering=1, encoding="utf-8")
         if self._events:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -265,7 +265,7 @@ def _keep_before(path: Path, place: float) -> None:
     A log of which no record would stay belongs to another run and is renamed; so does every log if
     this run begins with its first step, which no record of its own precedes.
     """
-    text = path.read_text(errors="replace") if path.is_file() else ""
+    text = path.read_text(errors="replace", encoding="utf-8") if path.is_file() else ""
     kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
     kept = kept if place > 1 else []
     if "".join(kept) == text:
@@ -275,7 +275,7 @@ def _keep_before(path: Path, place: float) -> None:
         path.rename(path.with_name(f"{path.stem}.before{number}{path.suffix}"))
         return
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text("".join(kept))
+    aside.write_text("".join(kept), "utf-8")
     aside.replace(path)
 
 

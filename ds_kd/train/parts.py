@@ -13,7 +13,7 @@ from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.teachers.cache.keys import KEYS
 from ds_kd.train.batches import Batch
 
-#: What a micro-batch has for each supervised position.
+#: Values of a micro-batch for each supervised position.
 _OF_ROWS = ("supervised_labels", "supervised_counts", KEYS)
 
 
@@ -37,8 +37,8 @@ class TakePart:
 def take_part(batch: Batch, rank: int, size: int) -> Batch:
     """Return the tokens `rank`, `rank` + `size`, … of each row, as `parallel.sequence` joins them.
 
-    Labels belong to the tokens before them already, so that none is lost where rows are cut. What
-    attention asks for, lengths and parents of segments, stays that of the whole rows.
+    Labels belong to the tokens before them already, so that none is lost where rows are cut.
+    Lengths and parents of segments, which attention asks for, stay those of the whole rows.
 
     Args:
         batch: from `data.collate`.

@@ -53,7 +53,7 @@ def join_rollout(prompt: list[int], tokens: list[int], name: str) -> dict[str, A
     """Return the sample of a prompt and what the student wrote after it, all of it supervised.
 
     The token that ends a text is among its tokens, so that it is learnt even if it also pads; a
-    text that was cut has none. Of an empty text nothing is supervised, so one token is enough.
+    text that was cut has none. Nothing of an empty text is supervised, so one token is enough.
     """
     if not tokens:
         return {"input_ids": prompt[:1], "labels": [IGNORE_INDEX], "sample_id": name}

@@ -1,10 +1,10 @@
 """Micro-batches of which the student wrote some samples itself, just before it trains on them.
 
-Of each window of samples a share λ is on-policy: only their prompts are used, and the student
+In each window of samples a share λ is on-policy: only their prompts are used, and the student
 writes what follows (Agarwal et al. 2024, arXiv:2306.13649). It writes once for the whole window,
-before its first step; the window's samples are then cut into micro-batches as a loader's are. Which
-samples are on-policy, and each of their tokens, follow from (seed, epoch, sample, draw, position)
-alone.
+before its first step; the window's samples are then cut into micro-batches as a loader's are. The
+choice of samples that are on-policy, and each of their tokens, follow from (seed, epoch, sample,
+draw, position) alone.
 """
 
 from __future__ import annotations

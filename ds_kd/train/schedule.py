@@ -1,8 +1,10 @@
-"""The schedule of validations, checkpoints and the end of a run, in optimizer steps."""
+"""The schedule of validations, checkpoints and the end of a run, in optimizer steps, and what a
+run has come to at its end."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -73,3 +75,32 @@ class Schedule:
         if every is None:
             return False
         return step % (self.steps_per_epoch if isinstance(every, str) else every) == 0
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The result of `Trainer.train`; true if the run is finished.
+
+    The losses are the same on every rank.
+
+    Args:
+        finished: the schedule or `patience` has ended the run; False if it was asked to stop.
+        step: optimizer steps done, those before a resume included.
+        total_steps: of the schedule.
+        training: means per supervised token (nats) of the last step, with its learning rate and
+            gradient norm, by the names of metrics.jsonl; empty if no step was taken.
+        validation: means of the last validation made by it (`loss`, `ce_loss`, …); empty without.
+        lowest_loss: the lowest validation loss of the run; None without one.
+        checkpoint: the newest one; None if there is none.
+    """
+
+    finished: bool
+    step: int
+    total_steps: int
+    training: dict[str, float]
+    validation: dict[str, float]
+    lowest_loss: float | None
+    checkpoint: Path | None
+
+    def __bool__(self) -> bool:
+        return self.finished

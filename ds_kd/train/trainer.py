@@ -32,7 +32,7 @@ from ds_kd.train.batches import Batch, Batches, add_up, list_samples, move_batch
 from ds_kd.train.clock import Clock, Counts
 from ds_kd.train.evaluation import Evaluation
 from ds_kd.train.metrics import Metrics, memory_gib
-from ds_kd.train.schedule import Schedule
+from ds_kd.train.schedule import Schedule, Summary
 from ds_kd.train.validation import Validation
 
 
@@ -93,13 +93,12 @@ class Trainer:
     def __post_init__(self) -> None:
         self._saved_at = time.monotonic()
         self._clock = Clock(self.world.device)
+        self._trained: dict[str, float] = {}
+        self._validated: dict[str, float] = {}
 
-    def train(self) -> bool:
+    def train(self) -> Summary:
         """Run the schedule from the present state to its end, or to the end of the step in which a
         rank is asked to stop. The last step is saved in both cases.
-
-        Returns:
-            True if the schedule has ended.
 
         Raises:
             TrainingError: no supervised token, a loss or gradient that is not finite, a lost rank.
@@ -116,15 +115,22 @@ class Trainer:
                 stops = self._validate_and_save()
 
             owes = self.state.step and (self._owes_validation() or self._owes_evaluation())
-            finished = self.is_done and not owes
+            finished = bool(self.is_done and not owes)
             if self.checkpointer is not None and self.schedule.total_steps:
                 self.checkpointer.mark(self.state.step, finished)
-            return finished
+            return self._summarise(finished)
         except RuntimeError as error:
             lost = lost_ranks(error, self.world)
             if lost is None:
                 raise
             raise self._name_lost(lost) from error
+
+    def _summarise(self, finished: bool) -> Summary:
+        kept = None if self.checkpointer is None else self.checkpointer.newest()
+        return Summary(
+            finished, self.state.step, self.schedule.total_steps, self._trained, self._validated,
+            self.state.lowest_loss, kept,
+        )  # fmt: skip
 
     @property
     def is_done(self) -> bool:
@@ -220,10 +226,14 @@ class Trainer:
         skipped = self._is_skipped(means["loss"], norm, micro_batches)
         self.state.advance(counts.labels, counts.tokens)
         seconds, times = time.perf_counter() - started, clock.read()
-        if not skipped and self.metrics is not None:
-            values = {"train_loss": means.pop("loss"), **means}
-            values |= {"learning_rate": lr, "grad_norm": norm}
-            values |= {"seen/tokens": self.state.tokens, "seen/supervised": self.state.labels}
+        if skipped:
+            return
+        values = {"train_loss": means.pop("loss"), **means}
+        values |= {"learning_rate": lr, "grad_norm": norm}
+        self._trained = values
+        if self.metrics is not None:
+            seen = {"seen/tokens": self.state.tokens, "seen/supervised": self.state.labels}
+            values = values | seen
             values |= counts.describe(seconds, times, self.operations) | self.batches.describe()
             self.metrics.train(self.state.step, values | {"memory": memory_gib(self.world.device)})
 
@@ -305,6 +315,7 @@ class Trainer:
         if found is None:
             return None
         self.state.note_validation(found.means["loss"])
+        self._validated = found.means
         if self.metrics is not None:
             self.metrics.validation(self.state.step, found.means, found.each, found.texts)
         return found.means

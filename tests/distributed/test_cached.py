@@ -135,7 +135,7 @@ def compare(world, root):
             "resident": train(world, root, f"r_{name}", *layout),
             "cached": train(world, root, f"c_{name}", *layout, kept, "teacher_model=null"),
         }
-    # What was written for packs serves padded samples; a run may fill a cache itself.
+    # Rows that were written for packs serve padded samples; a run may fill a cache itself.
     padded = LAYOUTS["padded"]
     packs = f"teacher={{kind: cached, directory: {root / 'shared'}}}"
     filled = f"teacher={{kind: cached, directory: {root / 'filled'}, fill: true}}"

@@ -133,7 +133,7 @@ def save_resume_export_damage(world, root, paths):
 
 
 def failing_saves(world, paths, directory):
-    """What becomes of saves without room, and of one that only rank 1 cannot write."""
+    """Save without room, and where only rank 1 cannot write, and return what becomes of it."""
     from ds_kd.checkpoint import checkpointer as checkpoint
     from ds_kd.checkpoint.retention import Retention
 

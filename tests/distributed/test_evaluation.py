@@ -56,7 +56,7 @@ def train(world, root: Path, name: str, evaluation: dict | None, stop_at: int = 
         # Before the last step is validated or saved nobody asks; an evaluation does.
         if stop_at:
             trainer.asked_to_stop = lambda: trainer.state.step == stop_at
-        assert trainer.train() == (not stop_at)
+        assert trainer.train().finished == (not stop_at)
 
 
 def meet_at(port: int) -> None:
@@ -65,7 +65,7 @@ def meet_at(port: int) -> None:
 
 
 def evaluate_on_ranks(world, root: Path) -> None:
-    from ds_kd.recipe.evaluation import Options, evaluate, find_task
+    from ds_kd.recipe.tasks.evaluation import Options, evaluate, find_task
 
     for task, data in TASKS.items():
         options = Options(str(root / data), batch_size=3, output=root / f"{task}-ranks.json")
@@ -134,7 +134,7 @@ def test_evaluation_changes_no_bit_of_training(root):
 
 
 def run_command(root: Path, model: Path, task: str, *words: str) -> dict:
-    """What launch/evaluate.py says of a model on one rank."""
+    """Return what launch/evaluate.py says of a model on one rank."""
     output = root / f"{task}-{model.name}.json"
     models = ("--model", model, "--teacher", root / "teacher", "--output", output)
     rows = ("--task", task, "--data", root / TASKS[task])

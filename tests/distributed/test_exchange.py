@@ -1,13 +1,13 @@
-"""What four ranks exchange in a step, counted in bytes, and that less of it changes no result."""
+"""The exchange of four ranks in a step, counted in bytes, and that less of it changes no result."""
 
 from __future__ import annotations
 
 import socket
-from contextlib import contextmanager
 
 import pytest
 import torch
 
+from benchmarks.traffic import count_bytes
 from tests import tiny
 from tests.parity.test_step import MASKED, PACK, build, sgd, weights
 from tests.ranks import run_ranks
@@ -16,39 +16,14 @@ RANKS, NODE = 4, 2  # ranks of the job, and of each of its machines
 MICRO_BATCHES = 4
 #: Tiny tensors are gathered too, as large ones are.
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
-_GATHERS = ("all_gather_into_tensor", "all_gather_coalesced")
 
 
-@contextmanager
-def count_bytes():
-    """The bytes of DeepSpeed's collectives by (kind, whether their ranks are of one machine)."""
-    import torch.distributed as dist
-    from deepspeed.comm import comm
-
-    counts = {}
-    plain = {n: getattr(comm.cdb, n) for n in (*_GATHERS, "reduce_scatter_tensor")}
-
-    def watch(name):
-        def counted(*args, group=None, **named):
-            members = dist.get_process_group_ranks(group or dist.group.WORLD)
-            inside = len({rank // NODE for rank in members}) == 1
-            lists = [
-                each if isinstance(each, list) else [each] for each in (*args, *named.values())
-            ]
-            tensors = [[t.nbytes for t in each if isinstance(t, torch.Tensor)] for each in lists]
-            kind = "gather" if name in _GATHERS else name
-            counts[kind, inside] = counts.get((kind, inside), 0) + max(map(sum, tensors))
-            return plain[name](*args, group=group, **named)
-
-        return counted
-
-    for name in plain:
-        setattr(comm.cdb, name, watch(name))
-    try:
-        yield counts
-    finally:
-        for name in plain:
-            delattr(comm.cdb, name)
+def sizes_of(counts, kind):
+    """Bytes of collectives of a kind over machines, and of those inside one."""
+    found = [0, 0]
+    for ranks, size in counts[kind].items():
+        found[len({rank // NODE for rank in ranks}) == 1] += size
+    return found
 
 
 def rows_of(world, kind):
@@ -62,8 +37,8 @@ def rows_of(world, kind):
 
 
 def teach_in_windows(world, paths):
-    """Of every layout: (bytes gathered by the teacher for a step and whether weights are equal to
-    the last bit) with micro-batches one by one, all in a window, and two in a window."""
+    """Return for every layout (bytes gathered by the teacher for a step and whether weights are
+    equal to the last bit) with micro-batches one by one, all in a window, and two in a window."""
     from ds_kd.teachers.base import ask
     from ds_kd.teachers.window import Window, agrees, divide_layers
     from ds_kd.train.batches import move_batch
@@ -87,7 +62,7 @@ def teach_in_windows(world, paths):
                 for output in ask(teacher, [move_batch(b, world.device) for b in batches], 1.0):
                     with output.open() as opened:
                         sizes.append(len(opened.hidden))
-            gathered.append(counts["gather", False])
+            gathered.append(sizes_of(counts, "gathered")[0])
             trainer.train()
             trained.append(weights(trainer.student))
         same = [all(torch.equal(trained[0][n], t[n]) for n in t) for t in trained[1:]]
@@ -119,8 +94,7 @@ def train_inside_nodes(world, directory, paths):
         engine_files.save_engine(trainer.student, directory / name, "engine")
         with count_bytes() as stepped:
             trainer._step(second, 0.0)
-        found[name] = [[c.get(("gather", inside), 0) for inside in (False, True)]
-                       for c in (taught, stepped)]  # fmt: skip
+        found[name] = [sizes_of(each, "gathered") for each in (taught, stepped)]
         ends.append(weights(trainer.student))
         if name == "inside":  # what was copied before a checkpoint is read is old
             engine_files.load_engine(trainer.student, directory / name, "engine")
@@ -148,7 +122,7 @@ def reduce_once(world, paths):
             start = weights(trainer.student)
             with count_bytes() as counts:
                 trainer.train()
-            sizes.append(counts["reduce_scatter_tensor", False])
+            sizes.append(sizes_of(counts, "reduced")[0])
             ends.append(weights(trainer.student))
             norms.append(read_gradient_norm(trainer.student))
         far = lambda a, b: max((a[n] - b[n]).abs().max().item() for n in a)  # noqa: E731
@@ -184,7 +158,7 @@ def train_after_probes(world, paths):
         trainer._step(next(batches), 0.0)  # DeepSpeed records the order of a pass meanwhile
         with count_bytes() as counts:
             trainer._step(next(batches), 0.0)
-        found.append([sum(size for (kind, _), size in counts.items() if kind == "gather")])
+        found.append([sum(sizes_of(counts, "gathered"))])
 
         shape = _shape(paths["student"])
         work = Work(16, 16, micro_batches=MICRO_BATCHES, reuse=distance)
@@ -240,7 +214,7 @@ def test_copies_inside_a_machine_keep_gathers_there_and_change_no_bit(found):
     (taught, stepped), (near_taught, near_stepped) = case["over all"], case["inside"]
     assert taught[0] > 0 and taught[1] == 0
     assert near_taught == [0, taught[0]]  # nothing of the teacher crosses
-    # Of two micro-batches' passes, forward and backward, the student's first one crosses.
+    # The student's first of two micro-batches' passes, forward and backward, crosses.
     assert 0 < near_stepped[0] <= stepped[0] / 4 and near_stepped[1] > 0
     assert case["same"] == [True, True], case
 

@@ -44,7 +44,7 @@ def trainer(world, paths, directory, consolidates, steps=STEPS):
 
 
 def state_of(directory):
-    """What a reader sees; of what is written aside, that it is there."""
+    """Return what a reader sees; of what is written aside, that it is there."""
     seen = []
     for path in sorted(directory.iterdir()):
         seen.append(f"{path.name} {path.readlink() if path.is_symlink() else ''}")
@@ -130,7 +130,7 @@ def killed_at_every_point(world, root, paths, consolidates):
 
 
 def final_asked_for_later(world, root, paths):
-    """Of a finished run whose last checkpoint came without the student."""
+    """A finished run whose last checkpoint came without the student."""
     from safetensors.torch import load_file
 
     directory = root / "late"

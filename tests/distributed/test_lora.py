@@ -20,7 +20,7 @@ CHOICES = {
 
 
 def adapter(base, use_dora=False, dropout=0.0, **chosen):
-    """What puts an adapter with something in it into a model."""
+    """Return a function that puts an adapter with something in it into a model."""
     from ds_kd.models import lora
 
     def adapt(model):
@@ -72,7 +72,7 @@ def trained(world, paths, directory, steps, dtype, use_dora=False):
 
 
 def kept(world, paths, root, dtype, use_dora):
-    """What becomes of an adapter trained for 5 steps, and stopped and resumed after 2."""
+    """Return an adapter trained for 5 steps, and one stopped and resumed after 2."""
     import deepspeed
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

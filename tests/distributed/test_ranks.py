@@ -1,13 +1,10 @@
-"""What ranks do together."""
+"""Work that ranks do together."""
 
 from __future__ import annotations
 
 import time
 
-import pytest
-
-from ds_kd.errors import MachineError
-from ds_kd.parallel.layout import check_size, list_ranks
+from ds_kd.parallel.layout import list_ranks
 from tests.ranks import run_ranks
 
 
@@ -80,10 +77,3 @@ def test_ranks_that_exchange_the_most_are_neighbours():
         "sequence": [[0, 2], [1, 3], [4, 6], [5, 7]],
         "tensor": [[0, 1], [2, 3], [4, 5], [6, 7]],
     }
-
-
-def test_a_number_of_ranks_that_cannot_be_laid_out_is_refused():
-    check_size(8, 2, 2)
-    told = r"distributed.tp_size 2 × distributed.cp_size 2: got 6 rank.*start 8 ranks"
-    with pytest.raises(MachineError, match=told):
-        check_size(6, 2, 2)

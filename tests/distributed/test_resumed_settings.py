@@ -1,4 +1,4 @@
-"""What the YAML says of the optimizer and its schedule holds after a resume; what it does not
+"""The YAML's words on the optimizer and its schedule hold after a resume; what it does not
 change stays as it was, bit for bit."""
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def on_two_ranks(world, root, paths):
 
 
 def ended_and_measured_otherwise(world, root, paths):
-    """What each start of a run that patience ended says, and the steps at which it begins and
-    ends."""
+    """Return what each start of a run that patience ended says, and the steps at which it begins
+    and ends."""
     cfg = load(GUIDE, [f"checkpoint.checkpoint_dir={root / 'measured'}"])
 
     def start(patience, kd_ratio, data):
@@ -178,7 +178,7 @@ def broken_off(world, root, paths):
         return stop()
 
     made.asked_to_stop = look
-    finished = made.train()
+    finished = made.train().finished
     validated = "validation" in made.metrics.out.getvalue()
     out = {"broken off": [finished, made.state.step], "validated": validated}
 
@@ -207,7 +207,7 @@ def ended_early(world, root, paths):
         else:
             made.checkpointer.resume(made.student, made.state)
         began = made.state.step, made.is_done
-        finished = made.train()
+        finished = made.train().finished
         student = (root / "patient" / "final" / "model.safetensors").is_file()
         out[f"patience {patience}"] = [*began, finished, made.state.step, student]
         said = made.metrics.out.getvalue().splitlines()

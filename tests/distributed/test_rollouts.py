@@ -79,7 +79,7 @@ def cut_in_every_way(world, directory, paths):
 
 
 def write_with_an_adapter(world, directory, paths):
-    """Whether a merged copy and the sharded student with its adapter write the same."""
+    """Return whether a merged copy and the sharded student with its adapter write the same."""
     adapter = ["peft={match_all_linear: true, lora_A_init: uniform}"]
     written = [
         run(make_trainer(world, paths, directory / way, 1, 40, 2, adapter, generate=way))[1]
@@ -90,8 +90,8 @@ def write_with_an_adapter(world, directory, paths):
 
 
 def resume_within_a_buffer(world, directory, paths):
-    """Whether a run of six steps with two buffers ends with the same weights if it is killed after
-    the first save inside the second, the fourth step's."""
+    """Return whether a run of six steps with two buffers ends with the same weights if it is killed
+    after the first save inside the second, the fourth step's."""
     from ds_kd.parallel.world import on_rank0
 
     how = {"reuse": 3, "samples_per_prompt": 2, "ratio": 0.7, "pack": 40, "local": 1, "steps": 6}

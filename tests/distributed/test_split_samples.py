@@ -85,7 +85,7 @@ def root(tmp_path_factory) -> Path:
 
 
 def numbers(root: Path, name: str, step: int) -> dict[str, float]:
-    """What a run has found at a step, without times and sizes."""
+    """Return what a run has found at a step, without times and sizes."""
     parts = ("loss", "agreement", "entropy", "at_t1", "norm", "eval_")
     found: dict[str, float] = {}
     for record in records(root, name):

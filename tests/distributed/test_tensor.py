@@ -116,7 +116,7 @@ def paths(tmp_path_factory):
 
 
 def judge(case):
-    """Whether a step of cut matrices is the step of plain PyTorch."""
+    """Return whether a step of cut matrices is the step of plain PyTorch."""
     close = case["error"] <= 1e-6 and case["norm"] <= 1e-5 and case["logged"] <= 1e-5
     return close and case["moved"] > 1e-2 and case["cut"] == 14
 

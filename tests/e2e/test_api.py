@@ -1,4 +1,4 @@
-"""What launch/kd.py does, from Python: `load_config`, `build`, `train`, more than once."""
+"""The work of launch/kd.py, from Python: `load_config`, `build`, `train`, more than once."""
 
 from __future__ import annotations
 
@@ -26,11 +26,13 @@ def config(directory, *more):
 def run(directory, *more):
     with ds_kd.build(config(directory, *more)) as trainer:
         began = trainer.state.step
-        finished = trainer.train()
+        summary = trainer.train()
         loss = trainer.validate()["loss"]
+        assert summary.validation["loss"] == loss and summary.lowest_loss <= loss
+        assert summary.training["train_loss"] > 0 and summary.checkpoint.name.startswith("step_")
         assert (root / directory / "RUNNING").exists()
     assert not (root / directory / "RUNNING").exists()
-    return [began, trainer.state.step, finished, loss]
+    return [began, summary.step, summary.finished, loss]
 
 runs = [run("one", "step_scheduler.max_steps=1"), run("one"), run("two")]
 
@@ -93,7 +95,8 @@ except ds_kd.errors.UserError as error:
 import os, signal
 trainer = ds_kd.build(config("three"), listens=True)
 os.kill(os.getpid(), signal.SIGUSR1)
-runs.append([trainer.train(), trainer.state.step, (root / "three" / "PREEMPTED").read_text()])
+stopped = trainer.train()
+runs.append([stopped.finished, stopped.step, (root / "three" / "PREEMPTED").read_text()])
 trainer.close()
 print(json.dumps(runs))
 """

@@ -316,9 +316,13 @@ def test_torchrun_starts_the_same_run_sharing_beginnings_with_a_divergence_from_
     ]
     (tmp_path / "alike.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (tmp_path / "my_losses.py").write_text(
+        "import os, pathlib, traceback\n"
         "from ds_kd.losses.divergences import Divergence\n\n\n"
         "class ReverseKL(Divergence):\n"
         "    def value(self, log_p, log_q):\n"
+        "        names = [frame.name for frame in traceback.extract_stack()]\n"
+        "        if '_step' in names and os.environ['RANK'] == '0':\n"
+        f"            pathlib.Path('{tmp_path}/frames').write_text(' '.join(names))\n"
         "        return (log_q.exp() * (log_q - log_p)).sum(-1)\n"
     )
     command = [
@@ -334,6 +338,9 @@ def test_torchrun_starts_the_same_run_sharing_beginnings_with_a_divergence_from_
     assert "2 rank(s)" in result.stdout and "step 1/1" in result.stdout
     log = root / "torchrun/tensorboard/metrics.jsonl"
     assert json.loads(log.read_text().splitlines()[0])["shared"] > 0.5
+    # Four frames from the script to the backward pass, which `_step` calls.
+    frames = (tmp_path / "frames").read_text().split(" ")
+    assert frames[:5] == ["<module>", "main", "train", "train", "_step"], frames
 
 
 def test_packs_run_on_two_ranks_and_name_their_samples_padding(overrides, root):

@@ -58,7 +58,8 @@ def test_a_run_without_checkpoints_that_a_signal_stopped_is_not_finished(tmp_pat
     assert not run.was_stopped
 
 
-#: What a sweep does with a run, and a run with its requests; the second word says if it has both.
+#: The effect of a sweep on a run, and of a run on its requests; the second word says if it has
+#: both.
 SENDER = """
 import sys
 from ds_kd.parallel.signals import StoppableCommands

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 
+import psutil
 import pytest
 
 from tests import tiny
@@ -76,21 +78,43 @@ def on(host, files, command):
     )
 
 
-def test_one_job_on_two_hosts_with_the_documented_command(hosts):
-    (hosts / "hostfile").write_text("".join(f"{name} slots=1\n" for name in HOSTS))
-    (hosts / "rows.jsonl").write_text(tiny.squad_rows(22))
+def start_on_both(hosts, run):
+    """Start a run with two ranks on each host, as docs/operations.md says."""
     command = ["deepspeed", "--hostfile", str(hosts / "hostfile"), "--no_ssh"]
     command += ["--master_addr", next(iter(HOSTS)), "--master_port", "29511"]
-    run = ["launch/kd.py", "--config", GUIDE]
+    return [
+        on(name, hosts, [*command, "--node_rank", str(k), *run]) for k, name in enumerate(HOSTS)
+    ]
+
+
+def kill(process):
+    """End a host's launcher and ranks at once, as a power failure would."""
+    for each in [process, *psutil.Process(process.pid).children(recursive=True)]:
+        each.kill()
+
+
+def test_cut_matrices_on_two_hosts_with_the_documented_command_outlive_the_loss_of_one(hosts):
+    (hosts / "hostfile").write_text("".join(f"{name} slots=2\n" for name in HOSTS))
+    (hosts / "rows.jsonl").write_text(tiny.squad_rows(22))
+    run = ["launch/kd.py", "--config", GUIDE, "distributed.tp_size=2"]
     run += [f"model.pretrained_model_name_or_path={tiny.llama(hosts / 'student', seed=1)}"]
     run += [f"teacher_model.pretrained_model_name_or_path={tiny.llama(hosts / 'teacher', seed=2)}"]
     run += [f"dataset.dataset_name={hosts / 'rows.jsonl'}", "validation_dataset=null"]
     run += [f"checkpoint.checkpoint_dir={hosts / 'run'}", "step_scheduler.global_batch_size=8"]
-    run += ["step_scheduler.max_steps=3"]
-    started = [
-        on(name, hosts, [*command, "--node_rank", str(k), *run]) for k, name in enumerate(HOSTS)
-    ]
+    run += ["step_scheduler.max_steps=8", "step_scheduler.num_epochs=9"]
+    run += ["step_scheduler.ckpt_every_steps=2"]
+
+    first, second = start_on_both(hosts, run)
+    deadline = time.monotonic() + 180
+    while not (hosts / "run" / "LATEST").exists():
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()[0]
+        time.sleep(0.05)
+    kill(second)
+    output = first.communicate(timeout=180)[0]
+    assert first.returncode and "step 8/8" not in output, output
+
+    started = start_on_both(hosts, run)
     outputs = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], "\n".join(outputs)
-    assert "2 rank(s)" in outputs[0] and "step 3/3" in outputs[0]
-    assert (hosts / "run" / "LATEST").resolve().name == "step_0000003"
+    assert "4 rank(s)" in outputs[0] and "resumed from" in outputs[0] and "step 8/8" in outputs[0]
+    assert (hosts / "run" / "LATEST").resolve().name == "step_0000008"

@@ -1,4 +1,5 @@
-"""What only a GPU can tell: same numbers, no waiting for the host, the real command over NCCL."""
+"""Tests that only a GPU can decide: same numbers, no waiting for the host, the real command over
+NCCL."""
 
 from __future__ import annotations
 
@@ -12,8 +13,9 @@ from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.fused import chunk, forward_kl
 from ds_kd.losses.head import Head, States
-from ds_kd.models import causal_lm, varlen
+from ds_kd.models import causal_lm
 from ds_kd.models.attention import Segments, attend_by_sample
+from ds_kd.models.packs import varlen
 from ds_kd.recipe.tuning.kernels import use_liger_kernels
 from tests import tiny
 from tests.e2e.test_run import kd
@@ -209,5 +211,5 @@ def test_the_clock_times_the_device_without_waiting_for_it():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
-    # What had not passed when it was first read is told the second time.
+    # A time that had not passed when it was first read is told the second time.
     assert first.get("teacher", 0) + clock.read().get("teacher", 0) > 0

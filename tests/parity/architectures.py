@@ -21,7 +21,7 @@ _NO_DROPOUT = dict.fromkeys(
     ],
     0.0,
 )
-#: Of a configuration, whatever of these it has.
+#: Set in a configuration where it has them.
 SIZES: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
     "hidden_size": 32,
@@ -100,7 +100,7 @@ _BOTH_ROPES: dict[str, Any] = {
     kind: {"rope_type": "default", "rope_theta": 10000.0}
     for kind in ("full_attention", "sliding_attention")
 }
-#: What one architecture needs besides.
+#: Settings that one architecture needs besides.
 _EXTRA: dict[str, dict[str, Any]] = {
     "blt": {"encoder_hash_byte_group_vocab": 11},
     "codegen": {"rotary_dim": 4},

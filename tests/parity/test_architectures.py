@@ -35,7 +35,7 @@ CHOSEN = [
 
 
 class Engine:
-    """Of an engine what the probes use, without DeepSpeed: calls go to the module."""
+    """The parts of an engine that the probes use, without DeepSpeed: calls go to the module."""
 
     def __init__(self, module):
         self.module, self.training = module, False

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
+from ds_kd.models import probes
 from tests import tiny
 from tests.parity.test_step import MASKED, PACK, TEMPERATURE, build, sgd, weights
 from tests.ranks import run_ranks
 
 #: Shapes of attention: (heads, heads of keys and values) of the student and of the teacher.
-HEADS = {"even": ((4, 2), (8, 4)), "uneven": ((3, 1), (4, 2))}
+HEADS = {"even": ((4, 2), (8, 4)), "uneven": ((6, 3), (3, 1))}
 
 
 #: (shape, kd_ratio, how the step is made) on two ranks that share samples, and on four.
@@ -61,6 +64,25 @@ def compare_with_plain_pytorch(world, directory, models):
     return found
 
 
+def use_four_ranks(world, directory, models):
+    """The errors of steps, and what this rank says of a model that computes parts of samples
+    otherwise on the ranks of the second sample alone."""
+    cases = compare_with_plain_pytorch(world, directory, models)
+    rows = tiny.samples(2 * world.data.size, seed=1)
+    student = build(world, models["even"], rows, 1, 2, 0.0, sgd).student
+
+    def double(layer, given, found):
+        # A rank's part of the probe is half as long as the whole.
+        return found * (1 + world.data.rank) if found.shape[1] == probes._TOKENS else found
+
+    student.module.model.model.layers[0].mlp.register_forward_hook(double)
+    try:
+        probes.check_parts(student, world.device, "model", world.everyone)
+    except ValueError as error:
+        return cases, str(error)
+    return cases, ""
+
+
 def make_models(root) -> dict[str, dict[str, str]]:
     """Save student and teacher of every shape; their paths."""
     made = {}
@@ -70,7 +92,12 @@ def make_models(root) -> dict[str, dict[str, str]]:
             root / f"{name}-student", hidden=32 if tie else 48, tie=tie, seed=1, heads=own
         )
         teacher = tiny.llama(
-            root / f"{name}-teacher", layers=3, hidden=64, tie=False, seed=2, heads=others
+            root / f"{name}-teacher",
+            layers=3,
+            hidden=64 if tie else 48,
+            tie=False,
+            seed=2,
+            heads=others,
         )
         made[name] = {"student": str(student), "teacher": str(teacher)}
     return made
@@ -83,9 +110,19 @@ def check(cases: dict[str, dict]) -> None:
         assert case["error"] <= 1e-6 and case["logged"] <= 1e-5, f"{name}: {case}"
 
 
-def test_a_step_of_split_samples_equals_plain_pytorch(tmp_path):
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
     # Two ranks to a sample, two samples at a time; test_split_samples.py has two ranks alone.
-    paths = make_models(tmp_path)
-    cases = run_ranks(compare_with_plain_pytorch, 4, tmp_path, paths, sequence=2)[0]
+    root = tmp_path_factory.mktemp("four")
+    return run_ranks(use_four_ranks, 4, root, make_models(root), sequence=2)
+
+
+def test_a_step_of_split_samples_equals_plain_pytorch(four):
+    cases, _ = four[0]
     assert len(cases) == len(CASES[4])
     check(cases)
+
+
+def test_all_ranks_refuse_a_model_whose_parts_are_wrong_on_some(four):
+    said = [told for _, told in four]
+    assert all("a token that is split off from its sample is another" in each for each in said)

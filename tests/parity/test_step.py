@@ -322,8 +322,8 @@ def refused_steps(world, paths):
         return []
 
     def measured():
-        """Whether a teacher that only validation looks at leaves training as it was, and what is
-        logged of it."""
+        """Return whether a teacher that only validation looks at leaves training as it was, and
+        what is logged of it."""
         plain, trainer = (build(world, paths, rows, 1, 2, 0.0, sgd) for _ in range(2))
         other = build(world, paths, rows, 1, 2, 0.5, sgd)
         trainer.validation.teacher = other.teacher

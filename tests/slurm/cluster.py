@@ -11,6 +11,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 _PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 
@@ -40,14 +42,15 @@ SlurmdLogFile={root}/slurmd.%n.log
 ReturnToService=2
 KillWait=30
 JobRequeue=1
-NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1 RealMemory=4000
-NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1 RealMemory=4000
+SlurmdParameters=config_overrides
+NodeName=n1 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2 RealMemory=4000
+NodeName=n2 NodeHostname=localhost NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2 RealMemory=4000
 PartitionName=all Nodes=n1,n2 Default=YES DefaultTime=20 State=UP
 """
 
 
 def missing() -> str | None:
-    """Why there can be no cluster here; None if there can."""
+    """Return why there can be no cluster here; None if there can."""
     absent = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=_PATH) is None]
     if absent:
         return f"{', '.join(absent)} not installed: bash launch/test.sh --system-packages"
@@ -65,6 +68,7 @@ class Cluster:
         self.root = root
         self.environment = {**os.environ, "PATH": _PATH, "SLURM_CONF": str(root / "slurm.conf")}
         self._daemons: list[subprocess.Popen] = []
+        self._nodes: dict[str, subprocess.Popen] = {}
 
     def start(self) -> None:
         for name in ("munge", "state", "spool.n1", "spool.n2"):
@@ -82,7 +86,7 @@ class Cluster:
         self._until(lambda: (munge / "socket").exists(), "munged's socket")
         self._daemon("slurmctld", "-D", "-c")
         for node in ("n1", "n2"):
-            self._daemon("slurmd", "-D", "-N", node)
+            self._nodes[node] = self._daemon("slurmd", "-D", "-N", node)
         self._until(lambda: self.run("sinfo", "-h", "-t", "idle", "-o", "%D") == "2", "idle nodes")
 
     def stop(self) -> None:
@@ -121,11 +125,26 @@ class Cluster:
         time.sleep(2)
         self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
 
-    def _daemon(self, *words: str) -> None:
+    def lose(self, node: str, ranks: list[psutil.Process]) -> None:
+        """Take a node and the ranks on it away at once, as a power failure would."""
+        self._nodes[node].kill()
+        for rank in ranks:
+            rank.suspend()  # no rank tells srun of its end, as SLURM would take it for the job's
+        # The controller finds it out by itself too, a minute later.
+        self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=lost")
+        for rank in ranks:
+            rank.kill()
+
+    def bring_back(self, node: str) -> None:
+        """Start a lost node again."""
+        self._nodes[node] = self._daemon("slurmd", "-D", "-N", node)
+        self.run("scontrol", "update", f"nodename={node}", "state=resume")
+
+    def _daemon(self, *words: str) -> subprocess.Popen:
         with (self.root / f"{words[0]}.out").open("ab") as out:
-            self._daemons.append(
-                subprocess.Popen(words, env=self.environment, stdout=out, stderr=out)
-            )
+            made = subprocess.Popen(words, env=self.environment, stdout=out, stderr=out)
+        self._daemons.append(made)
+        return made
 
     def _until(self, true, what: str, seconds: float = 30) -> None:
         deadline = time.monotonic() + seconds

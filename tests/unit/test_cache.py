@@ -216,7 +216,7 @@ def config(root, *words, rows="rows", **values):
 
 
 def open_cache(cfg):
-    """What a run does before its models are built; the teacher may not be loaded."""
+    """Do what a run does before its models are built; the teacher may not be loaded."""
     from ds_kd.recipe.data import build_samples
     from ds_kd.recipe.models import tokenizer_of
     from ds_kd.recipe.offline.rows import list_asked

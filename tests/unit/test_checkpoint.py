@@ -1,4 +1,4 @@
-"""What can be said of checkpoints without an engine."""
+"""Checkpoints, as far as they need no engine."""
 
 from __future__ import annotations
 

@@ -18,6 +18,7 @@ from ds_kd.config.permissions import mark_permitted
 from ds_kd.config.reference.keys import list_keys
 from ds_kd.config.schema import RunConfig
 from ds_kd.config.text.yaml_source import read
+from ds_kd.data.rows.detect import known_data_sets
 from tests import tiny
 from tests.scripts import script
 
@@ -660,6 +661,7 @@ def test_damaged_files_of_a_model_are_told_by_key(tmp_path):
         ("{", "its config.json is not JSON: "),
         ("[]", "its config.json holds list, not a mapping"),
         ('{"model_type": "bert"}', "describes an encoder (bert), which predicts no next token"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', "its weights are quantised (fp8); "),
     ):
         config.write_text(text)
         assert said in told()
@@ -770,6 +772,7 @@ def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
             "pretrained_model_name_or_path: meta-llama/Llama-3.2-1B}",
             "model.backend={_target_: nemo_automodel.components.models.common.BackendConfig}",
             "step_scheduler.gc_every_steps=3",
+            "checkpoint.dequantize_base_checkpoint=true",
         ],
     )
     check_world(cfg, 4)  # dp_size is of the other parallelism's making
@@ -778,6 +781,7 @@ def test_nemos_settings_that_change_no_result_are_accepted_with_a_note():
         "ci", "checkpoint.model_save_format", "dataloader.collate_fn.pad_seq_len_divisible",
         "validation_dataloader.collate_fn", "loss_fn", "distributed.dp_size", "dataset.tokenizer",
         "distributed.pipeline", "model.backend", "step_scheduler.gc_every_steps",
+        "checkpoint.dequantize_base_checkpoint",
     ):  # fmt: skip
         assert told.count(key) == 1, (key, cfg.notes)
     assert cfg.dataloader.kwargs["collate_fn"] == "ds_kd.data.collate.default_collater"
@@ -840,7 +844,6 @@ def test_a_trusted_models_own_code_is_run_where_the_command_line_says_so():
         ("fp8={enabled: true}", "fp8: "),
         ("qat={enabled: true}", "qat: "),
         ("neftune={noise_alpha: 5}", "neftune: "),
-        ("checkpoint.dequantize_base_checkpoint=true", "checkpoint.dequantize_base_checkpoint: "),
         ("distributed={pp_size: 2}", "distributed.pp_size: got 2, expected 1"),
         ("teacher_ranks=2", "teacher_ranks: a teacher runs on all ranks"),
         ("distributed={teacher_ranks: 2}", "distributed.teacher_ranks: a teacher runs on all"),
@@ -967,6 +970,13 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     assert new.main([*words, "--data", str(rows), "--chat-template", str(template)]) == 0
     path.write_text(capsys.readouterr().out)
     assert load(path).dataset.kwargs["chat_template"] == str(template)
+    # A template of one validation set is not that of others where the training set is absent.
+    held_out = '{"_target_": "ds_kd.data.text.make_sharegpt_dataset", "dataset_name": "%s"%s}'
+    first = held_out % (rows, f', "chat_template": "{template}"')
+    both = f"validation_dataset={{a: {first}, b: {held_out % (rows, '')}}}"
+    with pytest.raises(ConfigError) as caught:
+        load(path, ["dataset=null", both])
+    assert "validation_dataset.b.chat_template: missing" in "\n".join(caught.value.problems)
     assert new.main([*words, "--data", str(tmp_path / "notes.txt")]) == 2
     assert '{"text": …} lines' in capsys.readouterr().err
 
@@ -1000,6 +1010,7 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
     from ds_kd.config.reference.json_schema import json_schema
 
     run = yaml.safe_load(GUIDE.read_text())
+    chats = {"_target_": "ds_kd.data.chat.ChatDataset", "dataset_name": "a.jsonl"}
     validator = jsonschema.Draft202012Validator(json_schema())
     for right in (
         {"kd_loss_fn": {"temperature": 2, "chunk_size": 512}},
@@ -1011,6 +1022,12 @@ def test_the_json_schema_takes_what_load_takes_of_a_target():
         {"optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9}},
         {"dataloader": {"shuffle": True, "num_workers": 2, "group_by_length": True}},
         {"dataset": {"_target_": "my.own.dataset", "anything": 1}},
+        {"dataset": {**chats, "padding": "do_not_pad", "mask_reasoning_content": False}},
+        *(
+            {"dataset": {"_target_": d.name, "dataset_name": ["a", "b"], "labels": "shifted"}}
+            for d in known_data_sets()
+            if not d.has_parts
+        ),
     ):
         validator.validate({**run, **right})
 
@@ -1056,6 +1073,7 @@ def test_keys_are_listed_by_prefix():
     assert "kd_loss_fn.temperature   T > 0, divides both models' logits. [of ds_kd" in told
     assert "of ds_kd.losses.KDLoss: float = 1.0]" in told
     assert "of torch.optim.SGD" in "".join(list_keys("optimizer.momentum"))
+    assert "of ds_kd.data.chat.ChatDataset: str | list" in "".join(list_keys("dataset.dataset_n"))
 
 
 @pytest.mark.parametrize(

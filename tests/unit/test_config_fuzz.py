@@ -138,7 +138,7 @@ def watching():
 
 
 def build(cfg):
-    """What a run makes from its config before it meets data, on the meta device."""
+    """Make what a run makes from its config before it meets data, on the meta device."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if Path(cfg.model.kwargs["pretrained_model_name_or_path"]).is_dir():

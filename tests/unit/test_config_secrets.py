@@ -49,6 +49,13 @@ FORMS = {
     "an option with its sign": "recipe: 'run --api-key=hunter2'",
     "the word after an option": "recipe: ['--token', hunter2]",
     "a key below a secret key": "wandb: {credentials: {hunter2: of room 5}}",
+    "of a variable whose name tells nothing": "wandb: {name: '${oc.env:OTHER}'}",
+    "the same, within a text": "wandb: {name: 'a ${oc.env:OTHER} b'}",
+    "the same, as a default": "wandb: {name: '${oc.env:NO_SUCH,${oc.env:OTHER}}'}",
+    "the same, in a list": "recipe: [{a: ['${oc.env:OTHER}']}]",
+    "the same, by reference": "recipe: {a: '${oc.env:OTHER}'}\nwandb: {name: '${recipe.a}'}",
+    "the same, to a mapping": "recipe: {a: {x: '${oc.env:OTHER}'}}\nwandb: ${recipe.a}",
+    "the same, copied by hand": "recipe: '${oc.env:OTHER}'\nwandb: {name: hunter2 of room 5}",
 }
 
 
@@ -75,6 +82,25 @@ def test_a_secret_stands_in_no_log_no_fingerprint_and_no_message(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert script("kd").main(["--config", str(path), "--check"]) == 2
     assert "hunter2" not in capsys.readouterr().err
+
+
+def test_what_a_variable_gives_is_shown_where_its_key_or_form_tells_what_it_is(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setenv("PLACE", str(tmp_path))
+    monkeypatch.setenv("RATE", "2e-5")
+    monkeypatch.setenv("BACKEND", "gloo")
+    monkeypatch.setenv("DATA", "some/rows")
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        GOOD.replace("dataset}", "dataset, dataset_name: '${oc.env:DATA}'}")
+        + "optimizer: {lr: '${oc.env:RATE}'}\ndist_env: {backend: '${oc.env:BACKEND}'}\n"
+        "checkpoint: {checkpoint_dir: '${oc.env:PLACE}/runs'}\nwandb: {x: '${oc.env:PLACE}/y'}\n"
+        "recipe: {user: '${oc.env:HOME}', unset: '${oc.env:NO_SUCH,plain}'}\n"
+    )
+    text = load(path).text
+    assert "***" not in text
+    assert all(value in text for value in (str(tmp_path), "2e-5", "gloo", "some/rows", "plain"))
 
 
 @pytest.mark.parametrize(

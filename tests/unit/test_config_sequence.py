@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -27,6 +28,10 @@ def test_ranks_that_share_a_sample_divide_the_ranks_and_not_the_batch():
         check_world(cfg, 5)
     with pytest.raises(ConfigError, match="global_batch_size: got 6"):
         check_world(cfg, 8)
+    both = replace(cfg, distributed=replace(cfg.distributed, tp_size=2))
+    told = r"distributed.tp_size 2 × distributed.cp_size 2: got 6 rank.*start 8$"
+    with pytest.raises(ConfigError, match=told):
+        check_world(both, 6)
 
 
 def test_heads_are_divided_over_both_kinds_of_ranks(tmp_path):

@@ -1,4 +1,5 @@
-"""What `--check` says of `distributed.tp_size`: each bad layout is one error that names the key."""
+"""The words of `--check` on `distributed.tp_size`: each bad layout is one error that names the
+key."""
 
 from __future__ import annotations
 
@@ -81,6 +82,28 @@ def test_a_model_of_experts_or_of_joined_maps_is_told_why_and_may_be_a_whole_tea
         assert why in told and "write teacher_distributed.tp_size: 1, which leaves it" in told
         cfg = load(GUIDE, [TWO, teacher, "teacher_distributed.tp_size=1"])
         assert cfg.teacher_tp_size == 1
+
+
+def test_a_wrapper_of_a_language_model_is_told_by_that_model(tmp_path):
+    model = tiny.llama(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    name = f"model.pretrained_model_name_or_path={model}"
+
+    def wrap(**inner):
+        outer = {"model_type": "gemma3", "vision_config": {"num_attention_heads": 3}}
+        (model / "config.json").write_text(json.dumps({**outer, "text_config": inner}))
+
+    wrap(**{**config, "model_type": "gemma3_text"})
+    assert load(GUIDE, [TWO, name]).distributed.tp_size == 2
+    (told,) = problems(name, "distributed.tp_size=4")
+    assert "its num_key_value_heads is 2; write distributed.tp_size: 2" in told
+    wrap(**{**config, "model_type": "qwen3_moe", "num_experts": 8})
+    (told,) = problems(name)
+    assert "its num_experts is 8, and experts are not cut" in told
+    # The class knows what such a part is, so that the run tells.
+    del config["model_type"]
+    wrap(**config)
+    assert load(GUIDE, [TWO, name]).distributed.tp_size == 2
 
 
 @pytest.mark.parametrize(

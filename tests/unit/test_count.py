@@ -1,4 +1,5 @@
-"""What `benchmarks/plans/count.py` counts and predicts, against numbers by hand and the plan's."""
+"""The counts and predictions of `benchmarks/plans/count.py`, against numbers by hand and the
+plan's."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.plans import predict
-from benchmarks.plans.count import Cost
+from benchmarks.plans.cost import Cost
 from benchmarks.plans.predict import Run
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.step.operations import count_operations
@@ -15,7 +16,8 @@ H100 = GPUS["h100"]
 
 
 def test_operations_between_products_are_joined():
-    """Of [8, 8] in fp32, 256 bytes each: one by one 2 + 2 + 3, joined what another group made."""
+    """Tensors of [8, 8] in fp32, 256 bytes each: one by one 2 + 2 + 3, joined what another group
+    made."""
     x, weight = (torch.empty(8, 8, device="meta") for _ in range(2))
     with torch.no_grad(), Cost(8, 8) as cost:
         doubled = x * 2  # reads x; its result is read by the group itself and by none else
@@ -72,12 +74,12 @@ def test_what_ranks_of_70b_to_8b_receive():
     assert eight["teacher's"] == pytest.approx(8 * one["teacher's"])
     assert received(Run(H100, 8, 8, window=8))["teacher's"] == pytest.approx(one["teacher's"])
 
-    # Of 64 ranks a rank lacks 63/64; of copies inside nodes of eight it lacks 7/8, on faster links.
+    # A rank of 64 lacks 63/64; of copies inside nodes of eight it lacks 7/8, on faster links.
     far = received(Run(H100, 64))["teacher's"]
     assert far == pytest.approx(141.1 * 63 / 64, rel=1e-3)
     assert received(Run(H100, 64, copies=8))["teacher's"] == pytest.approx(one["teacher's"])
 
-    # Of the student's four passes of two micro-batches the first makes the copies.
+    # The first of the student's four passes of two micro-batches makes the copies.
     near = received(Run(H100, 64, 2, copies=8))["student's"]
     expected = 16.06 * 63 / 64 + (16.06 + 2 * (16.06 - once)) * 7 / 8
     assert near == pytest.approx(expected, rel=1e-3)

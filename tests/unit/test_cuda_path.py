@@ -1,5 +1,5 @@
-"""What can be proved of the path on CUDA without a GPU: shapes, strides, and operations counted on
-meta tensors."""
+"""Properties of the path on CUDA that can be proved without a GPU: shapes, strides, and operations
+counted on meta tensors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.plans.count import Cost, count, make_step
+from benchmarks.plans.cost import Cost, count, make_step
 from ds_kd.config.load import load
 from ds_kd.losses import chunked
 from ds_kd.losses.buffers import Buffers
@@ -25,8 +25,9 @@ from ds_kd.losses.divergences import Divergence, KDLoss
 from ds_kd.losses.head import Gradients, Head, States
 from ds_kd.losses.named.mixed import JSD
 from ds_kd.losses.named.top_k import TopK
-from ds_kd.models import attention, varlen
+from ds_kd.models import attention
 from ds_kd.models.causal_lm import FrozenModel
+from ds_kd.models.packs import varlen
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_loader, fill_for_gpu
 from tests import tiny
@@ -99,11 +100,11 @@ def test_the_kernel_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     options, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ds_kd.losses.fused import forward_kl
+    from ds_kd.losses.fused import forward_kl, programs
     from ds_kd.losses.fused.kernel import distil_row
 
-    fixed = [*options, len(forward_kl.COLUMNS), forward_kl._BLOCK]
-    made = compile_for_h100(distil_row, [*GIVEN, *["fp32"] * 3], fixed, forward_kl._WARPS)
+    fixed = [*options, len(forward_kl.COLUMNS), programs.BLOCK]
+    made = compile_for_h100(distil_row, [*GIVEN, *["fp32"] * 3], fixed, programs.WARPS)
     assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 4
 
 
@@ -113,11 +114,11 @@ def test_the_template_compiles_for_an_h100_and_reads_16_bytes_at_a_time(
     name, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    from ds_kd.losses.fused import terms
+    from ds_kd.losses.fused import programs, terms
     from ds_kd.losses.fused.terms_kernel import TERMS_BY_NAME, distil_row_by
 
-    fixed = [TERMS_BY_NAME[name], True, len(terms.COLUMNS), terms._BLOCK]
-    made = compile_for_h100(distil_row_by, [*GIVEN, *["fp32"] * 5], fixed, terms._WARPS)
+    fixed = [TERMS_BY_NAME[name], True, len(terms.COLUMNS), programs.BLOCK]
+    made = compile_for_h100(distil_row_by, [*GIVEN, *["fp32"] * 5], fixed, programs.WARPS)
     assert made.asm["cubin"] and made.asm["ptx"].count("ld.global.v4") >= 6
 
 
@@ -185,8 +186,8 @@ def test_the_heads_gradient_is_summed_in_fp32_by_the_products_themselves():
 
 
 def launch_by_runs(query, key, value, runs, back, scale):
-    """What `varlen_attn` says that it does: causal attention of each run of queries, whose last one
-    is at the end of its run of keys."""
+    """Compute what `varlen_attn` says that it does: causal attention of each run of queries, whose
+    last one is at the end of its run of keys."""
     out = []
     starts = [torch.as_tensor(each).tolist() for each in (runs.queries, runs.keys)]
     for q, end_q, k, end_k in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
@@ -234,7 +235,7 @@ def test_one_launch_for_a_pack_has_the_queries_and_keys_of_every_sample(name, wi
 
 @pytest.mark.parametrize("parents", [None, "shared"])
 def test_launches_do_not_depend_on_the_number_of_samples(parents):
-    """Of a real step on meta tensors, and the host waits for none."""
+    """Counted in a real step on meta tensors, and the host waits for none."""
     loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(), 0.5)
     counted = []
     for samples in (2, 24):

@@ -457,7 +457,7 @@ def test_a_filler_adds_neither_label_nor_token_nor_id():
 def global_batches(
     samples: int, size: int, local: int, world: int, epoch: int = 0, **kwargs
 ) -> list[list[int]]:
-    """What all ranks together see, step by step; checks that the ranks run in step."""
+    """Return what all ranks together see, step by step; checks that the ranks run in step."""
     ranks = [
         GlobalBatchSampler(samples, size, local, rank, world, **kwargs) for rank in range(world)
     ]

@@ -1,4 +1,4 @@
-"""What a data set declares of itself, and what asks that declaration."""
+"""The declaration of a data set, and the code that asks it."""
 
 from __future__ import annotations
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -408,3 +411,19 @@ def test_a_part_of_weight_0_adds_nothing_to_a_gradient_even_where_it_is_infinite
         loss(States(leaf, Head(weight)), *inputs)[0].backward()
         grads.append(leaf.grad)
     assert torch.equal(*grads)
+
+
+def test_a_reader_goes_from_the_loop_over_chunks_to_a_formula_in_three_calls():
+    frames: list[traceback.FrameSummary] = []
+
+    class Traced(KDLoss):
+        def of_chunk(self, pair):
+            frames[:] = traceback.extract_stack()
+            return super().of_chunk(pair)
+
+    loss = DistillationLoss(MaskedCrossEntropy(), Traced(temperature=2.0), 0.5)
+    evaluate(loss, *case(0, 5, 40))
+    loop = max(k for k, frame in enumerate(frames) if frame.name == "forward")
+    path = frames[loop:]
+    assert [frame.name for frame in path] == ["forward", "of_chunk", "_compute_losses", "of_chunk"]
+    assert {Path(frame.filename).name for frame in path[:-1]} == {"chunked.py"}

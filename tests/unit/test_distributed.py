@@ -137,7 +137,7 @@ def test_a_directory_that_others_may_have_filled_is_not_used(shared, trap):
     with rendezvous.free_master_port():
         assert [*elsewhere.iterdir()] == []
         assert os.environ["MASTER_PORT"] == before
-        # Of an error somebody speaks: a file made beforehand silences nobody.
+        # Somebody speaks of an error: a file made beforehand silences nobody.
         (elsewhere / f"failed-{os.getppid()}-{before}").touch()
         assert world.is_first_to_fail()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -137,8 +138,8 @@ def test_models_that_are_the_same_give_exactly_0_and_a_zero_gradient(
     assert sums["acceptance_at_t1"] == (labels != -100).sum()
 
 
-# Of p = (3/4, 1/4) for the teacher and q = (1/2, 1/2) for the student, written out. Each changes
-# when the two are exchanged, but for those whose definition is symmetric.
+# Values of p = (3/4, 1/4) for the teacher and q = (1/2, 1/2) for the student, written out. Each
+# changes when the two are exchanged, but for those whose definition is symmetric.
 @pytest.mark.parametrize(
     ("loss", "expected"),
     [
@@ -357,6 +358,8 @@ def test_the_config_reads_every_divergence_and_its_arguments_from_the_source():
         found[name] = getattr(importlib.import_module(module), attribute)
     known = {kind for kind, _, _ in KINDS}
     assert set(found.values()) == known and {kind.name for kind in known} == set(found)
+    page = (Path(__file__).parents[2] / "docs" / "losses.md").read_text()
+    assert {name for name in found if f"\n| `{name}` |" not in page} == set()
     common = inspect.signature(Divergence).parameters
     for name, kind in found.items():
         signature = signature_of(divergences_by_name()[name])

@@ -1,4 +1,4 @@
-"""What README and docs say comes from the code, and what they name exists."""
+"""The facts in README and docs come from the code, and all that they name exists."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ RUN_BY = {
     "python launch/kd.py --config cfg.yaml": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
     "python launch/kd.py --config ds_configs/": "e2e/test_run.py::test_kd_ratio_0_runs_on_one_rank",
     "deepspeed launch/kd.py": "e2e/test_run.py::test_the_guides_yaml_runs_under_the_deepspeed",
-    "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_one_job_on_two_hosts",
+    "deepspeed --hostfile hosts --no_ssh": "e2e/test_two_hosts.py::test_cut_matrices_on_two_hosts",
     "torchrun --nproc-per-node": "e2e/test_run.py::test_torchrun_starts_the_same_run",
     "NPROC=2 bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",
     "bash launch/single_node.sh": "e2e/test_signals.py::test_ctrl_c_ends_the_step",
@@ -155,3 +155,9 @@ def test_the_tests_that_run_documented_commands_exist():
         if f"def {name}" not in (ROOT / "tests" / path).read_text():
             missing.append(f"{command}: {place}")
     assert not missing
+
+
+def test_the_map_of_the_code_names_every_room():
+    page = (ROOT / "docs" / "code.md").read_text()
+    rooms = {path.parent.name for path in (ROOT / "ds_kd").glob("*/**/__init__.py")}
+    assert {room for room in rooms if f"{room}/" not in page} == set()

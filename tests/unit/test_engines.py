@@ -107,10 +107,10 @@ def test_an_optimizer_that_is_not_element_wise_is_refused():
         build_student(module, {}, lambda p: torch.optim.Adafactor(p))
 
 
-def test_parts_that_were_loaded_with_one_counter_count_each_their_own_steps():
+@pytest.mark.parametrize("counter", [torch.tensor(4.0), 4], ids=["of torch", "of deepspeed"])
+def test_parts_that_were_loaded_with_one_counter_count_each_their_own_steps(counter):
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     optimizer = torch.optim.Adam(parameters)
-    counter = torch.tensor(4.0)
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": counter,

@@ -1,10 +1,12 @@
-"""What surrounds the process: variables, limits, directories, output. Each ends in a sentence."""
+"""The surroundings of the process: variables, limits, directories, output. Each ends in a
+sentence."""
 
 from __future__ import annotations
 
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from ds_kd import hub
+from ds_kd.data.rows.source import load_rows
 from ds_kd.errors import MachineError, explain
 from ds_kd.parallel.rendezvous import fill_environment, job_of, name_meeting_place
 from ds_kd.process import check_caches, choose_accelerator
@@ -133,6 +137,40 @@ def test_a_cache_that_cannot_be_written_is_told_as_such(name, monkeypatch, tmp_p
         check_caches()
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_once_and_earlier_downloads_are_taken(monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    for module in (datasets.config, huggingface_hub.constants):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    monkeypatch.setattr(hub, "_PAUSE", 0.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        hub.is_reachable.cache_clear()
+        hub.expect_hub("somebody/model")
+        assert not huggingface_hub.constants.is_offline_mode()
+    hub.expect_hub("somebody/model")  # asked once: the answer stays
+    assert not huggingface_hub.constants.is_offline_mode()
+
+    hub.is_reachable.cache_clear()  # nobody listens there any more
+    try:
+        hub.expect_hub(str(ROOT))  # a directory
+        assert not huggingface_hub.constants.is_offline_mode()
+        hub.expect_hub("somebody/model")
+        assert huggingface_hub.constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+        with pytest.raises(ValueError, match=r"'somebody/rows'.*the hub does not give it"):
+            load_rows("somebody/rows", "train", ())
+        monkeypatch.setenv("HTTPS_PROXY", "http://nowhere:1")
+        hub.is_reachable.cache_clear()
+        assert hub.is_reachable()  # left to the libraries
+    finally:
+        hub.is_reachable.cache_clear()
+
+
 def test_cuda_asked_for_without_a_gpu_is_refused(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
@@ -210,7 +248,9 @@ def test_a_node_that_is_told_to_stop_before_its_ranks_are_there_ends_with_that_c
     ],
 )
 def test_every_terminal_shows_what_it_can(locale):
-    done = shell("KD --list-keys kd_ratio && KD --help | tail -n 1", **locale)
+    done = shell(
+        "KD --list-keys kd_ratio && KD --help | tail -n 1 && KD -c GUIDE --check", **locale
+    )
     assert done.returncode == 0 and not done.stderr
     assert "\\u03b1 of the distillation loss" in done.stdout
 

@@ -10,16 +10,19 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from ds_kd.evaluate.results import Evaluated, format_table, summarize
 from ds_kd.evaluate.run import load_items
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
-from ds_kd.evaluate.tasks.builtin import PLAIN_TEXT
+from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Generation
+from ds_kd.evaluate.tasks.own import make_task
 from ds_kd.evaluate.tasks.scores import exact_match, f1, normalize
 from tests import harness, tiny
 from tests.scripts import script
@@ -150,7 +153,7 @@ def value(results: dict, metric: str, model: int = 0) -> float:
 
 
 def likelihoods(directory: Path, prompts: list[tuple[str, str]]) -> list[float]:
-    """Of each (context, ending) by plain transformers, one at a time."""
+    """Return that of each (context, ending) by plain transformers, one at a time."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -319,6 +322,50 @@ def test_a_bos_that_the_tokenizer_puts_in_front_is_read_and_not_scored():
     assert encoder.make_windows([1, 5, 6, 7]) == encoder.make_windows([5, 6, 7]) == expected
 
 
+def test_what_is_longer_than_the_model_is_scored_once_in_parts_or_refused(place):
+    encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"), longest=16)
+    (row,) = question_rows(1)
+    rows = write_rows(place / "long.jsonl", [{**row, "context": f"{SOME} {SOME}"}])
+    own = make_task("own", "perplexity", "{{question}}", None, "context", {})
+    uncut = Encoder(encoder.tokenizer)
+    for task in (BUILTIN["kl"], BUILTIN["perplexity"], own):
+        (whole,) = load_items(task, str(rows), None, uncut).items
+        parts = load_items(task, str(rows), None, encoder).items
+        tokens = "input_ids" if "input_ids" in whole else "tokens"
+        assert max(len(part[tokens]) for part in parts) == 16
+
+        # Each label is there once, after the same token.
+        def pair(item: dict, tokens: str = tokens) -> list[tuple[int, int]]:
+            pairs = zip(item[tokens], item["labels"], strict=True)
+            return [(token, label) for token, label in pairs if label != -100]
+
+        assert [each for part in parts for each in pair(part)] == pair(whole)
+        assert sum(part.get("bytes", 0) for part in parts) == whole.get("bytes", 0)
+    task = make_task("own", "generation", "{{question}}", None, "context", {}, new_tokens=17)
+    with pytest.raises(ValueError, match=r"17 tokens are to follow .* reads at most 16"):
+        load_items(task, str(rows), None, encoder)
+    assert encoder.read_no_more(Encoder(None, 8)).longest == 8
+    assert encoder.read_no_more(Encoder(None)).longest == 16
+
+
+def test_of_a_directory_of_splits_the_model_is_judged_by_the_validation(place):
+    encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"))
+    splits, alone = place / "splits", place / "one split"
+    for folder, name, count in (
+        (splits, "train", 9),
+        (splits, "validation", 4),
+        (alone, "rows", 3),
+    ):
+        folder.mkdir(exist_ok=True)
+        write_rows(folder / f"{name}.jsonl", question_rows(count))
+    rows = {"train": question_rows(9), "validation": question_rows(5)}
+    saved = datasets.DatasetDict({k: datasets.Dataset.from_list(v) for k, v in rows.items()})
+    saved.save_to_disk(str(place / "saved"))
+    for folder, count in ((splits, 4), (alone, 3), (place / "saved", 5)):
+        for name in ("squad", "perplexity"):
+            assert load_items(BUILTIN[name], str(folder), None, encoder).total == count
+
+
 def test_rows_without_a_reference_are_left_out_unless_they_ask_for_no_answer(place):
     encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"))
     rows = [{"q": "the river", "a": ["old"]}, {"q": "the bread", "a": []}]
@@ -357,6 +404,16 @@ def test_a_difference_is_paired():
     # Ten more of 200 right: ±1.96·√(0.05·0.95/200) = ±0.030, where unpaired ones would have ±0.098.
     assert found.value == pytest.approx(0.05)
     assert 0.01 < found.low < 0.04 and 0.06 < found.high < 0.09
+
+
+def test_means_over_the_tokens_of_two_tokenizers_are_not_compared():
+    records = [{"loss": 2.0, "tokens": 4, "bytes": 9}, {"loss": 3.0, "tokens": 5, "bytes": 9}]
+    others = [{**records[0], "tokens": 3}, records[1]]
+    models = [Evaluated(name, each, [0, 1], 2) for name, each in (("a", records), ("b", others))]
+    metrics = PLAIN_TEXT.metrics
+    results = summarize("perplexity", metrics, models, {})
+    assert [*results["differences"][0]["metrics"]] == ["byte_perplexity", "bits_per_byte"]
+    assert re.search(r"b − a +— +\+0\.0000", format_table(results, metrics))
 
 
 def test_a_mean_over_tokens_divides_sums_by_sums():
@@ -422,7 +479,8 @@ def test_an_own_multiple_choice_names_columns_choices_and_the_right_one(place):
 
 
 def test_the_tasks_of_the_documentation_load(tmp_path):
-    from ds_kd.recipe.evaluation import find_task
+    from ds_kd.config.task import find_columns, load_task
+    from ds_kd.recipe.tasks.evaluation import find_task
 
     page = (Path(__file__).parents[2] / "docs" / "evaluate.md").read_text()
     fences = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
@@ -430,6 +488,7 @@ def test_the_tasks_of_the_documentation_load(tmp_path):
     for text in (text for text in fences if "kind:" in text):
         (tmp_path / "task.yaml").write_text(text)
         columns.append(find_task(str(tmp_path / "task.yaml")).columns)
+        assert find_columns(load_task(tmp_path / "task.yaml")) == columns[-1]
     assert columns == [
         ("answerKey", "choices", "question"),
         ("problem", "solution"),
@@ -497,6 +556,7 @@ def without_head(place: Path) -> Path:
         ("--task squad", "no column context, question, answers; found"),
         ("--data {place}/none.jsonl", "no such file: {place}/none.jsonl"),
         ("--data {place}/empty.jsonl", "empty.jsonl"),
+        ("--data {place}/rows.txt", "texts are rows of their own: a .jsonl file of"),
         ("--data {place}/unlabelled.jsonl", "line 2: label '' names none of 4 endings"),
         ("--model {place}/absent", "--model: got '{place}/absent', expected a Hugging Face model"),
         ("--model {place}/absent", "before); no such directory"),
@@ -509,6 +569,7 @@ def without_head(place: Path) -> Path:
 )
 def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
     (place / "empty.jsonl").write_text("")
+    (place / "rows.txt").write_text("the river")
     rows = choice_rows(3)
     rows[1]["label"] = ""
     write_rows(place / "unlabelled.jsonl", rows)
@@ -523,6 +584,13 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
     told = capfd.readouterr().err.strip()
     assert expected.format(**names) in told
     assert "Traceback" not in told and len(told.splitlines()) <= 2, told
+
+
+def test_the_same_model_is_given_once_however_it_is_written(place, capfd):
+    words = ("--model", place / "one", "--model", f"{place}/one/", "--task", "perplexity")
+    with pytest.raises(SystemExit):
+        run_command(*words, "--data", place / "texts.jsonl")
+    assert "the same model is given twice" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -546,6 +614,14 @@ def test_a_mistake_is_told_in_a_sentence(place, capfd, words, expected):
             ": reference: got '{{a",
         ),
         ({"tasks": [{"task": "squad", "dta": "{rows}"}]}, "its keys are task, data, limit"),
+        (
+            {"tasks": [{"task": "{own}", "data": "{rows}"}]},
+            "questions.jsonl', expected rows with answer, question; its first row has context",
+        ),
+        (
+            {"tasks": [{"task": "squad", "data": "{place}/one"}]},
+            "expected a directory of rows with context, question, answers; none of its files has",
+        ),
         ({"every": 0}, "evaluation.every: got 0, expected an integer ≥ 1, or end"),
     ],
 )
@@ -555,8 +631,14 @@ def test_a_wrong_evaluation_of_a_run_is_told_by_the_check(place, section, expect
 
     (place / "broken.yaml").write_text("{kind: perplexity, reference: '{{a'}")
     (place / "other.jsonl").write_text('{"n": 1}')
+    (place / "own.yaml").write_text(
+        "{kind: generation, prompt: '{{q}} {{range(2)}}', columns: {q: question}, "
+        "reference: answer.text}"
+    )
     text = json.dumps(section).replace("{rows}", str(place / "questions.jsonl"))
-    text = text.replace("{broken}", str(place / "broken.yaml"))
+    for name in ("broken", "own"):
+        text = text.replace(f"{{{name}}}", str(place / f"{name}.yaml"))
+    text = text.replace("{place}", str(place))
     filled = json.loads(text.replace("{other}", str(place / "other.jsonl")))
     data = {"_target_": "ds_kd.data.squad.make_squad_dataset"}
     given = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import functools
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,8 +21,8 @@ LEVELS = (
     ("data",),
     ("script", "command_line"),
     ("parallel", "quiet"),
-    ("process",),
-    ("errors",),
+    ("process", "hub"),
+    ("errors", "files"),
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 READS_CONFIG = {"__main__", "config", "recipe", "plan"}
@@ -29,11 +31,18 @@ HAS_ENGINES = {"parallel", "checkpoint"}
 NOUNS = {"ending_of", "closing_message", "training_dtype", "scaled_logits_error"}
 ARTICLES = {"The", "A", "An", "All", "Every", "That", "From"}
 QUESTION_WORDS = {"What", "Where", "Whether", "Of", "How", "Which", "Who", "When", "Why"}
+#: A sentence may begin with Where or When if that clause says under which condition it holds.
+NOUN_CLAUSE = re.compile(r"(?:What|Whether|Of|How|Which|Who|Why) ")
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line, dotted name) of everything that a file imports."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, name.name) for name in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -69,14 +78,13 @@ def test_imports_between_rooms_lead_down():
 
 
 def test_no_two_files_import_each_other_in_a_circle():
-    modules = {
-        ".".join(("ds_kd", *p.relative_to(PACKAGE).with_suffix("").parts)): p for _, p in files()
-    }
+    paths = [*(path for _, path in files()), *(PACKAGE.parent / "benchmarks").rglob("*.py")]
+    modules = {".".join(p.relative_to(PACKAGE.parent).with_suffix("").parts): p for p in paths}
     arrows = {
         name: {found for _, found in imports(path) if found in modules and found != name}
         for name, path in modules.items()
     }
-    # What imports nothing that is left can be taken away; a circle is what then remains.
+    # A file that imports nothing that is left can be taken away; a circle is what then remains.
     while leaves := {name for name, found in arrows.items() if not found & set(arrows)}:
         arrows = {name: found for name, found in arrows.items() if name not in leaves}
     assert not arrows
@@ -118,7 +126,7 @@ def test_rooms_files_and_functions_stay_small():
     for path in [*(path for _, path in files()), *(PACKAGE.parent / "benchmarks").rglob("*.py")]:
         rooms[path.parent] = rooms.get(path.parent, 0) + (path.name != "__init__.py")
         assert len(path.read_text().splitlines()) <= 400, path
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 assert lines <= 50, f"{path}:{node.lineno} {node.name} has {lines} lines"
@@ -130,7 +138,7 @@ def test_scripts_and_benchmarks_have_short_functions_too():
     long = [
         f"{path.relative_to(root)}:{node.lineno} {node.name}"
         for path in [*(root / "launch").glob("*.py"), *(root / "benchmarks").rglob("*.py")]
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef)
         if (node.end_lineno or 0) - node.lineno >= 50
     ]
@@ -142,7 +150,7 @@ def test_docstrings_begin_with_a_verb_or_a_noun_not_with_a_question_word():
     guilty = [
         f"{path.relative_to(PACKAGE)}: {text.splitlines()[0]}"
         for _, path in files()
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, kinds) and (text := ast.get_docstring(node))
         if text.split()[0] in QUESTION_WORDS
     ]
@@ -157,7 +165,7 @@ def test_docstrings_of_functions_begin_with_a_verb_and_not_with_the_thing_return
     guilty = [
         f"{path.relative_to(root)}:{node.lineno} {node.name}: {text.splitlines()[0]}"
         for path in paths
-        for node in ast.walk(ast.parse(path.read_text()))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef) and (text := ast.get_docstring(node))
         if not any(ast.unparse(each).endswith("property") for each in node.decorator_list)
         if text.split()[0] in ARTICLES or not text[0].isalpha()
@@ -169,7 +177,7 @@ def test_long_bodies_have_paragraphs_and_a_comment_that_says_why():
     guilty = []
     for _, path in files():
         lines = path.read_text().splitlines()
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.FunctionDef):
                 continue
             code = node.body[1:] if ast.get_docstring(node) else node.body
@@ -182,12 +190,71 @@ def test_long_bodies_have_paragraphs_and_a_comment_that_says_why():
 
 
 def test_functions_are_not_named_by_participles():
+    root = PACKAGE.parent
     guilty = [
-        f"{path.relative_to(PACKAGE)}:{node.lineno} {node.name}"
-        for _, path in files()
-        for node in ast.walk(ast.parse(path.read_text()))
+        f"{path.relative_to(root)}:{node.lineno} {node.name}"
+        for place in ("ds_kd", "launch", "benchmarks")
+        for path in (root / place).rglob("*.py")
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef) and node.name not in NOUNS
         if not any("property" in ast.unparse(each) for each in node.decorator_list)
         if (word := node.name.strip("_").split("_")[0]).endswith(("ed", "ing")) and word != "seed"
+    ]
+    assert not guilty
+
+
+def test_text_files_are_utf_8_whatever_the_locale():
+    guilty = []
+    for path in (*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("launch").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.Call) or any(k.arg == "encoding" for k in node.keywords):
+                continue
+            name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+            values = [a.value for a in node.args if isinstance(a, ast.Constant)]
+            modes = [value for value in values if isinstance(value, str)]
+            opens = name == "open" and (isinstance(node.func, ast.Name) or modes)
+            opens = opens and not any("b" in mode for mode in modes)
+            least = {"read_text": 1, "write_text": 2}.get(name, 0)
+            if opens or len(node.args) < least:
+                guilty.append(f"{path.name}:{node.lineno} {ast.unparse(node):.60}")
+    assert not guilty
+
+
+def sentences_in_code(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line, sentence) of docstrings, and (line, first sentence) of comments."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            text = ast.get_docstring(node) or ""
+            line = 1 if isinstance(node, ast.Module) else node.lineno
+            parts = (part for block in text.split("\n\n") for part in block.split(". "))
+            yield from ((line, " ".join(part.split())) for part in parts)
+    before = ""
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        text = line.strip()
+        if text.startswith("#") and not before.startswith("#"):
+            yield number, text.lstrip("#: ")
+        before = text
+
+
+def sentences_in_page(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (number of the block, sentence) of a page's headings, paragraphs and rows."""
+    text = re.sub(r"```.*?```", "", path.read_text(), flags=re.S)
+    for number, block in enumerate(re.split(r"\n\s*\n|\n(?=[*|#-])|\| ", text)):
+        for sentence in block.split(". "):
+            yield number, " ".join(sentence.split()).lstrip("#*- ")
+
+
+def test_no_sentence_begins_with_a_noun_clause():
+    root = PACKAGE.parent
+    places = ("ds_kd", "launch", "benchmarks", "tests")
+    code = [path for place in places for path in (root / place).rglob("*.py")]
+    pages = [root / "README.md", root / "CONTRIBUTING.md", *(root / "docs").glob("*.md")]
+    read = [(sentences_in_code, code), (sentences_in_page, pages)]
+    guilty = [
+        f"{path.relative_to(root)}:{number}: {sentence[:80]}"
+        for sentences, paths in read
+        for path in paths
+        for number, sentence in sentences(path)
+        if NOUN_CLAUSE.match(sentence) and "?" not in sentence  # an example of a question
     ]
     assert not guilty

@@ -1,4 +1,4 @@
-"""Where numbers go: each step once; what Weights & Biases refuses is one line that names the
+"""Destinations of numbers: each step once; what Weights & Biases refuses is one line that names the
 section."""
 
 from __future__ import annotations

@@ -8,8 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from ds_kd.checkpoint.checkpointer import differences
+from ds_kd.config.load import fingerprint, list_defaults, load
 from ds_kd.models.files.model_files import identity_of
 from ds_kd.recipe.changes import hash_samples
+
+GUIDE = "ds_configs/runs/llama3_2_1b_kd.yaml"
 
 
 def write(directory, **tensors):
@@ -77,6 +80,21 @@ def test_a_checkpoint_from_before_such_names_is_not_called_different():
         "model weights was '9 bytes, 2e' and is '9 bytes, 1f'"
     ]
     assert not differences({"model files": "9 bytes, 2e", "rng.seed": 1}, present)  # earlier texts
+
+
+def test_a_default_that_is_written_down_is_no_change_and_is_named_where_it_was_in_force():
+    plain = fingerprint(load(GUIDE, ["kd_loss_fn=null"]))
+    spelt = load(GUIDE, ["kd_loss_fn={temperature: 1.0}", "rng.ranked=true", "kd_ratio=0.5"])
+    assert not differences(plain, fingerprint(spelt), list_defaults(spelt))
+    other = load(GUIDE, ["kd_loss_fn={temperature: 2}"])
+    told = differences(plain, fingerprint(other), list_defaults(other))
+    assert [*told.values()] == ["kd_loss_fn.temperature was 1.0 and is 2"]
+    back = differences(fingerprint(other), plain, list_defaults(other))
+    assert [*back.values()] == ["kd_loss_fn.temperature was 2 and is 1.0"]
+
+    # On the student's own words the default is another one.
+    own = load(GUIDE, ["rollouts={ratio: 1}", "kd_ratio=null"])
+    assert list_defaults(own)["kd_ratio"] == own.kd_ratio == 1.0
 
 
 def test_an_edited_mask_is_another_data_set_and_its_tokens_are_known_as_before():

@@ -159,7 +159,7 @@ def test_attention_by_sample_is_used_where_it_computes_the_same():
 
 
 class Engine:
-    """Of an engine what the probes use, without DeepSpeed: calls go to the module."""
+    """The parts of an engine that the probes use, without DeepSpeed: calls go to the module."""
 
     def __init__(self, model):
         self.module = student_of(model).eval()

@@ -1,4 +1,4 @@
-"""Where a teacher lies: what its files allow, and what the memory of a machine decides."""
+"""Places of a teacher: those that its files allow, and the one that a machine's memory decides."""
 
 from __future__ import annotations
 
@@ -55,13 +55,24 @@ def test_8_bits_share_a_scale_in_the_largest_group_that_all_widths_have(place):
     [
         ("teacher", ["teacher_model.torch_dtype=bf16"], "hold F32 where teacher_model.torch_dtype"),
         ("odd", [], "has rows of 24; write zero3"),
+        (
+            "teacher",
+            ["teacher_model.gguf_file=config.json"],
+            "the model has none",
+        ),
     ],
 )
-def test_weights_that_do_not_go_into_8_bits_are_refused(place, teacher, words, told):
+def test_weights_that_do_not_go_into_8_bits_are_refused_before_a_run(place, teacher, words, told):
+    """The check looks into the files of architectures that it knows, the run into all others."""
     with pytest.raises(ConfigError) as caught:
-        make_teacher_zero(config(place, "int8", *words, teacher=teacher))
-    text = str(caught.value)
-    assert told in text and "teacher.placement: got 'int8'" in text
+        config(place, "int8", *words, teacher=teacher)
+    (line,) = caught.value.problems
+    assert told in line and "teacher.placement: got 'int8'" in line
+    if "gguf" not in str(words):
+        with pytest.raises(ConfigError) as late:
+            cfg = config(place, "zero3", *words, teacher=teacher)
+            make_teacher_zero(replace(cfg, teacher=replace(cfg.teacher, placement="int8")))
+        assert late.value.problems[0].partition("; ")[2] == line.partition("; ")[2]
 
 
 def test_a_weight_in_8_bits_reads_as_numbers_within_half_a_step_of_its_group():

@@ -138,7 +138,7 @@ def test_a_config_json_is_enough_and_the_length_can_be_given(words, capsys):
         assert told in out
         assert f"about {tokens:,} tokens" in out
         assert "steps: 4 from 40 samples" in out  # the rows can be counted without a tokenizer
-    # Of 40 samples 9 are held out, and 31 make 62 steps in two epochs.
+    # 9 of 40 samples are held out, and 31 make 62 steps in two epochs.
     small = ["step_scheduler.global_batch_size=1", "step_scheduler.local_batch_size=1"]
     assert main([*words, *small, "validation_share=0.225"]) == 0
     assert "steps: 62 from 31 samples (validation_share holds" in capsys.readouterr().out
@@ -292,7 +292,7 @@ def test_the_loss_takes_the_time_of_its_kernel_or_of_the_plain_code(section, pas
     if passes < 4:
         assert plan_loss(f"kd_loss_fn={section}", "model.torch_dtype=fp32").passes == 2 * passes
 
-    # Of 32,000 words and a micro-batch of 4,096 tokens, at 3.35 TB/s.
+    # For 32,000 words and a micro-batch of 4,096 tokens, at 3.35 TB/s.
     work = plan.replace(work, micro_batches=1)
     student = estimate_phases(LARGE, LARGE, work, Cluster(GPUS["h100"], 1, 1))[1]
     assert student.memory == pytest.approx(passes * 4 * 4096 * 32_000 / 3.35e12, rel=1e-3)

@@ -17,13 +17,14 @@ from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
 from ds_kd.data.prefixes import SharedDataset, lay_out, pack_by_prefix
 from ds_kd.data.sampler import FILLER, WithFiller
+from ds_kd.evaluate.samples import choose_questions
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, lora, probes
 from ds_kd.models.attention import attend_by_sample
-from ds_kd.models.tree import Tree
+from ds_kd.models.packs.tree import Tree
 from ds_kd.plan.samples import describe_sharing
 from tests import tiny
 from tests.unit.test_packing import CPU, Engine, architecture
@@ -35,6 +36,19 @@ PACK = 48
 #: Few words, so that samples begin alike; some are empty, some have one token, some are equal.
 WORDS = st.lists(st.integers(5, 6), max_size=12)
 ROWS = st.lists(st.tuples(WORDS, st.integers(0, 2**12 - 1)), min_size=1, max_size=9)
+
+
+class NoTemplate:
+    """The part of a tokenizer that `choose_questions` asks."""
+
+    chat_template = None
+
+
+def test_questions_that_a_run_asks_are_the_samples_of_a_pack_and_not_its_tree():
+    rows = [{"input_ids": [1, 2, k], "labels": [-100, k, 9]} for k in (5, 6)]
+    expected = [([1, 2], [5, 9]), ([1, 2], [6, 9])]
+    for samples in (rows, PackedDataset(rows, 8), SharedDataset(rows, 8)):
+        assert choose_questions(samples, NoTemplate(), 2, None) == expected
 
 
 def make_samples(rows):

@@ -20,7 +20,7 @@ ENDS = {"": 0.0, "_low": -0.1, "_high": 0.2}
 
 
 def make_run(directory, kd_ratio, slope):
-    """What a run of six steps leaves, two ranks, validated before and after."""
+    """Write what a run of six steps leaves, two ranks, validated before and after."""
     (directory / "tensorboard").mkdir(parents=True)
     (directory / "step_6").mkdir()
     (directory / "LATEST").symlink_to("step_6")
@@ -123,13 +123,27 @@ def test_a_browser_shows_the_curves_of_both_runs(page, tmp_path):
 
 
 def test_one_run_and_an_old_log_make_a_page_too(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n')
+    # The last line of a run that goes on may be half written.
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "train_loss": 2.0}\n{"step": 2, "tr')
     assert report.main([str(tmp_path), "-o", str(tmp_path / "a.html")]) == 0
     assert "none (step_scheduler.val_samples)" in (tmp_path / "a.html").read_text()
 
 
+def test_runs_that_have_a_colour_again_are_dashed_in_charts_and_names(tmp_path):
+    record = '{"step": 1, "train_loss": 2.0}\n{"step": 2, "train_loss": 1.0}\n'
+    runs = [tmp_path / f"run {k}" for k in range(len(COLOURS) + 1)]
+    for run in runs:
+        run.mkdir()
+        (run / "metrics.jsonl").write_text(record)
+    assert report.main([*map(str, runs), "-o", str(tmp_path / "a.html")]) == 0
+    text = (tmp_path / "a.html").read_text()
+    assert text.count("stroke-dasharray: 2.") == 1
+    # In the tables and above the curves.
+    assert text.count("border-top-style:dotted") == text.count("border-top-style:solid") / 7 > 0
+
+
 def test_what_is_no_run_is_told(tmp_path, capsys):
-    for name, text in {"empty": None, "blank": "", "torn": "{"}.items():
+    for name, text in {"empty": None, "blank": "", "torn": "{\n"}.items():
         (tmp_path / name).mkdir()
         if text is not None:
             (tmp_path / name / "metrics.jsonl").write_text(text)

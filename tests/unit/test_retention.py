@@ -1,4 +1,4 @@
-"""What of a checkpoint directory is the run's own, and what stays of it."""
+"""The part of a checkpoint directory that is the run's own, and the part of it that stays."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def names(directory: Path) -> list[str]:
 
 
 def start(directory: Path) -> Path | None:
-    """What a started run does before it trains."""
+    """Do what a started run does before it trains."""
     publication.repair(directory)
     found = restore.find(directory, said.append)
     if found is not None:

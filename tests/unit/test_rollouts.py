@@ -131,7 +131,7 @@ def make_batches(ratio, write, size=4, reuse=1, samples_per_prompt=1):
 
 
 def test_texts_take_the_place_of_answers_and_are_counted_anew():
-    """Of the first window sample 2 has no answer; all others get two texts of three tokens."""
+    """In the first window sample 2 has no answer; all others get two texts of three tokens."""
     write = lambda prompts, draws: [Written([9, 9, EOS], True, 1.5) for _ in draws]  # noqa: E731
     batches = make_batches(1, write, samples_per_prompt=2)
     step = next(batches.after(0))

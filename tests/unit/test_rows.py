@@ -40,7 +40,7 @@ def lines(rows: list[dict]) -> str:
 
 
 def wrong(path: Path | str, name: str = "make_instruction_dataset", **arguments) -> str:
-    """What the check of a config tells of a file."""
+    """Return what the check of a config tells of a file."""
     data = TEXT[name]
     return check_data("dataset", data, {data.source: str(path), **arguments}) or ""
 

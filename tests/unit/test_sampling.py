@@ -35,7 +35,7 @@ def model(tmp_path_factory):
 def test_numbers_depend_on_the_draw_and_the_position_alone_and_are_pinned():
     once, again = uniforms(DRAWS[0], 4), uniforms(DRAWS[0], 1000)
     assert (once == again[:4]).all() and again.min() >= 0 and again.max() < 1
-    # Of numbers that are independent and uniform, the mean is within 4 of its σ = 1/√(12·n).
+    # The mean of numbers that are independent and uniform is within 4 of its σ = 1/√(12·n).
     assert abs(again.mean() - 0.5) < 4 / np.sqrt(12_000)
     others = [
         Draw(4, 0, "s0"), Draw(3, 1, "s0"), Draw(3, 0, "s1"), Draw(3, 0, "s0", 1),

@@ -1,4 +1,4 @@
-"""When a run validates, saves and ends."""
+"""The steps at which a run validates, saves and ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a prompt and its answer is supervised, with the tokenizers that models really have."""
+"""The supervised part of a prompt and its answer, with the tokenizers that models really have."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_every_squad_row_of_a_base_model_supervises_its_answer(tmp_path):
     data = make_squad_dataset(tokenizer, dataset_name=write(tmp_path / "q.jsonl", rows))
     found = [tokenizer.decode([x for x in s["labels"] if x != -100]).strip() for s in data]
     assert found == [f"{answer}<eos>" for answer in ANSWERS]
-    # What is read is the text, and what is learnt is what follows it.
+    # The text is read, and the part that follows it is learnt.
     for sample in data:
         for i, label in enumerate(sample["labels"][:-1]):
             assert label in (-100, sample["input_ids"][i + 1])

@@ -1,19 +1,22 @@
-"""What a run chooses from its machines, models and memory, and that no choice changes a result."""
+"""The choices of a run from its machines, models and memory, none of which changes a result."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ds_kd.config.components import ConfigError
+from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
 from ds_kd.models.causal_lm import FrozenModel, compile_layers
 from ds_kd.parallel.nodes import count_ranks_per_node
 from ds_kd.parallel.world import World
 from ds_kd.recipe.tuning.compile import Fallback, _find_fault
+from ds_kd.recipe.tuning.cuts import choose_cuts
 from ds_kd.recipe.tuning.gathering import Size, count_copy, count_states, tune
 from ds_kd.recipe.tuning.gradients import choose
 from ds_kd.recipe.tuning.machine import Machine
@@ -45,6 +48,16 @@ class Engine:
 
 def keys(zero):
     return {n: v for n, v in zero["zero_optimization"].items() if n != "stage"}
+
+
+def test_a_run_refuses_the_layouts_that_check_cannot_look_at(tmp_path):
+    # A model from the hub has its configuration when the run starts.
+    guide = "ds_configs/runs/llama3_2_1b_kd.yaml"
+    cfg = load(guide, ["distributed.tp_size=2", "distributed.cp_size=4"])
+    kept = {"pretrained_model_name_or_path": str(tiny.llama(tmp_path))}
+    model = replace(cfg.model, kwargs=kept)
+    with pytest.raises(ConfigError, match=r"num_attention_heads is 4, and 2 × cp_size 4 ranks"):
+        choose_cuts(replace(cfg, model=model), model, 2)
 
 
 def test_machines_are_told_by_the_names_of_their_ranks():
@@ -123,7 +136,7 @@ def test_gradients_are_added_up_by_themselves_where_the_first_step_has_left_room
         return SimpleNamespace(module=module, optimizer=SimpleNamespace(offload_optimizer=offloads))
 
     def steps(wanted, count, student, machine, *peaks):
-        """What is chosen for each of some steps before which so many GB were the most."""
+        """Return what is chosen for each of some steps before which so many GB were the most."""
         once = choose(wanted, count, student, machine)
         return [once.decide([peak * 1e9 / 2**30, 1.0]) for peak in peaks]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass
 from math import ceil, prod
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: What is kept of a weight: itself, in fp32, and Adam's two means.
+#: Kept of a weight: itself, in fp32, and Adam's two means.
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 _FILE = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_(model|optim)_states\.pt")
 _FIRST = "zero_pp_rank_0_mp_rank_00_model_states.pt"
@@ -162,7 +163,8 @@ def write_universal(directory: Path, out: Path) -> None:
             torch.save({"param": files.read(name, state)}, out / "zero" / name / f"{state}.pt")
     kept = {**files.optimizer, "fp32_flat_groups": []}
     states = kept["optimizer_state_dict"]
-    step = {0: {"step": states["state"][0]["step"].clone()}}
+    # DeepSpeed's Adam for the host counts steps in a plain number; a tensor is read from the disk.
+    step = {0: {"step": deepcopy(states["state"][0]["step"])}}
     kept["optimizer_state_dict"] = {**states, "state": step}
     torch.save(kept | {"param_groups": states["param_groups"]}, out / "zero" / "optimizer_state.pt")
 

@@ -14,6 +14,7 @@ from ds_kd.config.checks.files import is_directory, looks_local
 from ds_kd.config.components import ConfigError, problem, resolve
 from ds_kd.config.signatures import signature_of
 from ds_kd.data.rows.declaration import ColumnsError, DataSet, data_set, declaration_of
+from ds_kd.data.rows.detect import recognise
 from ds_kd.data.rows.files import (
     ENDINGS,
     FORMATS,
@@ -69,7 +70,7 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
         return wrong
     files = files_of(source)
     if files is None:
-        if not is_directory(source) or _may_hold(Path(source), columns):
+        if not is_directory(source) or may_hold(Path(source), columns):
             return None
         expected = f"a directory of rows with {', '.join(columns)}"
         return problem(key, source, expected, "none of its files has them")
@@ -85,6 +86,8 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
                 return problem(chooser, kwargs[data.columns_from], f"columns of {name}", hint)
             if data.columns_from:
                 hint += f"; {data.columns_from} names others"
+            if other := recognise(found):
+                hint += f"; {key.rpartition('.')[0]}._target_: {other.name} reads such rows"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
         if wrong := _find_wrong_row(name, data, kwargs, len(files)):
             return problem(key, name, "rows that can be learnt from", wrong)
@@ -112,7 +115,7 @@ _MOST_FILES = 2000
 _FORMATS_LEFT = (".arrow", ".ndjson", ".tar", ".zip", ".hdf5", ".h5", ".lance", ".avro")
 
 
-def _may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
+def may_hold(directory: Path, columns: tuple[str, ...]) -> bool:
     """Return whether a directory may hold rows with these columns: a file of it has them, or is
     one that only `datasets` can read."""
     if any((directory / name).is_file() for name in ("dataset_dict.json", "state.json")):

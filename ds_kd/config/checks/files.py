@@ -11,6 +11,7 @@ from typing import Any
 
 from ds_kd.config.checks.weights import find_wrong_files
 from ds_kd.config.components import problem
+from ds_kd.files import find_wrong_size
 
 
 def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> str | None:
@@ -29,6 +30,8 @@ def check_model(key: str, kwargs: dict[str, Any], config_only: bool = False) -> 
         if lacking := _find_missing_file(directory, kwargs, config_only):
             hint = "save the model and its tokenizer there with save_pretrained"
             return problem(key, name, f"a directory with {lacking}", hint)
+        if wrong := find_wrong_size(name, str(kwargs.get("subfolder", ""))):
+            return problem(key, name, "a directory with a language model", wrong)
         if config_only or kwargs.get("gguf_file") is not None:
             return None
         wrong = find_wrong_files(directory, kwargs)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.config.components import Component, problem
-from ds_kd.errors import NotPlainFileError, read_plain_file
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000  # those of 256 thousand tokens have about 35 MB
 
@@ -51,23 +51,27 @@ def find_other_tokenizer(student: Component, teacher: Component, is_needed: bool
 
 
 _NEED_TEMPLATE = (".ChatDataset", ".make_sharegpt_dataset")
-#: Where transformers finds a template beside the model.
+#: Names under which transformers finds a template beside the model.
 _TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
-def find_missing_template(student: Component, sets: list[Component]) -> str | None:
+def find_missing_template(
+    student: Component, training: Component | None, held_out: list[Component]
+) -> str | None:
     """Return the problem of conversations for which there is no chat template, or None.
 
     Args:
-        sets: the data sets of the run, the training one first; a template that it names is also
-            that of the others.
+        training: the data set of training, if it is right; a template that it names is also that
+            of the others.
+        held_out: the data sets of validation.
     """
     name, given = student.kwargs.get("pretrained_model_name_or_path"), student.kwargs
-    path, parts = _path_of(student), [_list_parts(each) for each in sets]
-    is_named = any(part.get("chat_template") for _, part in (parts or [[]])[0])
+    path, first = _path_of(student), _list_parts(training) if training else []
+    is_named = any(part.get("chat_template") for _, part in first)
+    others = [] if is_named else [_list_parts(each) for each in held_out]
     asking = [
         key
-        for key, part in itertools.chain(*(parts[:1] if is_named else parts))
+        for key, part in itertools.chain(first, *others)
         if str(part.get("_target_")).endswith(_NEED_TEMPLATE) and not part.get("chat_template")
     ]
     if path is None or not asking:

@@ -14,7 +14,8 @@ from typing import Any
 
 from ds_kd.config.components import Component, problem
 from ds_kd.config.sections import Peft
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.errors import first_line
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES = 100_000_000
 #: Models whose linear maps have the same names in their files and in memory.
@@ -54,11 +55,15 @@ def find_wrong_files(directory: Path, kwargs: dict[str, Any]) -> str:
     if kind in _ENCODERS and not (config | kwargs).get("is_decoder"):
         return f"its config.json describes an encoder ({kind}), which predicts no next token"
 
+    if how := config.get("quantization_config"):
+        kind = how.get("quant_method") if isinstance(how, dict) else how
+        return f"its weights are quantised ({kind}); name a model of bf16 or fp32 weights"
+
     # Weights that transformers finds in another way are left to the run.
     if config.get("transformers_weights") or any(kwargs.get(name) for name in _CHOOSERS):
         return ""
     try:
-        names = _names_in_headers(directory)
+        names = [*_read_headers(directory)]
     except (OSError, NotPlainFileError) as error:
         return f"its weights cannot be read: {first_line(error)}"
     except ValueError as error:
@@ -67,8 +72,9 @@ def find_wrong_files(directory: Path, kwargs: dict[str, Any]) -> str:
     return f"its files lack {absent}" if absent else ""
 
 
-def _names_in_headers(directory: Path) -> list[str]:
-    """Return the names of the tensors in a model's safetensors files; none if it has others.
+def _read_headers(directory: Path) -> dict[str, dict[str, Any]]:
+    """Return what the headers of a model's safetensors files tell of each tensor, by its name:
+    `dtype` and `shape`; nothing if it has other files.
 
     Raises:
         ValueError: a file is absent or damaged; says which.
@@ -77,7 +83,7 @@ def _names_in_headers(directory: Path) -> list[str]:
         return _read_header(directory / _WEIGHTS)
     if not (directory / _INDEX).is_file():
         if any((directory / name).is_file() for name in _OTHER_WEIGHTS):
-            return []
+            return {}
         raise ValueError(f"it has no weights (no {_WEIGHTS})")
     try:
         placed = json.loads(read_plain_file(directory / _INDEX, _MAX_BYTES))["weight_map"]
@@ -86,19 +92,19 @@ def _names_in_headers(directory: Path) -> list[str]:
         raise ValueError(f"its {_INDEX} is damaged") from None
 
     # Every rank reads all files, so each has to be here.
-    found: list[str] = []
+    found: dict[str, dict[str, Any]] = {}
     for file in files:
         if not (directory / file).is_file():
             raise ValueError(f"it has no {file}, which its {_INDEX} names")
-        found += _read_header(directory / file)
+        found |= _read_header(directory / file)
     absent = sorted({*placed} - {*found})
     if absent:
         raise ValueError(f"{placed[absent[0]]} lacks {absent[0]}, which {_INDEX} places there")
     return found
 
 
-def _read_header(path: Path) -> list[str]:
-    """Return the names of a safetensors file's tensors.
+def _read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return the entries of a safetensors file's header, by the names of its tensors.
 
     Raises:
         ValueError: it is none, or not whole.
@@ -116,12 +122,13 @@ def _read_header(path: Path) -> list[str]:
         raise ValueError(f"{path.name} is no whole safetensors file") from None
     if size != needed:
         raise ValueError(f"{path.name} has {size} bytes and not {needed}, as its header says")
-    return [*header]
+    entries: dict[str, dict[str, Any]] = header
+    return entries
 
 
 def _find_absent(names: list[str], config: dict[str, Any]) -> str:
     """Return a weight that a decoder whose layers are all alike needs and has not, or an empty
-    text. What a layer holds is what at least half of the layers hold."""
+    text. A weight is needed in a layer if at least half of the layers hold it."""
     if not names:
         return ""
     of_layers: dict[int, set[str]] = {}
@@ -159,6 +166,28 @@ def read_config(component: Component) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def read_matrices(component: Component) -> dict[str, tuple[str, int]] | None:
+    """Return dtype and width of each matrix in the files of a local model, by its name; None where
+    they cannot be told here, and an empty mapping if the model has no safetensors files."""
+    config, given = read_config(component), component.kwargs
+    if config.get("model_type") not in _SAME_NAMES:
+        return None
+    directory = given["pretrained_model_name_or_path"], str(given.get("subfolder") or "")
+    try:
+        tensors = _read_headers(Path(*directory))
+        matrices = {name: each for name, each in tensors.items() if len(each["shape"]) == 2}
+        return {name: (each["dtype"], each["shape"][1]) for name, each in matrices.items()}
+    except (OSError, NotPlainFileError, ValueError, TypeError, KeyError):  # told by other checks
+        return None
+
+
+def find_text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of a config.json that describes the language model, as transformers reads it:
+    a model of images or sound too has that in `text_config`, whose own model_type counts."""
+    nested = config.get("text_config")
+    return config | {"model_type": None} | nested if isinstance(nested, dict) else config
+
+
 def find_unknown_map(student: Component, peft: Peft) -> str | None:
     """Return the problem of a `target_modules` word that names no map of a local model, or None.
 
@@ -187,8 +216,8 @@ def _kinds_of_maps(directory: Path) -> list[str]:
     from its files."""
     try:
         config = json.loads(read_plain_file(directory / "config.json", _MAX_BYTES))
-        names = _names_in_headers(directory) if config.get("model_type") in _SAME_NAMES else []
-        maps = [name.removesuffix(".weight") for name in names if name.endswith(".weight")]
+        tensors = _read_headers(directory) if config.get("model_type") in _SAME_NAMES else {}
+        maps = [name.removesuffix(".weight") for name in tensors if name.endswith(".weight")]
         kinds = {name.rpartition(".")[2] for name in maps}
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return []

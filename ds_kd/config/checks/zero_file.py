@@ -9,7 +9,8 @@ from typing import Any
 
 from ds_kd.config.checks.zero_keys import OFFLOAD, OTHERS, ZERO, find_wrong_value, quote
 from ds_kd.config.names import CPU, REPLICATE
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.errors import first_line
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 #: Keys that a ZeRO file may hold.
 ZERO_FILE_KEYS = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ds_kd.config.checks.weights import read_config
+from ds_kd.config.checks.weights import find_text_config, read_config
 from ds_kd.config.components import problem
 from ds_kd.config.names import COLLATER
 from ds_kd.config.permissions import translate
@@ -52,8 +52,7 @@ def _find_misfit(config: dict[str, Any], size: int) -> str:
     Args:
         config: the content of its config.json; may be empty.
     """
-    nested = config.get("text_config")
-    config = config | nested if isinstance(nested, dict) else config
+    config = find_text_config(config)
     heads = next((config[name] for name in _HEADS if isinstance(config.get(name), int)), None)
     if heads is not None and heads < size:
         return f"its attention has {heads} head(s), and each rank needs one; write {KEY}: {heads}"

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ds_kd.config.checks.weights import read_config
+from ds_kd.config.checks.weights import find_text_config, read_config
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import problem
 from ds_kd.config.names import AUTO, INT8
 from ds_kd.config.schema import RunConfig
 
 KEY, OF_TEACHER = "distributed.tp_size", "teacher_distributed.tp_size"
-#: What to do about a model that cannot be cut.
+#: The remedy for a model that cannot be cut.
 REMEDY = f"remove {KEY}, as ZeRO-3 shards any model"
 REMEDY_OF_TEACHER = f"write {OF_TEACHER}: 1, which leaves it whole, or remove {KEY}"
 #: Architectures whose step with cut matrices was compared with plain transformers.
@@ -48,14 +48,15 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         return
     is_cut = cfg.loads_teacher and of_teacher > 1
     for component in filter(None, (cfg.model, cfg.teacher_model if is_cut else None)):
-        config, parts = read_config(component), cfg.distributed.cp_size or 1
+        config = find_text_config(read_config(component))
+        parts = cfg.distributed.cp_size or 1
         remedy = REMEDY if component is cfg.model else REMEDY_OF_TEACHER
         if config and (misfit := find_misfit(config, size, parts, remedy)):
             key = f"{component.key}.pretrained_model_name_or_path"
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
 
-    # What wraps, compiles, packs or copies whole matrices.
+    # These keys wrap, compile, pack or copy whole matrices.
     together = f"does not go with {KEY}: {size}"
     if cfg.compile.enabled == "true":
         problems.append(f"compile.enabled: {together}; write false")
@@ -91,11 +92,13 @@ def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1, remedy: st
     """Return why a model cannot be cut over `size` ranks, or an empty text.
 
     Args:
-        config: the content of its config.json.
+        config: the content of its config.json, or its `text_config`.
         parts: ranks over which samples are split, each of which needs a head of its own.
         remedy: what to do where no number of ranks fits.
     """
     kind = config.get("model_type")
+    if kind is None:  # of a `text_config` that leaves it to the class, which a run knows
+        return ""
     if kind not in ARCHITECTURES:
         return f"{_tell_why(config)}; {remedy}"
     counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}

@@ -20,9 +20,13 @@ def callables_of(rules: ComponentRules) -> list[str]:
 def arguments_of(name: str, rules: ComponentRules) -> tuple[dict[str, str], bool]:
     """Return a callable's arguments with their annotations, and whether it takes others.
 
-    Arguments that ds_kd passes itself are left out, and the section's own flags are added.
+    Arguments that ds_kd passes itself are left out; the section's own words and flags are added.
     """
     signature = signature_of(name)
     assert signature is not None
     taken = {n: text for n, text in signature.annotations.items() if n not in rules.given}
-    return {**taken, **dict.fromkeys(rules.flags, "bool")}, signature.is_open
+    source = next((d.source for d in known_data_sets() if d.name == name and not d.has_parts), None)
+    if source is not None:  # every data set takes this name for its rows
+        taken.setdefault("dataset_name", taken.get(source, ""))
+    words = {word: f"Literal{[*values]}" for word, values in rules.words.items()}
+    return {**taken, **words, **dict.fromkeys(rules.flags, "bool")}, signature.is_open

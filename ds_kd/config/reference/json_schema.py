@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ds_kd.config.keys import ComponentRules, Key, keys_of
-from ds_kd.config.names import ALIASES, WITHOUT_EFFECT
+from ds_kd.config.names import ALIASES, CHAT_WITHOUT_EFFECT, WITHOUT_EFFECT
 from ds_kd.config.reference.arguments import arguments_of, callables_of
 from ds_kd.config.schema import RunConfig
 from ds_kd.config.signatures import divergences_by_name, signature_of
@@ -147,6 +147,10 @@ def _describe_arguments(name: str, rules: ComponentRules) -> tuple[dict[str, Any
         found[argument] = {"allOf": [found[argument], ends]}
     if "tokenizer" in rules.given:
         found["tokenizer"] = {"description": "Accepted where it is the student's own."}
+    if name.endswith(".ChatDataset"):
+        told = CHAT_WITHOUT_EFFECT.items()
+        found |= {key: {"description": f"Accepted; {why}."} for key, why in told}
+        found["mask_reasoning_content"] = {"enum": [False, None]}
     return found, is_open
 
 

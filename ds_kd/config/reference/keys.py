@@ -90,15 +90,15 @@ def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
         rows[f"{section}.name"] = [f"one of {', '.join(words.values())}"]
         sentences[f"{section}.name"] = "Chooses one of the project's, in place of _target_ "
 
-    # What all of the project's divergences take is told of the default one only.
+    # Arguments of all the project's divergences are told of the default one only.
     shared = arguments_of(key.component.calls, key.component)[0] if key.component.calls else {}
     for name in callables_of(key.component):
         is_other = name in words and name != key.component.calls
-        for argument in arguments_of(name, key.component)[0]:
+        for argument, annotation in arguments_of(name, key.component)[0].items():
             if is_other and argument in shared:
                 continue
             path = f"{section}.{argument}"
-            sentence, told = _describe_argument(name, argument)
+            sentence, told = _describe_argument(name, argument, annotation)
             if is_other:  # one argument may mean another thing in each, so each tells its own
                 told = f"of {words[name]}{told.removeprefix(f'of {name}')}"
                 told, sentence = f"{told} ({sentence.strip().rstrip('.')})", ""
@@ -111,14 +111,13 @@ def _list_arguments(prefix: str) -> list[tuple[str, str, str]]:
     ]
 
 
-def _describe_argument(name: str, argument: str) -> tuple[str, str]:
+def _describe_argument(name: str, argument: str, annotation: str) -> tuple[str, str]:
     """Return the sentence on an argument of a callable, and its callable, annotation and default.
 
     The sentence is that of the docstring if the callable is one of the project.
     """
     signature = signature_of(name)
     assert signature is not None
-    annotation = signature.annotations.get(argument, "bool")  # a flag that ds_kd takes itself
     told = f"of {name}" + (f": {annotation}" if annotation else "")
     if argument in signature.defaults:
         told += f" = {signature.defaults[argument]}"

@@ -18,6 +18,7 @@ _MAX_LENGTH, _DEEPEST = 1_000_000, 5
 _INNERMOST = re.compile(r"\$\{([^${}]*)\}")
 _VARIABLE = re.compile(r"oc\.env:\s*([A-Za-z_]\w*)\s*(?:,(.*))?", re.DOTALL)
 _KEY = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*")
+_PUBLIC = {"HOME", "USER", "LOGNAME", "HOSTNAME", "PWD", "TMPDIR"}
 _ALLOWED = "${section.key}, ${oc.env:VAR} or ${oc.env:VAR,default}"
 
 
@@ -115,6 +116,18 @@ def comes_from_secret(value: Any, tree: Any) -> bool:
     if not isinstance(value, str) or "${" not in value:
         return False
     names, variables = references(value, "")
-    return any(is_secret(name) for name in variables) or any(
+    return any(map(is_secret, variables)) or any(
         is_under_secret(name) or comes_from_secret(find(tree, name), tree) for name in names
     )
+
+
+def comes_from_variable(value: Any, tree: Any) -> bool:
+    """Return whether a text takes anything from an environment variable that is set, directly or
+    not; those that name a user, a machine or a job do not count. The arguments are as above."""
+    if not isinstance(value, str) or "${" not in value:
+        return False
+    names, variables = references(value, "")
+    return any(
+        name in os.environ and name not in _PUBLIC and not name.startswith("SLURM_")
+        for name in variables
+    ) or any(comes_from_variable(find(tree, name), tree) for name in names)

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from ds_kd.config.text.interpolation import comes_from_secret, find
+from ds_kd.config.text.interpolation import comes_from_secret, comes_from_variable, find
 from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, remember
+
+#: The last part of a key that names files, models or data.
+_PLACE = re.compile(
+    r"(?:^|[._])(?:path|paths|dir|directory|file|files|dataset|dataset_id|dataset_name|dtype|split|"
+    r"revision|_target_|attn_implementation)$"
+)
+#: A short number or a boolean.
+_NUMBER = re.compile(r"\d{1,5}|-?\d*\.\d+|-?[\d.]+e-?\d+|true|false", re.IGNORECASE)
+_LONGEST_WORD = 10
 
 
 class FromEnvironment(str):
@@ -64,44 +75,81 @@ def variables_in(plain: Any) -> list[str]:
     return re.findall(r"oc\.env:\s*(\w+)", plain) if isinstance(plain, str) else []
 
 
-def remember_secrets(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> None:
-    """Remember the values of secret keys and variables, so that they are blanked everywhere.
+@dataclass(frozen=True)
+class Origins:
+    """The origins of a config's values, which tell what came from a secret or a variable and is not
+    shown.
 
     Args:
-        plain: the tree before interpolation, which tells what came from a secret.
+        root: the whole config before interpolation.
+        known: dotted names of the schema's own keys; what they mean is known, and it is no secret.
     """
-    is_hidden = is_hidden or comes_from_secret(plain, root)
-    for variable in filter(is_secret, variables_in(plain)):
-        remember(os.environ.get(variable))
-    plain = _follow_reference(plain, root)
+
+    root: Any
+    known: Collection[str] = ()
+
+    def remember(self, tree: Any, plain: Any, key: str = "", is_hidden: bool = False) -> None:
+        """Remember the values that are not shown, so that they are blanked everywhere.
+
+        Args:
+            plain: the tree before interpolation, which tells what came from where.
+            key: its dotted name; entries of a list have the list's.
+        """
+        is_hidden = is_hidden or comes_from_secret(plain, self.root)
+        for variable in filter(is_secret, variables_in(plain)):
+            remember(os.environ.get(variable))
+        if not is_hidden and self._is_unknown(tree, plain, key) and not _is_word(tree):
+            remember(tree)
+        plain = _follow_reference(plain, self.root)
+        for value, inner, name in _entries(tree, plain, key):
+            self.remember(value, inner, name, is_hidden or is_secret(name.rpartition(".")[2]))
+        if is_hidden and not isinstance(tree, (dict, list)):
+            remember(tree)
+
+    def blank(self, tree: Any, plain: Any, key: str = "", is_hidden: bool = False) -> Any:
+        """Return the tree with what is not shown blanked, for logs and checkpoints. The arguments
+        are those of `remember`."""
+        is_hidden = is_hidden or comes_from_secret(plain, self.root)
+        is_hidden = is_hidden or self._is_unknown(tree, plain, key)
+        if is_hidden and tree and not isinstance(tree, bool):
+            return BLANK  # with its keys, where it is a mapping
+        plain = _follow_reference(plain, self.root)
+        shown = [
+            self.blank(value, inner, name, is_hidden or is_secret(name.rpartition(".")[2]))
+            for value, inner, name in _entries(tree, plain, key)
+        ]
+        if isinstance(tree, dict):
+            return dict(zip(tree, shown, strict=True))
+        return list(blank_secrets(shown)) if isinstance(tree, list) else blank_secrets(tree)
+
+    def _is_unknown(self, value: Any, plain: Any, key: str) -> bool:
+        """Return whether a text came from a variable, and neither its key nor its form tells what
+        it is: a password may stand in a variable of any name."""
+        if not isinstance(value, str) or key in self.known:
+            return False
+        is_told = _PLACE.search(key) or _NUMBER.fullmatch(value) or _is_path(value)
+        return not is_told and comes_from_variable(plain, self.root)
+
+
+def _entries(tree: Any, plain: Any, key: str) -> Iterator[tuple[Any, Any, str]]:
+    """Yield the values of a mapping or list, each before interpolation too, and their keys."""
     if isinstance(tree, dict):
         for name, value in tree.items():
-            remember_secrets(
-                value, _step_into(plain, name), root, is_hidden or is_secret(str(name))
-            )
+            yield value, _step_into(plain, name), f"{key}.{name}" if key else str(name)
     elif isinstance(tree, list):
         for k, value in enumerate(tree):
-            remember_secrets(value, _step_into(plain, k), root, is_hidden)
-    elif is_hidden:
-        remember(tree)
+            yield value, _step_into(plain, k), key
 
 
-def blank_tree(tree: Any, plain: Any, root: Any, is_hidden: bool = False) -> Any:
-    """Return the tree with tokens, keys and passwords blanked, for logs and checkpoints.
+def _is_path(text: str) -> bool:
+    """Return whether a text is a path whose first directory is there: a secret may begin with `/`
+    too."""
+    if text.startswith(("~/", "./", "../")):
+        return True
+    first = re.match(r"/[^/]+/", text)
+    return first is not None and os.path.isdir(first[0])
 
-    Args:
-        plain: the tree before interpolation, which tells what came from a secret.
-    """
-    is_hidden = is_hidden or comes_from_secret(plain, root)
-    if is_hidden and tree and not isinstance(tree, bool):
-        return BLANK  # with its keys, where it is a mapping
-    plain = _follow_reference(plain, root)
-    if isinstance(tree, dict):
-        return {
-            n: blank_tree(v, _step_into(plain, n), root, is_hidden or is_secret(str(n)))
-            for n, v in tree.items()
-        }
-    if isinstance(tree, list):
-        shown = [blank_tree(v, _step_into(plain, k), root, is_hidden) for k, v in enumerate(tree)]
-        return list(blank_secrets(shown))
-    return blank_secrets(tree)
+
+def _is_word(text: str) -> bool:
+    """Return whether a text would blank harmless words of every message."""
+    return len(text) <= _LONGEST_WORD and text.isalpha() and text.islower()

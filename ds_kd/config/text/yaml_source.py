@@ -7,7 +7,7 @@ before they are expanded.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,9 +21,10 @@ from ds_kd.config.text.interpolation import (
     check_interpolations,
     references,
 )
-from ds_kd.config.text.origins import blank_tree, mark_variables, remember_secrets, variables_in
+from ds_kd.config.text.origins import Origins, mark_variables, variables_in
 from ds_kd.config.text.secrets import BLANK, blank_secrets, is_secret, is_secret_flag, remember
-from ds_kd.errors import NotPlainFileError, first_line, read_plain_file
+from ds_kd.errors import first_line
+from ds_kd.files import NotPlainFileError, read_plain_file
 
 _MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 16, 20_000, 50
 _AROUND = 100  # columns shown on both sides of a key in a long line
@@ -99,9 +100,12 @@ class Source:
 
 
 def read(
-    path: str | Path | dict[str, Any], overrides: list[str]
+    path: str | Path | dict[str, Any], overrides: list[str], known: Collection[str] = ()
 ) -> tuple[dict[str, Any], str, Source]:
     """Read a YAML file, or take a mapping, and put overrides over it.
+
+    Args:
+        known: dotted names of keys whose values from variables may be shown.
 
     Returns:
         The resolved values, the same as YAML with secrets blanked, and their places.
@@ -115,7 +119,7 @@ def read(
     # Errors of the libraries become one sentence each, with the place in the file if they have one.
     source = Source("" if isinstance(path, dict) else str(path))
     try:
-        data, shown = _resolve(path, overrides, source)
+        data, shown = _resolve(path, overrides, source, known)
     except OSError as error:
         raise ConfigError(
             [f"{path}: cannot be read ({error.strerror}); give the path of a YAML file"]
@@ -137,7 +141,10 @@ def read(
 
 
 def _resolve(
-    path: str | Path | dict[str, Any], overrides: list[str], source: Source
+    path: str | Path | dict[str, Any],
+    overrides: list[str],
+    source: Source,
+    known: Collection[str],
 ) -> tuple[dict[str, Any], str]:
     """Return the values of a YAML, and the same as YAML with secrets blanked; fill `source`."""
     from omegaconf import OmegaConf
@@ -161,8 +168,9 @@ def _resolve(
     plain = OmegaConf.to_container(raw, resolve=False)
     check_interpolations(plain)
     data: Any = OmegaConf.to_container(raw, resolve=True)
-    remember_secrets(data, plain, plain)
-    shown = OmegaConf.to_yaml(OmegaConf.create(blank_tree(data, plain, plain)))
+    origins = Origins(plain, known)
+    origins.remember(data, plain)
+    shown = OmegaConf.to_yaml(OmegaConf.create(origins.blank(data, plain)))
     return mark_variables(data, plain, plain), shown
 
 
@@ -361,7 +369,7 @@ def _set_value(raw: Any, name: str, value: Any) -> None:
             there = there[number]
             continue
 
-        # What is absent is made on the way, but no place in a list.
+        # Absent sections are made on the way, but no place in a list.
         if there is None and not any(more[0].startswith("[") for more in way[k:]):
             break
         if there is not None and not isinstance(there, dict):

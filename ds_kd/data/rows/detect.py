@@ -40,22 +40,23 @@ def columns_known() -> str:
     return " or ".join(", ".join(each.columns) for each in known_data_sets() if each.columns)
 
 
-def samples_of(source: str, tokenizer: Any, limit: int | None) -> Any:
+def samples_of(source: str, tokenizer: Any, limit: int | None, split: str = "train") -> Any:
     """Return the first rows of a file as tokenised samples.
 
     Args:
         source: see `load_rows`.
         tokenizer: the tokenizer of the model that reads them.
         limit: number of rows; None takes all.
+        split: of a directory or a hub data set.
 
     Raises:
         ValueError: the rows cannot be read, or no data set has their columns.
     """
-    columns = load_rows(source, "train", (), limit).column_names
+    columns = load_rows(source, split, (), limit).column_names
     found = recognise(columns)
     if found is None:
         raise ValueError(
             f"{source!r} has the columns {', '.join(sorted(columns))}, expected {columns_known()}"
         )
-    arguments: dict[str, Any] = {found.source: source, found.limit: limit, "split": "train"}
+    arguments: dict[str, Any] = {found.source: source, found.limit: limit, "split": split}
     return found.build(tokenizer=tokenizer, **arguments)

@@ -24,7 +24,7 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = (".gz", ".zst")
 ENDINGS = "a .json, .jsonl, .csv, .tsv or .parquet file (text also as .gz or .zst)"
-_BEGINNING = 1 << 22  # bytes read of a file to find its first rows
+BEGINNING = 1 << 22  # bytes read of a file to find its first rows
 _LONGEST = 1 << 27  # bytes read if its first row is longer than that
 _MANY = 20_000  # rows looked at in that beginning
 _FEW = 16  # of them at least, where there are many files
@@ -95,20 +95,20 @@ def columns_of(path: str | Path) -> list[str]:
     if ending_of(str(path)) == ".parquet":
         return list(_open_parquet(path).schema_arrow.names)
     if FORMATS[ending_of(str(path))] == "csv":
-        names = list(_make_csv_reader(path, _read_beginning(path)[0]).fieldnames or [])
+        names = list(_make_csv_reader(path, read_beginning(path)[0]).fieldnames or [])
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the column {twice[0]} stands twice in it")
         return names
 
     # The first row of JSON may be longer than the part that is read of a large file.
-    text, is_whole, _ = _read_beginning(path)
+    text, is_whole, _ = read_beginning(path)
     try:
         try:
-            row, _ = _DECODER.raw_decode(text)
+            row, _ = DECODER.raw_decode(text)
         except ValueError:
             if is_whole:
                 raise
-            row, _ = _DECODER.raw_decode(_read_beginning(path, _LONGEST)[0])
+            row, _ = DECODER.raw_decode(read_beginning(path, _LONGEST)[0])
     except ValueError as error:
         raise ValueError(f"its first row: {_describe_error(error)}") from None
     if not isinstance(row, dict):
@@ -121,7 +121,7 @@ def sample_rows(
 ) -> Iterator[tuple[object, dict]]:
     """Yield (place, row) of the rows at the beginning of a file, and of some at random places.
 
-    They are the same rows each time. Of a file below 4 MiB they are all rows, up to 20,000. Little
+    They are the same rows each time. A file below 4 MiB gives all its rows, up to 20,000. Little
     of a larger file is read: random rows are looked up in files with a row on each line, and in the
     row groups of parquet.
 
@@ -137,7 +137,7 @@ def sample_rows(
     if ending == ".parquet":
         yield from _read_parquet_rows(path, few, most is None)
         return
-    text, is_whole, line = _read_beginning(path)
+    text, is_whole, line = read_beginning(path)
     if FORMATS[ending] == "csv":
         yield from _read_csv_rows(_make_csv_reader(path, text), is_whole, line, few)
         return
@@ -156,10 +156,10 @@ def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return made
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
+DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
 
 
-def _read_beginning(path: str | Path, most: int = _BEGINNING) -> tuple[str, bool, int]:
+def read_beginning(path: str | Path, most: int = BEGINNING) -> tuple[str, bool, int]:
     """Return the text at a file's beginning, whether it is the whole file, and the number of the
     line in which the text begins: a bracket and space before the first row are left out.
 
@@ -243,7 +243,7 @@ def _read_json_rows(
     for _ in range(most):
         line, seen = line + text.count("\n", seen, at), at
         try:
-            row, at = _DECODER.raw_decode(text, at)
+            row, at = DECODER.raw_decode(text, at)
         except ValueError as error:
             told = _describe_error(error, at)
             alone, ends, _ = text[at:].partition("\n")
@@ -275,7 +275,7 @@ def _has_lines(text: str) -> bool:
 def _describe_line(line: str) -> str:
     """Return why a line is no JSON, or an empty text."""
     try:
-        _DECODER.decode(line)
+        DECODER.decode(line)
     except ValueError as error:
         return _describe_error(error)
     return ""
@@ -283,18 +283,18 @@ def _describe_line(line: str) -> str:
 
 def _sample_lines(path: Path, places: int) -> Iterator[tuple[object, dict]]:
     """Yield (place, row) of the rows behind random places of a file with a row on each line."""
-    size, chosen, left = path.stat().st_size, random.Random(0), 16 * _BEGINNING
+    size, chosen, left = path.stat().st_size, random.Random(0), 16 * BEGINNING
     with path.open("rb") as file:
         for offset in sorted(chosen.randrange(size) for _ in range(places)):
             file.seek(offset)
-            file.readline(_BEGINNING)
-            start, line = file.tell(), file.readline(_BEGINNING)
+            file.readline(BEGINNING)
+            start, line = file.tell(), file.readline(BEGINNING)
             if (left := left - len(line)) < 0:  # rows this long would take too much time
                 return
-            if not line.strip() or (len(line) == _BEGINNING and not line.endswith(b"\n")):
+            if not line.strip() or (len(line) == BEGINNING and not line.endswith(b"\n")):
                 continue
             try:
-                row = _DECODER.decode(line.decode("utf-8"))
+                row = DECODER.decode(line.decode("utf-8"))
                 if not isinstance(row, dict):
                     raise ValueError(f"it is {type(row).__name__}, not a mapping of columns")
             except ValueError as error:
@@ -312,7 +312,7 @@ class _Line:
     def __str__(self) -> str:
         left, number = self.offset, 1
         with self.path.open("rb") as file:
-            while left > 0 and (block := file.read(min(left, _BEGINNING))):
+            while left > 0 and (block := file.read(min(left, BEGINNING))):
                 number += block.count(b"\n")
                 left -= len(block)
         return f"line {number}"
@@ -337,7 +337,7 @@ def find_wrong_line(path: str | Path) -> str:
                 if number == 1 and content[:1] != b"{":
                     break  # an array, or not JSON at all
                 try:
-                    row = _DECODER.decode(content.decode()) if content else {}
+                    row = DECODER.decode(content.decode()) if content else {}
                 except RecursionError:
                     return f"line {number}: nested too deeply"
                 except ValueError as error:
@@ -393,7 +393,7 @@ def _read_parquet_rows(path: str | Path, few: int, anywhere: bool) -> Iterator[t
     for group in dict.fromkeys(chosen) if groups else ():
         start = sum(before.num_rows for before in groups[:group])
         size = groups[group].total_byte_size // max(1, groups[group].num_rows)
-        most = min(few, max(_FEW, _BEGINNING // max(1, size)))
+        most = min(few, max(_FEW, BEGINNING // max(1, size)))
         batch = next(file.iter_batches(batch_size=most, row_groups=[group]), None)
         for index, row in enumerate(batch.to_pylist() if batch is not None else ()):
             yield f"row {start + index}", row

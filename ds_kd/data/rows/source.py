@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 from collections.abc import Callable, Iterator
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ds_kd.data.rows.files import (
+    BEGINNING,
+    DECODER,
     ENDINGS,
     FORMATS,
     columns_of,
@@ -18,12 +21,15 @@ from ds_kd.data.rows.files import (
     files_of,
     find_line,
     find_wrong_line,
+    read_beginning,
 )
 from ds_kd.errors import first_line
+from ds_kd.hub import expect_hub
 
 T = TypeVar("T")
 
 _FIRST = 16  # rows tokenised before all others, and as many random ones
+_FEW = 64  # files, of which more is looked at than of many
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
@@ -64,6 +70,25 @@ def load_rows(
     return rows
 
 
+def find_held_out(source: str) -> str:
+    """Return the split of a source by which a model is judged: `validation` of a directory or a hub
+    data set that has one, else `train`. Files have no splits, and serve any."""
+    import datasets
+
+    try:
+        if files_of(source) is not None or (Path(source) / "state.json").is_file():
+            return "train"
+        names = Path(source) / "dataset_dict.json"
+        there = (
+            json.loads(names.read_text("utf-8"))["splits"]
+            if names.is_file()
+            else datasets.get_dataset_split_names(source)
+        )
+    except Exception:  # `load_rows` tells what is wrong with it
+        return "train"
+    return "validation" if "validation" in there else "train"
+
+
 def _load_files(files: list[str], split: str) -> Any:
     import datasets
 
@@ -77,6 +102,8 @@ def _load_files(files: list[str], split: str) -> Any:
             "quoting": csv.QUOTE_MINIMAL,
             "features": datasets.Features({name: datasets.Value("string") for name in names}),
         }
+    for name in files if kind == "json" else ():
+        _refuse_crashing_row(name, len(files))
     named = {split.split("[")[0]: files}
     try:
         return datasets.load_dataset(kind, data_files=named, split=split, **options)
@@ -86,6 +113,28 @@ def _load_files(files: list[str], split: str) -> Any:
             if wrong := find_wrong_line(name):
                 raise ValueError(f"{name}, {wrong}" if len(files) > 1 else wrong) from error
         raise
+
+
+def _refuse_crashing_row(name: str, files: int) -> None:
+    """Refuse a first row at which the JSON reader of `datasets` ends the process without a word: a
+    null, or one nested without bound.
+
+    Args:
+        files: number of files of the data set; of many, less is looked at.
+
+    Raises:
+        ValueError: says what the row is.
+    """
+    of = f"{name}, " if files > 1 else ""
+    try:
+        text, *_ = read_beginning(name, BEGINNING if files <= _FEW else BEGINNING >> 6)
+        row, _ = DECODER.raw_decode(text)
+    except RecursionError:
+        raise ValueError(f"{of}its first row is nested too deeply") from None
+    except ValueError:  # cut off, or told better by the reader
+        return
+    if row is None:
+        raise ValueError(f"{of}its first row is null, not a mapping of columns")
 
 
 def _load(source: str, split: str) -> Any:
@@ -102,6 +151,7 @@ def _load(source: str, split: str) -> Any:
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):
         raise FileNotFoundError(f"no such file or directory; give {ENDINGS}, or a hub id")
+    expect_hub(source)
     try:
         return datasets.load_dataset(source, split=split)
     except (ConnectionError, datasets.exceptions.DatasetNotFoundError, OSError) as error:

@@ -27,6 +27,12 @@ _TRAINING: dict[str, Any] = {"lw": 0.8, "alpha": 0.6}
 _VALIDATION: dict[str, Any] = {"lw": 2, "marker": "o", "ms": 4}
 
 
+def style_of(number: int) -> dict[str, Any]:
+    """Return the line of a run by its number: runs that have a colour again are dashed."""
+    dash = "--" if number // len(COLOURS) % 2 else "-"
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": dash}
+
+
 def draw_charts(runs: Sequence[Run]) -> dict[str, str]:
     """Return charts as SVG by title, those for which a run has values; all runs in each, training
     as a thin line and validation as a thick one with points."""
@@ -47,11 +53,10 @@ def _draw(title: str, tags: tuple[str, str], runs: Sequence[Run]) -> str:
         figure = Figure(figsize=(5.2, 3.0), layout="constrained")
         axes = figure.subplots()
         for number, run in enumerate(runs):
-            colour = COLOURS[number % len(COLOURS)]
             for tag, style in zip(tags, (_TRAINING, _VALIDATION), strict=True):
                 steps, values = run.curve(tag) if tag else ([], [])
                 if steps:
-                    axes.plot(steps, values, color=colour, **style)
+                    axes.plot(steps, values, **style_of(number), **style)
         axes.set_title(title)
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)

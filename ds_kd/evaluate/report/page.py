@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ds_kd.errors import first_line
 from ds_kd.evaluate.comparison import SHOWN
-from ds_kd.evaluate.report.charts import COLOURS, draw_charts
+from ds_kd.evaluate.report.charts import draw_charts, style_of
 from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_evaluation, read_run
+from ds_kd.files import check_replaceable
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
@@ -21,9 +24,10 @@ th, td { border-bottom: 1px solid #ddd; padding: .3em .8em; text-align: left; ve
 td.n { font-variant-numeric: tabular-nums; text-align: right }
 td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 .charts { display: flex; flex-wrap: wrap; gap: 1em } .charts svg { width: 540px; height: auto }
-.mark { display: inline-block; width: .8em; height: .8em; margin-right: .5em }
+.mark { display: inline-block; width: 1.6em; border-top: .4em; margin: 0 .5em .2em 0 }
 </style></head><body>
-{% macro label(k) %}<span class="mark" style="background:{{ colours[k % colours|length] }}"></span>
+{% macro label(k) %}<span class="mark" style="border-top-color:{{ styles[k].color }};
+border-top-style:{{ "dotted" if styles[k].linestyle == "--" else "solid" }}"></span>
 {{- runs[k].name }}{% endmacro %}
 <h1>Distillation runs</h1>
 
@@ -47,7 +51,8 @@ td.t, pre { white-space: pre-wrap; overflow-wrap: anywhere; max-width: 40em }
 {% for name in found.models[0].metrics %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for each in found.models + found.differences %}<tr>
 <td>{{ each.model }}{% if each.minus %} − {{ each.minus }}{% endif %}</td>
-{% for value in each.metrics.values() %}<td class="n">{{ interval(value) }}</td>{% endfor %}</tr>
+{% for name in found.models[0].metrics %}<td class="n">
+{{ interval(each.metrics.get(name)) }}</td>{% endfor %}</tr>
 {% endfor %}</table>{% endfor %}
 
 <h2>Curves</h2>
@@ -92,9 +97,11 @@ def write_report(directories: list[Path], output: Path, evaluations: Sequence[Pa
     runs = [read_run(directory) for directory in directories]
     text = render(runs, [read_evaluation(path) for path in evaluations])
     try:
-        output.write_text(text, encoding="utf-8")
+        check_replaceable(output)
+        output.write_text(text, "utf-8", "backslashreplace")
     except OSError as error:
-        raise ReportError(f"--output {output}: cannot be written ({error.strerror})") from error
+        told = error.strerror or first_line(error)
+        raise ReportError(f"--output {output}: cannot be written ({told})") from error
 
 
 def render(runs: list[Run], evaluations: Sequence[dict[str, Any]] = ()) -> str:
@@ -119,7 +126,7 @@ def render(runs: list[Run], evaluations: Sequence[dict[str, Any]] = ()) -> str:
             charts=[*draw_charts(runs).values()],
             differences=find_differences(runs),
             costs=[{**dict.fromkeys(longest), **cost} for cost in costs],
-            colours=COLOURS,
+            styles=[style_of(number) for number in range(len(runs))],
             number=lambda value: "—" if value is None else f"{value:.4f}",
             amount=_format_amount,
         )
@@ -134,6 +141,6 @@ def _format_interval(found: dict[str, float] | None) -> str:
 
 
 def _format_amount(value: Any) -> str:
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "—"
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:.3g}"

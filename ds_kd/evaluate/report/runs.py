@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,10 @@ import yaml
 
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import read_lines
+from ds_kd.files import parse_json, read_plain_file
 
 _LOG = "metrics.jsonl"
+_LARGEST = 100_000_000  # bytes of a YAML or of an evaluation's results
 
 
 class ReportError(UserError):
@@ -65,8 +67,8 @@ class Run:
     def measure_cost(self) -> dict[str, float]:
         """Return what the run took, by name with its unit; parts that its log does not tell are
         left out."""
-        steps = [r for r in self.records if "time/step" in r]
-        if not steps:
+        steps = [r for r in self.records if "time/step" in r and "tokens_per_sec" in r]
+        if sum(r["time/step"] for r in steps) <= 0:
             return {}
         other = ("time/validation", "time/checkpoint")
         seconds = sum(r["time/step"] for r in steps)
@@ -94,7 +96,7 @@ def read_run(directory: Path) -> Run:
     """
     beside = [directory / name for name in ("LATEST/config.yaml", "BEST/config.yaml")]
     config = next((path for path in beside if path.is_file()), None)
-    text = "" if config is None else config.read_text(encoding="utf-8", errors="replace")
+    text = "" if config is None else read_plain_file(config, _LARGEST).decode(errors="replace")
     settings = _flatten(_load(text))
 
     # The log may be where the YAML put it, or both were copied from elsewhere.
@@ -123,13 +125,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         ReportError: there are none in this file.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        # What the page shows is there.
+        found = parse_json(read_plain_file(path, _LARGEST))
+        # All that the page shows is there.
         _ = found["task"], found["models"][0]["samples"]
         for each in (*found["models"], *found["differences"]):
             _ = each["model"]
             for metric in each["metrics"].values():
-                _ = [float(metric[name]) for name in ("value", "low", "high")]
+                _ = [math.isfinite(metric[name]) for name in ("value", "low", "high")]
     except OSError as error:
         raise ReportError(f"--evaluation {path}: cannot be read ({error.strerror})") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -140,10 +142,19 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+class _WithoutAliases(yaml.SafeLoader):
+    """A loader that refuses aliases, which no run writes and which may multiply without bound."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias")
+        return super().compose_node(parent, index)
+
+
 def _load(text: str) -> Any:
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError:
+        return yaml.load(text, _WithoutAliases)
+    except (yaml.YAMLError, RecursionError, ValueError):
         return None
 
 

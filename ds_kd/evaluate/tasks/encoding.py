@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.data.chat import tokenize_open_turn
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.errors import UserError
+
+
+class TemplateError(UserError):
+    """A chat template cannot render a prompt; the message says why."""
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,12 @@ class Encoder:
             f"{self.tokenizer.name_or_path} has no BOS and no EOS token, so nothing can stand "
             "before the first token of a text; give a prompt"
         )
+
+    def read_no_more(self, other: Encoder) -> Encoder:
+        """Return this encoder for a model that is compared with another one: neither reads more at
+        once than it can."""
+        lengths = [each.longest for each in (self, other) if each.longest is not None]
+        return replace(self, longest=min(lengths, default=None))
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text, with what the tokenizer puts in front, without an EOS that
@@ -66,33 +80,54 @@ class Encoder:
         Args:
             as_chat: whether the prompt is the user's turn in the tokenizer's chat template, or
                 running text, of which white space at the end is left to the answer's first token.
+
+        Raises:
+            TemplateError: the chat template cannot render it.
         """
         if as_chat:
-            turn = [{"role": "user", "content": prompt}]
-            out = self.tokenizer.apply_chat_template(
-                turn, add_generation_prompt=True, return_dict=True
-            )
-            return list(out["input_ids"])
+            try:
+                return tokenize_open_turn(self.tokenizer, [{"role": "user", "content": prompt}])
+            except ValueError as error:
+                raise TemplateError(f"{self.tokenizer.name_or_path}: {error}") from error
         return self.encode(prompt.rstrip()) or [self.first_token]
 
     def cut(self, context: list[int], following: list[int]) -> list[int]:
         """Return the end of a context that leaves the model room for what follows; its last token
-        is never read."""
+        is never read.
+
+        Raises:
+            ValueError: what follows is longer than the model reads at once.
+        """
         if self.longest is None:
             return context
-        return context[-max(1, self.longest + 1 - len(following)) :]
+        if len(following) > self.longest:
+            raise ValueError(
+                f"{len(following)} tokens are to follow the prompt, and the model reads at most "
+                f"{self.longest} at once"
+            )
+        return context[-(self.longest + 1 - len(following)) :]
 
-    def make_windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
-        """Return (tokens, labels) of the parts of a long text, so that each token is predicted
-        once: the first after `first_token`, which is not predicted itself if the tokenizer has put
-        it in front, and those of the last part after as much as there is room for."""
-        ids = ids[1:] if ids[:1] == [self.first_token] else ids
-        size = self.longest or max(1, len(ids))
-        before = [self.first_token, *ids]
+    def cut_windows(
+        self, tokens: list[int], labels: list[int]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Return (tokens, labels) of the parts of a text that the model reads one at a time, so
+        that each label is there once: those of the last part after as much as there is room for.
+
+        Args:
+            labels: the token that follows each token, or `IGNORE_INDEX`.
+        """
+        size = self.longest or max(1, len(tokens))
         windows = []
-        for start in range(0, len(ids), size):
-            end = min(start + size, len(ids))
+        for start in range(0, len(tokens), size):
+            end = min(start + size, len(tokens))
             first = max(0, end - size)
             seen = [IGNORE_INDEX] * (start - first)
-            windows.append((before[first:end], seen + ids[start:end]))
+            windows.append((tokens[first:end], seen + labels[start:end]))
         return windows
+
+    def make_windows(self, ids: list[int]) -> list[tuple[list[int], list[int]]]:
+        """Return (tokens, labels) of the parts of a long text without a context. Its first token is
+        predicted after `first_token`, which is not predicted itself if the tokenizer has put it in
+        front."""
+        ids = ids[1:] if ids[:1] == [self.first_token] else ids
+        return self.cut_windows([self.first_token, *ids][: len(ids)], ids)

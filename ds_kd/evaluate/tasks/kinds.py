@@ -52,7 +52,7 @@ class Task(Protocol):
 
     def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
         """Return the tokens of a row, or of a sample: one item, or several whose records add up.
-        What has nothing to score makes none.
+        A row with nothing to score makes none.
 
         Raises:
             ValueError: the row lacks something.
@@ -242,14 +242,16 @@ class Perplexity:
         if self.read is None:
             ids = [label for label in row["labels"] if label != IGNORE_INDEX]
             text = encoder.tokenizer.decode(ids, skip_special_tokens=True)
-            return [(row["input_ids"], row["labels"])], text
+            return encoder.cut_windows(row["input_ids"], row["labels"]), text
         context, text = self.read(row)
         if not context:
             return encoder.make_windows(encoder.encode(text)), text
         before, following = encoder.encode_pair(context, text)
-        tokens = [*encoder.cut(before, following), *following]
-        labels = [IGNORE_INDEX] * (len(tokens) - len(following)) + following
-        return [(tokens[:-1], labels[1:])], text
+        if encoder.longest is None or len(following) <= encoder.longest:
+            before = encoder.cut(before, following)
+        tokens = [*before, *following]
+        labels = [IGNORE_INDEX] * len(before) + following
+        return encoder.cut_windows(tokens[:-1], labels[1:]), text
 
     def measure(self, item: Item) -> int:
         return len(item["tokens"])
@@ -271,7 +273,8 @@ class Perplexity:
 
 @dataclass(frozen=True)
 class Distances:
-    """Compare with a teacher, at every supervised token of a sample."""
+    """Compare with a teacher, at every supervised token of a sample. One that is longer than the
+    models read at once makes several items."""
 
     name: str = "kl"
     columns: tuple[str, ...] = ()
@@ -288,8 +291,12 @@ class Distances:
         return ["distances"]
 
     def prepare(self, row: Row, encoder: Encoder) -> list[Item]:
-        item = {"input_ids": row["input_ids"], "labels": row["labels"]}
-        return [item] if _count_labels(row["labels"]) else []
+        windows = encoder.cut_windows(row["input_ids"], row["labels"])
+        return [
+            {"input_ids": tokens, "labels": labels}
+            for tokens, labels in windows
+            if _count_labels(labels)
+        ]
 
     def measure(self, item: Item) -> int:
         return len(item["input_ids"])

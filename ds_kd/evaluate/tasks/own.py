@@ -37,12 +37,30 @@ class Value:
         return str(value)
 
 
+_MOST = 10_000  # times that a text is repeated in a template
+
+
 @functools.cache
 def _environment() -> Any:
     from jinja2 import StrictUndefined
     from jinja2.sandbox import SandboxedEnvironment
 
-    return SandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    class Bounded(SandboxedEnvironment):
+        """An environment in which a text cannot be multiplied, nor a number raised, without bound,
+        which would use up memory and time."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            most = max((abs(each) for each in (left, right) if isinstance(each, int)), default=0)
+            is_repeated = not all(isinstance(each, (int, float)) for each in (left, right))
+            if most > _MOST and (operator == "**" or is_repeated):
+                raise OverflowError(f"{operator} {most:.3g}, and {_MOST} at most is computed")
+            return super().call_binop(context, operator, left, right)
+
+    made = Bounded(undefined=StrictUndefined, keep_trailing_newline=True)
+    made.globals.pop("lipsum", None)  # writes any amount of text
+    return made
 
 
 def compile_value(key: str, text: str) -> Value:

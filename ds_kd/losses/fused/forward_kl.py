@@ -14,16 +14,14 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-import sys
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ds_kd.errors import first_line
+from ds_kd.losses.fused.programs import run_programs, try_out
 from ds_kd.losses.pair import HIGH_TEMPERATURE, NEAR
 
-#: What both kernels find of each token: CE, the divergence at T, the teacher's entropy at T (nats),
+#: Found by both kernels for each token: CE, the divergence at T, the teacher's entropy at T (nats),
 #: whether both models name the same token first, and at T = 1 the KL and both entropies.
 VALUES = (
     "ce_loss", "kd_loss", "teacher_entropy", "top1_agreement",
@@ -32,8 +30,6 @@ VALUES = (
 #: And two sums for high temperatures (`near_kl`).
 COLUMNS = (*VALUES, "series", "farthest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-# With these, 64 registers a thread and nothing spilled on an H100 (`ptxas -v`).
-_BLOCK, _WARPS = 4096, 16
 
 
 def can_run(device: torch.device, dtype: torch.dtype) -> bool:
@@ -63,19 +59,6 @@ def _works(device: torch.device) -> bool:
     return try_out(check)
 
 
-def try_out(check: Callable[[], bool]) -> bool:
-    """Return whether a kernel's numbers are right. If it fails, or they are not, it is said that
-    the plain code, which takes longer, is used."""
-    try:
-        if check():
-            return True
-        reason = "its numbers are wrong"
-    except Exception as error:  # of Triton, of the compiler that it calls, of a driver
-        reason = first_line(error)
-    print(f"the loss is not fused, as the kernel fails here: {reason}", file=sys.stderr, flush=True)
-    return False
-
-
 @torch.library.custom_op("ds_kd::distil_rows", mutates_args=("student",))
 def distil_rows(
     student: Tensor, teacher: Tensor, labels: Tensor, temperature: float, alpha: float
@@ -93,32 +76,16 @@ def distil_rows(
     """
     from ds_kd.losses.fused.kernel import distil_row
 
-    tokens, vocab = student.shape
-    assert student.stride(1) == 1 == teacher.stride(1)
-    found = student.new_empty(tokens, len(COLUMNS), dtype=torch.float32)
-    if not tokens:
-        return found
-
-    # A program for each token; the strides are those of aligned rows (`Buffers.for_product`).
-    distil_row[(tokens,)](
+    return run_programs(
+        distil_row,
         student,
         teacher,
         labels,
-        found,
-        teacher.shape[1],
-        vocab,
-        student.stride(0),
-        teacher.stride(0),
-        1.0 / temperature,
-        1.0 - alpha,
-        alpha * temperature,
-        HAS_CE=alpha < 1.0,
+        temperature,
+        alpha,
+        len(COLUMNS),
         IS_HIGH=temperature > HIGH_TEMPERATURE,
-        COLUMNS=len(COLUMNS),
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
     )
-    return found
 
 
 @distil_rows.register_fake

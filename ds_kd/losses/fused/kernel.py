@@ -32,15 +32,9 @@ def distil_row(
         IS_HIGH: T is so high that the sums of `near_kl` are wanted.
         BLOCK: columns read at one time.
     """
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_step
-    teacher += row * teacher_step
-    found += row * COLUMNS
-    label = tl.maximum(tl.load(labels + row), 0)
-    label_logit = tl.load(student + label).to(tl.float32)
-    # Every thread has read it before one writes a gradient there.
-    tl.debug_barrier()
-
+    student, teacher, found, label, label_logit = _open_row(
+        student, teacher, labels, found, student_step, teacher_step, COLUMNS
+    )
     lse_1, lse_s, lse_t, mean_t, gap, agrees, top_s, _, top_t, _ = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
     )
@@ -57,6 +51,21 @@ def distil_row(
     _write_rest(student, shared, vocab, lse_1, label, ce_weight, HAS_CE, BLOCK)
     tl.store(found + 7, series)
     tl.store(found + 8, farthest)
+
+
+@triton.jit
+def _open_row(student, teacher, labels, found, student_step, teacher_step, COLUMNS: tl.constexpr):
+    """Return where the rows of this program's token begin in `student`, `teacher` and `found`, its
+    label, or 0 if it does not count, and the student's logit of the label."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * student_step
+    teacher += row * teacher_step
+    found += row * COLUMNS
+    label = tl.maximum(tl.load(labels + row), 0)
+    label_logit = tl.load(student + label).to(tl.float32)
+    # Every thread has read it before one writes a gradient there.
+    tl.debug_barrier()
+    return student, teacher, found, label, label_logit
 
 
 @triton.jit

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ds_kd.losses.fused.forward_kl import VALUES, try_out
+from ds_kd.losses.fused.forward_kl import VALUES
+from ds_kd.losses.fused.programs import run_programs, try_out
 
-#: What the kernel finds of each token.
+#: Found by the kernel for each token.
 COLUMNS = VALUES
-# With these, 40 to 64 registers a thread on an H100 (`ptxas -v`, Triton 3.9; 3.6 takes up to 114).
-_BLOCK, _WARPS = 4096, 16
 
 
 def arguments_of(divergence: Any) -> list[float]:
@@ -74,33 +73,11 @@ def distil_rows_by(
     """
     from ds_kd.losses.fused.terms_kernel import TERMS_BY_NAME, distil_row_by
 
-    tokens, vocab = student.shape
-    assert student.stride(1) == 1 == teacher.stride(1) and len(arguments) <= 2
-    found = student.new_empty(tokens, len(COLUMNS), dtype=torch.float32)
-    if not tokens:
-        return found
-
+    assert len(arguments) <= 2
     # The kernel takes two, so that another value needs no other kernel.
     own = [*arguments, 0.0, 0.0][:2]
-    factors = (1.0 / temperature, 1.0 - alpha, alpha * temperature)
-    distil_row_by[(tokens,)](
-        student,
-        teacher,
-        labels,
-        found,
-        teacher.shape[1],
-        vocab,
-        student.stride(0),
-        teacher.stride(0),
-        *factors,
-        *own,
-        TERMS=TERMS_BY_NAME[name],
-        HAS_CE=alpha < 1.0,
-        COLUMNS=len(COLUMNS),
-        BLOCK=_BLOCK,
-        num_warps=_WARPS,
-    )
-    return found
+    given = (student, teacher, labels, temperature, alpha)
+    return run_programs(distil_row_by, *given, len(COLUMNS), *own, TERMS=TERMS_BY_NAME[name])
 
 
 @distil_rows_by.register_fake

@@ -6,8 +6,8 @@ every id, its term v of the value and u = q·∂D/∂q:
     D = Σ v,        d D / d(z_s/T) = u - q·Σu.
 
 A program has one token and reads the logits of both models four times: for the log-sum-exps, for
-what is logged at T = 1, for the sums of v and u, and for the gradient. All arithmetic is in
-fp32. Where both models agree on a token, u and v of every function here are exactly 0.
+what is logged at T = 1, for the sums of v and u, and for the gradient. All arithmetic is in fp32.
+Where both models agree on a token, u and v of every function here are exactly 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_kd.losses.fused.kernel import _sum_at_t1, _sum_up, _write_rest
+from ds_kd.losses.fused.kernel import _open_row, _sum_at_t1, _sum_up, _write_rest
 
 
 @triton.jit
@@ -32,14 +32,9 @@ def distil_row_by(
 
     The others are those of `kernel.distil_row`; `found` receives the columns of `terms.COLUMNS`.
     """
-    row = tl.program_id(0).to(tl.int64)
-    student += row * student_step
-    teacher += row * teacher_step
-    found += row * COLUMNS
-    label = tl.maximum(tl.load(labels + row), 0)
-    label_logit = tl.load(student + label).to(tl.float32)
-    # Every thread has read it before one writes a gradient there.
-    tl.debug_barrier()
+    student, teacher, found, label, label_logit = _open_row(
+        student, teacher, labels, found, student_step, teacher_step, COLUMNS
+    )
 
     # log q as (z - largest)/T - log_s is more exact than z/T less a log-sum-exp.
     lse_1, _, lse_t, mean_t, _, agrees, top_s, sum_s, top_t, sum_t = _sum_up(

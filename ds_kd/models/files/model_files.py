@@ -81,7 +81,13 @@ def _find_places(file: BinaryIO, path: Path, size: int) -> list[int]:
     try:
         header = json.loads(file.read(min(length, size)))
         ends = [part["data_offsets"] for name, part in header.items() if name != "__metadata__"]
-    except (ValueError, TypeError, KeyError, AttributeError):  # damaged: loading it says so
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+    ):  # damaged: loading it says so
         return spread
 
     # The header itself is read whole, as it names the tensors.

@@ -78,7 +78,7 @@ def _paths(name: str, where: dict[str, Any]) -> list[Path]:
         return [whole]
     if (index := find(_INDEX)) is None:
         return []
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     return [path for path in map(find, shards) if path is not None]
 
 

@@ -191,7 +191,7 @@ def write(
         "logits_processor": LogitsProcessorList([chooser]),
         "synced_gpus": engine is not None,
     }
-    # What the model's own file asks for, such as a penalty on repetition, would change its
+    # Settings in the model's own file, such as a penalty on repetition, would change its
     # distribution.
     own, model.generation_config = model.generation_config, GenerationConfig()
     try:

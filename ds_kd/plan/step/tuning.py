@@ -40,7 +40,7 @@ def tune_work(
         work = replace(work, student_hpz=1)
     work = _tune_teacher(cfg, work, teacher, here, taken)
 
-    # Whether gradients are exchanged once is found out by what the first step leaves.
+    # A run decides by the memory that its first step leaves if gradients are exchanged once.
     wanted, has_gain = cfg.deepspeed.reduce_once, world > 1 or work.offload_optimizer
     once = wanted == "true" and not is_cut
     if wanted == "auto" and has_gain and not is_cut and here.has_accelerator and not each:

@@ -18,10 +18,11 @@ from ds_kd.evaluate.journal import Journal, fingerprint
 from ds_kd.evaluate.run import run_task
 from ds_kd.evaluate.subject import Subject
 from ds_kd.evaluate.tasks.encoding import Encoder
+from ds_kd.files import check_replaceable
 from ds_kd.models.generate import find_ends
 from ds_kd.models.generation.sampling import Draw, Sampling, group, write
 from ds_kd.parallel.world import World, on_rank0, rank0_first
-from ds_kd.recipe.evaluation import Loaded
+from ds_kd.recipe.tasks.evaluation import Loaded
 
 Row = dict[str, Any]
 #: Columns of a file, the first that are all there → how its prompts are read.
@@ -245,8 +246,7 @@ def _check_output(output: Path) -> None:
         AnswersError: it is no place to write a file.
     """
     try:
-        if output.is_dir():
-            raise IsADirectoryError("it is a directory; give the name of a .jsonl file")
+        check_replaceable(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(f"{output.stem}.samples").mkdir(exist_ok=True)
         if not os.access(output.parent, os.W_OK | os.X_OK):

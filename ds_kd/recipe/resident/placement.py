@@ -15,12 +15,18 @@ from torch import nn
 
 from ds_kd.config.checks.zero_file import place_teacher
 from ds_kd.config.components import Component, config_error
+from ds_kd.config.methods.check_placement import EXPECTED, explain_int8, group_of
 from ds_kd.config.names import INT8
 from ds_kd.config.schema import RunConfig
 from ds_kd.models.files.weight_files import WeightFiles, empty_model
-from ds_kd.recipe.models import config_of, name_of, select_location, training_dtype
+from ds_kd.recipe.models import (
+    config_of,
+    name_of,
+    select_location,
+    select_trust,
+    training_dtype,
+)
 
-_GROUPS = (64, 32, 16)  # numbers that share a scale
 _DTYPES = {torch.bfloat16: "BF16", torch.float32: "F32"}  # as safetensors writes them
 
 
@@ -33,7 +39,7 @@ def make_teacher_zero(cfg: RunConfig) -> dict[str, Any]:
     wanted, component = cfg.teacher, cfg.teacher_model
     assert component is not None
     config = place_teacher(cfg.deepspeed.teacher, wanted.placement, cfg.offload_teacher_model)
-    with config_error("teacher.placement", wanted.placement, "a place that this teacher can take"):
+    with config_error("teacher.placement", wanted.placement, EXPECTED):
         if wanted.placement == INT8:
             config |= quantize(component)
             # A second copy inside each machine would be one of numbers in 8 bits too.
@@ -47,37 +53,16 @@ def quantize(component: Component) -> dict[str, Any]:
     Raises:
         ValueError: its files are of another dtype than it runs in, or its widths have no group.
     """
-    model = empty_model(config_of(component), **_select_trust(component))
-    names = {
-        f"{name}.weight": module.weight.shape[1]
-        for name, module in model.named_modules()
-        if type(module) in (nn.Linear, nn.Embedding)
-    }
-
-    # A weight that the files lack is tied to another.
-    files, dtype = (
-        WeightFiles(name_of(component), select_location(component)),
-        training_dtype(component),
-    )
-    found = {files.find(name, model.base_model_prefix) for name in names} - {None}
-    if not found:
-        raise ValueError("int8 reads safetensors files; the model has none")
-    others = {files.dtypes[name] for name in found if name} - {_DTYPES[dtype]}
-    if others:
-        raise ValueError(
-            f"int8 needs files in the dtype of the run, and those of {name_of(component)} hold "
-            f"{others.pop()} where {component.key}.torch_dtype is {_DTYPES[dtype]}; write the same"
-        )
-    group = next((g for g in _GROUPS if all(w % g == 0 for w in names.values())), None)
-    if group is None:
-        odd = next(name for name, width in names.items() if width % _GROUPS[-1])
-        raise ValueError(
-            f"int8 divides rows into groups of {_GROUPS[-1]} numbers or more, and {odd} has rows "
-            f"of {names[odd]}; write zero3"
-        )
-    groups = {"num_bits": 8, "group_size": group, "group_dim": 1, "symmetric": False}
+    model = empty_model(config_of(component), **select_trust(component))
+    files = WeightFiles(name_of(component), select_location(component))
+    matrices: dict[str, tuple[str, int]] = {}
+    for name, module in model.named_modules():
+        if type(module) in (nn.Linear, nn.Embedding):
+            # A weight that the files lack is tied to another.
+            found = files.find(f"{name}.weight", model.base_model_prefix)
+            if found is not None:
+                matrices[found] = files.dtypes[found], module.weight.shape[1]
+    if reason := explain_int8(component, _DTYPES[training_dtype(component)], matrices):
+        raise ValueError(reason)
+    groups = {"num_bits": 8, "group_size": group_of(matrices), "group_dim": 1, "symmetric": False}
     return {"weight_quantization": {"quantized_initialization": groups}}
-
-
-def _select_trust(component: Component) -> dict[str, Any]:
-    return {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}

@@ -28,6 +28,7 @@ def choose_cuts(cfg: RunConfig, component: Component, size: int) -> dict[str, An
     config = config_of(component)
     with config_error(component.key, name_of(component), f"a model that {KEY}: {size} can cut"):
         remedy = REMEDY if component is cfg.model else REMEDY_OF_TEACHER
-        if misfit := find_misfit(config.get_text_config().to_dict(), size, remedy=remedy):
+        parts = cfg.distributed.cp_size or 1
+        if misfit := find_misfit(config.get_text_config().to_dict(), size, parts, remedy):
             raise ValueError(misfit)
         return cut_layers(config, size, trains=component is cfg.model and cfg.peft is None)

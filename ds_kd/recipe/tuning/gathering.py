@@ -12,7 +12,7 @@ from typing import Any
 
 from ds_kd.config.components import Component
 from ds_kd.models.files.weight_files import empty_model
-from ds_kd.recipe.models import config_of, training_dtype
+from ds_kd.recipe.models import config_of, select_trust, training_dtype
 from ds_kd.recipe.tuning.machine import Machine
 
 _PREFETCH, _LIVE = 50_000_000, 1_000_000_000  # DeepSpeed's defaults, in weights
@@ -35,9 +35,8 @@ class Size:
 
 def measure(component: Component) -> Size | None:
     """Return the size of a model, or None if its configuration alone does not tell."""
-    trusted = {n: v for n, v in component.kwargs.items() if n == "trust_remote_code"}
     try:
-        model = empty_model(config_of(component), **trusted)
+        model = empty_model(config_of(component), **select_trust(component))
     except (ValueError, RuntimeError, NotImplementedError, AttributeError, TypeError):
         return None  # a class of the user's, say; what is wrong is told when it is loaded
     names = getattr(model, "_no_split_modules", None) or ()

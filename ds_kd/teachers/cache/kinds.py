@@ -185,7 +185,7 @@ class Partial:
     temperature: float
     fields: Fields | None
 
-    #: What is not kept is made up: metrics of the whole distribution would measure that.
+    #: The rest is made up: metrics of the whole distribution would measure that.
     is_whole = False
 
     @contextmanager

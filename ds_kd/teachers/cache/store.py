@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ds_kd.errors import UserError, first_line
 
-#: What is lost at most when a process that fills a cache is killed.
+#: The most that is lost when a process that fills a cache is killed.
 _PART_BYTES, _PART_SECONDS = 64 * 2**20, 60.0
 #: Bytes of a row beside its fields: its key and its checksum.
 ROW_OVERHEAD = 24

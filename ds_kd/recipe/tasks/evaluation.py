@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ds_kd import __version__
+from ds_kd.config.checks.data import find_wrong_source
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.names import MODEL
 from ds_kd.config.task import METRICS, TaskFile, load_task
@@ -36,6 +37,7 @@ from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.evaluate.tasks.own import make_task
+from ds_kd.files import check_replaceable
 from ds_kd.losses.head import States
 from ds_kd.models import causal_lm, probes
 from ds_kd.models.files.model_files import identity_of
@@ -153,6 +155,8 @@ def evaluate(
     if options.output is not None:
         with _blame("--output", str(options.output)):
             on_rank0(lambda: _check_output(options), world)
+    if wrong := find_wrong_source("--data", options.data):
+        raise EvaluationError(wrong)
     with _blame("--data", options.data):
         task = rank0_first(lambda: fit_task(task, options.data), world)
 
@@ -192,10 +196,9 @@ def _evaluate_one(
 ) -> Evaluated:
     loaded = Loaded("--model", name, options.dtype, world)
     vocab = loaded.share_vocabulary(against) if against is not None else 0
+    encoder = loaded.encoder if against is None else loaded.encoder.read_no_more(against.encoder)
     with _blame("--data", options.data):
-        items = rank0_first(
-            lambda: load_items(task, options.data, options.limit, loaded.encoder), world
-        )
+        items = rank0_first(lambda: load_items(task, options.data, options.limit, encoder), world)
     key = _identify(loaded, against, task, items)
     title = {"model": name, "task": task.name, "data": options.data, "limit": options.limit}
     journal = Journal(_folder_of(options), key, title, items.rows, world.rank)
@@ -222,8 +225,7 @@ def _check_output(options: Options) -> None:
         OSError: they cannot be made, or written to.
     """
     assert options.output is not None
-    if options.output.is_dir():
-        raise IsADirectoryError("it is a directory; give the name of a .json file")
+    check_replaceable(options.output)
     folder = _folder_of(options)
     assert folder is not None
     folder.mkdir(parents=True, exist_ok=True)

@@ -22,8 +22,8 @@ from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
 from ds_kd.data.rows.files import columns_of, files_of
 from ds_kd.data.rows.source import load_rows
 from ds_kd.plan import memory
-from ds_kd.plan.choice import Chooser, describe_choice
 from ds_kd.plan.dry_run import model_shape, work_of
+from ds_kd.plan.new_config.choice import Chooser, describe_choice
 from ds_kd.plan.samples import data_of
 from ds_kd.plan.step.cluster import Cluster
 
@@ -168,7 +168,7 @@ def _name_option_of_template(student: str) -> Iterator[None]:
 def _load(values: dict[str, Any]) -> RunConfig:
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "new.yaml"
-        path.write_text(_TEMPLATE.format(**values))
+        path.write_text(_TEMPLATE.format(**values), "utf-8")
         try:
             return load(path)
         except ConfigError as error:  # the user does not know this file, so places in it are cut

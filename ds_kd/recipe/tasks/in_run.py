@@ -10,8 +10,8 @@ from ds_kd.evaluate.run import Items, load_items
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Task
 from ds_kd.parallel.world import World, rank0_first
-from ds_kd.recipe.evaluation import find_longest, fit_task, make_named_task
 from ds_kd.recipe.models import config_of
+from ds_kd.recipe.tasks.evaluation import find_longest, fit_task, make_named_task
 from ds_kd.train.evaluation import Evaluation
 
 
@@ -31,7 +31,11 @@ def build_evaluation(
     if wanted is None:
         return None
     config = config_of(cfg.model)
-    encoder = Encoder(tokenizer, find_longest(config, tokenizer))
+    alone = Encoder(tokenizer, find_longest(config, tokenizer))
+    beside = alone
+    if cfg.teacher_model is not None:
+        longest = find_longest(config_of(cfg.teacher_model), tokenizer)
+        beside = alone.read_no_more(Encoder(tokenizer, longest))
     tasks: list[tuple[Task, Items]] = []
     for k, entry in enumerate(wanted.tasks):
         key = f"evaluation.tasks[{k}]"
@@ -41,6 +45,7 @@ def build_evaluation(
         # Samples are tokenised before models are loaded, so that a wrong row is told at once.
         def load(named: Task = named, entry: dict[str, Any] = entry) -> tuple[Task, Items]:
             task = fit_task(named, entry["data"])
+            encoder = beside if task.needs_teacher else alone
             return task, load_items(task, entry["data"], entry.get("limit"), encoder)
 
         with config_error(f"{key}.data", entry["data"], f"rows for {entry['task']}"):

@@ -41,7 +41,8 @@ class Runs:
 
 
 def make_runs(lengths: list[int], parents: list[int] | None, device: torch.device) -> Runs:
-    """Return the runs of samples of these lengths, or of a tree's nodes (`ds_kd.models.tree`)."""
+    """Return the runs of samples of these lengths, or of a tree's nodes
+    (`ds_kd.models.packs.tree`)."""
     starts = [0, *itertools.accumulate(lengths)]
     if parents is None:
         ends, longest = _move(starts, torch.int32, device), max(lengths)

@@ -1,0 +1,1 @@
+"""A YAML to start from, for models, rows and machines."""

@@ -1,0 +1,1 @@
+"""Evaluation of models by tasks, from a command and while a run trains."""
