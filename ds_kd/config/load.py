@@ -198,8 +198,8 @@ def fingerprint(cfg: RunConfig) -> dict[str, Any]:
 def list_defaults(cfg: RunConfig) -> dict[str, Any]:
     """Return the values of the keys that a YAML does not give, by dotted name.
 
-    An argument of a `_target_` section is among them if it has one default whatever the
-    section calls.
+    An argument of a `_target_` section is there if its default is the same whatever the section
+    calls.
     """
     found: dict[str, Any] = {}
     for name, key in every_key():
