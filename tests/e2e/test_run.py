@@ -176,6 +176,7 @@ def test_metrics_and_events_are_complete(finished, root):
         "grad_norm",
         "top1_agreement",
         "teacher_entropy",
+        *("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1"),
         "memory",
         "memory/rank_1",
         "throughput/samples_per_sec",

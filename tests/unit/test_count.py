@@ -35,9 +35,9 @@ def test_a_step_of_3b_to_1b_costs_a_gpu_so_much():
     lengths = [4096]
     cost = predict.count_pair("3B-1B", lengths, predict.make_loss())
     parts = cost.by_phase.values()
-    assert cost.passes == 2.5 and cost.waits == 0 and cost.launches <= 3002
-    assert sum(part.rest for part in parts) < 125e9
-    assert sum(part.joined for part in parts) < 49e9
+    assert cost.passes == 3.5 and cost.waits == 0 and cost.launches <= 3002
+    assert sum(part.rest for part in parts) < 126e9
+    assert sum(part.joined for part in parts) < 51e9
 
     # The plan's operations, from the models' shapes alone: 62.9 TFLOP.
     work = Run(H100).work(lengths)
@@ -47,7 +47,7 @@ def test_a_step_of_3b_to_1b_costs_a_gpu_so_much():
     assert counted == pytest.approx(62.9, rel=1e-3)
 
     # 56.7 TFLOP of products at 0.7 of 989, 6.2 of attention at 0.35 of it: 82 and 18 ms at least;
-    # 13 ms of the optimizer, and 48 GB at 0.87 of 3.35 TB/s, 16 ms.
+    # 13 ms of the optimizer, and 50 GB at 0.87 of 3.35 TB/s, 16 ms.
     seconds, mfu = predict.rate("3B-1B", cost, lengths, Run(H100), joined=True)
     assert 0.100 < seconds < 0.135 and mfu == pytest.approx(counted / 989 / seconds, rel=1e-3)
     assert predict.rate("3B-1B", cost, lengths, Run(H100), joined=False)[0] > seconds
