@@ -34,11 +34,11 @@ class PlainLoss:
             "teacher_entropy": entropy(z_t / t),
             "top1_agreement": z_s.argmax(-1).eq(z_t.argmax(-1)).sum(),
         }
+        log_q, log_p = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
+        kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+        measured |= {"kl_at_t1": kl, "teacher_entropy_at_t1": entropy(z_t)}
+        measured["student_entropy_at_t1"] = entropy(z_s)
         if not torch.is_grad_enabled():
-            log_q, log_p = F.log_softmax(z_s, -1), F.log_softmax(z_t, -1)
-            kl = F.kl_div(log_q, log_p, reduction="sum", log_target=True)
-            measured |= {"kl_at_t1": kl, "teacher_entropy_at_t1": entropy(z_t)}
-            measured["student_entropy_at_t1"] = entropy(z_s)
             measured["reverse_kl_at_t1"] = (log_q.exp() * (log_q - log_p)).sum()
             measured["acceptance_at_t1"] = torch.minimum(log_p, log_q).exp().sum()
             theirs, ours = (z.topk(5).indices.tolist() for z in (z_t, z_s))

@@ -31,8 +31,8 @@ _TOUCH_FEW = (
 #: Number of times that a kernel of our own reads its arguments, by name; it writes over the first
 #: once.
 _READS = {
-    "ds_kd::distil_rows": {"student": 2, "teacher": 2},
-    "ds_kd::distil_rows_by": {"student": 3, "teacher": 3},
+    "ds_kd::distil_rows": {"student": 3, "teacher": 3},
+    "ds_kd::distil_rows_by": {"student": 4, "teacher": 4},
 }
 
 

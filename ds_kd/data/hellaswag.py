@@ -17,8 +17,11 @@ def label_of(row: dict[str, Any]) -> int:
     """Return the number of the right ending.
 
     Raises:
-        ValueError: the label names no ending.
+        ValueError: the endings are no list, as a cell of CSV, whose items are letters; or the label
+            names none of them.
     """
+    if not isinstance(row["endings"], list):
+        raise ValueError(f"endings is {row['endings']!r:.80}, expected a list of texts")
     try:
         label = int(row["label"])
         # A test split may carry -1, which Python would read as the last ending; 1.5 is none.
@@ -26,9 +29,9 @@ def label_of(row: dict[str, Any]) -> int:
             raise IndexError
         row["endings"][label]
     except (ValueError, TypeError, IndexError):
-        count = len(row["endings"]) if isinstance(row["endings"], list) else "no"
         raise ValueError(
-            f"label {row['label']!r} names none of {count} endings (a test split has no labels)"
+            f"label {row['label']!r} names none of {len(row['endings'])} endings (a test split has "
+            f"no labels)"
         ) from None
     return label
 

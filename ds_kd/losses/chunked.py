@@ -34,7 +34,7 @@ from ds_kd.losses.fused.chunk import can_fuse, distil
 from ds_kd.losses.head import Gradients, States
 from ds_kd.losses.own import OwnCrossEntropy, OwnDivergence, adapt
 from ds_kd.losses.pair import Pair, find_largest
-from ds_kd.losses.scores import measure_health, split_by_position
+from ds_kd.losses.scores import describe, describe_health, measure_in_blocks, split_by_position
 
 # Tokens in a chunk if `chunk_size` is not set. Smaller chunks make the matrix products narrow and
 # add to the head's gradient more often; larger ones only take memory (docs/performance.md). A GPU
@@ -128,6 +128,7 @@ class DistillationLoss:
         labels: Tensor,
         buffers: Buffers,
         is_training: bool,
+        is_whole: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute both losses of one chunk, and the metrics that are logged beside them.
 
@@ -136,14 +137,18 @@ class DistillationLoss:
                 products, the gradient is written over them.
             teacher: logits `[tokens, shared vocab]`, overwritten; None without a teacher.
             labels: `[tokens]`.
-            is_training: if not, metrics that need another softmax are computed too.
+            is_training: if not, all that validation logs is measured too.
+            is_whole: whether the teacher's logits are those of all ids, so that it can be said what
+                they would be at another temperature.
 
         Returns:
             Values per token by name, each `[tokens, 1]`, and d loss / d student logits
             `[tokens, student vocab]`.
         """
         if buffers.keeps_products and teacher is not None:
-            return distil(self.divergence, student, teacher, labels, self.kd_ratio)
+            found, gradient = distil(self.divergence, student, teacher, labels, self.kd_ratio)
+            kept = {n: v for n, v in found.items() if is_whole or not n.endswith("_at_t1")}
+            return kept, gradient
         if teacher is None:
             largest = student.amax(-1, keepdim=True)
             ce, gradient = self.ce.of_chunk(student, largest, labels, buffers)
@@ -157,9 +162,14 @@ class DistillationLoss:
         measured = {"top1_agreement": (best == teacher_best).to(student.dtype)}
         largest, teacher_largest = shared.gather(1, best), teacher.gather(1, teacher_best)
         logits = (shared, teacher, largest, teacher_largest)
-        if not is_training:
-            measured |= measure_health(Pair(*logits, 1.0, labels, buffers))
-        values, gradient = self._compute_losses(student, logits, labels, buffers)
+
+        # At T = 1 the forward KL has the softmaxes that these need.
+        shares = self.divergence.temperature == 1.0 and self.divergence.takes_whole_chunks
+        with_t1 = is_whole and is_training and shares
+        if is_whole and not with_t1:
+            measure = describe if is_training else describe_health
+            measured |= measure_in_blocks(Pair(*logits, 1.0, labels, buffers), measure)
+        values, gradient = self._compute_losses(student, logits, labels, buffers, with_t1)
         return values | measured, gradient
 
     def _compute_losses(
@@ -168,6 +178,7 @@ class DistillationLoss:
         logits: tuple[Tensor, Tensor, Tensor, Tensor],
         labels: Tensor,
         buffers: Buffers,
+        with_t1: bool,
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute CE and the divergence of one chunk.
 
@@ -175,6 +186,7 @@ class DistillationLoss:
             student: the student's whole logits `[tokens, student vocab]`.
             logits: over the shared ids, the first four arguments of `Pair`, not yet divided by T;
                 the first may be `student` itself.
+            with_t1: T is 1 and what `describe` finds is wanted too.
         """
         t, alpha, divergence = self.divergence.temperature, self.kd_ratio, self.divergence
         is_padded = logits[0] is not student
@@ -192,6 +204,7 @@ class DistillationLoss:
             for part in logits:
                 part.div_(t)
         pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
+        measured = describe(pair) if with_t1 else {}
         if join is not None:
             entropy = pair.teacher_entropy
             kd, gradient = join(pair, alpha)
@@ -206,7 +219,7 @@ class DistillationLoss:
             if t != 1.0 and not is_padded:
                 student.mul_(t)
         values = {"ce_loss": ce, "kd_loss": kd * t**2, "teacher_entropy": entropy}
-        return values, self._take_off_one_hot(gradient, labels, 1.0 - alpha)
+        return values | measured, self._take_off_one_hot(gradient, labels, 1.0 - alpha)
 
     def _take_off_one_hot(self, gradient: Tensor, labels: Tensor, weight: float) -> Tensor:
         """Subtract the labels' one-hot from a gradient `[tokens, student vocab]`, unless CE did."""
@@ -277,14 +290,16 @@ class _Chunked(torch.autograd.Function):
         totals = torch.zeros((), dtype=dtype, device=hidden.device)
         with contextlib.ExitStack() as stack:
             source = None if teacher is None else stack.enter_context(teacher.open())
-            is_bare = is_training or not getattr(source, "is_whole", True)
+            is_whole = getattr(source, "is_whole", True)
             for start in range(0, max(1, tokens), chunk):  # no token makes one empty chunk
                 rows = slice(start, start + chunk)
                 z_s = grads.states.logits(rows, vocab, "student", buffers)
                 z_t = None
                 if source is not None:
                     z_t = source.logits(rows, loss.vocab_size or vocab, "teacher", buffers)
-                values, gradient = loss.of_chunk(z_s, z_t, labels[rows], buffers, is_bare)
+                values, gradient = loss.of_chunk(
+                    z_s, z_t, labels[rows], buffers, is_training, is_whole
+                )
                 if positions is not None and "kl_at_t1" in values:
                     values |= split_by_position(values["kl_at_t1"], positions[rows])
                 totals = totals + torch.cat([*values.values()], dim=1).t() @ valid[rows]

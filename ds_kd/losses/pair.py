@@ -144,6 +144,11 @@ class Pair:
         return self.teacher_lse - self.teacher_mean
 
     @functools.cached_property
+    def student_entropy(self) -> Tensor:
+        """-Σ q·log q `[tokens, 1]`, nats; the product takes no memory of the vocabulary's size."""
+        return self.student_lse - torch.bmm(self.q[:, None], self.student[:, :, None])[:, 0]
+
+    @functools.cached_property
     def forward_kl(self) -> Tensor:
         """KL(teacher ‖ student) `[tokens, 1]`, nats.
 

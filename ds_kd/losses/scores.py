@@ -3,7 +3,7 @@ log-probabilities of given tokens, and the distance between two models."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -66,25 +66,39 @@ def compare_models(student: States, teacher: Any, labels: Tensor, vocab: int) ->
     return found
 
 
-def measure_health(pair: Pair) -> dict[str, Tensor]:
-    """Return what validation logs of a chunk's logits at T = 1, whatever loss and T the run has,
-    `[tokens, 1]` each: both KLs, both entropies, the acceptance rate Σ min(p, q) of speculative
-    decoding, and the agreement of the likeliest five."""
+def describe(pair: Pair) -> dict[str, Tensor]:
+    """Return what every step logs of logits at T = 1, `[tokens, 1]` each: KL(teacher ‖ student) and
+    both entropies, by which runs are compared whatever their loss and T."""
+    return {
+        "teacher_entropy_at_t1": pair.teacher_entropy,
+        "kl_at_t1": pair.forward_kl,
+        "student_entropy_at_t1": pair.student_entropy,
+    }
+
+
+def measure_in_blocks(
+    pair: Pair, measure: Callable[[Pair], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return what `measure` finds of a chunk's tokens, a few of them at a time, and leave the
+    logits as they are."""
     found: dict[str, list[Tensor]] = {}
     for _, block in pair.blocks():
-        p, q = block.p, block.q
-        mean = (q * block.student).sum(-1, keepdim=True)
-        measured = {
-            "kl_at_t1": block.forward_kl,
-            "reverse_kl_at_t1": (q * block.log_ratio).sum(-1, keepdim=True),
-            "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
-            "teacher_entropy_at_t1": block.teacher_entropy,
-            "student_entropy_at_t1": block.student_lse - mean,
-            "top5_agreement": block.top5_agreement,
-        }
-        for name, values in measured.items():
+        for name, values in measure(block).items():
             found.setdefault(name, []).append(values)
     return {name: torch.cat(values) for name, values in found.items()}
+
+
+def describe_health(pair: Pair) -> dict[str, Tensor]:
+    """Return what validation logs of logits at T = 1, whatever loss and T the run has,
+    `[tokens, 1]` each: both KLs, both entropies, the acceptance rate Σ min(p, q) of speculative
+    decoding, and the agreement of the likeliest five."""
+    p, q = pair.p, pair.q
+    return {
+        **describe(pair),
+        "reverse_kl_at_t1": (q * pair.log_ratio).sum(-1, keepdim=True),
+        "acceptance_at_t1": 1.0 - 0.5 * (q - p).abs().sum(-1, keepdim=True),
+        "top5_agreement": pair.top5_agreement,
+    }
 
 
 def split_by_position(kl: Tensor, positions: Tensor) -> dict[str, Tensor]:

@@ -26,9 +26,9 @@ CHARTS: dict[str, dict[str, tuple[str, ...]]] = {
     "Is the student near its teacher?": {
         "agreement": ("top1_agreement", "val_top[15]_agreement"),
         "acceptance": ("val_acceptance_at_t1",),
-        "KL at T = 1": ("val_kl_at_t1", "val_reverse_kl_at_t1"),
+        "KL at T = 1": ("kl_at_t1", "val_kl_at_t1", "val_reverse_kl_at_t1"),
         "KL at T = 1 by position in the text": (r"val_kl_at_t1_from_\d+",),
-        "entropy": ("teacher_entropy", "val_(teacher|student)_entropy_at_t1"),
+        "entropy": ("teacher_entropy", "(val_)?(teacher|student)_entropy_at_t1"),
     },
     "What does the student write?": {
         "tokens of a text": ("rollouts/length",),

@@ -44,7 +44,7 @@ def test_the_peak_is_planned_within_30_percent(results):
     assert found and all(abs(ratio - 1) < 0.30 for ratio in found.values()), found
 
 
-def test_what_ranks_exchange_is_planned_within_10_percent(results):
+def test_the_exchange_of_ranks_is_planned_within_10_percent(results):
     found = ratios(results, "exchange")
     assert all(abs(ratio - 1) < 0.10 for ratio in found.values()), found
     assert len(found) == (len(results[0]) if len(results) > 1 else 0)

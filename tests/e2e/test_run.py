@@ -135,7 +135,7 @@ def test_the_same_command_resumes(finished):
     assert "resuming, but" not in finished[1].stdout  # a longer run is the same run
 
 
-def test_what_has_changed_since_a_checkpoint_is_named(finished, overrides, root):
+def test_changes_since_a_checkpoint_are_named(finished, overrides, root):
     # The same file with other words in it: only its content tells.
     rows = root / "squad.jsonl"
     before = rows.read_text()
@@ -176,6 +176,7 @@ def test_metrics_and_events_are_complete(finished, root):
         "grad_norm",
         "top1_agreement",
         "teacher_entropy",
+        *("kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1"),
         "memory",
         "memory/rank_1",
         "throughput/samples_per_sec",

@@ -234,7 +234,7 @@ def test_under_nohup_the_end_of_the_terminal_is_no_request():
 
 
 @pytest.mark.parametrize("launcher", ["CROSS_SIZE", "TORCHELASTIC_RUN_ID"])
-def test_what_a_launcher_passes_on_is_no_second_signal(launcher):
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(launcher):
     echo = "send('SIGINT'); send('SIGINT'); send('SIGTERM'); print(stop(), flush=True); "
     done = stopped(echo + "time.sleep(3.5); send('SIGINT'); time.sleep(9)", **{launcher: "1"})
     assert done.stdout == "True\n" and done.returncode == 130

@@ -120,9 +120,23 @@ def test_sound_models_pass_in_bfloat16_and_keep_attention_by_sample(kind):
     assert is_by_sample(probe(kind, torch.bfloat16))
 
 
+@pytest.mark.parametrize("kind", ["mamba", "mamba2", "falcon_mamba"])
+def test_state_space_models_train_in_bfloat16_although_some_hidden_states_are_wider(kind):
+    model = build(kind).to(torch.bfloat16)
+    loss = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=5), 0.0)
+    module = causal_lm.Student(model, loss).eval()
+    probes.check_head(Engine(module), CPU, kind)
+    total, _ = module(default_collater(tiny.samples(5, seed=3)))
+    total.backward()
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    assert gradients and all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        ("electra", "cannot be run as a body and a linear head"),
+        ("rembert", "cannot be run as a body and a linear head"),
         ("xlm", "is not causal"),  # moves hidden states by four thousandths
         ("xlnet", "is not causal"),
         ("recurrent_gemma", "computes its logits in a way"),

@@ -89,7 +89,7 @@ def test_rows_come_back_from_several_files_and_from_memory_bit_for_bit(tmp_path)
         other.read(keys[:20])
 
 
-def test_what_a_killed_writer_leaves_is_passed_over_and_its_rows_are_absent(tmp_path):
+def test_the_remains_of_a_killed_writer_are_passed_over_and_its_rows_are_absent(tmp_path):
     keys, fields = make_rows(4)
     (tmp_path / f".part-1.safetensors.{os.getpid()}").write_bytes(b"half of a file")
     store = Store(tmp_path)

@@ -234,7 +234,7 @@ def test_secrets_never_reach_the_text_that_is_logged():
         ("kd_ratio=[1", "override kd_ratio: not valid YAML"),
     ],
 )
-def test_what_would_be_ignored_or_unsafe_is_refused(override, words):
+def test_keys_that_would_be_ignored_or_unsafe_are_refused(override, words):
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, [override])
     assert words in str(caught.value)
@@ -307,7 +307,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
         ("step_scheduler.global_batch_size=18", "write 19"),
     ],
 )
-def test_what_was_once_accepted_in_silence_is_refused(override, word, monkeypatch):
+def test_values_that_were_once_accepted_in_silence_are_refused(override, word, monkeypatch):
     monkeypatch.chdir(ROOT)
     more = ["step_scheduler.local_batch_size=19"] if "global" in override else []
     with pytest.raises(ConfigError, match=word):
@@ -486,7 +486,7 @@ def test_a_data_file_with_its_columns_is_accepted(tmp_path):
         ("lr_scheduler={name: cosine_with_min_lr}", "give min_lr, or min_lr_rate"),
     ],
 )
-def test_what_once_only_a_run_would_tell_is_told_with_the_config(override, words):
+def test_mistakes_that_once_only_a_run_told_are_told_with_the_config(override, words):
     with pytest.raises(ConfigError, match=words):
         load(GUIDE, [override])
 
@@ -536,7 +536,7 @@ def test_a_schedule_makes_the_end_of_a_run_part_of_its_course():
     assert with_schedule["step_scheduler.max_steps"] == 5
 
 
-def test_what_validation_measures_is_told_apart_from_the_course_of_a_run():
+def test_the_settings_of_validation_are_told_apart_from_the_course_of_a_run():
     def told(*overrides):
         cfg = load(GUIDE, [*overrides])
         return fingerprint(cfg), fingerprint_validation(cfg)
@@ -587,7 +587,7 @@ HUGE = "1" + "0" * 400
         ("temperature=3", "did you mean kd_loss_fn.temperature or rollouts.temperature?"),
     ],
 )
-def test_what_a_newcomer_found_is_refused(override, words):
+def test_mistakes_that_a_newcomer_found_are_refused(override, words):
     with pytest.raises(ConfigError) as caught:
         load(GUIDE, [override])
     assert words in str(caught.value)

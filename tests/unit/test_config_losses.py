@@ -83,7 +83,7 @@ def guide(section):
 
 
 @pytest.mark.parametrize("section", RIGHT, ids=str)
-def test_what_the_config_takes_the_json_schema_takes_too(section):
+def test_the_json_schema_takes_all_that_the_config_takes(section):
     import jsonschema
 
     from ds_kd.config.reference.json_schema import json_schema
@@ -101,7 +101,7 @@ def test_a_loss_of_layers_needs_layers_and_a_divergence_beside_it(section, words
 
 
 @pytest.mark.parametrize(("section", "words", "more"), WRONG, ids=[str(w[0]) for w in WRONG])
-def test_what_the_config_refuses_it_explains_and_the_json_schema_refuses_too(section, words, more):
+def test_the_config_explains_its_refusals_and_the_json_schema_refuses_too(section, words, more):
     import jsonschema
 
     from ds_kd.config.reference.json_schema import json_schema

@@ -84,7 +84,7 @@ def test_a_secret_stands_in_no_log_no_fingerprint_and_no_message(
     assert "hunter2" not in capsys.readouterr().err
 
 
-def test_what_a_variable_gives_is_shown_where_its_key_or_form_tells_what_it_is(
+def test_the_value_of_a_variable_is_shown_where_its_key_or_form_tells_what_it_is(
     tmp_path, monkeypatch
 ):
     monkeypatch.setenv("PLACE", str(tmp_path))

@@ -41,7 +41,7 @@ def test_heads_are_divided_over_both_kinds_of_ranks(tmp_path):
     assert "its num_attention_heads is 4, and 2 × cp_size 3 ranks need one each" in told
 
 
-def test_what_cannot_be_split_is_refused_by_name():
+def test_keys_and_models_that_cannot_be_split_are_refused_by_name():
     told = problems_of("distributed={sequence_parallel: true}")
     assert "distributed.sequence_parallel: got true" in told and "cp_size: 2" in told
     told = problems_of(SPLIT, "teacher_model.attn_implementation=flash_attention_2")

@@ -37,7 +37,9 @@ def problems(*overrides):
         ("step_scheduler={global_batch_size: 6, local_batch_size: 4}", "write 8"),
     ],
 )
-def test_what_does_not_go_with_cut_matrices_is_one_error_that_says_what_to_write(override, told):
+def test_a_key_that_does_not_go_with_cut_matrices_is_one_error_that_says_what_to_write(
+    override, told
+):
     found = problems(override)
     assert len(found) == 1 and told in found[0], found
 

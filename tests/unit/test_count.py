@@ -30,14 +30,14 @@ def test_operations_between_products_are_joined():
     assert totals.joined == (1 + 1 + 2) * 256
 
 
-def test_what_3b_to_1b_costs_a_gpu():
+def test_a_step_of_3b_to_1b_costs_a_gpu_so_much():
     """A change that makes a step cost more is seen here."""
     lengths = [4096]
     cost = predict.count_pair("3B-1B", lengths, predict.make_loss())
     parts = cost.by_phase.values()
-    assert cost.passes == 2.5 and cost.waits == 0 and cost.launches <= 3002
-    assert sum(part.rest for part in parts) < 125e9
-    assert sum(part.joined for part in parts) < 49e9
+    assert cost.passes == 3.5 and cost.waits == 0 and cost.launches <= 3002
+    assert sum(part.rest for part in parts) < 126e9
+    assert sum(part.joined for part in parts) < 51e9
 
     # The plan's operations, from the models' shapes alone: 62.9 TFLOP.
     work = Run(H100).work(lengths)
@@ -47,7 +47,7 @@ def test_what_3b_to_1b_costs_a_gpu():
     assert counted == pytest.approx(62.9, rel=1e-3)
 
     # 56.7 TFLOP of products at 0.7 of 989, 6.2 of attention at 0.35 of it: 82 and 18 ms at least;
-    # 13 ms of the optimizer, and 48 GB at 0.87 of 3.35 TB/s, 16 ms.
+    # 13 ms of the optimizer, and 50 GB at 0.87 of 3.35 TB/s, 16 ms.
     seconds, mfu = predict.rate("3B-1B", cost, lengths, Run(H100), joined=True)
     assert 0.100 < seconds < 0.135 and mfu == pytest.approx(counted / 989 / seconds, rel=1e-3)
     assert predict.rate("3B-1B", cost, lengths, Run(H100), joined=False)[0] > seconds
@@ -62,7 +62,7 @@ def received(run: Run) -> dict[str, float]:
     return found
 
 
-def test_what_ranks_of_70b_to_8b_receive():
+def test_ranks_of_70b_to_8b_receive_so_many_bytes():
     """The teacher has 70.55e9 parameters, 141.1 GB; a rank of 8 lacks seven eighths of them: 123.5.
     The student has 8.03e9, 16.06 GB, twice; but once the head of 1.05 GB and the last three of its
     layers, of 0.436 GB each, as they are used again within DeepSpeed's 1e9 weights."""

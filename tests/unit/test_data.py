@@ -658,7 +658,7 @@ def test_content_that_cannot_be_read_is_named_with_what_is_wrong(tmp_path):
             numbers(tmp_path / name)
 
 
-def test_what_is_not_there_is_named(tmp_path):
+def test_absent_data_are_named(tmp_path):
     (tmp_path / "empty").mkdir()
     for name, said in (
         ("no.jsonl", "no such file"),

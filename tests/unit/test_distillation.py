@@ -142,7 +142,7 @@ def top_five(log_p):
 
 @pytest.mark.parametrize("extra", [(0, 0), (3, 1)])
 @pytest.mark.parametrize("chunk", [7, 0])
-def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra):
+def test_every_step_and_validation_measure_at_temperature_1_whatever_the_runs_is(chunk, extra):
     hidden, weight, bias, labels, teacher, teacher_weight = case(10, 50, 33, extra=extra)
     student = States(hidden, Head(weight, bias))
     rest = labels, States(teacher, Head(teacher_weight))
@@ -173,7 +173,11 @@ def test_validation_measures_at_temperature_1_whatever_the_runs_is(chunk, extra)
             assert sums["kl_at_t1"] == sums["kd_loss"]
         else:
             assert sums["teacher_entropy"] > 1.2 * sums["teacher_entropy_at_t1"]
-        assert not set(names) & set(loss(student, *rest)[1])
+        in_training = loss(student, *rest)[1]
+        always = {"kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1"}
+        assert set(names) & set(in_training) == always
+        for name in always:
+            assert in_training[name].item() == pytest.approx(sums[name].item(), rel=1e-5), name
 
 
 def test_validation_splits_the_kl_by_the_position_in_the_text():

@@ -22,7 +22,7 @@ def test_every_shipped_zero_file_is_accepted(path):
     assert load_zero_config(str(path), "deepspeed.student")["zero_optimization"]["stage"] == 3
 
 
-def test_what_the_yaml_decides_is_refused_naming_both_places(tmp_path):
+def test_engine_keys_that_the_yaml_decides_are_refused_naming_both_places(tmp_path):
     path = tmp_path / "zero.json"
     path.write_text(json.dumps({"zero_optimization": {"stage": 3}, "gradient_clipping": 0.5}))
     with pytest.raises(ValueError, match=r"zero\.json: gradient_clipping=0\.5 .*clip_grad_norm"):

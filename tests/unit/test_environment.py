@@ -100,7 +100,7 @@ def test_a_network_that_is_not_there_is_told_before_anybody_waits(name, given, w
         (RuntimeError("can't start new thread"), r"ulimit -u"),
     ],
 )
-def test_what_the_machine_has_no_more_of_is_told_without_a_traceback(error, words, capsys):
+def test_a_resource_that_is_used_up_is_told_without_a_traceback(error, words, capsys):
     def work():
         raise error
 
@@ -200,7 +200,7 @@ def shell(script, **variables):
         ("d=$(mktemp -d); cd $d; rmdir $d; KD -c GUIDE", "the working directory is gone"),
     ],
 )
-def test_what_no_run_could_work_in_is_refused(script, words):
+def test_an_environment_that_no_run_could_work_in_is_refused(script, words):
     done = shell(script)
     assert done.returncode == 2 and words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 4
@@ -262,7 +262,7 @@ def test_output_that_nobody_takes_is_no_error(output):
     assert done.stderr == "0\n"
 
 
-def test_what_is_opened_first_does_not_become_standard_output(tmp_path):
+def test_a_file_that_is_opened_first_does_not_become_standard_output(tmp_path):
     """The number of a closed descriptor is the next file's."""
     script = "from ds_kd.process import prepare; prepare(); import os; f = open('kept', 'w'); "
     script += "print('text', flush=True); os.write(1, b'text'); f.write('mine')"

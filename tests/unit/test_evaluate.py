@@ -322,7 +322,7 @@ def test_a_bos_that_the_tokenizer_puts_in_front_is_read_and_not_scored():
     assert encoder.make_windows([1, 5, 6, 7]) == encoder.make_windows([5, 6, 7]) == expected
 
 
-def test_what_is_longer_than_the_model_is_scored_once_in_parts_or_refused(place):
+def test_a_text_longer_than_the_model_is_scored_once_in_parts_or_refused(place):
     encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"), longest=16)
     (row,) = question_rows(1)
     rows = write_rows(place / "long.jsonl", [{**row, "context": f"{SOME} {SOME}"}])
@@ -348,7 +348,7 @@ def test_what_is_longer_than_the_model_is_scored_once_in_parts_or_refused(place)
     assert encoder.read_no_more(Encoder(None)).longest == 16
 
 
-def test_of_a_directory_of_splits_the_model_is_judged_by_the_validation(place):
+def test_a_model_is_judged_by_the_validation_split_of_a_directory(place):
     encoder = Encoder(AutoTokenizer.from_pretrained(place / "one"))
     splits, alone = place / "splits", place / "one split"
     for folder, name, count in (

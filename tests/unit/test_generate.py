@@ -102,7 +102,7 @@ def test_the_model_ends_at_the_end_of_text_that_it_was_trained_with(plain):
     assert reply.tokens == [first] and reply.is_whole
 
 
-def test_what_does_not_fit_is_told_in_a_sentence(plain, chatty, tmp_path):
+def test_a_request_that_does_not_fit_is_told_in_a_sentence(plain, chatty, tmp_path):
     student = load_student(plain)
     with pytest.raises(UserError, match=r"128 tokens and .* takes 128 with its answer"):
         student("w5 " * 128)

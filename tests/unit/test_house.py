@@ -258,3 +258,14 @@ def test_no_sentence_begins_with_a_noun_clause():
         if NOUN_CLAUSE.match(sentence) and "?" not in sentence  # an example of a question
     ]
     assert not guilty
+
+
+def test_names_of_tests_begin_with_no_noun_clause():
+    guilty = [
+        f"{path.name}:{node.lineno} {node.name}"
+        for path in (PACKAGE.parent / "tests").rglob("test_*.py")
+        for node in tree_of(path).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+        if NOUN_CLAUSE.match(node.name.removeprefix("test_").replace("_", " ").capitalize())
+    ]
+    assert not guilty

@@ -147,6 +147,12 @@ def test_the_check_reads_arrays_and_leaves_rows_alone_that_are_not_used(tmp_path
             "answers is {'text': 'Paris'}",
         ),
         ("hellaswag.HellaSwag", "path_or_dataset", swag_row("7"), ".*names none of 4 endings"),
+        (
+            "hellaswag.HellaSwag",
+            "path_or_dataset",
+            {**swag_row("0"), "endings": "['a', 'b']"},  # a cell of CSV
+            r"endings is .*, expected a list of texts",
+        ),
     ],
 )
 def test_the_check_reads_the_first_rows_of_the_other_data_sets(tmp_path, target, key, row, said):

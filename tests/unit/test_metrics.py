@@ -30,7 +30,7 @@ def test_wandb_that_is_not_installed_is_told(monkeypatch):
         Metrics(None, wandb={"project": "p"})
 
 
-def test_what_wandb_refuses_is_told(monkeypatch):
+def test_a_refusal_of_wandb_is_told(monkeypatch):
     client = types.ModuleType("wandb")
     client.init = lambda project=None: None
     monkeypatch.setitem(sys.modules, "wandb", client)

@@ -139,7 +139,7 @@ def test_a_recipe_is_distilled_once_a_teacher_is_named(write, shape):
     assert cfg.kd_ratio == 0.5 and cfg.teacher_model is not None
 
 
-def test_of_a_recipe_that_asks_for_more_only_what_changes_a_result_is_named(write):
+def test_only_keys_that_change_a_result_are_named_of_a_recipe_that_asks_for_more(write):
     more = ["kd_ratio=0", "fp8={enabled: true}", "distributed.pp_size=2", "nvtx=true"]
     with pytest.raises(ConfigError) as caught:
         load(write("full"), more)

@@ -119,7 +119,7 @@ def test_a_bad_sample_far_from_the_first_is_named_when_it_is_read():
         data[40]
 
 
-def test_what_has_no_length_or_no_number_is_refused():
+def test_data_without_length_or_without_numbers_are_refused():
     import datasets
 
     rows = datasets.Dataset.from_list([OURS])

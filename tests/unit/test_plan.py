@@ -50,7 +50,7 @@ def test_a_teacher_on_a_disk_takes_no_memory():
     assert plan.on_device(parts) + plan.on_host(parts) == sum(parts.values()) - 2 * 10**10 // 16
 
 
-def test_what_fits_the_accelerator_and_not_its_host_does_not_fit():
+def test_a_run_that_fits_the_accelerator_and_not_its_host_does_not_fit():
     small = plan.Machine(room=80 * 10**9, host_room=64 * 10**9, ranks_per_node=8)
     assert small.lacks(plan.estimate_bytes(LARGE, LARGE, AWAY, 1), 1) == ["host"]
     assert smallest_fit(LARGE, LARGE, AWAY, small)[0] == 32  # 200 GB over 4 nodes
@@ -159,7 +159,7 @@ def test_a_chunk_size_of_zero_is_planned_as_all_tokens_of_a_micro_batch(words):
             assert work_of(cfg, 1, 5000, 0.5).chunk == chunk
 
 
-def test_what_is_gathered_follows_the_window_copies_in_nodes_and_one_exchange_of_gradients():
+def test_gathered_bytes_follow_the_window_copies_in_nodes_and_one_exchange_of_gradients():
     def received(**values):
         work = plan.Work(1024, 1024, micro_batches=4, **values)
         found = count_exchanges(LARGE, LARGE, work, 16)

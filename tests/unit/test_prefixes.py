@@ -349,7 +349,7 @@ ON = "packed_sequence={packed_sequence_size: 64, share_prefixes: true}"
         ),
     ],
 )
-def test_what_cannot_share_beginnings_is_refused_by_its_key(overrides, words):
+def test_models_that_cannot_share_beginnings_are_refused_by_their_key(overrides, words):
     with pytest.raises(ConfigError, match=f"packed_sequence.share_prefixes: .*{words}"):
         load(GUIDE, overrides, allow=("mine",))
 

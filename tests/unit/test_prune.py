@@ -91,7 +91,7 @@ def test_layers_that_predictions_need_least_are_dropped_for_calibration_rows(tmp
 
 
 @pytest.mark.parametrize("returns_tuples", [False, True])
-def test_what_a_layer_adds_is_the_divergence_of_the_model_without_it(tmp_path, returns_tuples):
+def test_a_layer_adds_the_divergence_of_the_model_without_it(tmp_path, returns_tuples):
     model = load(tiny.llama(tmp_path / "teacher", layers=3))
     if returns_tuples:  # as layers of some classes do
         for layer in model.model.layers:

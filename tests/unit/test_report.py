@@ -142,7 +142,7 @@ def test_runs_that_have_a_colour_again_are_dashed_in_charts_and_names(tmp_path):
     assert text.count("border-top-style:dotted") == text.count("border-top-style:solid") / 7 > 0
 
 
-def test_what_is_no_run_is_told(tmp_path, capsys):
+def test_a_directory_that_is_no_run_is_told(tmp_path, capsys):
     for name, text in {"empty": None, "blank": "", "torn": "{\n"}.items():
         (tmp_path / name).mkdir()
         if text is not None:

@@ -61,7 +61,7 @@ def damage(checkpoint: Path) -> None:
     (checkpoint / "state.json").write_text("x")
 
 
-def test_what_users_leave_beside_the_checkpoints_stays(tmp_path):
+def test_files_that_users_leave_beside_the_checkpoints_stay(tmp_path):
     theirs = ["step_0000004.keep", "step_by_step_notes", "step_4", "bad.step_4x", ".saving.mine"]
     for name in theirs:
         (tmp_path / name).mkdir()
@@ -108,7 +108,7 @@ def test_latest_pointed_back_is_honoured_and_the_newer_ones_are_replaced_one_by_
     assert start(tmp_path) == tmp_path / "step_0000006"
 
 
-def test_of_a_damaged_latest_the_one_before_takes_its_place_and_every_name_says_so(tmp_path):
+def test_the_checkpoint_before_a_damaged_latest_takes_its_place_and_every_name_says_so(tmp_path):
     for step in (2, 4, 6):
         save(tmp_path, step, loss=9.0 - step)
     for time in ("bad.step_0000006", "bad.step_0000006.2"):

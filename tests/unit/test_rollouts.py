@@ -76,7 +76,7 @@ def test_a_prompt_is_what_precedes_the_last_supervised_run():
     assert prompt_of(alone, [9]) == [5, 6]
 
 
-def test_of_a_conversation_the_last_answer_is_left_to_write_and_its_header_is_given(chatty):
+def test_the_last_answer_of_a_conversation_is_left_to_write_and_its_header_is_given(chatty):
     from ds_kd.data.chat import tokenize_chat
     from ds_kd.data.labels import shift
 
@@ -221,7 +221,7 @@ def test_a_teacher_that_ends_with_another_token_is_warned_of(place, capsys):
         (["packed_sequence.packed_sequence_size=8"], "holds no prompt beside such an answer"),
     ],
 )
-def test_what_rollouts_cannot_do_is_refused_by_name(place, overrides, words):
+def test_keys_that_rollouts_cannot_follow_are_refused_by_name(place, overrides, words):
     assert words in refusal(place, *overrides)
 
 

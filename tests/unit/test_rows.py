@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import time
@@ -17,6 +18,7 @@ from ds_kd.config.load import load
 from ds_kd.data.chat import ChatDataset
 from ds_kd.data.mixture import make_mixture
 from ds_kd.data.rows.detect import known_data_sets
+from ds_kd.data.rows.frames import is_cut_off
 from ds_kd.data.rows.source import load_rows
 from ds_kd.data.squad import make_squad_dataset
 from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset
@@ -169,6 +171,28 @@ def test_compressed_rows_and_those_with_a_mark_at_the_start_are_read(tmp_path):
         assert "not compressed as its name says" in wrong(tmp_path / name)
 
 
+def test_a_compressed_file_that_was_cut_off_is_told_wherever_that_was(tmp_path):
+    import zstandard
+
+    half = lines(PAIRS).encode()
+    packed = [zstandard.ZstdCompressor(write_checksum=sums).compress(half) for sums in (0, 1)]
+    skipped = (0x184D2A53).to_bytes(4, "little") + (5).to_bytes(4, "little") + b"other"
+    whole = skipped + packed[0] + packed[1] + zstandard.compress(b"\n" * 300_000)
+    path = tmp_path / "z.jsonl.zst"
+    path.write_bytes(whole)
+    assert wrong(path) == "" and not is_cut_off(path)
+    ends = {len(skipped), len(skipped) + len(packed[0]), len(skipped + packed[0] + packed[1])}
+    for length in {*range(5, len(whole))} - ends:  # between frames a file may end
+        path.write_bytes(whole[:length])
+        with contextlib.suppress(zstandard.ZstdError):  # not even the header of a frame is whole
+            assert is_cut_off(path), length
+    path.write_bytes(whole[:-1])
+    assert "its end is missing" in wrong(path)
+    path.write_bytes(whole)
+    path.with_suffix(".gz").write_bytes(gzip.compress(half)[:-9])
+    assert "Compressed file ended before" in wrong(path.with_suffix(".gz"))
+
+
 def test_all_columns_of_csv_are_text_numbers_and_empty_cells_too(tmp_path):
     path = tmp_path / "c.csv"
     path.write_text('prompt,completion\n"what, then",1969\n"two\nlines",NA\n')
@@ -189,7 +213,7 @@ def test_all_columns_of_csv_are_text_numbers_and_empty_cells_too(tmp_path):
         (lines(PAIRS).encode() + LATIN, "byte 0xe9 is not of UTF-8"),
     ],
 )
-def test_what_is_wrong_with_a_files_text_is_told_by_the_check(tmp_path, content, said):
+def test_the_check_tells_the_faults_of_a_files_text(tmp_path, content, said):
     path = tmp_path / "r.jsonl"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     assert said in wrong(path)

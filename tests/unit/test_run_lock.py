@@ -134,7 +134,7 @@ def race(directory, start, results):
         time.sleep(0.5)  # lives while the others ask
 
 
-def test_of_many_that_find_a_dead_holder_exactly_one_wins(tmp_path):
+def test_exactly_one_of_many_that_find_a_dead_holder_wins(tmp_path):
     context = multiprocessing.get_context("fork")
     for _ in range(3):
         (tmp_path / NAME).write_text(json.dumps({"machine": ["x"], "host": "x", "pid": 1}))

@@ -116,7 +116,7 @@ def test_any_of_several_tokens_ends_a_text_and_torchs_generators_have_no_influen
     assert all(f.tokens[: len(c.tokens)] == c.tokens for f, c in zip(free, cut, strict=True))
 
 
-def test_what_the_models_own_file_asks_for_does_not_change_its_distribution(model):
+def test_settings_in_the_models_own_file_do_not_change_its_distribution(model):
     plain = write(model, PROMPTS, DRAWS, HOW, [1])
     own = model.generation_config
     own.repetition_penalty, own.suppress_tokens, own.min_length = 1.9, [*range(3, 60)], 11

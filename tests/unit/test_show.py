@@ -49,7 +49,7 @@ def test_the_number_of_tokens_and_labels_is_told_and_padding_left_out():
     assert shown == f"--- sample s: {count} tokens, 1 supervised\nit is[[ Paris]]"
 
 
-def test_of_packed_samples_each_ends_with_what_it_predicts():
+def test_each_packed_sample_ends_with_what_it_predicts():
     tokenizer = byte_level_bpe()
     one = sample("it is Paris", " Paris", tokenizer)
     n = len(one["input_ids"])

@@ -68,7 +68,7 @@ def test_a_prompts_space_that_is_a_token_of_its_own_stays_the_prompts():
 
 
 @pytest.mark.parametrize("prefixes", [("<bos>",), ("<gmask>", "<sop>")])
-def test_of_the_tokens_that_a_tokenizer_puts_in_front_none_is_supervised(prefixes):
+def test_no_token_that_a_tokenizer_puts_in_front_is_supervised(prefixes):
     tokenizer = byte_level_bpe(prefixes)
     ids, _ = tokenize_prompt_answer(tokenizer, "Answer: ", "Paris")
     assert tokenizer.convert_ids_to_tokens(ids)[: len(prefixes)] == list(prefixes)

@@ -58,7 +58,7 @@ def test_with_a_template_context_question_and_answer_are_turns(tmp_path):
     ]
 
 
-def test_of_plain_text_every_token_is_supervised(tmp_path):
+def test_every_token_of_plain_text_is_supervised(tmp_path):
     tokenizer = byte_level_bpe(("<bos>",))
     path = write(tmp_path / "t.jsonl", [{"body": "it is Paris"}])
     data = make_text_dataset(path, tokenizer, column="body")
@@ -90,7 +90,7 @@ def test_sharegpts_words_are_read(tmp_path):
         (make_text_dataset, {"text": "a"}, {"truncation": True}, "truncation needs seq_length"),
     ],
 )
-def test_what_cannot_be_read_is_named(tmp_path, make, row, kwargs, said):
+def test_files_that_cannot_be_read_are_named(tmp_path, make, row, kwargs, said):
     path = write(tmp_path / "r.jsonl", [row])
     with pytest.raises(ValueError, match=said):
         make(path, make_tokenizer(), **kwargs)

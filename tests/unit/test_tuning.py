@@ -80,7 +80,7 @@ def test_a_whole_layer_is_fetched_ahead_where_the_default_would_fetch_its_beginn
 
 
 @pytest.mark.parametrize("name", ["prefetch_bucket_size", "stage3_prefetch_bucket_size"])
-def test_what_a_zero_file_says_stays(name):
+def test_the_keys_of_a_zero_file_stay(name):
     given = {"zero_optimization": {"stage": 3, name: 7, "zero_hpz_partition_size": 1}}
     assert tune(given, LARGE, Machine(16, 8, H100, True)) == (given, "")
 

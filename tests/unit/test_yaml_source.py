@@ -181,7 +181,7 @@ def test_a_name_that_never_ends_is_one_short_error_at_once(override, tmp_path):
     assert len(str(caught.value)) < 4000 and time.process_time() - started < 2
 
 
-def test_of_a_long_line_only_what_is_around_the_key_is_shown(tmp_path):
+def test_only_the_part_of_a_long_line_around_the_key_is_shown(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text(GOOD + "rng: {" + " " * 20_000 + "sede: 1" + " " * 20_000 + "}\n")
     with pytest.raises(ConfigError) as caught:

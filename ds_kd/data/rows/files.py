@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from ds_kd.data.rows.frames import read_frames
 from ds_kd.errors import first_line
 
 #: Ending of a file's name → the reader of `datasets`.
@@ -190,13 +191,7 @@ def _open(path: str | Path) -> IO[bytes]:
     if suffix == ".gz":
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if suffix == ".zst":
-        import zstandard
-
-        try:
-            with zstandard.open(path, "rb") as file:
-                return io.BytesIO(file.read(_LONGEST))
-        except zstandard.ZstdError as error:
-            raise ValueError(f"not compressed as its name says: {error}") from None
+        return io.BytesIO(read_frames(path, _LONGEST))
     return open(path, "rb")
 
 

@@ -15,7 +15,7 @@ CHARTS = {
     "Distillation loss, nats per token": ("kd_loss", "val_kd_loss"),
     "Top-1 agreement with the teacher": ("top1_agreement", "val_top1_agreement"),
     "Agreement of the likeliest five": ("", "val_top5_agreement"),
-    "KL(teacher ‖ student) at T = 1": ("", "val_kl_at_t1"),
+    "KL(teacher ‖ student) at T = 1": ("kl_at_t1", "val_kl_at_t1"),
     "Acceptance": ("", "val_acceptance_at_t1"),
     "Learning rate": ("learning_rate", ""),
     "Gradient norm": ("grad_norm", ""),

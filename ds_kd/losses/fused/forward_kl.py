@@ -1,8 +1,8 @@
 """CE and forward KL of a chunk in one Triton kernel, for GPUs.
 
 The plain code makes some thirty passes over `[tokens, vocab]` in fp32 between the matrix products:
-casts, softmaxes, sums of products. This kernel reads the logits of both models twice, as the heads'
-products have rounded them, and writes the gradient once, over the student's logits: 2.5 passes of
+casts, softmaxes, sums of products. This kernel reads the logits of both models three times, as the
+heads' products have rounded them, and writes the gradient once, over the student's: 3.5 passes of
 fp32 size for models in bf16 (`tests/unit/test_cuda_path.py` counts them).
 
 On a CPU the plain code runs. On a meta tensor, which has no numbers, the operation is recorded as
@@ -21,9 +21,14 @@ from torch import Tensor
 from ds_kd.losses.fused.programs import run_programs, try_out
 from ds_kd.losses.pair import HIGH_TEMPERATURE, NEAR
 
-#: Found by the kernel for each token: CE, KL at T, the teacher's entropy at T (nats), whether both
-#: models name the same token first, and two sums for high temperatures (`near_kl`).
-COLUMNS = ("ce_loss", "kd_loss", "teacher_entropy", "top1_agreement", "series", "farthest")
+#: Found by both kernels for each token: CE, the divergence at T, the teacher's entropy at T (nats),
+#: whether both models name the same token first, and at T = 1 the KL and both entropies.
+VALUES = (
+    "ce_loss", "kd_loss", "teacher_entropy", "top1_agreement",
+    "kl_at_t1", "teacher_entropy_at_t1", "student_entropy_at_t1",
+)  # fmt: skip
+#: And two sums for high temperatures (`near_kl`).
+COLUMNS = (*VALUES, "series", "farthest")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -1,8 +1,9 @@
 """The Triton kernel of `forward_kl.py`, which imports this module where Triton is: on a GPU, or in
 tests under Triton's interpreter.
 
-A program has one token. It reads the logits of both models twice: first for maxima and sums, which
-are rescaled whenever a larger maximum is met, then for the gradient. All arithmetic is in fp32.
+A program has one token. It reads the logits of both models three times: for maxima and sums, which
+are rescaled whenever a larger maximum is met, for what is logged at T = 1, and for the gradient.
+All arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -34,21 +35,22 @@ def distil_row(
     student, teacher, found, label, label_logit = _open_row(
         student, teacher, labels, found, student_step, teacher_step, COLUMNS
     )
-    lse_1, lse_s, lse_t, mean_t, gap, agrees, _, _, _, _ = _sum_up(
+    lse_1, lse_s, lse_t, mean_t, gap, agrees, top_s, _, top_t, _ = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
     )
     tl.store(found + 0, lse_1 - label_logit)
     tl.store(found + 1, gap - lse_t + lse_s)
     tl.store(found + 2, lse_t - mean_t)
     tl.store(found + 3, agrees)
+    _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
 
     series, farthest = _write_shared(
         student, teacher, shared, inverse_t, lse_1, lse_s, lse_t, gap, label,
         ce_weight, kd_weight, HAS_CE, IS_HIGH, BLOCK,
     )  # fmt: skip
     _write_rest(student, shared, vocab, lse_1, label, ce_weight, HAS_CE, BLOCK)
-    tl.store(found + 4, series)
-    tl.store(found + 5, farthest)
+    tl.store(found + 7, series)
+    tl.store(found + 8, farthest)
 
 
 @triton.jit
@@ -124,6 +126,41 @@ def _sum_rest(student, shared, vocab, top, total, BLOCK: tl.constexpr):
         total = total * tl.exp(top - new) + tl.sum(tl.exp(z_s - new), 0)
         top = new
     return top + tl.log(total)
+
+
+@triton.jit
+def _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK: tl.constexpr):
+    """Store KL(teacher ‖ student) at T = 1, the teacher's entropy and the student's, in the columns
+    that `forward_kl.VALUES` gives them; `top_s` and `top_t` are the largest logits.
+
+    It reads the logits by itself: in the loop of `_sum_up` these sums take 30 registers more, and
+    half as many tokens would be computed at a time.
+    """
+    at = tl.arange(0, BLOCK)
+    sum_s = 0.0
+    sum_t = 0.0
+    mean_s = 0.0
+    mean_t = 0.0
+    gap = 0.0
+    for start in range(0, shared, BLOCK):
+        inside = start + at < shared
+        z_s = tl.load(student + start + at, inside, other=-float("inf")).to(tl.float32)
+        z_t = tl.load(teacher + start + at, inside, other=-float("inf")).to(tl.float32)
+
+        # Both largest logits are known, so that nothing is rescaled.
+        e_s = tl.exp(z_s - top_s)
+        e_t = tl.exp(z_t - top_t)
+        sum_s += tl.sum(e_s, 0)
+        sum_t += tl.sum(e_t, 0)
+        mean_s += tl.sum(tl.where(inside, e_s * z_s, 0.0), 0)
+        mean_t += tl.sum(tl.where(inside, e_t * z_t, 0.0), 0)
+        gap += tl.sum(tl.where(inside, e_t * (z_t - z_s), 0.0), 0)
+
+    lse_s = top_s + tl.log(sum_s)
+    lse_t = top_t + tl.log(sum_t)
+    tl.store(found + 4, gap / sum_t - lse_t + lse_s)
+    tl.store(found + 5, lse_t - mean_t / sum_t)
+    tl.store(found + 6, lse_s - mean_s / sum_s)
 
 
 @triton.jit

@@ -1,8 +1,8 @@
 """CE and a divergence other than the forward KL of a chunk in one Triton kernel, for GPUs.
 
-It reads the logits of both models three times and writes the gradient once, over the student's:
-3.5 passes of fp32 size for models in bf16. The forward KL has a kernel of its own, which reads them
-twice (`forward_kl.py`).
+It reads the logits of both models four times and writes the gradient once, over the student's:
+4.5 passes of fp32 size for models in bf16. The forward KL has a kernel of its own, which reads them
+three times (`forward_kl.py`).
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.losses.fused.forward_kl import VALUES
 from ds_kd.losses.fused.programs import run_programs, try_out
 
 #: Found by the kernel for each token.
-COLUMNS = ("ce_loss", "kd_loss", "teacher_entropy", "top1_agreement")
+COLUMNS = VALUES
 
 
 def arguments_of(divergence: Any) -> list[float]:

@@ -5,9 +5,9 @@ every id, its term v of the value and u = q·∂D/∂q:
 
     D = Σ v,        d D / d(z_s/T) = u - q·Σu.
 
-A program has one token and reads the logits of both models three times: for the log-sum-exps, for
-the sums of v and u, and for the gradient. All arithmetic is in fp32. Where both models agree on a
-token, u and v of every function here are exactly 0.
+A program has one token and reads the logits of both models four times: for the log-sum-exps, for
+what is logged at T = 1, for the sums of v and u, and for the gradient. All arithmetic is in fp32.
+Where both models agree on a token, u and v of every function here are exactly 0.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_kd.losses.fused.kernel import _open_row, _sum_up, _write_rest
+from ds_kd.losses.fused.kernel import _open_row, _sum_at_t1, _sum_up, _write_rest
 
 
 @triton.jit
@@ -50,6 +50,7 @@ def distil_row_by(
     tl.store(found + 1, value)
     tl.store(found + 2, lse_t - mean_t)
     tl.store(found + 3, agrees)
+    _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
 
     _write_terms(
         student, teacher, shared, inverse_t, lse_1, top_s, log_s, top_t, log_t, total, label,
