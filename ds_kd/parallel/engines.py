@@ -148,6 +148,7 @@ def build_student(
             f"optimizer: {type(made).__name__} looks at whole matrices, and ZeRO-3 gives it "
             f"flat shards: its steps would be wrong. Use one of {', '.join(sorted(ELEMENTWISE))}."
         )
+    tensor.forget_groups(config)
     with tensor.show_maps():
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=made, lr_scheduler=lr_scheduler, config=config

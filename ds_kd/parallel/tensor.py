@@ -108,6 +108,15 @@ def hide_groups(config: dict[str, Any]) -> Iterator[None]:
         groups.mpu = kept
 
 
+def forget_groups(config: dict[str, Any]) -> None:
+    """Forget the groups of an earlier run of this process for a student that is not cut: DeepSpeed
+    would take them for its own, in its steps too."""
+    from deepspeed.utils import groups
+
+    if _SECTION not in config:
+        groups.mpu = None
+
+
 def without_cuts(config: dict[str, Any]) -> dict[str, Any]:
     """Return an engine's configuration for loading a model, which is cut afterwards."""
     return {name: value for name, value in config.items() if name != _SECTION}
