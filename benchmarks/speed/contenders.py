@@ -62,7 +62,7 @@ def ds_kd(
     job: Job, chunk_size: int | None = None, compiled: bool = False, tuned: bool = False
 ) -> Iterator[Step]:
     """Take the trainer's own step on its own engines; this process is one rank of them."""
-    from ds_kd.checkpoint.engine_files import state_bytes
+    from ds_kd.checkpoint.engine.files import state_bytes
     from ds_kd.parallel import world as distributed
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)

@@ -34,67 +34,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
-from ds_kd.checkpoint import engine_files, manifest, publication, restore
-from ds_kd.checkpoint.export import export_adapter, export_student
+from ds_kd.checkpoint import manifest, publication, restore
+from ds_kd.checkpoint.export import export_student
 from ds_kd.checkpoint.manifest import (
-    ADAPTER,
-    CARD,
-    CONFIG,
-    ENGINE,
     FINAL,
     LATEST,
     MODEL,
     ROLLOUTS,
-    STATE,
     CheckpointError,
     error_of,
     follow,
 )
 from ds_kd.checkpoint.retention import Retention, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
-from ds_kd.checkpoint.state import Buffer, TrainState, rng_state
-from ds_kd.errors import first_line
-from ds_kd.models import lora
-from ds_kd.models.files.file_names import write_config, write_tokenizer
-from ds_kd.models.files.model_files import EARLIER_FILES, FILES
-from ds_kd.parallel.tensor import count_numbers
-from ds_kd.parallel.world import World, on_rank0, sum_over
+from ds_kd.checkpoint.settings import Changes, Settings
+from ds_kd.checkpoint.state import TrainState
+from ds_kd.checkpoint.writer import Writer
+from ds_kd.parallel.world import World, on_rank0
 
 PREEMPTED = "PREEMPTED"
-LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
-_LAYOUT = {
-    "distributed.dp_size", "distributed.tp_size", "distributed.cp_size",
-    "teacher_distributed.tp_size",
-}  # fmt: skip
 _BYTES_PER_SECOND = 3e8  # speed of a disk, hashing included, assumed until the first save
-
-
-def differences(
-    saved: dict[str, Any], present: dict[str, Any], defaults: dict[str, Any] | None = None
-) -> dict[str, str]:
-    """Return a line for each difference between two fingerprints, by name.
-
-    Earlier versions saved no identity of labels, and another one of models' files, or none; its
-    absence is no difference. Nor is another layout of the ranks.
-
-    Args:
-        defaults: the values of settings that a fingerprint does not name, by name.
-    """
-    given = saved.keys() | present.keys()
-    unsaid = {name: value for name, value in (defaults or {}).items() if name in given}
-    saved, present = unsaid | saved, unsaid | present
-    unknown = {name for name in present.keys() - saved.keys() if name.endswith((FILES, LABELS))}
-    unknown |= {name for name in saved.keys() - present.keys() if name.endswith(EARLIER_FILES)}
-    unknown |= _LAYOUT
-    return {
-        name: f"{name} was {saved.get(name)!r} and is {present.get(name)!r}"
-        for name in sorted((saved.keys() | present.keys()) - unknown)
-        if saved.get(name) != present.get(name)
-    }
 
 
 @dataclass
@@ -103,45 +64,32 @@ class Checkpointer:
 
     Args:
         directory: `checkpoint.checkpoint_dir`.
-        world: the ranks; all methods are collective.
-        tokenizer: saved with the model.
+        writer: writes the files of a checkpoint; all methods are collective over its ranks.
         save_consolidated: `final` exports the student with the last checkpoint, `every` with each,
             `false` with none.
         retention: the number of checkpoints that are kept.
-        fingerprint: settings that decide the weights of each step, by name, as plain values.
-        config_text: the run's YAML, saved in each checkpoint.
-        card: returns the student's model card, given the counters; None writes none.
+        settings: those of this run, which a checkpoint keeps and `resume` compares.
         stops_on_failed_save: a checkpoint that cannot be written ends the run.
         patience: seconds between the launcher's SIGTERM and SIGKILL; None if it sends no SIGKILL.
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
-        defaults: the values of settings that the fingerprint does not name, by name.
-        changes: the differences that `resume` found in the fingerprint, a line each, by name.
-        validation: settings that decide the validation loss of given weights, like `fingerprint`.
-        validation_changes: the differences in `validation`, like `changes`.
-        buffer: what else outlives a step; None if nothing does.
-        write_first: called on every rank before a checkpoint is written; writes what steps up to it
-            made and later ones rely on, such as the rows of a cache.
+        changes: the differences that `resume` found in the settings.
     """
 
     directory: Path
-    world: World
-    tokenizer: Any
+    writer: Writer
     save_consolidated: str = "final"
     retention: Retention = Retention()
-    fingerprint: dict[str, Any] = field(default_factory=dict)
-    defaults: dict[str, Any] = field(default_factory=dict, kw_only=True)
-    config_text: str = ""
-    card: Callable[[TrainState], str] | None = None
+    settings: Settings = field(default_factory=Settings)
     stops_on_failed_save: bool = False
     patience: float | None = None
     say: Callable[[str], None] = print
     lock: RunLock | None = None
-    changes: dict[str, str] = field(default_factory=dict)
-    validation: dict[str, Any] = field(default_factory=dict)
-    validation_changes: dict[str, str] = field(default_factory=dict)
-    buffer: Buffer | None = None
-    write_first: Callable[[], None] = lambda: None
+    changes: Changes = Changes()
+
+    @property
+    def world(self) -> World:
+        return self.writer.world
 
     def save(
         self,
@@ -169,7 +117,7 @@ class Checkpointer:
             target = self._save(engine, state, is_last, validation_loss)
             self._warn(time.monotonic() - started, "took")
             return target
-        except (OSError, SafetensorError) as error:  # `_raise_everywhere` raised it on all ranks
+        except (OSError, SafetensorError) as error:  # the writer raised it on all ranks
             on_rank0(lambda: error_of(lambda: publication.repair(self.directory)), self.world)
             kept = on_rank0(lambda: [p.name for p in steps_in(self.directory)[:1]], self.world)
             message = (
@@ -188,7 +136,7 @@ class Checkpointer:
         Raises:
             CheckpointError: names the bytes that are needed and free.
         """
-        needed = self._estimate_bytes(engine, self.save_consolidated != "false")
+        needed = self.writer.estimate_bytes(engine, self.save_consolidated != "false")
 
         def check() -> None:
             try:
@@ -212,23 +160,6 @@ class Checkpointer:
             )
             self.patience = None
 
-    def _estimate_bytes(self, engine: Any, consolidate: bool) -> int:
-        """Return the bytes of a checkpoint, over all ranks."""
-        total = int(sum_over([engine_files.count_written_bytes(engine)], self.world.everyone)[0])
-        if consolidate:
-            parameters = engine.module.model.parameters()
-            total += sum(count_numbers(p) * p.element_size() for p in parameters)
-        return total
-
-    def _raise_everywhere(self, error: Exception | None) -> None:
-        """Raise the error of any rank on every rank (a collective)."""
-        texts: list[Any] = [None] * self.world.size
-        text = None if error is None else first_line(error)
-        dist.all_gather_object(texts, text, group=self.world.host_group)
-        for rank, text in enumerate(texts):
-            if text is not None:
-                raise OSError(f"rank {rank}: {text}")
-
     def _save(
         self, engine: Any, state: TrainState, is_last: bool, validation_loss: float | None
     ) -> Path:
@@ -237,7 +168,12 @@ class Checkpointer:
         consolidate = self.save_consolidated == "every" or (
             self.save_consolidated == "final" and is_last
         )
-        needed = self._estimate_bytes(engine, consolidate)
+        needed = self.writer.estimate_bytes(engine, consolidate)
+        saved = {
+            "validation_loss": validation_loss,
+            "validation": self.settings.validation,
+            "fingerprint": self.settings.fingerprint,
+        }
 
         def prepare() -> None:
             self._check_lock()
@@ -245,19 +181,15 @@ class Checkpointer:
             (aside / MODEL).mkdir(parents=True)
             _check_free(self.directory, needed)
 
-        # After each part an error of one rank is raised on all ranks, so that none waits in vain.
+        def publish() -> None:
+            manifest.write(aside, files)
+            self._check_lock()
+            publication.publish(aside, target, self.retention, self.say)
+
+        # Nothing of an earlier checkpoint is touched before all ranks have written this one.
         on_rank0(prepare, self.world)
-        self._raise_everywhere(error_of(self.write_first))
-        self._raise_everywhere(engine_files.save_engine(engine, aside, ENGINE))
-        rng = aside / f"rng_rank{self.world.rank}.pt"
-        self._raise_everywhere(error_of(lambda: torch.save(rng_state(), rng)))
-        on_rank0(lambda: self._write_small(engine, state, aside, validation_loss), self.world)
-        if lora.has_adapter(engine.module.model):
-            export_adapter(engine, aside / ADAPTER, self.world)
-        if consolidate:
-            export_student(engine, aside / MODEL, self.world)
-        files = self._manifest(aside)
-        on_rank0(lambda: self._publish(aside, target, files), self.world)
+        files = self.writer.write(engine, state, saved, aside, consolidate)
+        on_rank0(publish, self.world)
         return target
 
     def resume(self, engine: Any, state: TrainState) -> Path | None:
@@ -288,14 +220,11 @@ class Checkpointer:
         # For another number of ranks the shards are converted in `scratch`.
         scratch = self.directory / ".resharded"
         saved = restore.load(engine, state, found, scratch, self.world, self.say)
-        if self.buffer is not None and (found / ROLLOUTS).is_file():
-            self.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
-        self.changes = differences(saved.get("fingerprint", {}), self.fingerprint, self.defaults)
-        if "validation" in saved:  # earlier versions did not save it
-            before = saved["validation"]
-            self.validation_changes = differences(before, self.validation, self.defaults)
+        if self.writer.buffer is not None and (found / ROLLOUTS).is_file():
+            self.writer.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
+        self.changes = self.settings.compare(saved)
         if self.world.is_main:
-            for line in self.changes.values():
+            for line in self.changes.fingerprint.values():
                 self.say(f"resuming, but {line}")
         on_rank0(lambda: publication.complete(found, self.directory), self.world)
         return found
@@ -323,7 +252,7 @@ class Checkpointer:
         checkpoint = self.directory / step_name(step)
         if self.world.is_main and checkpoint.is_dir():
             try:
-                publication.note_validation(checkpoint, loss, self.validation)
+                publication.note_validation(checkpoint, loss, self.settings.validation)
             except OSError as error:  # the checkpoint is there, which is what counts
                 self.say(f"{checkpoint}: its validation loss cannot be noted: {error}")
 
@@ -337,49 +266,6 @@ class Checkpointer:
             marker.unlink(missing_ok=True)
         else:
             marker.write_text(f"preempted at step {step}\n", "utf-8")
-
-    def _write_small(
-        self, engine: Any, state: TrainState, aside: Path, validation_loss: float | None
-    ) -> None:
-        saved = {
-            "validation_loss": validation_loss,
-            "validation": self.validation,
-            "train_state": state.state_dict(),
-            "world_size": self.world.size,
-            "tensor_size": self.world.tensor.size,
-            "fingerprint": self.fingerprint,
-        }
-        (aside / STATE).write_text(json.dumps(saved), "utf-8")
-        (aside / CONFIG).write_text(self.config_text, "utf-8")
-        if self.buffer is not None and (kept := self.buffer.state_dict(state.step)) is not None:
-            (aside / ROLLOUTS).write_text(json.dumps(kept), "utf-8")
-
-        # The student's other files are in every checkpoint, so that each can be exported.
-        model = engine.module.model
-        write_config(model.config, aside / MODEL)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(aside / MODEL)
-        write_tokenizer(self.tokenizer, aside / MODEL)
-        if self.card is not None:
-            (aside / MODEL / CARD).write_text(self.card(state), encoding="utf-8")
-
-    def _manifest(self, aside: Path) -> dict[str, Any]:
-        """Return size and hash of every file; the ranks share the work."""
-        mine = manifest.files_of(aside)[self.world.rank :: self.world.size]
-        part: dict[str, Any] = {}
-
-        def add_up() -> None:  # on a full disk syncing may be the first call that fails
-            part.update({str(p.relative_to(aside)): manifest.digest(p) for p in mine})
-
-        self._raise_everywhere(error_of(add_up))
-        parts: list[Any] = [None] * self.world.size
-        dist.all_gather_object(parts, part, group=self.world.host_group)
-        return {name: digest for part in parts for name, digest in part.items()}
-
-    def _publish(self, aside: Path, target: Path, files: dict[str, Any]) -> None:
-        manifest.write(aside, files)
-        self._check_lock()
-        publication.publish(aside, target, self.retention, self.say)
 
     def _check_lock(self) -> None:
         if self.lock is None:

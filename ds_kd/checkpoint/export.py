@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from ds_kd.checkpoint import engine_files
-from ds_kd.checkpoint.layouts.cut import CutFiles, count_parts
+from ds_kd.checkpoint.engine import files as engine_files
+from ds_kd.checkpoint.engine.cut import CutFiles, count_parts
 from ds_kd.checkpoint.manifest import (
     ADAPTER,
     ENGINE,

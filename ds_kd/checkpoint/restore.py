@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ds_kd.checkpoint import engine_files
+from ds_kd.checkpoint.engine import files as engine_files
 from ds_kd.checkpoint.manifest import ENGINE, LATEST, STATE, CheckpointError, follow, verify
 from ds_kd.checkpoint.retention import bad_in, set_aside, step_of, steps_in
 from ds_kd.checkpoint.state import TrainState, set_rng_state

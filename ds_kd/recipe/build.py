@@ -9,7 +9,9 @@ from typing import Any
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.retention import Retention
+from ds_kd.checkpoint.settings import Settings
 from ds_kd.checkpoint.state import TrainState, seed_rank
+from ds_kd.checkpoint.writer import Writer
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import ConfigError, config_error
 from ds_kd.config.load import fingerprint, list_defaults, settings_of
@@ -121,10 +123,11 @@ def _complete(
 ) -> None:
     """Tell the checkpointer of the models' files, and have checkpoints hold the student's texts,
     and come after the rows of a filled cache (a collective)."""
-    add_model_files(checkpointer, cfg, world)  # by now all of them are downloaded
-    checkpointer.buffer = batches if isinstance(batches, RolloutBatches) else None
+    writer = checkpointer.writer
+    add_model_files(checkpointer.settings, cfg, world)  # by now all of them are downloaded
+    writer.buffer = batches if isinstance(batches, RolloutBatches) else None
     if isinstance(teacher, FillingTeacher):
-        checkpointer.write_first = teacher.close
+        writer.write_first = teacher.close
 
 
 def _settle_after_passes(batches: Batches, teacher: Teacher | None) -> Batches:
@@ -347,17 +350,17 @@ def _make_checkpointer(
     if not wanted.enabled:
         return None
     held_out = {name: each.dataset.dataset for name, each in validation.items()}  # no filler
+    settings = Settings(
+        fingerprint(cfg) | hash_samples("training", loader.dataset.dataset),
+        fingerprint_validations(cfg, held_out),
+        list_defaults(cfg),
+    )
     return Checkpointer(
         Path(wanted.checkpoint_dir),
-        world,
-        tokenizer,
+        Writer(world, tokenizer, cfg.text, functools.partial(write_card, cfg, world.size)),
         wanted.save_consolidated,
         Retention(cfg.keep_last, wanted.keep_best),
-        fingerprint(cfg) | hash_samples("training", loader.dataset.dataset),
-        cfg.text,
-        functools.partial(write_card, cfg, world.size),
+        settings,
         stops_on_failed_save=wanted.on_failed_save == "stop",
         patience=seconds_after_sigterm(),
-        validation=fingerprint_validations(cfg, held_out),
-        defaults=list_defaults(cfg),
     )

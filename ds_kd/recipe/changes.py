@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-from ds_kd.checkpoint.checkpointer import LABELS, Checkpointer
+from ds_kd.checkpoint.settings import LABELS, Settings
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import fingerprint_validation
 from ds_kd.config.schema import RunConfig
@@ -50,7 +50,7 @@ def fingerprint_validations(cfg: RunConfig, held_out: dict[str, Any]) -> dict[st
     return found
 
 
-def add_model_files(checkpointer: Checkpointer, cfg: RunConfig, world: World) -> None:
+def add_model_files(settings: Settings, cfg: RunConfig, world: World) -> None:
     """Add the identities of the student's and the teacher's files on rank 0 to the fingerprints
     that a resumed run compares."""
     used = [cfg.model, *([cfg.teacher_model] if cfg.teacher_model and cfg.kd_ratio > 0 else [])]
@@ -60,17 +60,17 @@ def add_model_files(checkpointer: Checkpointer, cfg: RunConfig, world: World) ->
         return {f"{key}{FILES}": text for key, text in found.items() if text is not None}
 
     found = on_rank0(look, world)
-    checkpointer.fingerprint |= found
+    settings.fingerprint |= found
     if cfg.validates:
         student = f"{cfg.model.key}{FILES}"
-        checkpointer.validation |= {name: found[name] for name in found if name != student}
+        settings.validation |= {name: found[name] for name in found if name != student}
 
 
 def refuse_changes(cfg: RunConfig, changes: dict[str, str], onward: str) -> None:
     """Refuse a config with other settings than the finished run in its checkpoint directory.
 
     Args:
-        changes: `Checkpointer.changes`; versions of libraries, the run's length and the
+        changes: those of `Changes.fingerprint`; versions of libraries, the run's length and the
             layout of ranks are ignored.
         onward: the keys with which the finished run would go on.
 

@@ -138,9 +138,9 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
         onward = trainer.schedule.describe_longer(state.step)
         if trainer.is_done:
-            refuse_changes(cfg, checkpointer.changes, onward)
-        if checkpointer.validation_changes and state.validated >= 0:
-            _forget_validations(trainer, [*checkpointer.validation_changes])
+            refuse_changes(cfg, checkpointer.changes.fingerprint, onward)
+        if checkpointer.changes.validation and state.validated >= 0:
+            _forget_validations(trainer, [*checkpointer.changes.validation])
         if trainer.is_done:
             checkpointer.export_final(trainer.student)
             _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")

@@ -22,6 +22,7 @@ def adam(parameters):
 
 def trainer(world, paths, directory, steps, every=2):
     from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.checkpoint.writer import Writer
     from ds_kd.losses.named.hidden_states import HiddenStates
 
     rows = tiny.samples(11, seed=5)  # 3 steps an epoch, the last one partial
@@ -35,8 +36,7 @@ def trainer(world, paths, directory, steps, every=2):
     made.batches.loader.batch_sampler.shuffle = True
     made.checkpointer = Checkpointer(
         directory,
-        world,
-        tiny.tokenizer(directory.parent / "tokenizer"),
+        Writer(world, tiny.tokenizer(directory.parent / "tokenizer")),
         "every",
         say=lambda *_: None,
     )
@@ -140,7 +140,7 @@ def failing_saves(world, paths, directory):
     made, _ = train(world, paths, directory, 2)
     keeper, out = made.checkpointer, {}
     step2 = directory / "step_0000002"
-    out["estimate"] = keeper._estimate_bytes(made.student, True)
+    out["estimate"] = keeper.writer.estimate_bytes(made.student, True)
     out["actual"] = sum(p.stat().st_size for p in step2.rglob("*.pt")) + sum(
         p.stat().st_size for p in step2.rglob("*.safetensors")
     )

@@ -73,7 +73,7 @@ def teach_in_windows(world, paths):
 def train_inside_nodes(world, directory, paths):
     """Bytes gathered over machines and inside them by the teacher and in a step, without and with
     copies inside each machine; and whether weights, and those of a resumed run, are equal."""
-    from ds_kd.checkpoint import engine_files
+    from ds_kd.checkpoint.engine import files as engine_files
     from ds_kd.parallel.nodes import count_ranks_per_node, list_hosts
     from ds_kd.recipe.tuning.gathering import Size, tune
     from ds_kd.recipe.tuning.machine import Machine

@@ -27,6 +27,7 @@ WRITING = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink
 def trainer(world, paths, directory, consolidates, steps=STEPS):
     from ds_kd.checkpoint.checkpointer import Checkpointer
     from ds_kd.checkpoint.retention import Retention
+    from ds_kd.checkpoint.writer import Writer
 
     made = build(
         world, paths, tiny.samples(11, seed=5), 1, 2, 0.5, adam,
@@ -34,8 +35,7 @@ def trainer(world, paths, directory, consolidates, steps=STEPS):
     )  # fmt: skip
     made.checkpointer = Checkpointer(
         directory,
-        world,
-        tiny.tokenizer(directory.parent / f"tokenizer{world.rank}"),
+        Writer(world, tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")),
         consolidates,
         Retention(last=1, best=0),
         say=lambda *_: None,

@@ -57,6 +57,7 @@ def one_step(world, paths, use_dora, chosen, checkpointing):
 
 def trained(world, paths, directory, steps, dtype, use_dora=False):
     from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.checkpoint.writer import Writer
 
     made = build(
         world, paths, tiny.samples(11, seed=5), 1, 2, 0.5, adam, dtype=dtype, num_epochs=9,
@@ -64,7 +65,9 @@ def trained(world, paths, directory, steps, dtype, use_dora=False):
     )  # fmt: skip
     directory.mkdir(exist_ok=True)
     made.checkpointer = Checkpointer(
-        directory, world, tiny.tokenizer(directory.parent / "tokenizer"), say=lambda *_: None
+        directory,
+        Writer(world, tiny.tokenizer(directory.parent / "tokenizer")),
+        say=lambda *_: None,
     )
     made.checkpointer.resume(made.student, made.state)
     made.train()

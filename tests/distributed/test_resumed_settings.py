@@ -37,6 +37,7 @@ NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
     """A trainer that keeps what it has every third step."""
     from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.checkpoint.writer import Writer
 
     directory.mkdir(exist_ok=True)
     made = build(
@@ -46,7 +47,9 @@ def prepare(world, paths, directory, steps, optimizer, schedule=LINEAR):
     )  # fmt: skip
     made.validation.loaders = {}
     tokenizer = tiny.tokenizer(directory.parent / f"tokenizer{world.rank}")
-    made.checkpointer = Checkpointer(directory, world, tokenizer, "false", say=lambda *_: None)
+    made.checkpointer = Checkpointer(
+        directory, Writer(world, tokenizer), "false", say=lambda *_: None
+    )
     return made
 
 
@@ -150,8 +153,8 @@ def ended_and_measured_otherwise(world, root, paths):
         made.validation.loaders = {"": made.batches.loader}
         made.schedule = replace(made.schedule, val_every_steps=1, patience=patience)
         course = {"kd_ratio": kd_ratio, "step_scheduler.patience": patience}
-        made.checkpointer.fingerprint = course
-        made.checkpointer.validation = {"kd_ratio": kd_ratio, "validation data": data}
+        made.checkpointer.settings.fingerprint = course
+        made.checkpointer.settings.validation = {"kd_ratio": kd_ratio, "validation data": data}
         with contextlib.redirect_stdout(io.StringIO()) as said:
             try:
                 _resume(cfg, made, None)

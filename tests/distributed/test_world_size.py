@@ -16,6 +16,7 @@ BATCH, PER_PART = 12, 2
 def part(world, directory, paths, checkpoints, steps):
     """Resume if there is something, train to `steps`; the losses of its steps, the weights."""
     from ds_kd.checkpoint.checkpointer import Checkpointer
+    from ds_kd.checkpoint.writer import Writer
 
     rows = tiny.samples(30, seed=5)  # the third step of an epoch is half empty
     made = build(
@@ -29,7 +30,9 @@ def part(world, directory, paths, checkpoints, steps):
     )
     made.validation.loaders = {}
     made.checkpointer = Checkpointer(
-        checkpoints, world, tiny.tokenizer(directory / f"tokenizer{world.rank}"), say=said.append
+        checkpoints,
+        Writer(world, tiny.tokenizer(directory / f"tokenizer{world.rank}")),
+        say=said.append,
     )
     if world.is_main:
         checkpoints.mkdir(exist_ok=True)

@@ -9,7 +9,8 @@ import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
-from ds_kd.checkpoint.engine_files import _pickle_stage_by_value, trust_pickles
+from ds_kd.checkpoint.engine.files import _pickle_stage_by_value, trust_pickles
+from ds_kd.checkpoint.writer import Writer
 from ds_kd.parallel.world import World
 
 
@@ -28,11 +29,11 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
 def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
     world = World(0, 1, torch.device("cpu"), "gloo")
     said: list[str] = []
-    keeper = Checkpointer(tmp_path, world, None, say=said.append, patience=30.0)
+    keeper = Checkpointer(tmp_path, Writer(world, None), say=said.append, patience=30.0)
     for seconds in (29.0, 41.0, 50.0):
         keeper._warn(seconds, "took")
     assert len(said) == 1 and "took 41 s" in said[0] and "30 s after SIGTERM" in said[0]
-    patient = Checkpointer(tmp_path, world, None, say=said.append)
+    patient = Checkpointer(tmp_path, Writer(world, None), say=said.append)
     patient._warn(999.0, "took")
     assert len(said) == 1
 
@@ -71,8 +72,8 @@ def test_a_final_whose_checkpoints_were_deleted_is_told_before_it_is_replaced(tm
     (tmp_path / "final").mkdir()
     said: list[str] = []
     world = World(0, 1, torch.device("cpu"), "gloo")
-    assert Checkpointer(tmp_path, world, None, say=said.append).resume(None, None) is None
+    assert Checkpointer(tmp_path, Writer(world, None), say=said.append).resume(None, None) is None
     assert len(said) == 1 and "final is there and no checkpoint" in said[0]
     (tmp_path / "final").rmdir()
-    assert Checkpointer(tmp_path, world, None, say=said.append).resume(None, None) is None
+    assert Checkpointer(tmp_path, Writer(world, None), say=said.append).resume(None, None) is None
     assert len(said) == 1

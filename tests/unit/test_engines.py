@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ds_kd.checkpoint.engine_files import complete_states
+from ds_kd.checkpoint.engine.files import complete_states
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.parallel.engines import build_student, engine_config

@@ -7,7 +7,7 @@ import hashlib
 import torch
 from safetensors.torch import save_file
 
-from ds_kd.checkpoint.checkpointer import differences
+from ds_kd.checkpoint.settings import differences
 from ds_kd.config.load import fingerprint, list_defaults, load
 from ds_kd.models.files.model_files import identity_of
 from ds_kd.recipe.changes import hash_samples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ds_kd.checkpoint.layouts.cut import write_universal
+from ds_kd.checkpoint.engine.cut import write_universal
 from ds_kd.checkpoint.restore import find_generators
 from ds_kd.parallel.layout import lay_out
 from ds_kd.parallel.world import World

@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from ds_kd.checkpoint.layouts.cut import count_parts, write_universal
+from ds_kd.checkpoint.engine.cut import count_parts, write_universal
+from ds_kd.checkpoint.engine.optimizer_settings import apply_settings, read_settings, states_of
 from ds_kd.checkpoint.manifest import CheckpointError
-from ds_kd.checkpoint.optimizer_settings import apply_settings, read_settings, states_of
 from ds_kd.parallel.engines import optimizer_numbers
 
 

@@ -1,1 +1,0 @@
-"""Checkpoints whose files depend on how ranks were laid out."""
