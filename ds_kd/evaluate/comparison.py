@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = parse_json(line) if line.strip() else {}
         except ValueError as error:
-            if number == len(lines) and not text.endswith("\n"):
+            is_cut = number == len(lines) and not text.endswith("\n")
+            if is_cut and isinstance(error, json.JSONDecodeError):
                 break
             what = getattr(error, "msg", first_line(error))
             raise CompareError(f"{path}, line {number}: not JSON: {what}") from error

@@ -271,10 +271,10 @@ def test_the_time_on_named_gpus_is_told_and_a_wrong_name_or_number_of_nodes_too(
 @pytest.mark.parametrize(
     ("section", "passes"),
     [
-        # As tests/unit/test_cuda_path.py counts them in the real code: of bf16, half of 5 and of 7.
-        ("{name: forward_kl, temperature: 2}", 2.5),
-        ("{name: jsd}", 3.5),
-        ("[{name: reverse_kl, weight: 1}]", 3.5),
+        # As tests/unit/test_cuda_path.py counts them in the real code: of bf16, half of 7 and of 9.
+        ("{name: forward_kl, temperature: 2}", 3.5),
+        ("{name: jsd}", 4.5),
+        ("[{name: reverse_kl, weight: 1}]", 4.5),
         # No kernel: of two losses, of one that looks for ids, and in fp64 above T = 8.
         ("[{name: forward_kl, weight: 0.5}, {name: reverse_kl, weight: 0.5}]", 60),
         ("{name: top_k, k: 4}", 60),
@@ -291,7 +291,7 @@ def test_the_loss_takes_the_time_of_its_kernel_or_of_the_plain_code(section, pas
     work = plan_loss(f"kd_loss_fn={section}")
     assert work.passes == passes
     assert plan_loss(f"kd_loss_fn={section}", "kd_ratio=0").passes == 23.5
-    if passes < 4:
+    if passes < 10:
         assert plan_loss(f"kd_loss_fn={section}", "model.torch_dtype=fp32").passes == 2 * passes
 
     # For 32,000 words and a micro-batch of 4,096 tokens, at 3.35 TB/s.
