@@ -10,7 +10,7 @@ from ds_kd.models.files.model_files import EARLIER_FILES, FILES
 LABELS = " labels"  # the end of a name in a fingerprint, as `FILES` is
 _LAYOUT = {
     "distributed.dp_size", "distributed.tp_size", "distributed.cp_size",
-    "teacher_distributed.tp_size",
+    "distributed.sequence_parallel", "teacher_distributed.tp_size",
 }  # fmt: skip
 
 

@@ -14,11 +14,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import name_of
 
 _HASHED_SAMPLES = 64
-#: Settings that change only the order of sums, and only the end of a run.
-_LAYOUT = (
-    "distributed.cp_size", "distributed.sequence_parallel", "distributed.tp_size",
-    "teacher_distributed.tp_size",
-)  # fmt: skip
+#: Settings that change only the end of a run.
 _LENGTH = ("step_scheduler.max_steps", "step_scheduler.num_epochs", "step_scheduler.patience")
 
 
@@ -70,14 +66,14 @@ def refuse_changes(cfg: RunConfig, changes: dict[str, str], onward: str) -> None
     """Refuse a config with other settings than the finished run in its checkpoint directory.
 
     Args:
-        changes: those of `Changes.fingerprint`; versions of libraries, the run's length and the
-            layout of ranks are ignored.
+        changes: those of `Changes.fingerprint`; versions of libraries and the run's length
+            are ignored.
         onward: the keys with which the finished run would go on.
 
     Raises:
         ConfigError: names the changes.
     """
-    harmless = ("ds_kd", "torch", "transformers", "deepspeed", *_LENGTH, *_LAYOUT)
+    harmless = ("ds_kd", "torch", "transformers", "deepspeed", *_LENGTH)
     lines = [line for name, line in changes.items() if name not in harmless]
     if lines:
         raise ConfigError([problem(

@@ -97,6 +97,14 @@ def test_a_default_that_is_written_down_is_no_change_and_is_named_where_it_was_i
     assert list_defaults(own)["kd_ratio"] == own.kd_ratio == 1.0
 
 
+def test_another_layout_of_ranks_is_no_changed_setting():
+    names = ("dp_size", "tp_size", "cp_size", "sequence_parallel")
+    layouts = [
+        fingerprint(load(GUIDE, [])) | {f"distributed.{n}": v for n in names} for v in (1, 2)
+    ]
+    assert not differences(*layouts)
+
+
 def test_an_edited_mask_is_another_data_set_and_its_tokens_are_known_as_before():
     rows = [{"input_ids": [5, 6], "labels": [6, -100]}, {"input_ids": [7], "labels": [8]}]
     edited = [{**rows[0], "labels": [-100, -100]}, rows[1]]
