@@ -80,5 +80,5 @@ def find_wrong_size(name: str, subfolder: str = "") -> str:
     for key, most in _LARGEST.items() if isinstance(config, dict) else ():
         value = config.get(key)
         if isinstance(value, int) and not 0 < value <= most:
-            return f"its config.json has {key} {value:.6g}, expected a number from 1 to {most}"
+            return f"its config.json has {key} {value!s:.20}, expected a number from 1 to {most}"
     return ""

@@ -12,18 +12,18 @@ import socket
 import sys
 import time
 import urllib.request
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-_ATTEMPTS, _PAUSE, _TIMEOUT = 2, 1.0, 5.0  # the last two in seconds
+_ATTEMPTS, _PAUSE, _TIMEOUT = 2, 1.0, 3.0  # the last two in seconds
 
 
 def expect_hub(name: str) -> None:
     """Let a name that is no local path be looked for among earlier downloads alone, as with
     HF_HUB_OFFLINE=1, if the hub cannot be reached."""
-    if os.path.exists(name) or is_reachable():
-        return
     import huggingface_hub
 
+    if os.path.exists(name) or huggingface_hub.constants.HF_HUB_OFFLINE or is_reachable():
+        return
     # The libraries read the variable when they are imported, which they may have been before.
     os.environ["HF_HUB_OFFLINE"] = "1"
     huggingface_hub.constants.HF_HUB_OFFLINE = True
@@ -35,15 +35,33 @@ def expect_hub(name: str) -> None:
 def is_reachable() -> bool:
     """Return whether the hub's machine takes a connection; asked once in a process. Behind a proxy
     only the libraries themselves can tell."""
-    if urllib.request.getproxies():
+    if urllib.request.getproxies().keys() & {"http", "https", "all"}:
         return True
-    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    address = endpoint.hostname or "", endpoint.port or (80 if endpoint.scheme == "http" else 443)
     for attempt in range(_ATTEMPTS):
         time.sleep(_PAUSE if attempt else 0.0)
         try:
-            socket.create_connection(address, timeout=_TIMEOUT).close()
-        except (OSError, UnicodeError):  # no such name, no way there, nobody listens
+            _connect(urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"))
+        except (OSError, ValueError):  # no address, no such name, no way there, nobody listens
             continue
         return True
     return False
+
+
+def _connect(endpoint: SplitResult) -> None:
+    """Connect to the first address of each family, until one answers.
+
+    Raises:
+        OSError: none does.
+        ValueError: it is no address.
+    """
+    if not endpoint.hostname:
+        raise ValueError("no host")
+    port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+    found = socket.getaddrinfo(endpoint.hostname, port, type=socket.SOCK_STREAM)
+    first = {family: str(place[0]) for family, *_, place in reversed(found)}
+    for number, address in enumerate(first.values(), 1):
+        try:
+            return socket.create_connection((address, port), timeout=_TIMEOUT).close()
+        except OSError:
+            if number == len(first):
+                raise

@@ -103,6 +103,20 @@ def test_the_value_of_a_variable_is_shown_where_its_key_or_form_tells_what_it_is
     assert all(value in text for value in (str(tmp_path), "2e-5", "gloo", "some/rows", "plain"))
 
 
+def test_a_value_that_is_not_shown_is_another_setting_where_it_is_another(tmp_path, monkeypatch):
+    """A resumed run and a sweep compare the text; a number of a variable stays in messages."""
+    path = tmp_path / "c.yaml"
+    path.write_text(GOOD + "recipe: {subset: 'v-${oc.env:SUBSET}', rows: '${oc.env:ROWS}'}\n")
+    monkeypatch.setenv("ROWS", "123456")
+    found = []
+    for subset in ("Socratic-9", "Socratic-8", "Socratic-9"):
+        monkeypatch.setenv("SUBSET", subset)
+        found.append(load(path).text)  # of which `fingerprint` is made
+        assert subset not in found[-1]
+    assert found[0] == found[2] != found[1]
+    assert blank_secrets("Socratic-9 at step 123456") == "*** at step 123456"
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -164,6 +164,11 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_earlier_downloads_are_ta
         assert huggingface_hub.constants.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
         with pytest.raises(ValueError, match=r"'somebody/rows'.*the hub does not give it"):
             load_rows("somebody/rows", "train", ())
+        monkeypatch.setenv("NO_PROXY", "localhost")  # names no proxy
+        for endpoint in ("https://mirror:80a", "mirror.example"):
+            monkeypatch.setenv("HF_ENDPOINT", endpoint)
+            hub.is_reachable.cache_clear()
+            assert not hub.is_reachable()
         monkeypatch.setenv("HTTPS_PROXY", "http://nowhere:1")
         hub.is_reachable.cache_clear()
         assert hub.is_reachable()  # left to the libraries

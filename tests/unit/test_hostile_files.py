@@ -26,7 +26,16 @@ TREE = '{"model": {"type": "WordLevel", "vocab": {"a": -1}, "unk_token": "a"}, "
 DAMAGES = {
     "a list for a config": ("config.json", "[1]", ""),
     "a config without bottom": ("config.json", DEEP, ""),
-    "layers without end": ("config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers 1e+09"),
+    "layers without end": (
+        "config.json",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers 1000000000",
+    ),
+    "layers beyond floats": (
+        "config.json",
+        {"num_hidden_layers": 10**400},
+        "num_hidden_layers 1000",
+    ),
     "no heads": ("config.json", {"num_attention_heads": 0}, "num_attention_heads 0, expected"),
     "a text for a size": ("config.json", {"vocab_size": "x"}, ""),
     "a tokenizer that is a list": ("tokenizer.json", "[1]", ""),

@@ -70,6 +70,7 @@ def test_questions_that_cannot_be_read_end_a_talk(kind, model, tmp_path, capsys,
         ("{kind: generation, prompt: a, reference: question, max_new_tokens: 10000000}", "1000000"),
         ("{kind: generation, prompt: '{{ \"x\" * 100000 }}', reference: question}", "* 1e+05"),
         ("{kind: generation, prompt: '{{ 9**100000 }}', reference: question}", "** 1e+05"),
+        ("{kind: generation, prompt: '{{ \"x\" * 9999 * 9999 }}', reference: question}", "* 1e+08"),
     ],
 )
 def test_a_task_that_would_use_up_the_machine_is_refused(task, told, model, tmp_path, capsys):

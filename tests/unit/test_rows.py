@@ -188,6 +188,8 @@ def test_a_compressed_file_that_was_cut_off_is_told_wherever_that_was(tmp_path):
             assert is_cut_off(path), length
     path.write_bytes(whole[:-1])
     assert "its end is missing" in wrong(path)
+    path.write_bytes(zstandard.compress(half[:-9]) + zstandard.compress(half[-9:]))
+    assert wrong(path) == ""  # a row that two frames share
     path.write_bytes(whole)
     path.with_suffix(".gz").write_bytes(gzip.compress(half)[:-9])
     assert "Compressed file ended before" in wrong(path.with_suffix(".gz"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -17,7 +18,7 @@ _PLACE = re.compile(
     r"revision|_target_|attn_implementation)$"
 )
 #: A short number or a boolean.
-_NUMBER = re.compile(r"\d{1,5}|-?\d*\.\d+|-?[\d.]+e-?\d+|true|false", re.IGNORECASE)
+_NUMBER = re.compile(r"[+-]?\d{1,5}|[+-]?\d*\.\d+|[+-]?[\d.]+e[+-]?\d+|true|false", re.IGNORECASE)
 _LONGEST_WORD = 10
 
 
@@ -98,8 +99,11 @@ class Origins:
         is_hidden = is_hidden or comes_from_secret(plain, self.root)
         for variable in filter(is_secret, variables_in(plain)):
             remember(os.environ.get(variable))
-        if not is_hidden and self._is_unknown(tree, plain, key) and not _is_word(tree):
-            remember(tree)
+        if not is_hidden and self._is_unknown(tree, plain, key):
+            parts = [tree, *map(os.environ.get, variables_in(plain))]
+            for part in parts:
+                if part and not _is_harmless(part):
+                    remember(part)
         plain = _follow_reference(plain, self.root)
         for value, inner, name in _entries(tree, plain, key):
             self.remember(value, inner, name, is_hidden or is_secret(name.rpartition(".")[2]))
@@ -110,9 +114,12 @@ class Origins:
         """Return the tree with what is not shown blanked, for logs and checkpoints. The arguments
         are those of `remember`."""
         is_hidden = is_hidden or comes_from_secret(plain, self.root)
-        is_hidden = is_hidden or self._is_unknown(tree, plain, key)
         if is_hidden and tree and not isinstance(tree, bool):
             return BLANK  # with its keys, where it is a mapping
+        if tree and self._is_unknown(tree, plain, key):
+            # Runs are compared by this text. So short a digest tells nobody a password.
+            digest = hashlib.sha256(f"{key}={tree}".encode(errors="replace")).hexdigest()
+            return f"{BLANK} {digest[:4]}"
         plain = _follow_reference(plain, self.root)
         shown = [
             self.blank(value, inner, name, is_hidden or is_secret(name.rpartition(".")[2]))
@@ -150,6 +157,7 @@ def _is_path(text: str) -> bool:
     return first is not None and os.path.isdir(first[0])
 
 
-def _is_word(text: str) -> bool:
-    """Return whether a text would blank harmless words of every message."""
-    return len(text) <= _LONGEST_WORD and text.isalpha() and text.islower()
+def _is_harmless(text: str) -> bool:
+    """Return whether a text would blank harmless words and numbers of every message."""
+    is_word = len(text) <= _LONGEST_WORD and text.isalpha() and text.islower()
+    return is_word or text.isdigit() or _is_path(text) or _NUMBER.fullmatch(text) is not None

@@ -22,8 +22,9 @@ def read_frames(path: str | Path, most: int) -> bytes:
     try:
         if is_cut_off(path):
             raise ValueError("not compressed as its name says: its end is missing")
-        with zstandard.open(path, "rb") as file:
-            return file.read(most)
+        with open(path, "rb") as file:
+            decompressor = zstandard.ZstdDecompressor()
+            return decompressor.stream_reader(file, read_across_frames=True).read(most)
     except zstandard.ZstdError as error:
         raise ValueError(f"not compressed as its name says: {error}") from None
 

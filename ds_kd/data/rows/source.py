@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import os
 import random
@@ -70,11 +71,18 @@ def load_rows(
     return rows
 
 
+@functools.cache
 def find_held_out(source: str) -> str:
     """Return the split of a source by which a model is judged: `validation` of a directory or a hub
-    data set that has one, else `train`. Files have no splits, and serve any."""
+    data set that has one, else `train`. Files have no splits, and serve any. A source is asked once
+    in a process.
+
+    Raises:
+        ValueError: its splits cannot be told.
+    """
     import datasets
 
+    expect_hub(source)
     try:
         if files_of(source) is not None or (Path(source) / "state.json").is_file():
             return "train"
@@ -84,8 +92,10 @@ def find_held_out(source: str) -> str:
             if names.is_file()
             else datasets.get_dataset_split_names(source)
         )
-    except Exception:  # `load_rows` tells what is wrong with it
+    except FileNotFoundError:  # `load_rows` tells what is wrong with it
         return "train"
+    except Exception as error:  # of many kinds; the training split would be taken without a word
+        raise ValueError(f"{source!r}: its splits cannot be told: {first_line(error)}") from error
     return "validation" if "validation" in there else "train"
 
 

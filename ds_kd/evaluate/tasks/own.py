@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +38,7 @@ class Value:
         return str(value)
 
 
-_MOST = 10_000  # times that a text is repeated in a template
+_MOST = 10_000  # characters that a product has in a template, and the largest base or exponent
 
 
 @functools.cache
@@ -46,18 +47,22 @@ def _environment() -> Any:
     from jinja2.sandbox import SandboxedEnvironment
 
     class Bounded(SandboxedEnvironment):
-        """An environment in which a text cannot be multiplied, nor a number raised, without bound,
-        which would use up memory and time."""
+        """An environment whose products of texts and powers are bounded: a slip would use up memory
+        and time."""
 
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            most = max((abs(each) for each in (left, right) if isinstance(each, int)), default=0)
-            is_repeated = not all(isinstance(each, (int, float)) for each in (left, right))
-            if most > _MOST and (operator == "**" or is_repeated):
-                raise OverflowError(f"{operator} {most:.3g}, and {_MOST} at most is computed")
+            numbers = [abs(each) for each in (left, right) if isinstance(each, int)]
+            sizes = [len(each) for each in (left, right) if hasattr(each, "__len__")]
+            most = max(numbers, default=0) if operator == "**" else math.prod(numbers + sizes)
+            if most > _MOST and (operator == "**" or sizes):
+                raise OverflowError(
+                    f"{operator} {min(most, 10**300):.3g}, and {_MOST} at most is computed"
+                )
             return super().call_binop(context, operator, left, right)
 
+    # An environment is made once: compiling a template is slow otherwise.
     made = Bounded(undefined=StrictUndefined, keep_trailing_newline=True)
     made.globals.pop("lipsum", None)  # writes any amount of text
     return made

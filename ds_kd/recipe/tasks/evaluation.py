@@ -155,10 +155,8 @@ def evaluate(
     if options.output is not None:
         with _blame("--output", str(options.output)):
             on_rank0(lambda: _check_output(options), world)
-    if wrong := find_wrong_source("--data", options.data):
-        raise EvaluationError(wrong)
     with _blame("--data", options.data):
-        task = rank0_first(lambda: fit_task(task, options.data), world)
+        task = rank0_first(lambda: _fit_given_task(task, options.data), world)
 
     # A teacher stays in memory for all models, which come one after the other.
     against = None
@@ -178,6 +176,12 @@ def evaluate(
         with _blame("--output", str(options.output)):
             write_json(options.output, results)
     return format_table(results, task.metrics)
+
+
+def _fit_given_task(task: Task, data: str) -> Task:
+    if wrong := find_wrong_source("--data", data):
+        raise EvaluationError(wrong)
+    return fit_task(task, data)
 
 
 def fit_task(task: Task, data: str) -> Task:
