@@ -78,7 +78,7 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         problems.append(f"peft.use_dora: {together}, as it measures whole rows; write false")
     if cfg.teacher.fill:
         problems.append(
-            f"teacher.fill: {together}; write false, or fill the cache with {KEY}=1 first"
+            f"teacher.fill: {together}; write false, and let launch/cache_teacher.py fill the cache"
         )
 
 
