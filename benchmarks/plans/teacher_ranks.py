@@ -95,7 +95,7 @@ def make_row(root: Path, pair: tuple[str, str], gpus: int, batch: int | None, gb
 
     values = {**clusters.PLAIN, "gpus": gpus, "batch": gpus}
     cfg = clusters.load_pair(root, pair, clusters.LENGTH, values)
-    cluster = make_cluster(clusters.GPU, gpus, clusters.PER_NODE, gbit)
+    cluster = make_cluster(clusters.GPU, gpus, clusters.PER_NODE, str(gbit))
     memory = bytes_of(clusters.GPU_MEMORY), bytes_of(clusters.HOST_MEMORY)
     machine = Machine(*memory, clusters.PER_NODE)
     work = work_of(cfg, gpus, clusters.LENGTH, 1.0)
