@@ -121,7 +121,7 @@ def make_row(
 
     values = {**clusters.PLAIN, "gpus": gpus, "batch": gpus}
     cfg = clusters.load_pair(root, pair, length, values)
-    cluster = make_cluster(clusters.GPU, gpus, clusters.PER_NODE, gbit)
+    cluster = make_cluster(clusters.GPU, gpus, clusters.PER_NODE, str(gbit))
     memory = bytes_of(clusters.GPU_MEMORY), bytes_of(clusters.HOST_MEMORY)
     machine = Machine(*memory, clusters.PER_NODE)
     work = work_of(cfg, gpus, length, 1.0)

@@ -70,7 +70,7 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
             "replicate or cpu"
         )
     for name in ("student", "teacher"):
-        if (count := _count_copies(getattr(cfg.deepspeed, name))) > 1:
+        if (count := count_copies(getattr(cfg.deepspeed, name))) > 1:
             problems.append(
                 f"deepspeed.{name}: zero_hpz_partition_size: {count} {together}; remove it"
             )
@@ -93,7 +93,7 @@ def note_on_machines(cfg: RunConfig) -> list[str]:
     ]
 
 
-def _count_copies(given: Any) -> int:
+def count_copies(given: Any) -> int:
     """Return the ranks that share a second copy of the weights by a ZeRO file, 1 if there is none;
     what is wrong with the file is told elsewhere."""
     try:
