@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -58,11 +59,10 @@ def config(root, name, *words):
     return ds_kd.load_config(values, [*data, *words])
 
 
-def train(world, root, name, *words, at_save=lambda step: None):
-    """Losses of a run, and how many rows this rank asked a teacher about; a pass may take several
-    micro-batches."""
+@contextlib.contextmanager
+def counting():
+    """Yield a list to which every pass of a teacher adds its number of rows."""
     from ds_kd.models.causal_lm import FrozenModel
-    from ds_kd.recipe.build import build
 
     asked = []
 
@@ -71,7 +71,16 @@ def train(world, root, name, *words, at_save=lambda step: None):
             asked.append(len(output))
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
-    with build(config(root, name, *words), world) as trainer:
+    yield asked
+    hook.remove()
+
+
+def train(world, root, name, *words, at_save=lambda step: None):
+    """Losses of a run, and how many rows this rank asked a teacher about; a pass may take several
+    micro-batches."""
+    from ds_kd.recipe.build import build
+
+    with counting() as asked, build(config(root, name, *words), world) as trainer:
         if trainer.checkpointer is not None:
             trainer.checkpointer.resume(trainer.student, trainer.state)
             save, state = trainer.checkpointer.save, trainer.state
@@ -82,7 +91,6 @@ def train(world, root, name, *words, at_save=lambda step: None):
 
             trainer.checkpointer.save = save_and_note
         assert trainer.train()
-    hook.remove()
     lines = (root / name / "metrics.jsonl").read_text().splitlines() if world.is_main else []
     found = [json.loads(line) for line in lines]
     losses = [each.get("train_loss", each.get("val_loss")) for each in found]
@@ -160,7 +168,11 @@ def compare(world, root):
 
 
 def write_alone(world, root):
-    return write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    """Whether a cache is whole, and again, with the rows that were asked of a teacher then."""
+    _, is_whole = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    with counting() as asked:
+        _, is_whole_again = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    return is_whole, is_whole_again, sum(asked)
 
 
 def read_alone(world, root):
@@ -187,9 +199,9 @@ def results(tmp_path_factory):
     tiny.llama(root / "teacher", layers=2, hidden=32, tie=False, seed=2)
     (root / "rows.jsonl").write_text(rows(17))
     (root / "held.jsonl").write_text(rows(24).split("\n", 17)[-1])
-    assert run_ranks(write_alone, 1, root)[0][1]
+    written = run_ranks(write_alone, 1, root)[0]
     found = run_ranks(compare, 2, root)[0]
-    return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root}
+    return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root, "written": written}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -205,6 +217,10 @@ def test_losses_on_a_cache_in_fp32_are_those_under_the_teacher_itself(results, n
 def test_a_cache_that_was_stopped_goes_on_with_what_is_absent(results):
     (absent, is_whole), (left, is_whole_then) = (results["padded"][k] for k in ("halfway", "whole"))
     assert 0 < left < absent and not is_whole and is_whole_then
+
+
+def test_a_whole_cache_is_written_again_without_its_teacher(results):
+    assert results["written"] == (True, True, 0)
 
 
 def test_rows_that_were_written_for_packs_serve_padded_samples(results):

@@ -117,6 +117,23 @@ def test_a_flipped_bit_and_a_cut_file_are_told_with_the_files_name(tmp_path):
         Store(tmp_path)
 
 
+def test_others_may_read_a_cache_and_one_who_may_not_is_told_so(tmp_path, monkeypatch):
+    keys, fields = make_rows(2)
+    store = Store(tmp_path)
+    store.add(keys, fields)
+    mask = os.umask(0o027)
+    store.flush()
+    os.umask(mask)
+    (path,) = tmp_path.glob("part-*")
+    assert path.stat().st_mode & 0o777 == 0o640
+    if os.geteuid() == 0:  # whom no mode keeps from reading
+        path.write_bytes(b"")
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    path.chmod(0)
+    with pytest.raises(CacheError, match="may not read this file of the cache; chmod a"):
+        Store(tmp_path)
+
+
 def test_a_hidden_state_beyond_fp16_is_told_and_not_kept_as_infinity():
     head = Head(torch.zeros(3, 1))
     output = States(torch.tensor([[7e4]]), head)
@@ -322,6 +339,7 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
         teacher={"kind": "cached"}
     )
     assert "expected a directory with cache.json" in told(f"teacher.directory={tmp_path}")
+    assert told("teacher.directory=[a]").count("teacher.directory") == 1
     filled = {"kind": "cached", "directory": str(tmp_path), "fill": True}
     assert "teacher_model: missing; teacher.fill runs it" in told(
         "teacher_model=null", teacher=filled
@@ -361,3 +379,6 @@ def test_the_plans_tell_the_bytes_of_a_cache_and_load_no_model(kept, capsys):
     assert f"size: {6 * 56} B to write into {kept / 'cache'}" in out and "time: " in out
     assert command.main([*words[:2], "--dry-run"]) == 2
     assert "teacher.directory: missing" in capsys.readouterr().err
+    # A directory whose name YAML would read as a number.
+    assert command.main([*words[:2], "--output", "2024", "--dry-run"]) == 0
+    assert "to write into 2024" in capsys.readouterr().out

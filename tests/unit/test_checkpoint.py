@@ -10,6 +10,7 @@ from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.engine.files import _pickle_stage_by_value, trust_pickles
+from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.checkpoint.writer import Writer
 from ds_kd.parallel.world import World
 
@@ -24,6 +25,15 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
     with trust_pickles():
         read = torch.load(tmp_path / "states.pt", weights_only=False)
     assert read["zero_stage"] is ZeroStageEnum.weights
+
+
+def test_whoever_may_read_a_students_config_may_read_its_weights(tmp_path):
+    writer = ShardWriter(tmp_path, shard_bytes=8)
+    for name in ("first", "second"):
+        writer.add(name, torch.zeros(2))
+    writer.close()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len([*tmp_path.iterdir()]) == 3 and len(modes) == 1
 
 
 def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):

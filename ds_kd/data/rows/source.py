@@ -34,6 +34,20 @@ _FEW = 64  # files, of which more is looked at than of many
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
 
 
+def refuse_to_replace(source: str, output: Path) -> None:
+    """Refuse an output that is one of the files that rows are read from.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    try:
+        read = files_of(source) or []
+    except ValueError:  # told when the rows are read
+        return
+    if output.resolve() in [Path(name).resolve() for name in read]:
+        raise FileExistsError("it is a file of --data, which it would replace; give another name")
+
+
 def load_rows(
     source: str | list[str], split: str, columns: tuple[str, ...], limit: int | None = None
 ) -> Any:
@@ -157,6 +171,8 @@ def _load(source: str, split: str) -> Any:
         return _slice({split.split("[")[0]: datasets.load_from_disk(path)}, split)
 
     # A name that cannot be a hub id is not looked up there.
+    if path.is_file():
+        raise ValueError(f"it is not {ENDINGS}; name such a file")
     if not path.is_dir() and (
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):

@@ -85,7 +85,7 @@ def build_cached(
         raise ConfigError([_describe_absent(cfg, absent, found, student)])
 
     # A teacher that nothing needs is not loaded, unless this software has not run it yet.
-    is_new = not _is_verified(cfg, directory, world)
+    is_new = not is_verified(cfg, directory, world)
     live = load() if absent.rows or found is None or is_new else None
     if live is not None and found is None:
         found = create_cache(cfg, live, student, world)
@@ -245,7 +245,7 @@ def _note_verified(directory: Path, world: World) -> None:
     (directory / _VERIFIED).write_text(json.dumps(sorted(known), indent=1) + "\n", "utf-8")
 
 
-def _is_verified(cfg: RunConfig, directory: Path, world: World) -> bool:
+def is_verified(cfg: RunConfig, directory: Path, world: World) -> bool:
     """Return whether the cache was compared with the teacher by this software, or cannot be, as the
     teacher is not at hand."""
 

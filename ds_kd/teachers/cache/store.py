@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_kd.errors import UserError, first_line
+from ds_kd.files import give_usual_mode
 
 #: The most that is lost when a process that fills a cache is killed.
 _PART_BYTES, _PART_SECONDS = 64 * 2**20, 60.0
@@ -204,6 +205,7 @@ def write_file(path: Path, tensors: Fields) -> None:
         save_file(tensors, unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
+        give_usual_mode(unfinished)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
@@ -218,6 +220,10 @@ def _open(path: Path) -> _Part:
         keys = fields.pop("keys").numpy().view(np.uint64)
         return _Part(path, keys, fields.pop("checksums"), fields)
     except (OSError, SafetensorError, KeyError) as error:
+        if path.exists() and not os.access(path, os.R_OK):  # safetensors calls such a file absent
+            raise CacheError(
+                f"{path}: this user may not read this file of the cache; chmod a+r permits it"
+            ) from error
         raise _make_damage_error(path) from error
 
 
