@@ -286,6 +286,34 @@ def test_a_full_cache_opens_without_its_teacher_and_gives_what_was_stored(kept):
         assert torch.equal(output.hidden, part["hidden"].flip(0).float())
 
 
+DRAWS = {"keep": "sampled", "k": 12, "temperature": 2.0, "shared": tiny.VOCAB}
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "told"),
+    [
+        (DRAWS, ["teacher.k=9"], r"teacher\.k: got 9, expected 12, what"),
+        (DRAWS, ["kd_loss_fn.temperature=3"], r"temperature: got 3\.0, expected 2, what"),
+        ({**DRAWS, "shared": 90}, [], "a cache for a head of this student's size"),
+        (
+            {"weights": "int8"},
+            ["teacher.fill=true"],
+            "teacher.placement: got .*, expected int8, as",
+        ),
+    ],
+)
+def test_a_cache_that_keeps_something_else_is_refused_by_its_key(kept, record, words, told):
+    path = kept / "cache" / "cache.json"
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), **record}))
+    given = ["teacher.keep=sampled", "teacher.k=12", "kd_loss_fn.temperature=2"]
+    try:
+        with pytest.raises(ConfigError, match=told):
+            open_cache(config(kept, *(given if "keep" in record else []), *words))
+    finally:
+        path.write_text(text)
+
+
 def test_software_that_has_not_run_the_teacher_yet_compares_it_if_it_is_at_hand(kept):
     path = kept / "cache" / "verified.json"
     told = json.loads(path.read_text())
