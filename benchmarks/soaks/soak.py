@@ -3,6 +3,7 @@
     python benchmarks/soaks/soak.py                 50 kills on 2 ranks, about 10 minutes on 2 cores
     python benchmarks/soaks/soak.py --kills 200 --seed 7
     python benchmarks/soaks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
+    python benchmarks/soaks/soak.py --directory DIR --minutes 7        in pieces: repeat it to go on
 
 A small Llama with dropout is distilled on shuffled data. Every attempt gets SIGKILL for all its
 processes while it starts, in a step, while a checkpoint is written or while the student is
@@ -17,6 +18,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -104,50 +107,104 @@ class Attempt:
         self.process.wait()
 
 
+@dataclass
+class Progress:
+    """The state of a soak after an attempt, kept in a file, from which the same command goes on.
+
+    Args:
+        by_moment: kills in each phase.
+        attempts: starts of the run's command.
+        repeated: steps that were done again.
+        inside: kills after which the run went on inside a buffer of the student's texts.
+    """
+
+    by_moment: Counter[str] = field(default_factory=Counter)
+    attempts: int = 0
+    repeated: int = 0
+    inside: int = 0
+
+    @classmethod
+    def read(cls, file: Path) -> Progress:
+        kept = json.loads(file.read_text())
+        return cls(**kept | {"by_moment": Counter(kept["by_moment"])})
+
+    @property
+    def kills(self) -> int:
+        return sum(self.by_moment.values())
+
+
 def soak(
-    kills: int, ranks: int, seed: int, root: Path, say: Any = print, more: Sequence[str] = ()
-) -> dict[str, Any]:
+    kills: int,
+    ranks: int,
+    seed: int,
+    root: Path,
+    say: Any = print,
+    more: Sequence[str] = (),
+    seconds: float = float("inf"),
+) -> dict[str, Any] | None:
     """Run, kill `kills` times, finish, compare.
 
     Args:
+        root: directory of models and runs; one that an earlier piece of the soak has left goes on.
         more: overrides of the run.
+        seconds: no attempt starts after so many.
 
     Returns:
-        Figures: kills by moment, attempts, steps done again.
+        Figures: kills by moment, attempts, steps done again; None if the time was over before.
 
     Raises:
         AssertionError: something was lost; the message says what.
     """
-    dice = random.Random(seed)
-    steps = 8 * kills + 8
-    straight, disturbed = root / "straight", root / "disturbed"
-    one = Attempt(config(root, steps, straight, more), ranks, root / "straight.log")
-    assert one.process.wait() == 0, one.text()
-    overrides = config(root, steps, disturbed, more)
-    done: Counter[str] = Counter()
-    repeated = attempts = 0
-    expected = 0  # the step that the next attempt must start from
+    began, steps = time.monotonic(), _count_steps(kills)
+    straight, disturbed, file = root / "straight", root / "disturbed", root / "soak.json"
+    if not file.exists():
+        shutil.rmtree(straight, ignore_errors=True)
+        one = Attempt(config(root, steps, straight, more), ranks, root / "straight.log")
+        assert one.process.wait() == 0, one.text()
+        file.write_text(json.dumps(asdict(Progress())))
+    overrides, progress = config(root, steps, disturbed, more), Progress.read(file)
 
     # The same command is given until it is left alone and ends by itself.
-    while True:
-        attempts += 1
-        attempt = Attempt(overrides, ranks, root / f"attempt{attempts}.log")
-        if sum(done.values()) < kills:
-            done.update(_kill_at_random(attempt, dice, disturbed, expected, len(str(steps))))
-        else:
-            attempt.process.wait()
-        _check_start(attempt.text(), expected)
-        before, expected = expected, _find_latest(disturbed)
-        assert expected >= before, f"LATEST went from {before} back to {expected}"
-        repeated += max(0, max(_steps_in(attempt.text()), default=expected) - expected)
-        say(f"attempt {attempts}: {dict(done)}, LATEST at {expected} of {steps}")
-        if attempt.process.returncode == 0:
-            assert sum(done.values()) == kills, f"the run was over after {dict(done)} kills"
-            break
-        assert attempt.process.returncode == -signal.SIGKILL, attempt.text()
+    code = -signal.SIGKILL
+    while code == -signal.SIGKILL:
+        if time.monotonic() - began > seconds:
+            return None
+        code = _attempt(overrides, ranks, kills, seed, progress, disturbed)
+        file.write_text(json.dumps(asdict(progress)))
+        at = _find_latest(disturbed)
+        say(f"attempt {progress.attempts}: {dict(progress.by_moment)}, LATEST at {at} of {steps}")
+    assert progress.kills == kills, f"the run was over after {dict(progress.by_moment)} kills"
     _compare_weights(disturbed, straight)
-    return {"kills": sum(done.values()), "by moment": dict(done), "attempts": attempts,
-            "steps": steps, "steps done again": repeated}  # fmt: skip
+    return {"kills": kills, "by moment": dict(progress.by_moment), "attempts": progress.attempts,
+            "steps": steps, "steps done again": progress.repeated,
+            "kills that went on inside a buffer": progress.inside}  # fmt: skip
+
+
+def _count_steps(kills: int) -> int:
+    """Return the steps of a run that is not over before it was killed so often."""
+    return 4 * kills + 20
+
+
+def _attempt(
+    overrides: list[str], ranks: int, kills: int, seed: int, progress: Progress, directory: Path
+) -> int:
+    """Start the run's command once, kill it if kills are left, and return its exit code."""
+    expected, digits = _find_latest(directory), len(str(_count_steps(kills)))
+    progress.attempts += 1
+    log = directory.with_name(f"attempt{progress.attempts}.log")
+    attempt = Attempt(overrides, ranks, log)
+    if progress.kills < kills:
+        dice = random.Random(f"{seed} {progress.attempts}")
+        progress.by_moment.update(_kill_at_random(attempt, dice, directory, expected, digits))
+    else:
+        attempt.process.wait()
+    _check_start(attempt.text(), expected)
+    code, latest = attempt.process.returncode, _find_latest(directory)
+    assert code in (0, -signal.SIGKILL), attempt.text()
+    assert latest >= expected, f"LATEST went from {expected} back to {latest}"
+    progress.repeated += max(0, max(_steps_in(attempt.text()), default=latest) - latest)
+    progress.inside += code != 0 and (directory / "LATEST" / "rollouts.json").is_file()
+    return int(code)
 
 
 def _kill_at_random(
@@ -210,12 +267,19 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", nargs="*", default=[], help="overrides of the run")
+    parser.add_argument("--directory", type=Path, help="keep all here, to go on from")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing later")
     args = parser.parse_args()
-    started = time.monotonic()
-    with tempfile.TemporaryDirectory() as directory:
-        say = functools.partial(print, flush=True)
-        figures = soak(args.kills, args.ranks, args.seed, Path(directory), say, args.more)
-    print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
+    started, say = time.monotonic(), functools.partial(print, flush=True)
+    with tempfile.TemporaryDirectory() as place:
+        root = args.directory or Path(place)
+        root.mkdir(parents=True, exist_ok=True)
+        chosen = args.kills, args.ranks, args.seed, root.absolute(), say, args.more
+        figures = soak(*chosen, 60 * args.minutes)
+    if figures is None:
+        print("the time is over; the same command goes on")
+    else:
+        print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
     return 0
 
 
