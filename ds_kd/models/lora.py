@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from ds_kd.errors import first_line
 
 ADAPTER = "default"  # peft's name of the adapter that is trained
 TEACHER = "teacher"  # that of a frozen one, under which the base teaches
@@ -146,15 +145,19 @@ def add_frozen_adapter(model: Any, directory: str) -> None:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     config = PeftConfig.from_pretrained(directory)
     weights = load_file(Path(directory) / "adapter_model.safetensors")
-    with torch.random.fork_rng():  # peft draws weights, which those of the file replace
+    # peft draws weights, which those of the file replace, and warns of a second adapter.
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
         inject_adapter_in_model(config, model, TEACHER)
     try:
-        told = set_peft_model_state_dict(model, weights, TEACHER)
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"its weights do not fit this model: {first_line(error)}") from error
-    lacking = [name for name in told.missing_keys if TEACHER in name.split(".")]
-    if odd := [*told.unexpected_keys, *lacking]:
-        raise ValueError(f"its weights do not fit this model: {odd[0]}")
+        told: Any = set_peft_model_state_dict(model, weights, TEACHER)
+    except RuntimeError as error:  # the first line says no more than that
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"its weights do not fit this model: {reason}") from error
+    if odd := told.unexpected_keys:
+        raise ValueError(f"its weights hold {odd[0]}, which its config gives no place here")
+    if lacking := [name for name in told.missing_keys if TEACHER in name.split(".")]:
+        raise ValueError(f"its weights lack {lacking[0].replace(f'.{TEACHER}', '')}")
 
     # peft has made the last adapter the one that is used and trained.
     layers = _layers(model)

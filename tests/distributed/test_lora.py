@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -180,13 +182,14 @@ def own_base_under_an_adapter(world, paths):
     stored = load_file(f"{paths['frozen']}/adapter_model.safetensors")
     named = {f"base_model.model.{n.replace('.teacher', '')}": p for n, p in one.items()}
     base = AutoModelForCausalLM.from_pretrained(paths["student"])
-    plain = {name for name, _, _ in lora.plain_weights(made.student.module.model)}
+    model = made.student.module.model
+    plain = {name for name, _, _ in lora.plain_weights(model)}
     return {
-        "error": max((two[n] - one[n]).abs().max().item() for n in two),
+        "error": max((two[n] - one[n]).abs().max().item() for n in {*two} & {*one}),
         "moved": max(p.abs().max().item() for n, p in one.items() if "lora_B.default" in n),
         "held": alone / both,
         "kept": all(torch.equal(named[name], each) for name, each in stored.items()),
-        "trained": {n.split(".")[-2] for n in lora.adapter_parameters(made.student.module.model)},
+        "trained": sorted({n.split(".")[-2] for n in lora.adapter_parameters(model)}),
         "plain": plain == {name for name, _ in base.named_parameters()},
     }  # fmt: skip
 
@@ -259,7 +262,7 @@ def test_a_base_under_a_frozen_adapter_teaches_as_the_merged_model_would(results
     found = results["under_adapter"]
     assert found["moved"] > 0.01 and found["error"] <= 1e-6, found
     assert found["held"] < 0.6 and found["kept"], found
-    assert found["trained"] == {"default"} and found["plain"], found
+    assert found["trained"] == ["default"] and found["plain"], found
 
 
 def test_an_adapter_resumes_bitwise(results):
@@ -290,6 +293,27 @@ def model(tmp_path_factory):
 
     path = tiny.llama(tmp_path_factory.mktemp("model") / "m", tie=False)
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"r": 5}, r"do not fit this model: size mismatch for model\.layers"),
+        ({"target_modules": ["q_proj"]}, r"hold .*down_proj\.lora_A\.weight, which its config"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"lack .*v_proj\.lora_A\.weight"),
+        ({"target_modules": ["x"]}, r"not found in the base model"),
+    ],
+)
+def test_a_frozen_adapter_of_another_model_is_refused(model, tmp_path, changed, told):
+    from ds_kd.models import lora
+
+    make_frozen_adapter(tmp_path, str(tiny.llama(tmp_path / "m", tie=False)))
+    config = tmp_path / "frozen" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    whole = copy.deepcopy(model)
+    adapter(tmp_path)(whole)
+    with pytest.raises(ValueError, match=told):
+        lora.add_frozen_adapter(whole, str(tmp_path / "frozen"))
 
 
 def test_patterns_that_match_nothing_are_named(model):
