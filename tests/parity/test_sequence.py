@@ -15,7 +15,11 @@ HEADS = {"even": ((4, 2), (8, 4)), "uneven": ((6, 3), (3, 1))}
 
 #: (shape, kd_ratio, how the step is made) on two ranks that share samples, and on four.
 CASES: dict[int, list[tuple[str, float, dict]]] = {
-    2: [("uneven", 0.5, {}), ("uneven", 0.5, {"packs": True})],
+    2: [
+        ("even", 0.0, {}),
+        ("uneven", 1.0, {}),
+        ("uneven", 0.5, {"packs": True}),
+    ],
     4: [
         *(("even", alpha, {}) for alpha in (0.0, 0.5, 1.0)),
         ("even", 0.5, {"packs": True, "shares": True}),
