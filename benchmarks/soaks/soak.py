@@ -4,6 +4,7 @@
     python benchmarks/soaks/soak.py --kills 200 --seed 7
     python benchmarks/soaks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
     python benchmarks/soaks/soak.py --directory DIR --minutes 7        in pieces: repeat it to go on
+    python benchmarks/soaks/soak.py --forked    ranks without a launcher, which start quickly
 
 A small Llama with dropout is distilled on shuffled data. Every attempt gets SIGKILL for all its
 processes while it starts, in a step, while a checkpoint is written or while the student is
@@ -26,13 +27,14 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.arguments import ROOT, make_parser
+from benchmarks.soaks.forked import GUIDE, run_rank, server
 
 #: The phase in which an attempt is killed, and how often.
 MOMENTS = {"start": 1, "step": 4, "saving": 5}
@@ -71,13 +73,14 @@ def config(root: Path, steps: int, directory: Path, more: Sequence[str] = ()) ->
 class Attempt:
     """One start of the run's command, in a process group of its own."""
 
+    start = 8.0  # seconds in which it has about begun to train
+
     def __init__(self, overrides: list[str], ranks: int, log: Path):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(ranks)]
-        guide = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
-        command += ["launch/kd.py", "--config", str(guide), *overrides]
+        command += ["launch/kd.py", "--config", str(GUIDE), *overrides]
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with log.open("w") as out:
@@ -91,11 +94,18 @@ class Attempt:
     def has_said(self, words: str) -> bool:
         return words in self.text()
 
+    def poll(self) -> int | None:
+        """Return the exit code, or None as long as it runs."""
+        return self.process.poll()
+
+    def wait(self) -> int:
+        return self.process.wait()
+
     def until(self, true: Any, seconds: float = 180) -> bool:
         """Return whether it came true before the attempt was over."""
         deadline = time.monotonic() + seconds
         while not true():
-            if self.process.poll() is not None:
+            if self.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 raise AssertionError(f"nothing moved for {seconds} s:\n{self.text()}")
@@ -105,6 +115,38 @@ class Attempt:
     def kill(self) -> None:
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+
+
+class Forked(Attempt):
+    """The same ranks without a launcher, forked from a process that has imported torch."""
+
+    start = 2.0
+
+    def __init__(self, overrides: list[str], ranks: int, log: Path):
+        from ds_kd.parallel.rendezvous import free_port
+
+        self.log, port = log, free_port()
+        log.write_text("")
+        self.ranks = [
+            server().Process(target=run_rank, args=(rank, ranks, port, str(log), overrides))
+            for rank in range(ranks)
+        ]
+        for rank in self.ranks:
+            rank.start()
+
+    def poll(self) -> int | None:
+        codes = [rank.exitcode for rank in self.ranks]
+        return None if None in codes else min(codes) or max(codes)
+
+    def wait(self) -> int:
+        for rank in self.ranks:
+            rank.join()
+        return self.poll() or 0
+
+    def kill(self) -> None:
+        for rank in self.ranks:
+            rank.kill()
+        self.wait()
 
 
 @dataclass
@@ -141,6 +183,7 @@ def soak(
     say: Any = print,
     more: Sequence[str] = (),
     seconds: float = float("inf"),
+    start: type[Attempt] = Attempt,
 ) -> dict[str, Any] | None:
     """Run, kill `kills` times, finish, compare.
 
@@ -148,6 +191,7 @@ def soak(
         root: directory of models and runs; one that an earlier piece of the soak has left goes on.
         more: overrides of the run.
         seconds: no attempt starts after so many.
+        start: how the command is started.
 
     Returns:
         Figures: kills by moment, attempts, steps done again; None if the time was over before.
@@ -159,18 +203,19 @@ def soak(
     straight, disturbed, file = root / "straight", root / "disturbed", root / "soak.json"
     if not file.exists():
         shutil.rmtree(straight, ignore_errors=True)
-        one = Attempt(config(root, steps, straight, more), ranks, root / "straight.log")
-        assert one.process.wait() == 0, one.text()
-        file.write_text(json.dumps(asdict(Progress())))
-    overrides, progress = config(root, steps, disturbed, more), Progress.read(file)
+        one = start(config(root, steps, straight, more), ranks, root / "straight.log")
+        assert one.wait() == 0, one.text()
+        file.write_text(json.dumps(vars(Progress())))
+    progress, words = Progress.read(file), config(root, steps, disturbed, more)
 
     # The same command is given until it is left alone and ends by itself.
     code = -signal.SIGKILL
     while code == -signal.SIGKILL:
         if time.monotonic() - began > seconds:
             return None
-        code = _attempt(overrides, ranks, kills, seed, progress, disturbed)
-        file.write_text(json.dumps(asdict(progress)))
+        log = root / f"attempt{progress.attempts + 1}.log"
+        code = _attempt(start(words, ranks, log), kills, seed, progress, disturbed)
+        file.write_text(json.dumps(vars(progress)))
         at = _find_latest(disturbed)
         say(f"attempt {progress.attempts}: {dict(progress.by_moment)}, LATEST at {at} of {steps}")
     assert progress.kills == kills, f"the run was over after {dict(progress.by_moment)} kills"
@@ -182,24 +227,21 @@ def soak(
 
 def _count_steps(kills: int) -> int:
     """Return the steps of a run that is not over before it was killed so often."""
-    return 4 * kills + 20
+    return 6 * kills + 14
 
 
-def _attempt(
-    overrides: list[str], ranks: int, kills: int, seed: int, progress: Progress, directory: Path
-) -> int:
-    """Start the run's command once, kill it if kills are left, and return its exit code."""
+def _attempt(attempt: Attempt, kills: int, seed: int, progress: Progress, directory: Path) -> int:
+    """Kill an attempt that has just started if kills are left, check what is there afterwards, and
+    return its exit code."""
     expected, digits = _find_latest(directory), len(str(_count_steps(kills)))
     progress.attempts += 1
-    log = directory.with_name(f"attempt{progress.attempts}.log")
-    attempt = Attempt(overrides, ranks, log)
     if progress.kills < kills:
         dice = random.Random(f"{seed} {progress.attempts}")
         progress.by_moment.update(_kill_at_random(attempt, dice, directory, expected, digits))
     else:
-        attempt.process.wait()
+        attempt.wait()
     _check_start(attempt.text(), expected)
-    code, latest = attempt.process.returncode, _find_latest(directory)
+    code, latest = attempt.wait(), _find_latest(directory)
     assert code in (0, -signal.SIGKILL), attempt.text()
     assert latest >= expected, f"LATEST went from {expected} back to {latest}"
     progress.repeated += max(0, max(_steps_in(attempt.text()), default=latest) - latest)
@@ -220,8 +262,8 @@ def _kill_at_random(
             "saving": lambda: any(directory.glob(".saving.*/*")),
         }[moment]
     )
-    time.sleep(dice.uniform(0, 8) if moment == "start" else dice.uniform(0, 0.4))
-    if not alive or attempt.process.poll() is not None:
+    time.sleep(dice.uniform(0, attempt.start if moment == "start" else 0.4))
+    if not alive or attempt.poll() is not None:
         return []
     attempt.kill()
     return [moment]
@@ -268,6 +310,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", nargs="*", default=[], help="overrides of the run")
     parser.add_argument("--directory", type=Path, help="keep all here, to go on from")
+    parser.add_argument("--forked", action="store_true", help="start ranks without the launcher")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing later")
     args = parser.parse_args()
     started, say = time.monotonic(), functools.partial(print, flush=True)
@@ -275,7 +318,8 @@ def main() -> int:
         root = args.directory or Path(place)
         root.mkdir(parents=True, exist_ok=True)
         chosen = args.kills, args.ranks, args.seed, root.absolute(), say, args.more
-        figures = soak(*chosen, 60 * args.minutes)
+        start = Forked if args.forked else Attempt
+        figures = soak(*chosen, 60 * args.minutes, start)
     if figures is None:
         print("the time is over; the same command goes on")
     else:
