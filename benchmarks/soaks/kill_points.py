@@ -14,7 +14,9 @@ the killed one.
 
 from __future__ import annotations
 
+import functools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -27,10 +29,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.arguments import make_parser
-from benchmarks.soaks.forked import GUIDE, become_rank, server
+from benchmarks.arguments import ROOT, make_parser
 
 STEPS, RANKS = 4, 2
+GUIDE = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 _EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link"}
 #: Calls into C++ and Rust that write files.
 _WRITERS = {"write_record", "write_end_of_file", "serialize_file", "PyTorchFileWriter"}
@@ -72,6 +74,8 @@ class Countdown:
         self.count += 1
 
 
+_PRELOADED = ["deepspeed", "datasets", "transformers.models.llama.modeling_llama"]
+_PRELOADED += ["transformers.integrations.deepspeed", "ds_kd.recipe.run", "tests.scripts"]
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -107,12 +111,29 @@ def _rank(rank: int, port: int, log: str, words: list[str], directory: Path, at:
     """Run one rank, in a process of its own that has just been forked."""
     from tests.scripts import script
 
-    become_rank(rank, RANKS, port, log)
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+    os.dup2(1, 2)
+    os.chdir(ROOT)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1",
+    )  # fmt: skip
     countdown = Countdown(directory, at)
     code = script("kd").main(["--config", str(GUIDE), *words])
     sys.setprofile(None)
     print(f"operations: {countdown.count}", flush=True)
     os._exit(code)  # as the server would go on with what it was forked for
+
+
+@functools.cache
+def _context() -> Any:
+    """Return the server of processes, which has imported what a run needs."""
+    # As `quiet` sets them; here torch and DeepSpeed are there before.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
+    return context
 
 
 def attempt(
@@ -134,10 +155,9 @@ def attempt(
 
     # Both ranks are started before either is waited for; one that hangs fails the attempt.
     for rank in range(RANKS):
-        paths[rank].unlink(missing_ok=True)
         at = kill[1] if kill is not None and kill[0] == rank else -1
         arguments = (rank, port, str(paths[rank]), words, directory, at)
-        ranks.append(server().Process(target=_rank, args=arguments))
+        ranks.append(_context().Process(target=_rank, args=arguments))
         ranks[-1].start()
     for process in ranks:
         process.join(180)

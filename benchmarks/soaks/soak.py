@@ -3,8 +3,6 @@
     python benchmarks/soaks/soak.py                 50 kills on 2 ranks, about 10 minutes on 2 cores
     python benchmarks/soaks/soak.py --kills 200 --seed 7
     python benchmarks/soaks/soak.py --kills 30 --more kd_ratio=1 rollouts.reuse=3    with rollouts
-    python benchmarks/soaks/soak.py --directory DIR --minutes 7        in pieces: repeat it to go on
-    python benchmarks/soaks/soak.py --forked    ranks without a launcher, which start quickly
 
 A small Llama with dropout is distilled on shuffled data. Every attempt gets SIGKILL for all its
 processes while it starts, in a step, while a checkpoint is written or while the student is
@@ -19,7 +17,6 @@ import functools
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,14 +24,12 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.arguments import ROOT, make_parser
-from benchmarks.soaks.forked import GUIDE, run_rank, server
 
 #: The phase in which an attempt is killed, and how often.
 MOMENTS = {"start": 1, "step": 4, "saving": 5}
@@ -73,14 +68,13 @@ def config(root: Path, steps: int, directory: Path, more: Sequence[str] = ()) ->
 class Attempt:
     """One start of the run's command, in a process group of its own."""
 
-    start = 8.0  # seconds in which it has about begun to train
-
     def __init__(self, overrides: list[str], ranks: int, log: Path):
         command = [sys.executable]
         if ranks > 1:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += ["--nproc-per-node", str(ranks)]
-        command += ["launch/kd.py", "--config", str(GUIDE), *overrides]
+        guide = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
+        command += ["launch/kd.py", "--config", str(guide), *overrides]
         self.log = log
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         with log.open("w") as out:
@@ -94,18 +88,11 @@ class Attempt:
     def has_said(self, words: str) -> bool:
         return words in self.text()
 
-    def poll(self) -> int | None:
-        """Return the exit code, or None as long as it runs."""
-        return self.process.poll()
-
-    def wait(self) -> int:
-        return self.process.wait()
-
     def until(self, true: Any, seconds: float = 180) -> bool:
         """Return whether it came true before the attempt was over."""
         deadline = time.monotonic() + seconds
         while not true():
-            if self.poll() is not None:
+            if self.process.poll() is not None:
                 return False
             if time.monotonic() > deadline:
                 raise AssertionError(f"nothing moved for {seconds} s:\n{self.text()}")
@@ -117,136 +104,50 @@ class Attempt:
         self.process.wait()
 
 
-class Forked(Attempt):
-    """The same ranks without a launcher, forked from a process that has imported torch."""
-
-    start = 2.0
-
-    def __init__(self, overrides: list[str], ranks: int, log: Path):
-        from ds_kd.parallel.rendezvous import free_port
-
-        self.log, port = log, free_port()
-        log.write_text("")
-        self.ranks = [
-            server().Process(target=run_rank, args=(rank, ranks, port, str(log), overrides))
-            for rank in range(ranks)
-        ]
-        for rank in self.ranks:
-            rank.start()
-
-    def poll(self) -> int | None:
-        codes = [rank.exitcode for rank in self.ranks]
-        return None if None in codes else min(codes) or max(codes)
-
-    def wait(self) -> int:
-        for rank in self.ranks:
-            rank.join()
-        return self.poll() or 0
-
-    def kill(self) -> None:
-        for rank in self.ranks:
-            rank.kill()
-        self.wait()
-
-
-@dataclass
-class Progress:
-    """The state of a soak after an attempt, kept in a file, from which the same command goes on.
-
-    Args:
-        by_moment: kills in each phase.
-        attempts: starts of the run's command.
-        repeated: steps that were done again.
-        inside: kills after which the run went on inside a buffer of the student's texts.
-    """
-
-    by_moment: Counter[str] = field(default_factory=Counter)
-    attempts: int = 0
-    repeated: int = 0
-    inside: int = 0
-
-    @classmethod
-    def read(cls, file: Path) -> Progress:
-        kept = json.loads(file.read_text())
-        return cls(**kept | {"by_moment": Counter(kept["by_moment"])})
-
-    @property
-    def kills(self) -> int:
-        return sum(self.by_moment.values())
-
-
 def soak(
-    kills: int,
-    ranks: int,
-    seed: int,
-    root: Path,
-    say: Any = print,
-    more: Sequence[str] = (),
-    seconds: float = float("inf"),
-    start: type[Attempt] = Attempt,
-) -> dict[str, Any] | None:
+    kills: int, ranks: int, seed: int, root: Path, say: Any = print, more: Sequence[str] = ()
+) -> dict[str, Any]:
     """Run, kill `kills` times, finish, compare.
 
     Args:
-        root: directory of models and runs; one that an earlier piece of the soak has left goes on.
         more: overrides of the run.
-        seconds: no attempt starts after so many.
-        start: how the command is started.
 
     Returns:
-        Figures: kills by moment, attempts, steps done again; None if the time was over before.
+        Figures: kills by moment, attempts, steps done again.
 
     Raises:
         AssertionError: something was lost; the message says what.
     """
-    began, steps = time.monotonic(), _count_steps(kills)
-    straight, disturbed, file = root / "straight", root / "disturbed", root / "soak.json"
-    if not file.exists():
-        shutil.rmtree(straight, ignore_errors=True)
-        one = start(config(root, steps, straight, more), ranks, root / "straight.log")
-        assert one.wait() == 0, one.text()
-        file.write_text(json.dumps(vars(Progress())))
-    progress, words = Progress.read(file), config(root, steps, disturbed, more)
+    dice = random.Random(seed)
+    steps = 8 * kills + 8
+    straight, disturbed = root / "straight", root / "disturbed"
+    one = Attempt(config(root, steps, straight, more), ranks, root / "straight.log")
+    assert one.process.wait() == 0, one.text()
+    overrides = config(root, steps, disturbed, more)
+    done: Counter[str] = Counter()
+    repeated = attempts = 0
+    expected = 0  # the step that the next attempt must start from
 
     # The same command is given until it is left alone and ends by itself.
-    code = -signal.SIGKILL
-    while code == -signal.SIGKILL:
-        if time.monotonic() - began > seconds:
-            return None
-        log = root / f"attempt{progress.attempts + 1}.log"
-        code = _attempt(start(words, ranks, log), kills, seed, progress, disturbed)
-        file.write_text(json.dumps(vars(progress)))
-        at = _find_latest(disturbed)
-        say(f"attempt {progress.attempts}: {dict(progress.by_moment)}, LATEST at {at} of {steps}")
-    assert progress.kills == kills, f"the run was over after {dict(progress.by_moment)} kills"
+    while True:
+        attempts += 1
+        attempt = Attempt(overrides, ranks, root / f"attempt{attempts}.log")
+        if sum(done.values()) < kills:
+            done.update(_kill_at_random(attempt, dice, disturbed, expected, len(str(steps))))
+        else:
+            attempt.process.wait()
+        _check_start(attempt.text(), expected)
+        before, expected = expected, _find_latest(disturbed)
+        assert expected >= before, f"LATEST went from {before} back to {expected}"
+        repeated += max(0, max(_steps_in(attempt.text()), default=expected) - expected)
+        say(f"attempt {attempts}: {dict(done)}, LATEST at {expected} of {steps}")
+        if attempt.process.returncode == 0:
+            assert sum(done.values()) == kills, f"the run was over after {dict(done)} kills"
+            break
+        assert attempt.process.returncode == -signal.SIGKILL, attempt.text()
     _compare_weights(disturbed, straight)
-    return {"kills": kills, "by moment": dict(progress.by_moment), "attempts": progress.attempts,
-            "steps": steps, "steps done again": progress.repeated,
-            "kills that went on inside a buffer": progress.inside}  # fmt: skip
-
-
-def _count_steps(kills: int) -> int:
-    """Return the steps of a run that is not over before it was killed so often."""
-    return 6 * kills + 14
-
-
-def _attempt(attempt: Attempt, kills: int, seed: int, progress: Progress, directory: Path) -> int:
-    """Kill an attempt that has just started if kills are left, check what is there afterwards, and
-    return its exit code."""
-    expected, digits = _find_latest(directory), len(str(_count_steps(kills)))
-    progress.attempts += 1
-    if progress.kills < kills:
-        dice = random.Random(f"{seed} {progress.attempts}")
-        progress.by_moment.update(_kill_at_random(attempt, dice, directory, expected, digits))
-    else:
-        attempt.wait()
-    _check_start(attempt.text(), expected)
-    code, latest = attempt.wait(), _find_latest(directory)
-    assert code in (0, -signal.SIGKILL), attempt.text()
-    assert latest >= expected, f"LATEST went from {expected} back to {latest}"
-    progress.repeated += max(0, max(_steps_in(attempt.text()), default=latest) - latest)
-    progress.inside += code != 0 and (directory / "LATEST" / "rollouts.json").is_file()
-    return int(code)
+    return {"kills": sum(done.values()), "by moment": dict(done), "attempts": attempts,
+            "steps": steps, "steps done again": repeated}  # fmt: skip
 
 
 def _kill_at_random(
@@ -262,8 +163,8 @@ def _kill_at_random(
             "saving": lambda: any(directory.glob(".saving.*/*")),
         }[moment]
     )
-    time.sleep(dice.uniform(0, attempt.start if moment == "start" else 0.4))
-    if not alive or attempt.poll() is not None:
+    time.sleep(dice.uniform(0, 8) if moment == "start" else dice.uniform(0, 0.4))
+    if not alive or attempt.process.poll() is not None:
         return []
     attempt.kill()
     return [moment]
@@ -309,21 +210,12 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--more", nargs="*", default=[], help="overrides of the run")
-    parser.add_argument("--directory", type=Path, help="keep all here, to go on from")
-    parser.add_argument("--forked", action="store_true", help="start ranks without the launcher")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing later")
     args = parser.parse_args()
-    started, say = time.monotonic(), functools.partial(print, flush=True)
-    with tempfile.TemporaryDirectory() as place:
-        root = args.directory or Path(place)
-        root.mkdir(parents=True, exist_ok=True)
-        chosen = args.kills, args.ranks, args.seed, root.absolute(), say, args.more
-        start = Forked if args.forked else Attempt
-        figures = soak(*chosen, 60 * args.minutes, start)
-    if figures is None:
-        print("the time is over; the same command goes on")
-    else:
-        print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory:
+        say = functools.partial(print, flush=True)
+        figures = soak(args.kills, args.ranks, args.seed, Path(directory), say, args.more)
+    print(json.dumps({**figures, "seconds": round(time.monotonic() - started)}))
     return 0
 
 
