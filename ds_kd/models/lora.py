@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_kd.files import give_usual_mode
+
 ADAPTER = "default"  # peft's name of the adapter that is trained
 TEACHER = "teacher"  # that of a frozen one, under which the base teaches
 _BASE = ".base_layer."
@@ -219,6 +221,7 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> Non
         directory / "adapter_model.safetensors",
         {"format": "pt"},
     )
+    give_usual_mode(directory)
     model.peft_config[ADAPTER].save_pretrained(directory)
 
 
