@@ -133,16 +133,12 @@ def run_ours(job: Job, gate: Gate) -> None:
 def run_trl(job: Job, gate: Gate) -> None:
     """Take the steps of TRL's DistillationTrainer, which asks for the rows in their order."""
     from datasets import Dataset
-    from torch.utils.data import SequentialSampler
     from transformers import AutoTokenizer, TrainerCallback
-    from trl.experimental.distillation import DistillationConfig, DistillationTrainer
+    from trl import DistillationConfig, DistillationTrainer
 
     found: dict[str, Any] = {}
 
-    class InOrder(DistillationTrainer):
-        def _get_train_sampler(self, dataset: Any = None) -> Any:
-            return SequentialSampler(self.train_dataset)
-
+    class Told(DistillationTrainer):
         def compute_loss(self, *args: Any, **named: Any) -> Any:
             loss = super().compute_loss(*args, **named)
             found["loss"] = found.get("loss", 0.0) + float(loss)
@@ -164,7 +160,7 @@ def run_trl(job: Job, gate: Gate) -> None:
             gate.tell(found["loss"], prompts, texts)
 
     with tempfile.TemporaryDirectory() as directory:
-        trainer = InOrder(
+        trainer = Told(
             model=job.student,
             teacher_model=job.teacher,
             args=DistillationConfig(output_dir=directory, **make_trl_settings(job)),
@@ -186,6 +182,7 @@ def make_trl_settings(job: Job) -> dict[str, Any]:
         "top_p": 1.0,
         **draws,
         "beta": 1.0,  # reverse KL
+        "shuffle_dataset": False,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
