@@ -38,7 +38,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     place = [] if args.output is None else [f"teacher.directory={args.output}"]
-    words = [*args.overrides, "teacher.kind=cached", "teacher.fill=true", *place]
+    # Each rank takes samples of its own, whatever the layout of the run.
+    whole = ["distributed.tp_size=1", "teacher_distributed=null"]
+    words = [*args.overrides, *whole, "teacher.kind=cached", "teacher.fill=true", *place]
     cfg = load(args.config, words, tuple(args.allow_targets), config_only=args.dry_run)
     with cfg.source.add_places():
         quiet()

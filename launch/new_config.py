@@ -29,6 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         prog="new_config.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # --ranks would be taken for --ranks-per-node
     )
     parser.add_argument("--student", required=True, metavar="MODEL")
     parser.add_argument("--teacher", required=True, metavar="MODEL")
@@ -39,14 +40,15 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--chat-template", metavar="FILE", help="Jinja, for a model without one")
     parser.add_argument("--gpus", type=positive(int), default=1, metavar="N", help="ranks")
-    parser.add_argument("--gpu-memory", default="80GB", metavar="SIZE", help="of each (80GB)")
+    parser.add_argument("--gpu-memory", metavar="SIZE", help="of each, if not what --gpu has")
     parser.add_argument("--host-memory", metavar="SIZE", help="of one node, for what is offloaded")
     number = positive(int)
-    parser.add_argument(
-        "--ranks-per-node", type=number, default=8, metavar="N", help="share it (8)"
-    )
+    parser.add_argument("--ranks-per-node", type=number, metavar="N", help="share it (8)")
     parser.add_argument("--nodes", type=number, metavar="N", help="that the GPUs are divided over")
     parser.add_argument("--gpu", default="h100", metavar="NAME", help="times are of it (h100)")
+    parser.add_argument(
+        "--network", metavar="NAME", help="ndr, or Gbit/s: of each GPU between nodes"
+    )
     args = parser.parse_args(argv)
     return run_script(lambda: run(args))
 
@@ -58,12 +60,13 @@ def run(args: argparse.Namespace) -> None:
     from ds_kd.plan.step.cluster import bytes_of, divide_over_nodes, make_cluster
 
     host = args.host_memory and bytes_of(args.host_memory, "--host-memory")
-    together = args.ranks_per_node
+    together = args.ranks_per_node or 8
     if args.nodes is not None:
-        together = divide_over_nodes(args.gpus, args.nodes)
-    cluster = make_cluster(args.gpu, args.gpus, together)
+        together = divide_over_nodes(args.gpus, args.nodes, args.ranks_per_node, "--gpus")
+    cluster = make_cluster(args.gpu, args.gpus, together, args.network)
     assert cluster is not None
-    machine = Machine(bytes_of(args.gpu_memory), host, cluster.per_node)
+    room = cluster.gpu.memory if args.gpu_memory is None else bytes_of(args.gpu_memory)
+    machine = Machine(room, host, cluster.per_node)
     rows = Rows(args.data, args.validation, args.columns, args.chat_template)
     text, warnings = write_starter((args.student, args.teacher), rows, machine, cluster)
     print(text, end="")

@@ -32,7 +32,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     option("--ranks-per-node", type=positive(int), metavar="N", help="that share that memory")
     option("--gpu", metavar="NAME", help="h100, for its memory and the time of a step at best")
     option("--nodes", type=positive(int), metavar="N", help="that the ranks are divided over")
-    option("--network", type=positive(float), metavar="GBIT/S", help="of each GPU between nodes")
+    option("--network", metavar="NAME", help="ndr, or Gbit/s: of each GPU between nodes")
     option("--length", type=positive(int), metavar="N", help="tokens of a sample; else measured")
     option("--mfu", type=positive(float, 1), default=0.4, help="share of the peak, such as 0.4")
     option("--tflops", type=positive(float), default=989.0, help="that peak (an H100's)")

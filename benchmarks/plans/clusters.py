@@ -33,12 +33,13 @@ PER_NODE, LENGTH, LONG, ROWS = 8, 4096, 131_072, 64
 GPU, GPU_MEMORY, HOST_MEMORY = "h100", "80GB", "2TB"
 BATCH = 512  # samples of a step, at least
 COLUMNS = (
-    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "cp", "samples", "GiB of a GPU",
-    "states", "GiB of a node", "GB received", "step", "tokens/s of a GPU", "of the peak",
+    "pair", "GPUs", "tokens", "teacher", "offloaded", "again", "tp", "cp", "samples",
+    "GiB of a GPU", "states", "GiB of a node", "GB received", "step", "tokens/s of a GPU",
+    "of the peak",
 )  # fmt: skip
 PLAIN = {
-    "local": 1, "split": 1, "checkpointing": "false", "why": "", "place": "", "zero": "null",
-    "teacher_zero": "null",
+    "local": 1, "split": 1, "cut": 1, "checkpointing": "false", "why": "", "place": "",
+    "zero": "null", "teacher_zero": "null",
 }  # fmt: skip
 TEMPLATE = """\
 # {gpus} GPUs
@@ -47,7 +48,7 @@ teacher_model: {{pretrained_model_name_or_path: {teacher}, torch_dtype: bf16}}
 {place}dataset: {{_target_: ds_kd.data.text.make_text_dataset, dataset_name: {rows}}}
 optimizer: {{_target_: torch.optim.AdamW, lr: 1.0e-5}}
 step_scheduler: {{global_batch_size: {batch}, local_batch_size: {local}, max_steps: 1000}}
-distributed: {{activation_checkpointing: {checkpointing}, cp_size: {split}}}
+distributed: {{activation_checkpointing: {checkpointing}, cp_size: {split}, tp_size: {cut}}}
 deepspeed: {{student: {zero}, teacher: {teacher_zero}}}
 """
 
@@ -124,7 +125,7 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
     work, parts = found.layout.work, found.parts
     moved = "weights, optimizer" if work.offload_weights else "optimizer"
     states = sum(s for n, s in parts.items() if memory.is_state(n) and memory.is_on_device(n))
-    tokens = work.tokens * work.micro_batches / work.sequence
+    tokens = work.tokens * work.micro_batches / found.layout.shared
     done = count_operations(chooser.student, chooser.teacher, work)
     received = sum(
         each.received for each in count_exchanges(chooser.student, chooser.teacher, work, world)
@@ -133,6 +134,7 @@ def describe_choice(chooser: Any) -> dict[str, Any]:
         "teacher": found.layout.place.replace("without a copy in each node", "(no copies)"),
         "offloaded": moved if work.offload_optimizer else "–",
         "again": "yes" if work.checkpointing else "–",
+        "tp": work.tensor,
         "cp": work.sequence,
         "samples": f"{found.layout.local} × {work.micro_batches}",
         "GiB of a GPU": f"{memory.on_device(parts) / 2**30:.0f}",

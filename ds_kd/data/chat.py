@@ -91,7 +91,11 @@ def conversation_of(
     if isinstance(system, str) and system.strip() and not has_turn:
         messages.insert(0, {"role": "system", "content": system})
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("a conversation without an assistant turn has nothing to learn")
+        raise ValueError(
+            "a conversation without an assistant turn has nothing to learn; for a student that "
+            "writes the answers (rollouts) ds_kd.data.text.make_prompt_dataset with column: "
+            f"{column} reads it"
+        )
     tools = _decode_json(_drop_nulls(row.get("tools")))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"tools is {tools!r:.80}, expected a list of mappings")

@@ -16,7 +16,7 @@ from ds_kd.models.files.damage import name_damage
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
-from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
+from ds_kd.plan.rollouts import add_answers, describe_writing, format_size, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
@@ -41,7 +41,7 @@ def plan_of(
     tflops: float = 989.0,
     gpu: str | None = None,
     nodes: int | None = None,
-    network: float | None = None,
+    network: str | None = None,
 ) -> str:
     """Return the plan of a run as text, given sizes in the user's notation.
 
@@ -55,11 +55,11 @@ def plan_of(
         tflops: that peak, in 10¹² operations per second (an H100's in bf16).
         gpu: name of the accelerators; None takes this machine's if they have one.
         nodes: machines that the ranks are divided over, in place of `ranks_per_node`.
-        network: Gbit/s of an accelerator's share in its node's network.
+        network: of each accelerator between nodes, a name or Gbit/s.
 
     Raises:
         ConfigError: a size cannot be read, batch sizes do not fit, a model or an accelerator of
-            this name does not exist, or ranks cannot be divided over nodes.
+            this name does not exist, or ranks cannot be divided over nodes so.
     """
     rooms = (("--gpu-memory", gpu_memory), ("--host-memory", host_memory))
     sizes = [None if given is None else bytes_of(given, option) for option, given in rooms]
@@ -67,7 +67,7 @@ def plan_of(
     check_world(cfg, ranks)
     together = ranks_per_node or (cfg.slurm.ntasks_per_node if cfg.slurm is not None else 8)
     if nodes is not None:
-        together = divide_over_nodes(ranks, nodes)
+        together = divide_over_nodes(ranks, nodes, ranks_per_node)
     cluster = make_cluster(gpu, ranks, together, network)
     if gpu is not None and cluster is not None and sizes[0] is None:
         sizes[0] = cluster.gpu.memory
@@ -119,7 +119,9 @@ def describe(
     lines += _describe_memory(parts)
     lines += _describe_worlds(student, teacher, plain, machine, tune)
     lines += _describe_cost(cfg, student, teacher, work, world, mfu, tflops, cluster)
-    lines += describe_writing(config_of(cfg.model), student, parts, writing, machine, world)
+    lines += describe_writing(
+        config_of(cfg.model), student, parts, writing, machine, world, cluster
+    )
     return "\n".join(lines)
 
 
@@ -187,7 +189,7 @@ def _describe_memory(parts: dict[str, int]) -> list[str]:
     device, host = memory.on_device(parts), memory.on_host(parts)
     sums = {"on the accelerator, together": device, "in the host memory, together": host}
     sizes = [(name, size) for name, size in {**parts, **sums}.items() if size]
-    lines = [f"    {name:<38}{_format_size(size):>11}" for name, size in sizes]
+    lines = [f"    {name:<38}{format_size(size):>11}" for name, size in sizes]
     return ["  memory of a rank, estimated:", *lines]
 
 
@@ -208,10 +210,10 @@ def _describe_worlds(
         parts = memory.estimate_bytes(student, teacher, tune(work, ranks), ranks)
         here = {name: size for name, size in parts.items() if memory.is_on_device(name)}
         states = sum(size for name, size in here.items() if memory.is_state(name))
-        whole = _format_size(sum(here.values()))
-        line = f"    {ranks:>4}: {whole} of which states {_format_size(states)}"
+        whole = format_size(sum(here.values()))
+        line = f"    {ranks:>4}: {whole} of which states {format_size(states)}"
         if of_node := machine.of_node(parts, ranks):
-            line += f"; host memory of a node {_format_size(of_node)}"
+            line += f"; host memory of a node {format_size(of_node)}"
         lines.append(line + _judge(machine, machine.lacks(parts, ranks), bool(of_node)))
     if machine.room is not None:
         lines.append(f"  {_advise(student, teacher, work, machine, tune)}")
@@ -265,9 +267,9 @@ def _advise(
 ) -> str:
     """Return a sentence on the smallest number of ranks that fits, and the keys that it needs."""
     assert machine.room is not None
-    room = _format_size(machine.room)
+    room = format_size(machine.room)
     if machine.host_room is not None:
-        room += f" and a host of {_format_size(machine.host_room)}"
+        room += f" and a host of {format_size(machine.host_room)}"
     found = smallest_fit(student, teacher, work, machine, tune)
     if found is None:
         return (
@@ -288,7 +290,7 @@ def _advise(
     ]
     moves = [*dict.fromkeys(moves)]
     needs = machine.of_node(memory.estimate_bytes(student, teacher, offer, ranks), ranks)
-    host = f", {_format_size(needs)} of host memory in a node" if needs else ""
+    host = f", {format_size(needs)} of host memory in a node" if needs else ""
     return f"smallest that fits into {room}: {ranks} rank(s)" + (
         f" with {' and '.join(moves)}{host}" if moves else f" as written{host}"
     )
@@ -390,10 +392,6 @@ def _shares_softmax(loss: Component) -> bool:
     """Return whether CE and the distillation loss read one softmax."""
     is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
     return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
-
-
-def _format_size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def _format_count(number: int) -> str:

@@ -1,11 +1,13 @@
-"""Named GPUs: what their makers print about memory, arithmetic and links, for estimates of time.
+"""Named GPUs and networks: what their makers print about memory, arithmetic and links, for
+estimates of time.
 
 Peaks are of dense bf16 products without structured sparsity, which the data sheets of Hopper and
 later print twice as high. A link's rate is that of one direction; data sheets add up both. Sources:
 NVIDIA's data sheets of A100 (nvidia-a100-datasheet-us-nvidia-1758950-r4), H100 and H200 (SXM),
 Blackwell (HGX B200) and L40S, and for the network the user guides of DGX A100, H100, H200 and B200:
 one adapter for each GPU, of 200 Gb/s (A100) or 400 Gb/s. An L40S has no NVLink and, as assumed
-here, an adapter of 200 Gb/s.
+here, an adapter of 200 Gb/s. A network's rate is that of one port: InfiniBand's generations with
+four lanes, and Ethernet's by their names.
 """
 
 from __future__ import annotations
@@ -45,3 +47,8 @@ GPUS = {
     "b200": Gpu("B200 SXM", 180 * 10**9, 2250.0, 8e12, 9e11, 5e10, 6.4e10),
     "l40s": Gpu("L40S", 48 * 10**9, 362.0, 0.864e12, 3.2e10, 2.5e10, 3.2e10),
 }
+#: Gbit/s of a port, by the name that a command line takes.
+NETWORKS = {
+    "edr": 100.0, "hdr": 200.0, "ndr": 400.0, "xdr": 800.0,
+    "10gbe": 10.0, "25gbe": 25.0, "100gbe": 100.0, "200gbe": 200.0, "400gbe": 400.0,
+}  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 from ds_kd.config.schema import RunConfig
 from ds_kd.models.generation.sampling import count_rows, group
 from ds_kd.plan import memory
-
-_BANDWIDTH = 3e12  # bytes per second that an accelerator reads of its memory (an H100)
+from ds_kd.plan.hardware import GPUS
+from ds_kd.plan.step.cluster import Cluster
 
 
 @dataclass(frozen=True)
@@ -79,6 +79,7 @@ def describe_writing(
     writing: Writing | None,
     machine: memory.Machine,
     world: int,
+    cluster: Cluster | None = None,
 ) -> list[str]:
     """Return lines on the memory and the time of writing; none if the student writes nothing.
 
@@ -87,6 +88,7 @@ def describe_writing(
         parts: the memory of a step, from `memory.estimate_bytes`.
         machine: the memory of a rank.
         world: the ranks, which share the batches.
+        cluster: named accelerators; None takes an H100's memory.
     """
     if writing is None:
         return []
@@ -98,15 +100,16 @@ def describe_writing(
     states = {name: size for name, size in parts.items() if memory.is_state(name)}
     needed = memory.on_device(states) + copy + cache
     fits = "" if machine.room is None else ", fits" if needed <= machine.room else ", too much"
-    seconds = turns * writing.answer * copy / _BANDWIDTH
+    bandwidth = (GPUS["h100"] if cluster is None else cluster.gpu).bandwidth
+    seconds = turns * writing.answer * copy / bandwidth
     every = "each step" if writing.reuse == 1 else f"every {writing.reuse} steps"
     return [
         f"  rollouts: {sum(writing.batches)} answers of up to {writing.answer} tokens to prompts "
         f"of about {writing.prompt}, in {len(writing.batches)} batch(es) of up to {rows}, {every}",
-        f"    a copy of the student {_gib(copy)}, keys and values {_gib(cache)}; with the states "
-        f"of a step {_gib(needed)} on a rank{fits}",
+        f"    a copy of the student {format_size(copy)}, keys and values {format_size(cache)}; "
+        f"with the states of a step {format_size(needed)} on a rank{fits}",
         f"    {turns * writing.answer:,} forwards of one token after another on a rank: "
-        f"{seconds:.3g} s or more at {_BANDWIDTH / 1e12:g} TB/s of memory",
+        f"{seconds:.3g} s or more at {bandwidth / 1e12:g} TB/s of memory",
     ]
 
 
@@ -119,5 +122,6 @@ def _count_cache(config: Any) -> int:
     return 2 * int(text.num_hidden_layers) * int(kv) * int(size)
 
 
-def _gib(size: int) -> str:
+def format_size(size: int) -> str:
+    """Return a number of bytes as a text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

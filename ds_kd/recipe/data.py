@@ -20,7 +20,7 @@ from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
-from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
+from ds_kd.parallel.signals import end_workers_at_exit, prepare_worker
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 from ds_kd.teachers.cache.keys import AddKeys
@@ -291,5 +291,5 @@ def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:
     if kwargs.get("num_workers"):
         end_workers_at_exit()
         found["timeout"] = kwargs.get("timeout") or seconds
-        found["worker_init_fn"] = kwargs.get("worker_init_fn") or ignore_requests
+        found["worker_init_fn"] = kwargs.get("worker_init_fn") or prepare_worker
     return found

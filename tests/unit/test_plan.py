@@ -14,6 +14,7 @@ from ds_kd.losses.chunked import default_chunk
 from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
+from ds_kd.plan.new_config.starter import make_chooser
 from ds_kd.plan.step.cluster import Cluster
 from ds_kd.plan.step.operations import count_by_phase, count_operations
 from ds_kd.plan.step.ranks import smallest_fit
@@ -193,6 +194,10 @@ def test_a_collective_takes_the_slower_of_the_links_in_a_node_and_its_network():
     ):
         taken = Cluster(GPUS["h100"], 16, 8, network).seconds(exchange)
         assert taken == pytest.approx(seconds)
+    # Two ranks 8 apart are in two nodes, whose network 8 such groups share.
+    apart = plan.replace(exchange, ranks=2, stride=8)
+    taken = Cluster(GPUS["h100"], 16, 8).seconds(apart)
+    assert taken == pytest.approx(1e9 / 2 * 8 / (0.8 * 8 * 50e9))
 
 
 def test_ranks_that_share_layers_or_samples_share_activations_logits_and_operations():
@@ -222,8 +227,9 @@ def test_a_whole_teacher_beside_a_cut_student_is_computed_on_each_of_its_ranks()
     ]
     assert received[1]["teacher's weights"] == received[2]["teacher's weights"]
     assert "teacher's sums" in received[0] and "teacher's sums" not in received[1]
-    # Forward sums two results of a layer; backward the gradients of q, k, v, gate and up.
-    assert received[0]["student's sums"] == 3.5 * received[0]["teacher's sums"]
+    # Forward sums two results of a layer; backward two gradients: what q, k and v read, and what
+    # gate and up read.
+    assert received[0]["student's sums"] == 2 * received[0]["teacher's sums"]
     sizes = [
         plan.estimate_bytes(LARGE, LARGE, plan.replace(work, teacher_is_whole=True), 8)
         for work in (cut, uncut)
@@ -262,6 +268,22 @@ def test_the_time_on_named_gpus_is_told_and_a_wrong_name_or_number_of_nodes_too(
     assert "time at best, on 16 × H100 SXM in 2 node(s):" in out and "tokens/s on all ranks" in out
     assert re.search(r"gradients +[\d.e-]+ GB  reduce_scatter, 16 ranks", out)
     assert "smallest that fits into 74.51 GiB" in out  # the memory of that GPU
+    slow = ["--gpu", "h100", "--ranks", "16", "--nodes", "2", "--network"]
+    times = []
+    for network in ("hdr", "200", "25gbe"):
+        assert main([*words, *sizes, *slow, network]) == 0
+        times.append(re.search("time at best.*", capsys.readouterr().out)[0])
+    assert times[0] == times[1] != times[2]
+    assert main([*words, *sizes, *slow, "token-ring"]) == 2
+    assert "--network: got 'token-ring', expected edr or hdr or ndr" in capsys.readouterr().err
+    assert main([*words, *sizes, *slow, "hdr", "--ranks-per-node", "4"]) == 2
+    assert "--ranks-per-node: got 4, expected 8, as 16 ranks on 2 nodes" in capsys.readouterr().err
+    if not torch.cuda.is_available():
+        assert main([*words, *sizes, "--ranks", "16", "--network", "ndr"]) == 2
+        assert "--network: got 'ndr', expected --gpu beside it" in capsys.readouterr().err
+    copies = "deepspeed.teacher={zero_optimization: {stage: 3, zero_hpz_partition_size: 6}}"
+    assert main([*words, *sizes, copies, "--ranks", "16"]) == 2
+    assert "got 6, expected a zero_hpz_partition_size that divides 16" in capsys.readouterr().err
     assert main([*words, *sizes, "--gpu", "h1000", "--ranks", "16"]) == 2
     assert "--gpu: got 'h1000', expected a100-40gb or a100 or h100" in capsys.readouterr().err
     assert main([*words, *sizes, "--ranks", "16", "--nodes", "3"]) == 2
@@ -301,6 +323,17 @@ def test_the_loss_takes_the_time_of_its_kernel_or_of_the_plain_code(section, pas
     assert student.memory == pytest.approx(passes * 4 * 4096 * 32_000 / 3.35e12, rel=1e-3)
 
 
+def test_ranks_share_layers_and_samples_only_as_both_models_heads_allow(words):
+    cfg = load(GUIDE, [word for word in words if "=" in word], config_only=True)
+    gpus = Cluster(GPUS["h100"], 8, 8)
+    chooser = make_chooser(cfg, work_of(cfg, 8, 32, 1.0), plan.Machine(), gpus, None, 8)
+    layouts = [one.work for ranks in (1, 2, 4, 8) for one in chooser.list_layouts(ranks)]
+    # Each model has four heads, and two of keys and values.
+    shared = {(work.tensor, work.sequence) for work in layouts}
+    assert shared == {(1, 1), (1, 2), (2, 1), (1, 4), (2, 2)}
+    assert all(work.window == 1 and work.hpz == 1 for work in layouts if work.tensor > 1)
+
+
 def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     clusters.write_models(tmp_path)
     small = clusters.plan_row(tmp_path, ("8B", "1B"), 8, clusters.LENGTH)
@@ -312,7 +345,8 @@ def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     # A sample that is too long for a rank is shared by two of them.
     long = clusters.plan_row(tmp_path, ("70B", "8B"), 8, clusters.LONG)
     assert long["cp"] == 2
-    assert "cp_size 2: no layout of 1 fits" in (tmp_path / "70B-8B-8-131072.yaml").read_text()
+    text = (tmp_path / "70B-8B-8-131072.yaml").read_text()
+    assert "cp_size 2: no layout of 1 fits, and tp_size 2 needs" in text
     page = (GUIDE.parents[2] / "docs" / "scaling.md").read_text()
     for row in (small, large, long):
         assert f"| {' | '.join(map(str, row.values()))} |" in page, "benchmarks/plans/clusters.py"

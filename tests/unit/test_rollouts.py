@@ -225,6 +225,32 @@ def test_keys_that_rollouts_cannot_follow_are_refused_by_name(place, overrides, 
     assert words in refusal(place, *overrides)
 
 
+def test_a_wrong_share_of_rollouts_is_one_problem_and_none_of_a_key_that_is_not_given(place):
+    assert len(refusal(place, "rollouts.ratio=half").splitlines()) == 1
+
+
+def test_layers_that_the_models_lack_are_told_before_they_are_loaded(place):
+    layers = (
+        "kd_loss_fn=[{name: tvd, weight: 1},{name: hidden_states, weight: 1, layers: [[1, 3]]}]"
+    )
+    expected = "got [1, 3], expected a student's layer below 2 and a teacher's below 3"
+    assert expected in refusal(place, layers)
+    assert config(place, layers.replace("3]]", "2]]")).kd_loss_fn is not None
+
+
+def test_conversations_without_answers_are_sent_to_the_data_set_that_reads_them(place):
+    talks = place / "talks.jsonl"
+    talks.write_text('{"messages": [{"role": "user", "content": "w5"}]}\n')
+    chat = {"_target_": "ds_kd.data.chat.ChatDataset", "dataset_name": str(talks)}
+    assert "make_prompt_dataset with column: messages reads it" in refusal(place, dataset=chat)
+    prompts = {
+        "_target_": "ds_kd.data.text.make_prompt_dataset",
+        "path_or_dataset_id": str(talks),
+    }
+    assert "dataset.column names others: write messages" in refusal(place, dataset=prompts)
+    assert config(place, dataset={**prompts, "column": "messages"}).dataset is not None
+
+
 def test_rows_without_answers_are_for_a_student_that_writes_all_of_them(place):
     prompts = {
         "_target_": "ds_kd.data.text.make_prompt_dataset",

@@ -52,7 +52,10 @@ class Source:
     hidden: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
 
     def locate(self, line: str) -> str:
-        """Return a problem with its key's place in front, and the line with a caret under it."""
+        """Return a problem with its key's place in front, and the line with a caret under it; that
+        of a command's option has none."""
+        if line.startswith("--"):
+            return line
         match = re.match(r"[\w.\[\]-]+", line)
         key = match[0] if match else ""
         while key:

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from ds_kd.config.methods.check_sequence import check_sequence
+from ds_kd.config.methods.check_tensor import check_tensor
 from ds_kd.config.names import CPU, REPLICATE, ZERO3
 from ds_kd.config.schema import RunConfig
 from ds_kd.plan import memory
@@ -17,7 +19,7 @@ from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
-_SPLITS = (1, 2, 4, 8)  # ranks that share a sample
+_SHARED = (1, 2, 4, 8)  # ranks that share a sample: its tokens, or each layer's weights
 _ROOM = 0.9  # share of an accelerator that may be planned
 _ONCE = "zero3 without a copy in each node"
 _ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
@@ -36,6 +38,11 @@ class Layout:
     local: int
     work: memory.Work
     copies: bool = True
+
+    @property
+    def shared(self) -> int:
+        """Return the ranks that share a sample."""
+        return self.work.tensor * self.work.sequence
 
     @property
     def placement(self) -> str:
@@ -90,11 +97,11 @@ class Chooser:
     widest: int | None
 
     def choose(self) -> Choice | None:
-        """Return the best layout that fits, or None. Samples are split over ranks only where none
-        fits otherwise."""
+        """Return the best layout that fits, or None. Ranks share samples only where none fits
+        otherwise."""
         fitting: list[Layout] = []
-        for ranks in self._list_splits():
-            fitting = [one for one in self._list_layouts(ranks) if not self.lacks(one)]
+        for ranks in _SHARED:
+            fitting = [one for one in self.list_layouts(ranks) if not self.lacks(one)]
             if fitting:
                 break
         else:
@@ -106,12 +113,12 @@ class Chooser:
 
     def least(self) -> Layout:
         """Return the layout that needs least of the accelerators' memory."""
-        layouts = self._list_layouts(self._list_splits()[-1])
+        layouts = [one for ranks in _SHARED for one in self.list_layouts(ranks)]
         return min(layouts, key=lambda one: memory.on_device(self.parts(one)))
 
     def batch(self, layout: Layout) -> int:
         """Return the samples of a step."""
-        width = layout.local * self.cluster.world // layout.work.sequence
+        width = layout.local * self.cluster.world // layout.shared
         wanted = max(self.wanted, width)
         if self.widest is not None:
             wanted = min(wanted, self.widest)
@@ -136,15 +143,28 @@ class Chooser:
     def time_of_token(self, layout: Layout) -> float:
         """Return the seconds of a step for each token of a rank."""
         work = layout.work
-        return self.seconds(layout) * work.sequence / (work.tokens * work.micro_batches)
+        return self.seconds(layout) * layout.shared / (work.tokens * work.micro_batches)
 
-    def _list_splits(self) -> list[int]:
-        """Return the numbers of ranks that may share a sample, all of one node."""
-        return [n for n in _SPLITS if self.cluster.per_node % n == 0]
+    def _can_share(self, tensor: int, sequence: int) -> bool:
+        """Return whether ranks of one node may share these models' layers and samples so."""
+        ranks = tensor * sequence
+        if self.cluster.per_node % ranks or self.cluster.world % ranks:
+            return False
+        sizes = replace(self.cfg.distributed, tp_size=tensor, cp_size=sequence)
+        problems: list[str] = []
+        for check in (check_tensor, check_sequence):
+            check(replace(self.cfg, distributed=sizes), problems)
+        return not problems
 
-    def _list_layouts(self, split: int) -> Iterator[Layout]:
+    def list_layouts(self, ranks: int) -> Iterator[Layout]:
         """Yield the layouts in which so many ranks share a sample."""
-        world = self.cluster.world // split
+        for tensor in (n for n in _SHARED if ranks % n == 0):
+            if self._can_share(tensor, ranks // tensor):
+                yield from self._list_sizes(tensor, ranks // tensor)
+
+    def _list_sizes(self, tensor: int, sequence: int) -> Iterator[Layout]:
+        """Yield the layouts in which so many ranks share layers, and samples."""
+        world = self.cluster.world // (tensor * sequence)
         sizes = [n for n in _LOCAL_SIZES if self.widest is None or n * world <= self.widest]
         switches = (False, True)
 
@@ -156,7 +176,8 @@ class Chooser:
                 checkpointing=again,
                 offload_optimizer=optimizer,
                 offload_weights=weights,
-                sequence=split,
+                tensor=tensor,
+                sequence=sequence,
             )
             for layout in self._list_places(Layout(local, work)).values():
                 yield self._widen(layout, local)
@@ -169,14 +190,14 @@ class Chooser:
             REPLICATE: Layout(layout.local, replace(work, teacher_is_whole=True)),
             CPU: Layout(layout.local, replace(work, offload_teacher=True)),
         }
-        if self.cluster.world > self.cluster.per_node > 1:
+        if self.cluster.world > self.cluster.per_node > 1 and work.tensor == 1:
             places[_ONCE] = Layout(layout.local, work, copies=False)
         return places
 
     def _widen(self, layout: Layout, local: int) -> Layout:
         """Return a layout with micro-batches of so many samples."""
         layout = replace(layout, local=local)
-        width = local * self.cluster.world // layout.work.sequence
+        width = local * self.cluster.world // layout.shared
         tokens, count = self.plain.tokens * local, self.batch(layout) // width
         work = replace(layout.work, tokens=tokens, micro_batches=count)
         return self._settle(replace(layout, work=work))
@@ -202,12 +223,12 @@ class Chooser:
             told = self._compare(self._widen(layout, larger[-1]), layout)
             if (
                 self.widest is not None
-                and larger[-1] * self.cluster.world // work.sequence > self.widest
+                and larger[-1] * self.cluster.world // layout.shared > self.widest
             ):
                 told = "leaves few steps of an epoch"
             reasons.append(f"local_batch_size {layout.local}: {larger[-1]} {told}")
-        if work.sequence > 1:
-            reasons.append(f"cp_size {work.sequence}: no layout of {work.sequence // 2} fits")
+        if layout.shared > 1:
+            reasons.append(self._explain_sharing(layout))
         without = compare(checkpointing=not work.checkpointing)
         told = "without it a step" if work.checkpointing else "none, as with it a step"
         reasons.append(f"activation_checkpointing: {told} {without}")
@@ -224,6 +245,16 @@ class Chooser:
             if name != layout.place
         ]
         return [*reasons, f"teacher {layout.place}: {'; '.join(others)}"]
+
+    def _explain_sharing(self, layout: Layout) -> str:
+        """Return a sentence on the ranks that share a sample."""
+        tensor, sequence = layout.work.tensor, layout.work.sequence
+        told = f"{_name_sizes(tensor, sequence)}: no layout of {layout.shared // 2} fits"
+        if tensor == sequence or not self._can_share(sequence, tensor):
+            return told
+        other = replace(layout, work=replace(layout.work, tensor=sequence, sequence=tensor))
+        compared = self._compare(self._settle(other), layout)
+        return f"{told}, and {_name_sizes(sequence, tensor)} {compared}"
 
     def _compare(self, other: Layout, chosen: Layout) -> str:
         """Return what another layout would need or take."""
@@ -245,7 +276,7 @@ def describe_choice(chooser: Chooser, choice: Choice) -> list[str]:
     states = sum(size for name, size in parts.items() if memory.is_state(name))
     node = chooser.machine.of_node(parts, cluster.world)
     host = f", {_gib(node)} of a node's memory" if node else ""
-    nodes = cluster.world // cluster.per_node
+    nodes = -(-cluster.world // cluster.per_node)
     return [
         f"Planned: {_gib(memory.on_device(parts))} on each rank{host}, of all that states "
         f"{_gib(states)};",
@@ -255,12 +286,18 @@ def describe_choice(chooser: Chooser, choice: Choice) -> list[str]:
     ]
 
 
-def _count_moves(layout: Layout) -> tuple[int, int]:
-    """Return a layout's distance from the plainest: what is computed again or moved, and where the
-    teacher is."""
+def _name_sizes(tensor: int, sequence: int) -> str:
+    """Return the keys of ranks that share a sample, with their values."""
+    sizes = {"tp_size": tensor, "cp_size": sequence}
+    return " with ".join(f"{name} {size}" for name, size in sizes.items() if size > 1)
+
+
+def _count_moves(layout: Layout) -> tuple[int, int, int]:
+    """Return a layout's distance from the plainest: what is computed again or moved, whether layers
+    are cut, and where the teacher is."""
     work = layout.work
     moves = 2 * work.offload_weights + 2 * work.offload_optimizer + work.checkpointing
-    return moves, (ZERO3, _ONCE, REPLICATE, CPU).index(layout.place)
+    return moves, work.tensor, (ZERO3, _ONCE, REPLICATE, CPU).index(layout.place)
 
 
 def _gib(size: int) -> str:

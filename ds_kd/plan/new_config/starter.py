@@ -65,6 +65,7 @@ step_scheduler:
   ckpt_every_steps: 200
 distributed:
   activation_checkpointing: {checkpointing}
+  tp_size: {cut}                    # ranks that share each layer
   cp_size: {split}                    # ranks that share each sample
 deepspeed:
   student: {zero}
@@ -120,7 +121,7 @@ def write_starter(
     values: dict[str, Any] = {
         "student": _quote(models[0]), "teacher": _quote(models[1]), "data": _quote(given.data),
         "gpus": gpus, "room": machine.room / 2**30, "target": found.name,
-        "local": 1, "batch": gpus, "checkpointing": "false", "why": "", "split": 1,
+        "local": 1, "batch": gpus, "checkpointing": "false", "why": "", "split": 1, "cut": 1,
         "place": "", "zero": "null", "teacher_zero": "null",
         "rows": "", "steps": "", "epochs": 1, "val_every": 1,
         "reading": _write_reading(found, given), "validation": validation,
@@ -149,7 +150,8 @@ def _refuse_references(models: tuple[str, str], given: Rows) -> None:
     options = {f"--{name.replace('_', '-')}": value for name, value in vars(given).items()}
     for option, name in (named | options).items():
         if name is not None and (not name or "${" in name):
-            raise ConfigError([problem(option, name, "a name without ${, which a YAML replaces")])
+            expected = "a name, without ${, which a YAML replaces"
+            raise ConfigError([problem(option, name, expected)])
 
 
 @contextmanager
@@ -213,6 +215,7 @@ def write_layout(chooser: Chooser) -> dict[str, Any]:
         "batch": chooser.batch(found.layout),
         "checkpointing": str(work.checkpointing).lower(),
         "split": work.sequence,
+        "cut": work.tensor,
         "place": f"teacher: {{placement: {place}}}\n" if found.layout.copies else "",
         "teacher_zero": "null" if found.layout.copies else _NO_COPY,
         "zero": f"{{zero_optimization: {{stage: 3{moved}}}}}" if moved else "null",

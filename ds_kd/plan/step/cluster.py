@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
 from ds_kd.config.components import ConfigError, problem
-from ds_kd.plan.hardware import GPUS, Gpu
+from ds_kd.plan.hardware import GPUS, NETWORKS, Gpu
 from ds_kd.plan.step.traffic import Exchange
 
 _GB = {
@@ -39,13 +40,9 @@ class Cluster:
     per_node: int
     network: float | None = None
 
-    def seconds(self, exchange: Exchange, stride: int = 1) -> float:
-        """Return the time of a collective: a ring over all its ranks, which enters a node once.
-
-        Args:
-            stride: ranks between two members of the group.
-        """
-        here = max(1, min(exchange.ranks, self.per_node // stride))
+    def seconds(self, exchange: Exchange) -> float:
+        """Return the time of a collective: a ring over all its ranks, which enters a node once."""
+        here = max(1, min(exchange.ranks, self.per_node // exchange.stride))
         seconds = exchange.received / (OF_LINK * self.gpu.link) if here > 1 else 0.0
         nodes = exchange.ranks / here
         if nodes > 1:
@@ -58,7 +55,7 @@ class Cluster:
 
 
 def make_cluster(
-    name: str | None, world: int, per_node: int, network: float | None = None
+    name: str | None, world: int, per_node: int, network: str | None = None
 ) -> Cluster | None:
     """Return the cluster of a run, or None if its GPUs are not known.
 
@@ -66,29 +63,60 @@ def make_cluster(
         name: of its GPUs; None takes those of this machine.
         world: number of ranks.
         per_node: ranks of a node.
-        network: Gbit/s that each GPU receives from other nodes; None takes what is usual for it.
+        network: of each GPU between nodes, a name or Gbit/s; None takes what is usual for it.
 
     Raises:
-        ConfigError: there is no such name.
+        ConfigError: there is no such GPU, or no such network, or a network and no GPU.
     """
+    rate = None if network is None else read_network(network)
     if name is not None and name.lower() not in GPUS:
         raise ConfigError([problem("--gpu", name, " or ".join(GPUS))])
     gpu = find_gpu() if name is None else GPUS[name.lower()]
     if gpu is None:
+        if network is not None:
+            expected = "--gpu beside it, as the time of a step is told for named GPUs"
+            raise ConfigError([problem("--network", network, expected)])
         return None
-    rate = None if network is None else network * 1e9 / 8
     return Cluster(gpu, world, min(per_node, world), rate)
 
 
-def divide_over_nodes(ranks: int, nodes: int) -> int:
-    """Return the ranks of a node.
+def read_network(text: str) -> float:
+    """Return the bytes per second of a network that is named, or given in Gbit/s.
 
     Raises:
-        ConfigError: they cannot be divided evenly.
+        ConfigError: it is neither.
+    """
+    rate = NETWORKS.get(text.strip().lower())
+    if rate is None:
+        try:
+            rate = float(text)
+        except ValueError:
+            rate = math.nan
+    if not 0 < rate < math.inf:
+        expected = f"{' or '.join(NETWORKS)}, or Gbit/s of each GPU such as 400"
+        raise ConfigError([problem("--network", text, expected)])
+    return rate * 1e9 / 8
+
+
+def divide_over_nodes(
+    ranks: int, nodes: int, per_node: int | None = None, option: str = "--ranks"
+) -> int:
+    """Return the ranks of a node.
+
+    Args:
+        per_node: the ranks of a node that were given too, or None.
+        option: of the command that gives the ranks, for the message.
+
+    Raises:
+        ConfigError: they cannot be divided evenly, or were given as another number.
     """
     if ranks % nodes:
-        expected = f"a number of nodes that divides {ranks} ranks"
-        raise ConfigError([problem("--nodes", nodes, expected)])
+        expected = f"a number of nodes that divides {ranks} rank(s)"
+        hint = f"give the ranks of all nodes with {option}"
+        raise ConfigError([problem("--nodes", nodes, expected, hint)])
+    if per_node not in (None, ranks // nodes):
+        expected = f"{ranks // nodes}, as {ranks} ranks on {nodes} nodes have, or one of both alone"
+        raise ConfigError([problem("--ranks-per-node", per_node, expected)])
     return ranks // nodes
 
 
