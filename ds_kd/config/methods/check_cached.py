@@ -18,6 +18,8 @@ def find_wrong_cache(cfg: RunConfig, data: dict) -> str:
     command = "python launch/cache_teacher.py --config YAML --output DIR"
     if cfg.kd_loss_fn is not None and (unfit := _find_unfit_loss(cfg)):
         return unfit
+    if given is None and data["teacher"].get("directory") is not None:  # its problem is told
+        return ""
     if given is None:
         return f"{key}: missing; name the directory that {command} writes"
     if cfg.teacher.fill:
