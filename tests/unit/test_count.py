@@ -67,7 +67,7 @@ def count_of_layers(monkeypatch, teacher: int, student: int) -> dict[str, Totals
 
 
 def test_a_step_of_70b_to_8b_costs_gpus_so_much(monkeypatch):
-    """Of few layers and what a further one costs, as 80 + 32 take long to count."""
+    """Counted with few layers, and a further one of each, as 80 + 32 take long."""
     whole = Cost(1, 1)
     with monkeypatch.context() as patch:
         count_of_layers(patch, 1, 1)  # the first count of a process has three launches more
