@@ -358,6 +358,10 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
         teacher={**draws, "keep": "top_k"}, kd_loss_fn={"name": "top_k"}
     )
     config(place, teacher=draws)
+    model = str(place / "teacher")
+    assert "expected a new directory, an empty one, or a cache; it holds config.json" in told(
+        teacher={**filled, "directory": model}
+    )
     resident = config(place, teacher={"directory": "x"})
     assert "teacher.directory: has no effect, as teacher.kind is resident" in resident.notes
 
