@@ -84,7 +84,8 @@ def compare(chooser: Any) -> dict[str, Any]:
     done = count_by_phase(student, teacher, work)
 
     # Groups are whole nodes where there are several, and whole samples in one.
-    unit = chooser.cluster.per_node if world > chooser.cluster.per_node else work.sequence
+    per_node = chooser.cluster.per_node
+    unit = per_node if world > per_node else shared.layout.shared
     times = {n: time_apart(chooser, work, n) for n in range(unit, world, unit)}
     ranks = min(times, key=lambda n: max(times[n]))
     apart = max(times[ranks])

@@ -98,7 +98,7 @@ def export_to(checkpoint: Path, out: Path) -> None:
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists; remove it or give another name")
-    aside = out.with_name(f"{out.name}.part")
+    aside = out.with_name(f".{out.name}.part")  # without the dot it may be the user's
     try:
         shutil.rmtree(aside, ignore_errors=True)
         export_checkpoint(Path(os.path.realpath(checkpoint)), aside)

@@ -107,7 +107,7 @@ class Work:
     micro_batches: int = 1
     chunk: int = 2048
     shares_softmax: bool = True
-    passes: float = 3.5
+    passes: float = 2.5
     optimizer_numbers: int = 2
     checkpointing: bool = False
     offload_weights: bool = False

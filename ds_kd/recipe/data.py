@@ -37,8 +37,9 @@ def packs(cfg: RunConfig) -> bool:
 
 
 def attends_by_sample(cfg: RunConfig, world: World) -> bool:
-    """Return whether the attention of a run's models is `attention.sdpa_by_sample`."""
-    return packs(cfg) or world.sequence.size > 1
+    """Return whether the attention of a run's models is `attention.sdpa_by_sample`: on accelerators
+    always, as transformers' own asks the device in every pass whether a row is a pack."""
+    return packs(cfg) or world.sequence.size > 1 or world.device.type != "cpu"
 
 
 def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, dict[str, Any]]:

@@ -164,6 +164,37 @@ def compare(world, root):
     out["of_one_rank"] = train(world, root, "of_one_rank", *ALONE, alone)
     out["killed"] = kill(world, root)
     out["answers"] = answer(world, root, "answers2.jsonl")
+    out["views"] = verify_with_other_views(world, root)
+    return out
+
+
+def verify_with_other_views(world, root):
+    """Return what comes of a comparison with the teacher where rank 1 has not seen the files that
+    another run has just written, and of one with rows that are another teacher's."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from ds_kd.config.components import ConfigError
+    from ds_kd.recipe.build import build_teacher
+    from ds_kd.recipe.offline.teacher import build_kind, verify
+    from ds_kd.recipe.offline.write import plan_cache
+    from ds_kd.teachers.cache.store import Store
+    from ds_kd.teachers.cached import CachedTeacher
+
+    kept = f"teacher={{kind: cached, directory: {root / 'padded'}, fill: true, dtype: fp32}}"
+    task = plan_cache(config(root, "views", *ALONE, kept), world)
+    other, kind = Store(root / "nothing"), build_kind(root / "padded", task.record, world)
+    live = build_teacher(task.cfg, [], world)
+    cached = CachedTeacher(task.store if world.is_main else other, kind)
+    out = [verify(live, cached, task.sets, root / "padded", world)]
+    for path in (root / "padded").glob("part-*") if world.is_main else ():
+        part = load_file(path)
+        keys, hidden = part["keys"].numpy().view(np.uint64), part["hidden"]
+        other.add(keys, {"hidden": hidden + 0.1 * torch.randn_like(hidden)})
+    try:
+        verify(live, CachedTeacher(other, kind), task.sets, root / "padded", world)
+    except ConfigError as error:
+        out.append("away from the stored one" in str(error))
     return out
 
 
@@ -200,7 +231,8 @@ def results(tmp_path_factory):
     (root / "rows.jsonl").write_text(rows(17))
     (root / "held.jsonl").write_text(rows(24).split("\n", 17)[-1])
     written = run_ranks(write_alone, 1, root)[0]
-    found = run_ranks(compare, 2, root)[0]
+    found, other = run_ranks(compare, 2, root)
+    found["views"] = [found["views"], other["views"]]
     return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root, "written": written}
 
 
@@ -253,6 +285,14 @@ def test_a_cache_of_two_ranks_serves_one_and_the_other_way_round(results):
     assert losses == pytest.approx(expected, rel=1e-6) and not none
     losses, none = results["of_one_rank"]
     assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-6) and not none
+
+
+def test_all_ranks_run_the_teacher_or_none_whatever_files_each_has_seen(results):
+    assert [first for first, *_ in results["views"]] == [True, True]
+
+
+def test_rows_that_the_teacher_does_not_give_now_are_refused_on_all_ranks(results):
+    assert [rest for _, *rest in results["views"]] == [[True], [True]]
 
 
 @pytest.mark.parametrize("place", ["replicate", "cpu"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -55,6 +56,18 @@ def test_padding_packs_and_shared_beginnings_do_not_change_the_key_of_a_row():
     assert find_keys(default_collater([filler])).shape == (0, 2)
 
 
+def test_rows_of_a_users_own_packs_have_the_keys_of_their_samples():
+    samples = tiny.samples(6, seed=3)
+    expected = np.concatenate([keys_of_sample(sample) for sample in samples])
+    whole = PackedDataset(samples, 96)
+    assert len(whole) == 1
+    own = whole[0]
+    assert np.array_equal(keys_of_sample(own), expected)
+    assert np.array_equal(find_keys(default_collater([own])), expected)
+    again = PackedDataset([own], 128)
+    assert np.array_equal(find_keys(default_collater([again[0]])), expected)
+
+
 def test_another_token_before_a_row_gives_it_another_key_and_one_after_it_does_not():
     one = {"input_ids": [5, 6, 7, 8], "labels": [-100, 7, 8, -100]}
     after = {"input_ids": [5, 6, 7, 9], "labels": [-100, 7, 9, -100]}
@@ -85,8 +98,10 @@ def test_rows_come_back_from_several_files_and_from_memory_bit_for_bit(tmp_path)
     found = writer.read(keys[order.numpy()])["hidden"]
     assert torch.equal(found, fields["hidden"][order]) and found.dtype == torch.bfloat16
     assert other.lacks(keys).tolist() == [True] * 10 + [False] * 10 + [True] * 10
+    # Rows that others have written by now are found when they are read.
+    assert torch.equal(other.read(keys[:20])["hidden"], fields["hidden"][:20])
     with pytest.raises(CacheError, match="lacks 10 of 20 rows"):
-        other.read(keys[:20])
+        other.read(keys[10:])
 
 
 def test_the_remains_of_a_killed_writer_are_passed_over_and_its_rows_are_absent(tmp_path):
@@ -288,6 +303,46 @@ def test_a_full_cache_opens_without_its_teacher_and_gives_what_was_stored(kept):
         assert torch.equal(output.hidden, part["hidden"].flip(0).float())
 
 
+DRAWS = {"keep": "sampled", "k": 12, "temperature": 2.0, "shared": tiny.VOCAB}
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "told"),
+    [
+        (DRAWS, ["teacher.k=9"], r"teacher\.k: got 9, expected 12, what"),
+        (DRAWS, ["kd_loss_fn.temperature=3"], r"temperature: got 3\.0, expected 2, what"),
+        ({**DRAWS, "shared": 90}, [], "a cache for a head of this student's size"),
+        (
+            {"weights": "int8"},
+            ["teacher.fill=true"],
+            "teacher.placement: got .*, expected int8, as",
+        ),
+    ],
+)
+def test_a_cache_that_keeps_something_else_is_refused_by_its_key(kept, record, words, told):
+    path = kept / "cache" / "cache.json"
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), **record}))
+    given = ["teacher.keep=sampled", "teacher.k=12", "kd_loss_fn.temperature=2"]
+    try:
+        with pytest.raises(ConfigError, match=told):
+            open_cache(config(kept, *(given if "keep" in record else []), *words))
+    finally:
+        path.write_text(text)
+
+
+def test_software_that_has_not_run_the_teacher_yet_compares_it_if_it_is_at_hand(kept):
+    path = kept / "cache" / "verified.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps([text.replace("torch", "another torch") for text in told]))
+    try:
+        with pytest.raises(AssertionError, match="the teacher is loaded"):
+            open_cache(config(kept))
+        open_cache(config(kept, "teacher_model=null"))
+    finally:
+        path.write_text(json.dumps(told))
+
+
 def test_absent_samples_are_named_before_the_first_step(kept):
     with pytest.raises(ConfigError) as caught:
         open_cache(config(kept, rows="more"))
@@ -327,6 +382,22 @@ def test_another_teacher_dtype_tokenizer_and_a_damaged_record_are_refused_by_nam
     (tmp_path / "cache" / "cache.json").write_text('{"teacher": 3')
     with pytest.raises(ConfigError, match=r"cache\.json cannot be read; delete the directory"):
         open_cache(config(kept, f"teacher.directory={tmp_path / 'cache'}"))
+
+
+def test_two_runs_that_begin_a_cache_at_once_have_the_same_teacher(kept, tmp_path):
+    """Each found no record before it loaded its teacher, which may take minutes."""
+    from ds_kd.recipe.offline.record import read_record
+    from ds_kd.recipe.offline.teacher import begin_cache
+
+    own = read_record(kept / "cache")
+    head = load_file(kept / "cache" / "head.safetensors")
+    for name in ("teacher", "./teacher"):
+        begin_cache(tmp_path, dataclasses.replace(own, teacher=name), head)
+    other = dataclasses.replace(own, identity="other", teacher="large")
+    with pytest.raises(ConfigError, match=r"teacher\.directory: .*begun the cache of ./teacher"):
+        begin_cache(tmp_path, other, {"weight": head["weight"] * 2})
+    assert read_record(tmp_path).identity == own.identity
+    assert torch.equal(load_file(tmp_path / "head.safetensors")["weight"], head["weight"])
 
 
 def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):

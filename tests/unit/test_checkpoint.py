@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import sys
 
+import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
@@ -61,6 +62,29 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
     assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_export_leaves_a_users_directory_beside_it_alone(tmp_path, monkeypatch):
+    from ds_kd.checkpoint import export
+
+    mine = tmp_path / "out.part" / "notes"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    monkeypatch.setattr(export, "export_checkpoint", lambda _, out: out.mkdir())
+    export.export_to(tmp_path, tmp_path / "out")
+    assert mine.read_text() == "mine" and (tmp_path / "out").is_dir()
+
+
+def test_a_manifest_without_one_of_the_files_is_not_written(tmp_path):
+    from ds_kd.checkpoint import manifest
+
+    (tmp_path / "engine").mkdir()
+    for name in ("state.json", "engine/one.pt"):
+        (tmp_path / name).write_text(name)
+    files = {"state.json": manifest.digest(tmp_path / "state.json")}
+    with pytest.raises(OSError, match=r"engine/one\.pt: no rank has summed up this file"):
+        manifest.write(tmp_path, files)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_an_export_shows_its_own_line_and_nothing_of_deepspeeds(tmp_path, monkeypatch, capfd):

@@ -119,17 +119,22 @@ class Store:
         return self._find(keys)[0] < 0
 
     def read(self, keys: np.ndarray) -> Fields:
-        """Return the fields of rows, in the order of their keys.
+        """Return the fields of rows, in the order of their keys, those of new files too.
 
         Raises:
             CacheError: a row is absent, or its checksum is wrong.
         """
         parts, places = self._find(keys)
+        if (parts < 0).any():  # another run may have written them since
+            self.refresh()
+            parts, places = self._find(keys)
         if (parts < 0).any():
             raise CacheError(
                 f"{self.directory}: lacks {int((parts < 0).sum())} of {len(keys)} rows of a "
                 f"micro-batch; python launch/cache_teacher.py adds what is missing"
             )
+
+        # A row's file is known, so that each file is looked into once.
         found: Fields = {}
         for number in np.unique(parts).tolist():
             part, rows = self._parts[number], torch.from_numpy(np.flatnonzero(parts == number))
@@ -143,7 +148,8 @@ class Store:
         return found
 
     def add(self, keys: np.ndarray, fields: Fields) -> None:
-        """Add the rows that are absent; they are on the disk a minute later at the latest.
+        """Add the rows that are absent. They are written by the first call after a minute, or when
+        they fill a file; `flush` writes them at once.
 
         Args:
             keys: `[rows, 2]`; some may be equal.
