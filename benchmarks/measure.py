@@ -3,6 +3,7 @@ models of other sizes, samples of real text."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import math
@@ -62,6 +63,7 @@ def _status(name: str) -> int:
 # ---- the ideal -----------------------------------------------------------------------------------
 
 
+@functools.cache
 def linear_shapes(path: Path) -> tuple[Counter, tuple[int, int]]:
     """Return ((in, out) of each linear layer but the head → their number, (hidden, vocabulary))."""
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -83,6 +85,7 @@ class Ideal:
     Those of linear layers and heads are measured here, at the models' shapes; attention's own are
     counted (half of length², as it is causal) and take the best rate among those measured. Every
     pointwise operation and the optimizer are left out, so that nothing reaches an efficiency of 1.
+    Each call measures anew, as the rate of a shared machine changes from minute to minute.
     """
 
     def __init__(self, teacher: Path, student: Path, dtype: torch.dtype):
@@ -93,6 +96,7 @@ class Ideal:
         """Return the seconds of a step on samples of these lengths, with so many supervised tokens
         and micro-batches."""
         total, tokens = 0.0, sum(lengths)
+        self._measured.clear()
         for path, kinds in ((self.teacher, ("forward",)), (self.student, _STUDENT)):
             shapes, (hidden, vocab) = linear_shapes(path)
             each = max(1, tokens // micro_batches)
@@ -117,7 +121,7 @@ class Ideal:
         return max(2 * m * i * o / taken for (m, i, o, _), taken in self._measured.items())
 
     def _product(self, rows: int, n_in: int, n_out: int, kind: str) -> float:
-        """Return the seconds of one product, measured once for each shape and kind."""
+        """Return the seconds of one product, measured once in a call for each shape and kind."""
         key = (rows, n_in, n_out, kind)
         if key not in self._measured:
             x = torch.randn(rows, n_in, dtype=self.dtype, device=device())

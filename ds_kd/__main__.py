@@ -28,7 +28,7 @@ import ds_kd
 from ds_kd.command_line import parse_run, positive, run_parser
 from ds_kd.config.checks.machine import notes_on_machine
 from ds_kd.config.components import ConfigError
-from ds_kd.config.load import check_world, load
+from ds_kd.config.load import check_slurm_world, check_world, load
 from ds_kd.config.reference.keys import hint_at_keys, list_keys
 from ds_kd.config.schema import RunConfig
 from ds_kd.process import check_machine, prepare
@@ -82,8 +82,7 @@ def print_keys(prefix: str) -> None:
 
 
 def check(cfg: RunConfig, args: argparse.Namespace) -> None:
-    if args.ranks is not None:
-        check_world(cfg, args.ranks)
+    check_slurm_world(cfg) if args.ranks is None else check_world(cfg, args.ranks)
     print(*cfg.notes, *notes_on_machine(cfg), f"{args.config}: nothing wrong with it", sep="\n")
 
 

@@ -52,6 +52,15 @@ def check_replaceable(path: Path) -> None:
         raise FileExistsError("it is no regular file; give the name of one")
 
 
+def give_usual_mode(path: Path) -> None:
+    """Give a file of weights, or all in a directory, the mode that the process gives any new file:
+    safetensors lets their owner alone read them."""
+    mask = os.umask(0o022)  # which can only be read by setting it
+    os.umask(mask)
+    for file in path.glob("*.safetensors") if path.is_dir() else (path,):
+        file.chmod(0o666 & ~mask)
+
+
 def parse_json(text: str | bytes) -> Any:
     """Return the value of a JSON text.
 

@@ -12,6 +12,7 @@ code 2 for a user's mistake.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 from ds_kd.script import run_script
+
+_STOPPED = "stopped; the same command goes on"
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -37,8 +40,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    place = [] if args.output is None else [f"teacher.directory={args.output}"]
-    words = [*args.overrides, "teacher.kind=cached", "teacher.fill=true", *place]
+    # In quotes, as overrides are YAML and a directory may be called 2024 or off.
+    place = [] if args.output is None else [f"teacher.directory={json.dumps(args.output)}"]
+    # Each rank takes samples of its own, whatever the layout of the run.
+    whole = ["distributed.tp_size=1", "teacher_distributed=null"]
+    words = [*args.overrides, *whole, "teacher.kind=cached", "teacher.fill=true", *place]
     cfg = load(args.config, words, tuple(args.allow_targets), config_only=args.dry_run)
     with cfg.source.add_places():
         quiet()
@@ -76,8 +82,11 @@ def write(cfg: RunConfig) -> None:
         is_whole = write_cache(task, world, asked_to_stop)
         stop()
     if world.is_main:
-        told = f"done; teacher: {{kind: cached, directory: {cfg.teacher.directory}}} reads it"
-        print(told if is_whole else "stopped; the same command goes on")
+        section = {"kind": "cached", "directory": cfg.teacher.directory}
+        if cfg.teacher.keep != "hidden":
+            section |= {"keep": cfg.teacher.keep, "k": cfg.teacher.k}
+        words = ", ".join(f"{key}: {value}" for key, value in section.items())
+        print(f"done; teacher: {{{words}}} reads it" if is_whole else _STOPPED)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from ds_kd.files import give_usual_mode
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
@@ -87,6 +88,7 @@ def convert(gguf: Path, output: Path) -> None:
     model.generation_config = loaded.generation_config
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(output)
+    give_usual_mode(output)
     write_config(model.config, output)
     write_tokenizer(tokenizer, output)
 

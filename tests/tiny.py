@@ -73,6 +73,11 @@ def squad_rows(count: int) -> str:
     return "\n".join(json.dumps(row) for row in rows)
 
 
+def count_up(row: dict, index: int) -> dict:
+    """A sample of a row, as a function of a module makes it."""
+    return {"input_ids": [row["n"]]}
+
+
 def samples(count: int, seed: int = 0, masked: tuple[int, ...] = ()) -> list[dict]:
     """Random token samples of unequal lengths and label counts; those in `masked` have no label at
     all."""

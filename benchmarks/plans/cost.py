@@ -28,12 +28,9 @@ _ONLY_WRITTEN = ("aten::copy_", "aten::zero_", "aten::fill_")
 _TOUCH_FEW = (
     "aten::gather", "aten::scatter_add_", "aten::new_full", "aten::new_zeros", "aten::embedding",
 )  # fmt: skip
-#: Number of times that a kernel of our own reads its arguments, by name; it writes over the first
-#: once.
-_READS = {
-    "ds_kd::distil_rows": {"student": 3, "teacher": 3},
-    "ds_kd::distil_rows_by": {"student": 4, "teacher": 4},
-}
+#: Number of times that a kernel of our own reads both models' logits at T = 1, by name; it reads
+#: them once more at another T, and writes over the student's once.
+_READS = {"ds_kd::distil_rows": 2, "ds_kd::distil_rows_by": 3}
 
 
 @dataclass
@@ -108,7 +105,7 @@ class Cost(TorchDispatchMode):
         given = dict(zip([part.name for part in schema.arguments], args, strict=False))
         given |= kwargs or {}
         moved = [
-            (value, *self._times(schema, part, value))
+            (value, *self._times(schema, part, given))
             for part in schema.arguments
             if isinstance(value := given.get(part.name), Tensor)
             and not (part.name in ("self", "weight") and schema.name in _TOUCH_FEW)
@@ -149,12 +146,11 @@ class Cost(TorchDispatchMode):
                 self._maker.update({} if is_kernel else {key: self._group})
 
     @staticmethod
-    def _times(schema: Any, argument: Any, value: Tensor) -> tuple[int, int]:
-        """Return how often an operation reads and writes an argument."""
-        own = _READS.get(schema.name)
+    def _times(schema: Any, argument: Any, given: dict[str, Any]) -> tuple[int, int]:
+        """Return how often an operation reads and writes one of the arguments it was given."""
         is_written = argument.alias_info is not None and argument.alias_info.is_write
-        if own is not None:
-            return own.get(argument.name, 1), int(is_written)
+        if schema.name in _READS and argument.name in ("student", "teacher"):
+            return _READS[schema.name] + (given["temperature"] != 1.0), int(is_written)
         is_read = not (argument.is_out or (is_written and schema.name in _ONLY_WRITTEN))
         return int(is_read), int(is_written)
 

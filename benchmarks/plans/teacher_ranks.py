@@ -2,8 +2,9 @@
 
     python benchmarks/plans/teacher_ranks.py --output plans
 
-It needs no GPU and no network; pairs and GPUs are those of `clusters.py`. The shared layout is the
-one that `launch/new_config.py` chooses. Apart is the shortest step over all numbers of teacher
+It needs no GPU and no network; pairs, GPUs and lengths are those of `clusters.py`, and a mixture of
+experts as the teacher comes to them. The shared layout is the one that `launch/new_config.py`
+chooses. Apart is the shortest step over all numbers of teacher
 ranks, with everything for the best: the teacher scores the next step while the student trains on
 this one, each group is as long as its own phases, takes its tokens in as few passes as the shared
 layout has micro-batches, whatever memory that needs, and hidden rows are sent in no time.
@@ -11,7 +12,9 @@ layout has micro-batches, whatever memory that needs, and hidden rows are sent i
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,27 @@ from benchmarks.plans import clusters
 
 #: Samples of a step at least (None: one sample on each GPU), and Gbit/s of a GPU between nodes.
 WORK = ((512, 400), (None, 400), (None, 100))
+#: A teacher with the sizes of Qwen3's largest mixture (of 235 billion parameters a token meets 22),
+#: and Llama's vocabulary.
+MIXTURE = {
+    "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "hidden_size": 4096,
+    "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128,
+    "intermediate_size": 12_288, "moe_intermediate_size": 1536, "num_experts": 128,
+    "num_experts_per_tok": 8, "vocab_size": 128_256, "tie_word_embeddings": False,
+    "max_position_embeddings": clusters.LONG, "torch_dtype": "bfloat16",
+}  # fmt: skip
+OF_EXPERTS = ("235B of experts", "8B")
+
+
+def write_models(root: Path) -> None:
+    """Write the models of all pairs."""
+    from tests import tiny
+
+    clusters.write_models(root)
+    place = root / OF_EXPERTS[0]
+    place.mkdir(exist_ok=True)
+    tiny.tokenizer(place)
+    tiny.weightless(place, json.dumps(MIXTURE))
 
 
 def time_apart(chooser: Any, work: Any, ranks: int) -> tuple[float, float]:
@@ -59,8 +83,9 @@ def compare(chooser: Any) -> dict[str, Any]:
     work, student, teacher = shared.layout.work, chooser.student, chooser.teacher
     done = count_by_phase(student, teacher, work)
 
-    # Groups are whole nodes where there are several.
-    unit = chooser.cluster.per_node if world > chooser.cluster.per_node else 1
+    # Groups are whole nodes where there are several, and whole samples in one.
+    per_node = chooser.cluster.per_node
+    unit = per_node if world > per_node else shared.layout.shared
     times = {n: time_apart(chooser, work, n) for n in range(unit, world, unit)}
     ranks = min(times, key=lambda n: max(times[n]))
     apart = max(times[ranks])
@@ -86,7 +111,9 @@ def compare(chooser: Any) -> dict[str, Any]:
     }
 
 
-def make_row(root: Path, pair: tuple[str, str], gpus: int, batch: int | None, gbit: int) -> Any:
+def make_row(
+    root: Path, pair: tuple[str, str], gpus: int, length: int, batch: int | None, gbit: int
+) -> Any:
     """Return a row of the table: a pair, a cluster, the batch, and what comes of it."""
     from ds_kd.plan.dry_run import work_of
     from ds_kd.plan.memory import Machine
@@ -94,15 +121,31 @@ def make_row(root: Path, pair: tuple[str, str], gpus: int, batch: int | None, gb
     from ds_kd.plan.step.cluster import bytes_of, make_cluster
 
     values = {**clusters.PLAIN, "gpus": gpus, "batch": gpus}
-    cfg = clusters.load_pair(root, pair, clusters.LENGTH, values)
+    cfg = clusters.load_pair(root, pair, length, values)
     cluster = make_cluster(clusters.GPU, gpus, clusters.PER_NODE, str(gbit))
     memory = bytes_of(clusters.GPU_MEMORY), bytes_of(clusters.HOST_MEMORY)
     machine = Machine(*memory, clusters.PER_NODE)
-    work = work_of(cfg, gpus, clusters.LENGTH, 1.0)
+    work = work_of(cfg, gpus, length, 1.0)
     widest = None if batch else gpus
     chooser = make_chooser(cfg, work, machine, cluster, widest, batch or gpus)
-    head = {"pair": " → ".join(pair), "GPUs": gpus, "samples": batch or gpus, "Gbit/s": gbit}
+    head = {
+        "pair": " → ".join(pair), "GPUs": gpus, "tokens": length, "samples": batch or gpus,
+        "Gbit/s": gbit,
+    }  # fmt: skip
     return head | compare(chooser)
+
+
+def list_shapes() -> Iterator[tuple[tuple[str, str], int, int, int | None, int]]:
+    """Yield the arguments of each row: pair, GPUs, tokens of a sample, samples and network."""
+    for batch, gbit in WORK:
+        for pair in (*clusters.PAIRS, OF_EXPERTS):
+            for gpus in clusters.GPUS:
+                # One node has no network, and 512 samples are one on each of 512 GPUs.
+                is_told = gpus == 512 and batch is None and gbit == 400
+                if not is_told and not (gpus == 8 and gbit == 100):
+                    yield pair, gpus, clusters.LENGTH, batch, gbit
+    for pair in (*clusters.PAIRS, OF_EXPERTS):
+        yield pair, clusters.GPUS[0], clusters.LONG, *WORK[0]
 
 
 def main() -> None:
@@ -112,15 +155,8 @@ def main() -> None:
     from benchmarks import measure
 
     root = args.output.resolve()
-    clusters.write_models(root)
-    rows = [
-        make_row(root, pair, gpus, batch, gbit)
-        for batch, gbit in WORK
-        for pair in clusters.PAIRS
-        for gpus in clusters.GPUS
-        # One node has no network, and 512 samples are one on each of 512 GPUs.
-        if not (gpus == 8 and gbit == 100) and not (gpus == 512 and batch is None and gbit == 400)
-    ]
+    write_models(root)
+    rows = [make_row(root, *shape) for shape in list_shapes()]
     names = list(dict.fromkeys(name for row in rows for name in row))
     table = measure.markdown([dict.fromkeys(names, "–") | row for row in rows])
     (root / "teacher_ranks.md").write_text(f"{table}\n")

@@ -7,8 +7,9 @@
 Teacher and student are the quickstart's (bash launch/quickstart.sh makes them). Every contender is
 a process of its own, as a user would start it; they take the same steps in turn (A B A B …), all
 but one waiting, the first round is thrown away, and medians are shown. `efficiency` is the time of
-the matrix products that cannot be avoided, measured in the same process at the same shapes, over
-the step's time. `peak` is memory above what is there between steps (weights, optimizer).
+the matrix products that cannot be avoided, measured in the same process at the same shapes after
+each step, over that step's time. `peak` is memory above what is there between steps (weights,
+optimizer).
 """
 
 from __future__ import annotations
@@ -73,8 +74,8 @@ class Worker:
                 time.sleep(0.2)
 
     def ask(self, order: str, step: int = 0) -> Any:
-        """Return the answer to an order: seconds and loss of a `step`, bytes of its `peak`, or the
-        rest of a row, `about` it."""
+        """Return the answer to an order: seconds and loss of a `step`, those of its products in an
+        `ideal` one, bytes of its `peak`, or those of the `states` between steps."""
         self._orders.write(json.dumps([order, step]) + "\n")
         self._orders.flush()
         answer = self._answers.readline()
@@ -155,16 +156,14 @@ def _carry_out(order: str, step: Any, samples: list[dict[str, Any]], cell: Cell,
         return [taken, losses[0]]
     if order == "peak":
         return measure.peak_bytes(lambda: step(samples))
+    if order == "states":
+        return getattr(step, "state_bytes", 0)
     lengths = measure.lengths_in(samples, job.shares)
     _, labels = measure.tokens_in(samples)
     micro = cell.samples // cell.micro_batch
     if cell.packs:
         micro = -(-sum(lengths) // job.pack_size)
-    ideal = measure.Ideal(job.teacher, job.student, job.dtype)
-    return {
-        "ideal": ideal.seconds(lengths, labels, micro),
-        "states": getattr(step, "state_bytes", 0),
-    }
+    return measure.Ideal(job.teacher, job.student, job.dtype).seconds(lengths, labels, micro)
 
 
 def steps_of(cell: Cell, args: argparse.Namespace, tokenizer: Any) -> list[list[dict[str, Any]]]:
@@ -219,19 +218,19 @@ def in_turn(
         answers: list[list[list[float]]] = [[] for _ in workers]
         for k in range(1, max(len(counted) for _, counted in workers)):
             for (worker, _), taken in zip(workers, answers, strict=True):
-                taken.append(worker.ask("step", k))
+                seconds, loss = worker.ask("step", k)
+                taken.append([seconds, loss, worker.ask("ideal", k) / seconds])
         for (worker, counted), taken, (cell, name, _) in zip(
             workers, answers, entries, strict=True
         ):
             tokens = statistics.median(counted[1:])
-            middle = min(range(1, len(counted)), key=lambda k: abs(counted[k] - tokens))
-            about, peak = worker.ask("about", middle), worker.ask("peak", 1)
-            median = statistics.median(seconds for seconds, _ in taken)
+            peak, states = worker.ask("peak", 1), worker.ask("states")
+            median = statistics.median(seconds for seconds, *_ in taken)
             row = {"cell": cell.name, "contender": name, "step s": median}
             row["tokens/s"] = tokens / median
-            row["efficiency"] = about["ideal"] / median
+            row["efficiency"] = statistics.median(share for *_, share in taken)
             row["peak GiB"] = peak / measure.GIB
-            row["states GiB"] = about["states"] / measure.GIB
+            row["states GiB"] = states / measure.GIB
             rows.append({**row, "loss": taken[-1][1]})
     return rows
 

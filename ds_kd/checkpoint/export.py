@@ -25,6 +25,7 @@ from ds_kd.checkpoint.manifest import (
 )
 from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.errors import UserError, first_line
+from ds_kd.files import give_usual_mode
 from ds_kd.models import lora
 from ds_kd.models.files.file_names import FileNames, write_config
 from ds_kd.models.files.weight_files import empty_model
@@ -97,7 +98,7 @@ def export_to(checkpoint: Path, out: Path) -> None:
     """
     if os.path.lexists(out):
         raise ExportError(f"{out} exists; remove it or give another name")
-    aside = out.with_name(f"{out.name}.part")
+    aside = out.with_name(f".{out.name}.part")  # without the dot it may be the user's
     try:
         shutil.rmtree(aside, ignore_errors=True)
         export_checkpoint(Path(os.path.realpath(checkpoint)), aside)
@@ -148,6 +149,7 @@ def _export_merged(checkpoint: Path, out: Path) -> None:
     merged: Any = PeftModel.from_pretrained(model, str(checkpoint / ADAPTER)).merge_and_unload()
     shutil.copytree(checkpoint / MODEL, out, ignore=shutil.ignore_patterns("*safetensors*"))
     merged.save_pretrained(out)
+    give_usual_mode(out)
     write_config(merged.config, out)
     shutil.copytree(checkpoint / ADAPTER, out / ADAPTER)
 

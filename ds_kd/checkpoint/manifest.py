@@ -53,6 +53,15 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def write(directory: Path, files: dict[str, Any]) -> None:
+    """Write the manifest of a directory.
+
+    Raises:
+        OSError: the directory has a file that is not among `files`, as where a rank has looked
+            before a network's file system showed it: it would be missed by nobody.
+    """
+    there = {str(p.relative_to(directory)) for p in files_of(directory) if p.name[0] != "."}
+    if forgotten := sorted(there - files.keys()):
+        raise OSError(f"{directory / forgotten[0]}: no rank has summed up this file")
     (directory / MANIFEST).write_text(json.dumps({"files": files}, indent=1), "utf-8")
     fsync(directory / MANIFEST)
 

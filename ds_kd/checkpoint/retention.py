@@ -6,6 +6,7 @@ A checkpoint is a real directory with a name from `step_name`. Anything else, su
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from dataclasses import dataclass
@@ -71,7 +72,7 @@ def leftovers_in(directory: Path) -> list[Path]:
 
 
 def best_in(directory: Path) -> list[Path]:
-    """Return the checkpoints whose validation loss is known, the lowest loss first.
+    """Return the checkpoints whose validation loss is known and finite, the lowest loss first.
 
     Losses over other validation data or with another `kd_ratio` have another scale. Only those are
     compared that were measured as the newest checkpoint up to `LATEST` was, and those that do not
@@ -84,7 +85,8 @@ def best_in(directory: Path) -> list[Path]:
     measure = next((known[path][1] for path in course), None)
     if measure is not None:
         known = {path: each for path, each in known.items() if each[1] in (None, measure)}
-    return sorted(known, key=lambda path: known[path][0])
+    finite = [path for path in known if math.isfinite(known[path][0])]  # nan has no order
+    return sorted(finite, key=lambda path: known[path][0])
 
 
 def _read_validation(checkpoint: Path) -> tuple[float, dict | None] | None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from ds_kd.files import give_usual_mode
+
 _SHARD_BYTES = 5 * 10**9
 
 
@@ -54,6 +56,8 @@ class ShardWriter:
     def _flush(self) -> None:
         from safetensors.torch import save_file
 
-        save_file(self._held, self._part(len(self._shards)), metadata={"format": "pt"})
+        part = self._part(len(self._shards))
+        save_file(self._held, part, metadata={"format": "pt"})
+        give_usual_mode(part)
         self._shards.append(list(self._held))
         self._held, self._held_bytes = {}, 0

@@ -31,7 +31,7 @@ from ds_kd.config.components import Component, ConfigError, problem
 from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
 from ds_kd.config.methods.check_placement import note_on_placement
-from ds_kd.config.methods.check_tensor import count_copies
+from ds_kd.config.methods.check_tensor import count_copies, note_on_machines
 from ds_kd.config.methods.rollouts import add_defaults
 from ds_kd.config.names import LOSSES
 from ds_kd.config.nemo import Translation
@@ -113,6 +113,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
 
     # Only a config without problems gets notes on keys that have no effect.
     cfg.notes += find_idle_keys(cfg, data) + note_on_timeout(cfg) + note_on_placement(cfg)
+    cfg.notes += note_on_machines(cfg)
     cfg.notes += filter(None, map(note_on_absent_code, _list_components(values)))
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])
@@ -271,7 +272,8 @@ def check_world(cfg: RunConfig, ranks: int) -> None:
     width = cfg.distributed.ranks_per_sample
     if ranks % width:
         sizes = {"tp_size": cfg.distributed.tp_size, "cp_size": cfg.distributed.cp_size}
-        told = " × ".join(f"distributed.{key} {size}" for key, size in sizes.items() if size)
+        given = {key: size for key, size in sizes.items() if (size or 1) > 1}
+        told = " × ".join(f"distributed.{key} {size}" for key, size in given.items())
         most = -(-ranks // width) * width
         raise ConfigError(
             [f"{told}: got {ranks} rank(s), expected a multiple of {width}; start {most}"]
@@ -285,3 +287,20 @@ def check_world(cfg: RunConfig, ranks: int) -> None:
             expected = f"a zero_hpz_partition_size that divides {ranks} rank(s)"
             hint = f"write {math.gcd(copies, ranks)}, or start {copies}"
             raise ConfigError([problem(key, copies, expected, hint)])
+
+
+def check_slurm_world(cfg: RunConfig) -> None:
+    """Refuse a `slurm` section whose ranks cannot be laid out, as `check_world`; a config without
+    one is not asked.
+
+    Raises:
+        ConfigError: says how many ranks the section starts, and proposes what fits.
+    """
+    if cfg.slurm is None:
+        return
+    nodes, each = cfg.slurm.nodes, cfg.slurm.ntasks_per_node
+    try:
+        check_world(cfg, nodes * each)
+    except ConfigError as error:
+        start = f"slurm: nodes {nodes} × ntasks_per_node {each} = {nodes * each} ranks"
+        raise ConfigError([f"{start}; {line}" for line in error.problems]) from None

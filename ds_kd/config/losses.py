@@ -81,6 +81,20 @@ def _check_layers(component: Component) -> list[str]:
     return found
 
 
+def find_absent_layer(part: Component, student: Any, teacher: Any) -> str:
+    """Return the problem of a pair of layers that the models lack, or an empty text.
+
+    Args:
+        student, teacher: the models' numbers of layers; one that is no number is not compared.
+    """
+    for pair in filter(_is_pair, part.kwargs.get("layers") or []):
+        counts = (student, teacher)
+        if any(isinstance(n, int) and at >= n for at, n in zip(pair, counts, strict=True)):
+            expected = f"a student's layer below {student} and a teacher's below {teacher}"
+            return problem(f"{part.key}.layers", pair, expected)
+    return ""
+
+
 def _is_pair(value: Any) -> bool:
     return (
         isinstance(value, list)

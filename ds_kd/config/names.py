@@ -168,13 +168,21 @@ CHAT_WITHOUT_EFFECT = {
 UNREAD = {"ci", "skypilot"}
 
 _ON_ALL = (
-    "a teacher runs on all ranks, as ranks of its own gain no time where the network keeps up "
+    "a teacher runs on all ranks, as ranks of its own gain no time where these have enough tokens "
     "(docs/distributed.md); remove it, and see teacher.placement, teacher.window or a cache"
 )
+#: Other frameworks' words for the sizes of `distributed`.
+_SIZES = {
+    "tensor_parallel_size": "write tp_size", "tensor_model_parallel_size": "write tp_size",
+    "autotp_size": "write tp_size", "context_parallel_size": "write cp_size",
+    "sequence_parallel_size": "write cp_size", "pipeline_parallel_size": "write tp_size or cp_size",
+    "pipeline_model_parallel_size": "write tp_size or cp_size",
+}  # fmt: skip
 #: Keys of NeMo-AutoModel that have no meaning here and others that may be looked for, and what to
 #: do instead. They are refused unless they are off.
 REFUSED_KEYS = {
     **dict.fromkeys(("teacher_ranks", "distributed.teacher_ranks", "teacher.ranks"), _ON_ALL),
+    **{f"distributed.{name}": hint for name, hint in _SIZES.items()},
     "separate_meshes": "student and teacher share all ranks here (ZeRO shards the teacher); "
     "remove it",
     **{

@@ -9,7 +9,7 @@ from typing import Any
 from ds_kd.config.components import Component
 from ds_kd.config.keys import MaxNorm, key
 from ds_kd.config.methods.rollouts import Rollouts
-from ds_kd.config.methods.teacher_ranks import TeacherDistributed
+from ds_kd.config.methods.teacher_distributed import TeacherDistributed
 from ds_kd.config.names import (  # fmt: skip
     OF_CROSS_ENTROPY,
     OF_DATA,

@@ -227,7 +227,8 @@ class Teacher:
         "replicate keeps it whole on each (no gathering), cpu keeps its shards in the host's "
         "memory, int8 shards its weights rounded to 8 bits; auto takes the first "
         "of replicate, zero3 and cpu for which there is memory. By default deepspeed.teacher "
-        "decides.",
+        "decides; without it an accelerator that has the memory keeps the teacher whole, "
+        "and all else is zero3.",
     )
     window: AutoOrCount = key(
         "auto",

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,9 @@ def tokenize_prompt_answer(
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
         ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-        # Special tokens, however many a tokenizer puts in front, hold no characters: (0, 0).
-        mask = [start < end and end > len(prompt) for start, end in offsets]
+        # Special tokens in front end at 0. A tokenizer that trims offsets gives one of spaces alone
+        # no width, but its end.
+        mask = [end > len(prompt) for _, end in offsets]
     else:
         ids = list(tokenizer(prompt + answer)["input_ids"])
         alone = tokenizer(prompt.rstrip())["input_ids"]
@@ -59,6 +62,12 @@ def tokenize_prompt_answer(
     if ids[-1] == eos:
         return ids, [*mask[:-1], True]
     return [*ids, eos], [*mask, True]
+
+
+def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of running text that goes on: without an EOS that the tokenizer appends."""
+    ids, eos = list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token
+    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(eos) else ids
 
 
 def conversation_of(
@@ -91,7 +100,11 @@ def conversation_of(
     if isinstance(system, str) and system.strip() and not has_turn:
         messages.insert(0, {"role": "system", "content": system})
     if needs_answer and not any(message["role"] == "assistant" for message in messages):
-        raise ValueError("a conversation without an assistant turn has nothing to learn")
+        raise ValueError(
+            "a conversation without an assistant turn has nothing to learn; for a student that "
+            "writes the answers (rollouts) ds_kd.data.text.make_prompt_dataset with column: "
+            f"{column} reads it"
+        )
     tools = _decode_json(_drop_nulls(row.get("tools")))
     if tools and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise ValueError(f"tools is {tools!r:.80}, expected a list of mappings")
@@ -177,8 +190,7 @@ def tokenize_chat(
             "chat_template: one that renders them"
         )
     if _GENERATION.search(template):
-        out = _render(tokenizer, messages, tools, return_assistant_tokens_mask=True)
-        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+        return _tokenize_marked(tokenizer, messages, tools, template)
     ids = list(_render(tokenizer, messages, tools)["input_ids"])
     mask = [False] * len(ids)
     for turn, message in enumerate(messages):
@@ -188,6 +200,41 @@ def tokenize_chat(
             )
             mask[start:end] = [True] * (end - start)
     return ids, mask
+
+
+def _tokenize_marked(
+    tokenizer: Any, messages: list[dict[str, Any]], tools: list[dict] | None, template: str
+) -> tuple[list[int], list[bool]]:
+    """Tokenise a conversation by a template with `{% generation %}`; tokens that hold some of what
+    is marked are supervised.
+
+    transformers' own mask asks for the tokens of the first and the last character alone. Where one
+    of them has none, as a space may if offsets are trimmed, it leaves out this turn and all that
+    follow, or supervises everything up to the end.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    render: Any = render_jinja_template  # which is said to return one text
+    with _explain_refusal():
+        (text,), (spans,) = render(
+            [messages],
+            tools=tools,
+            chat_template=template,
+            return_assistant_tokens_mask=True,
+            **tokenizer.special_tokens_map,
+        )
+        out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+
+    # Turns are known by their order; a template may mark some of them alone.
+    turns = [message for message in messages if message["role"] == "assistant"]
+    if len(turns) == len(spans):
+        spans = [span for span, turn in zip(spans, turns, strict=True) if _has_content(turn)]
+    mask = [False] * len(out["input_ids"])
+    for first, last in spans:
+        for k, (start, end) in enumerate(out["offset_mapping"]):
+            # A token whose spaces were trimmed away has no width, and stands at their end.
+            mask[k] = mask[k] or (first < end and (start < last or start == end == last))
+    return list(out["input_ids"]), mask
 
 
 def cut_answer(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -213,8 +260,15 @@ def _has_content(message: dict[str, Any]) -> bool:
 
 
 def _render(tokenizer: Any, messages: list[dict], tools: list[dict] | None, **kwargs: Any) -> Any:
-    try:
+    with _explain_refusal():
         return tokenizer.apply_chat_template(messages, tools=tools, return_dict=True, **kwargs)
+
+
+@contextmanager
+def _explain_refusal() -> Iterator[None]:
+    """Turn any error of a chat template in this block into a ValueError."""
+    try:
+        yield
     # Some templates refuse a system turn or two user turns in a row; others fail on absent values,
     # or are no templates at all.
     except Exception as error:

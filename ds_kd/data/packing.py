@@ -116,6 +116,7 @@ class PackedDataset(Dataset):
             sample, length = self.dataset[number], self.lengths[number]
             packed["input_ids"] += sample["input_ids"][:length]
             packed["labels"] += sample["labels"][:length]
-            packed["segment_lengths"].append(length)
+            # A user's sample may be a pack itself, whose samples stay apart.
+            packed["segment_lengths"] += sample.get("segment_lengths") or [length]
             packed["sample_ids"].append(sample.get("sample_id", str(number)))
         return packed

@@ -11,6 +11,7 @@ from ds_kd.data.chat import (
     cut_length,
     tokenize_chat,
     tokenize_open_turn,
+    tokenize_prompt,
     tokenize_prompt_answer,
     with_template,
 )
@@ -216,7 +217,7 @@ def make_prompt_dataset(
         if tokenizer.chat_template is not None:
             ids = tokenize_open_turn(tokenizer, cut_answer(talk), tools)
         elif isinstance(row[column], str):
-            ids = list(tokenizer(row[column].rstrip())["input_ids"])
+            ids = tokenize_prompt(tokenizer, row[column].rstrip())
         else:
             raise ValueError(f"{tokenizer.name_or_path} has no chat template for messages")
         return {"input_ids": ids, "labels": [IGNORE_INDEX] * len(ids), IS_PROMPT: True}

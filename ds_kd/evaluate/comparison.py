@@ -24,6 +24,8 @@ SHOWN = (
     ("val_kl_at_t1", "KL at T = 1, nats"),
     ("val_top1_agreement", "top-1 agreement"),
 )
+#: Tags of a log under which models' texts stand.
+_TEXTS = ("val_samples", "rollouts/texts")
 
 
 class CompareError(UserError):
@@ -73,7 +75,7 @@ def _read_text(path: Path) -> str:
 def _find_wrong_value(record: dict[str, Any]) -> str:
     """Return which value of a record is of another type than a run writes, or an empty text."""
     for name, value in record.items():
-        if name == "val_samples":
+        if name in _TEXTS:
             is_right = isinstance(value, list) and all(isinstance(each, dict) for each in value)
         else:
             is_right = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -163,9 +163,8 @@ class DistillationLoss:
         largest, teacher_largest = shared.gather(1, best), teacher.gather(1, teacher_best)
         logits = (shared, teacher, largest, teacher_largest)
 
-        # At T = 1 the forward KL has the softmaxes that these need.
-        shares = self.divergence.temperature == 1.0 and self.divergence.takes_whole_chunks
-        with_t1 = is_whole and is_training and shares
+        # At T = 1 a divergence has the softmaxes that these need.
+        with_t1 = is_whole and is_training and self.divergence.temperature == 1.0
         if is_whole and not with_t1:
             measure = describe if is_training else describe_health
             measured |= measure_in_blocks(Pair(*logits, 1.0, labels, buffers), measure)
@@ -204,7 +203,7 @@ class DistillationLoss:
             for part in logits:
                 part.div_(t)
         pair = Pair(*logits, t, labels, buffers, divergence.reads_teacher_logits)
-        measured = describe(pair) if with_t1 else {}
+        measured = describe(pair) if with_t1 and divergence.takes_whole_chunks else {}
         if join is not None:
             entropy = pair.teacher_entropy
             kd, gradient = join(pair, alpha)
@@ -214,7 +213,7 @@ class DistillationLoss:
                 entropy = pair.teacher_entropy
                 kd, kd_gradient = divergence.of_chunk(pair)
             else:
-                kd, kd_gradient, entropy = _evaluate_blocks(divergence, pair)
+                kd, kd_gradient, entropy, measured = _evaluate_blocks(divergence, pair, with_t1)
             gradient = _join(ce_gradient, 1.0 - alpha, kd_gradient, alpha * t)
             if t != 1.0 and not is_padded:
                 student.mul_(t)
@@ -330,16 +329,21 @@ def _times(gradient: Tensor | None, factor: Tensor, dtype: torch.dtype) -> Tenso
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))
 
 
-def _evaluate_blocks(divergence: Any, pair: Pair) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values, gradient and the teacher's entropy of a chunk, a few tokens at a time:
-    `[tokens, 1]`, `[tokens, shared vocab]` and `[tokens, 1]`."""
-    values, entropies, teacher = [], [], pair.teacher
+def _evaluate_blocks(
+    divergence: Any, pair: Pair, with_t1: bool
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Return values, gradient and the teacher's entropy of a chunk, and `with_t1` what `describe`
+    finds, a few tokens at a time: `[tokens, 1]`, but the gradient `[tokens, shared vocab]`."""
+    teacher, found = pair.teacher, dict[str, list[Tensor]]()
     for rows, block in pair.blocks():
-        entropies.append(block.teacher_entropy.to(teacher.dtype))
-        value, gradient = divergence.of_chunk(block)
-        values.append(value.to(teacher.dtype))
+        # Before the divergence, which may write over the softmaxes.
+        values = {"entropy": block.teacher_entropy, **(describe(block) if with_t1 else {})}
+        values["value"], gradient = divergence.of_chunk(block)
+        for name, part in values.items():
+            found.setdefault(name, []).append(part.to(teacher.dtype))
         teacher[rows] = gradient  # the block has its own logits no longer
-    return torch.cat(values), teacher, torch.cat(entropies)
+    whole = {name: torch.cat(parts) for name, parts in found.items()}
+    return whole.pop("value"), teacher, whole.pop("entropy"), whole
 
 
 def _join(ce: Tensor, ce_weight: float, kd: Tensor, kd_weight: float) -> Tensor:

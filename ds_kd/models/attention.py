@@ -149,7 +149,7 @@ def _attend(
             back = at[:, None] - at
             mask = ((back >= 0) & (back < sliding_window))[None, None]
         out.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
-    return torch.cat(out, dim=1)
+    return out[0] if len(out) == 1 else torch.cat(out, dim=1)
 
 
 def attend_by_sample(model: Any, wanted: bool = True) -> None:

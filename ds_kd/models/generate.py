@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
+from ds_kd.data.chat import tokenize_prompt
 from ds_kd.errors import UserError, first_line
 from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
@@ -100,7 +101,7 @@ class LoadedStudent:
         """
         _check_text(prompt)
         if isinstance(prompt, str) and not chat:
-            return list(self.tokenizer(prompt)["input_ids"])
+            return tokenize_prompt(self.tokenizer, prompt)
         if not self.chats:
             raise StudentError(
                 f"{self.name}: its tokenizer has no chat template, so it was not made for "

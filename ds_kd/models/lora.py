@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ds_kd.files import give_usual_mode
+
 ADAPTER = "default"  # peft's name of the one adapter
 _BASE = ".base_layer."
 
@@ -173,6 +175,7 @@ def save_adapter(model: Any, weights: dict[str, Tensor], directory: Path) -> Non
         directory / "adapter_model.safetensors",
         {"format": "pt"},
     )
+    give_usual_mode(directory)
     model.peft_config[ADAPTER].save_pretrained(directory)
 
 

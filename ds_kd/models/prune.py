@@ -22,6 +22,7 @@ from typing import Any
 
 from ds_kd.data.labels import IGNORE_INDEX
 from ds_kd.errors import UserError, first_line
+from ds_kd.files import give_usual_mode
 from ds_kd.hub import expect_hub
 from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.file_names import write_config, write_tokenizer
@@ -342,6 +343,7 @@ def _prune_into(
     prune(model, keep)
 
     model.save_pretrained(directory)
+    give_usual_mode(directory)
     write_config(model.config, directory)
     write_tokenizer(tokenizer, directory)
     verify(directory, logits(model))

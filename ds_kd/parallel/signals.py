@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -90,21 +91,30 @@ class StoppableCommands:
             self._child.terminate()
 
 
-def ignore_requests(worker: int) -> None:
-    """Make a loader's worker process ignore requests to stop.
+def prepare_worker(worker: int) -> None:
+    """Make a loader's worker process ignore requests to stop, and end quietly after its rank.
 
     Terminals and schedulers signal every process of a job, and a rank that ends its step may still
-    need batches. `end_workers_at_exit` ends the worker.
+    need batches. `end_workers_at_exit` ends the worker. A rank that was killed while it fetched a
+    batch leaves a broken connection, which is no error of the worker's.
     """
     for number in _REQUESTS:
         signal.signal(number, signal.SIG_IGN)
+    sys.excepthook = functools.partial(_ignore_broken_connection, sys.excepthook)
+
+
+def _ignore_broken_connection(
+    otherwise: Any, kind: type[BaseException], error: BaseException, trace: Any
+) -> None:
+    if not isinstance(error, (ConnectionError, EOFError)):
+        otherwise(kind, error, trace)
 
 
 @functools.cache
 def end_workers_at_exit() -> None:
     """Kill this process's loader workers when it exits.
 
-    Python asks them to end by SIGTERM, which `ignore_requests` makes them ignore, and then waits:
+    Python asks them to end by SIGTERM, which `prepare_worker` makes them ignore, and then waits:
     one that is stuck in a user's data set would keep the rank alive.
     """
     atexit.register(_kill_workers)

@@ -8,7 +8,8 @@ from typing import Any
 from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.load import check_world
-from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, home_of
+from ds_kd.config.methods.check_placement import is_unplaced
+from ds_kd.config.names import AUTO, INT8, OF_DIVERGENCE, REPLICATE, home_of
 from ds_kd.config.schema import SHARED_BASE, RunConfig
 from ds_kd.losses.chunked import default_chunk
 from ds_kd.models.files.damage import name_damage
@@ -161,15 +162,17 @@ def _settle_placement(
     machine: memory.Machine,
     world: int,
 ) -> tuple[memory.Work, list[str]]:
-    """Return the work with the place that `auto` takes on this machine, and a line about it."""
-    said = []
-    if cfg.teacher.placement == AUTO and teacher is not None:
-        said = ["  teacher.placement: auto, here as zero3; --gpu-memory SIZE chooses"]
-        if machine.room is not None:
-            chosen, why = memory.choose_placement(student, teacher, work, machine, world)
-            work = memory.place(work, chosen)
-            said = [f"  teacher.placement: {chosen}, {why}"]
-    return work, said
+    """Return the work with the place that a run takes on this machine, if the config names `auto`
+    or none, and a line about it."""
+    is_free, told = is_unplaced(cfg), "auto, here as zero3; --gpu-memory SIZE chooses"
+    if teacher is None or not (is_free or cfg.teacher.placement == AUTO):
+        return work, []
+    if machine.room is None:
+        return work, [] if is_free else [f"  teacher.placement: {told}"]
+    chosen, why = memory.choose_placement(student, teacher, work, machine, world)
+    if is_free and chosen != REPLICATE:
+        return work, []
+    return memory.place(work, chosen), [f"  teacher.placement: {chosen}, {why}"]
 
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
@@ -183,10 +186,8 @@ def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> lis
 
 def _describe_memory(parts: dict[str, int]) -> list[str]:
     """Return lines on the memory of one rank, by part and in sum."""
-    sums = {
-        "on the accelerator, together": memory.on_device(parts),
-        "in the host memory, together": memory.on_host(parts),
-    }
+    device, host = memory.on_device(parts), memory.on_host(parts)
+    sums = {"on the accelerator, together": device, "in the host memory, together": host}
     sizes = [(name, size) for name, size in {**parts, **sums}.items() if size]
     lines = [f"    {name:<38}{format_size(size):>11}" for name, size in sizes]
     return ["  memory of a rank, estimated:", *lines]

@@ -40,7 +40,8 @@ class Shape:
         heads, kv: numbers of a token's queries, and of its keys or values, in a layer.
         is_tied: the head is the embedding.
         used: share of a layer's parameters that a token meets; below 1 with experts.
-        cuts: a layer's maps that `distributed.tp_size` cuts by their outputs, and by their inputs.
+        cuts: a layer's inputs of maps that `distributed.tp_size` cuts by their outputs, and its
+            maps that are cut by their inputs.
     """
 
     parameters: int
@@ -58,7 +59,7 @@ class Shape:
     kv: int = 0
     is_tied: bool = False
     used: float = 1.0
-    cuts: tuple[int, int] = (5, 2)
+    cuts: tuple[int, int] = (2, 2)
 
     @property
     def outer(self) -> int:
@@ -106,7 +107,7 @@ class Work:
     micro_batches: int = 1
     chunk: int = 2048
     shares_softmax: bool = True
-    passes: float = 3.5
+    passes: float = 2.5
     optimizer_numbers: int = 2
     checkpointing: bool = False
     offload_weights: bool = False
@@ -183,8 +184,10 @@ def shape_of(model: Any, width: int) -> Shape:
 def _count_cuts(config: Any) -> tuple[int, int]:
     """Return `cuts` by transformers' plan for the architecture, or those of a Llama's layer."""
     plan = getattr(config, "base_model_tp_plan", None) or {}
-    styles = [style for name, style in plan.items() if name.startswith("layers.")]
-    found = styles.count("colwise"), styles.count("rowwise")
+    of_layer = {name: style for name, style in plan.items() if name.startswith("layers.")}
+    # The maps of a module, such as q, k and v, read the same.
+    by_outputs = [name.rpartition(".")[0] for name, style in of_layer.items() if style == "colwise"]
+    found = len({*by_outputs}), [*of_layer.values()].count("rowwise")
     return found if all(found) else Shape.cuts
 
 

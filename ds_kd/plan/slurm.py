@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ds_kd.config.checks.files import check_directory
 from ds_kd.config.components import ConfigError
-from ds_kd.config.load import check_world
+from ds_kd.config.load import check_slurm_world
 from ds_kd.config.schema import RunConfig, Slurm
 from ds_kd.config.text.secrets import blank_secrets, is_secret
 
@@ -69,7 +69,7 @@ def check_slurm(cfg: RunConfig) -> Slurm:
                 "gpus_per_node: 8}, or use sbatch launch/slurm.sh with options of your own"
             ]
         )
-    check_world(cfg, cfg.slurm.nodes * cfg.slurm.ntasks_per_node)
+    check_slurm_world(cfg)
     return cfg.slurm
 
 

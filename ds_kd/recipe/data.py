@@ -20,7 +20,7 @@ from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.declaration import declaration_of
 from ds_kd.data.sampler import GlobalBatchSampler, WithFiller
 from ds_kd.evaluate.show import render
-from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
+from ds_kd.parallel.signals import end_workers_at_exit, prepare_worker
 from ds_kd.parallel.world import World, rank0_first
 from ds_kd.recipe.models import tokenizer_of
 from ds_kd.teachers.cache.keys import AddKeys
@@ -37,8 +37,9 @@ def packs(cfg: RunConfig) -> bool:
 
 
 def attends_by_sample(cfg: RunConfig, world: World) -> bool:
-    """Return whether the attention of a run's models is `attention.sdpa_by_sample`."""
-    return packs(cfg) or world.sequence.size > 1
+    """Return whether the attention of a run's models is `attention.sdpa_by_sample`: on accelerators
+    always, as transformers' own asks the device in every pass whether a row is a pack."""
+    return packs(cfg) or world.sequence.size > 1 or world.device.type != "cpu"
 
 
 def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, dict[str, Any]]:
@@ -290,5 +291,5 @@ def _defaults_of(kwargs: dict[str, Any], seconds: float) -> dict[str, Any]:
     if kwargs.get("num_workers"):
         end_workers_at_exit()
         found["timeout"] = kwargs.get("timeout") or seconds
-        found["worker_init_fn"] = kwargs.get("worker_init_fn") or ignore_requests
+        found["worker_init_fn"] = kwargs.get("worker_init_fn") or prepare_worker
     return found

@@ -17,7 +17,7 @@ from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
-from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.attention import attend_by_sample, is_by_sample
 from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
@@ -240,6 +240,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if (said := fix_rope(engine.module.model)) and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     packs = cfg.packed_sequence.packed_sequence_size > 0
+    if not packs and world.sequence.size == 1:
+        _settle_attention(engine, world)
     checks = [(probes.check_head, "a linear head")]
     if isinstance(engine.module, causal_lm.Student):
         checks.append((probes.check_layers, "a model that runs each layer once"))
@@ -253,6 +255,17 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     for check, expected in checks:
         with config_error(component.key, name_of(component), expected):
             check(engine, world.device, component.key)
+
+
+def _settle_attention(engine: Any, world: World) -> None:
+    """Give a model that would compute samples wrongly by `attention.sdpa_by_sample` transformers'
+    attention back, which serves where nothing is packed (a collective)."""
+    model = engine.module.model
+    if is_by_sample(model):
+        try:
+            probes.check_packing(engine, world.device, "model")
+        except ValueError:
+            attend_by_sample(model, False)
 
 
 def check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:

@@ -4,8 +4,10 @@ Weights & Biases. Rank 0 only."""
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
+import os
 import sys
 import threading
 import time
@@ -271,8 +273,8 @@ def _keep_before(path: Path, place: float) -> None:
     if "".join(kept) == text:
         return
     if not kept:
-        number = sum(1 for _ in path.parent.glob(f"{path.stem}.before*{path.suffix}")) + 1
-        path.rename(path.with_name(f"{path.stem}.before{number}{path.suffix}"))
+        names = (f"{path.stem}.before{number}{path.suffix}" for number in itertools.count(1))
+        path.rename(next(each for each in map(path.with_name, names) if not os.path.lexists(each)))
         return
     aside = path.with_name(f".{path.name}.new")
     aside.write_text("".join(kept), "utf-8")

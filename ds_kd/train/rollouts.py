@@ -4,11 +4,12 @@ In each window of samples a share λ is on-policy: only their prompts are used, 
 writes what follows (Agarwal et al. 2024, arXiv:2306.13649). It writes once for the whole window,
 before its first step; the window's samples are then cut into micro-batches as a loader's are. The
 choice of samples that are on-policy, and each of their tokens, follow from (seed, epoch, sample,
-draw, position) alone.
+draw, position) alone. A sample counts by its place in the data, as several may have one id.
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -136,6 +137,7 @@ class RolloutBatches:
         texts = self._window.texts
         return {
             "window": number,
+            "prompts": _hash_prompts(self._window.prompts),
             "tokens": [text.tokens for text in texts],
             "whole": [text.is_whole for text in texts],
         }
@@ -153,29 +155,29 @@ class RolloutBatches:
 
         # A sample without an answer has no place where one begins, and stays as it is.
         made: list[dict[str, Any]] = []
-        asked: list[tuple[Draw, list[int]]] = []
+        draws, prompts, names = list[Draw](), list[list[int]](), list[str]()
         for index, sample in samples:
-            draw = Draw(self._policy.seed, epoch, str(sample.get("sample_id", index)))
+            draw, name = Draw(self._policy.seed, epoch, str(index)), sample.get("sample_id", index)
             prompt = None
             if share_of(draw) < self._policy.ratio:
                 prompt = prompt_of(sample, self._policy.opening)
             if prompt is None:
-                made.append({"sample_id": draw.sample, **sample})
+                made.append({"sample_id": str(name), **sample})
                 continue
-            count = self._policy.samples_per_prompt
-            asked += [(draw._replace(number=k), prompt) for k in range(count)]
+            for k in range(self._policy.samples_per_prompt):
+                draws.append(draw._replace(number=k))
+                prompts.append(prompt)
+                names.append(f"{name}#{k}" if k else str(name))
         started = time.perf_counter()
-        draws, prompts = [draw for draw, _ in asked], [prompt for _, prompt in asked]
-        texts = self._restore(number, len(asked)) or self._write(prompts, draws)
-        for draw, prompt, text in zip(draws, prompts, texts, strict=True):
-            name = f"{draw.sample}#{draw.number}" if draw.number else draw.sample
+        texts = self._restore(number, prompts) or self._write(prompts, draws)
+        for prompt, text, name in zip(prompts, texts, names, strict=True):
             made.append(join_rollout(prompt, text.tokens, name))
         return _Window(number, made, prompts, texts, time.perf_counter() - started)
 
-    def _restore(self, number: int, count: int) -> list[Written]:
-        """Return the saved texts of a window, none if there are none of so many."""
+    def _restore(self, number: int, prompts: list[list[int]]) -> list[Written]:
+        """Return the saved texts of a window, none if there are none to these prompts."""
         saved, self._restored = self._restored, {}
-        if saved.get("window") != number or len(saved["tokens"]) != count:
+        if saved.get("window") != number or saved.get("prompts") != _hash_prompts(prompts):
             return []
         pairs = zip(saved["tokens"], saved["whole"], strict=True)
         return [Written(tokens, is_whole) for tokens, is_whole in pairs]
@@ -190,3 +192,8 @@ class RolloutBatches:
             numbers = range(start, min(start + local, len(laid)))
             batches.append(self._collate([units[k] for k in numbers or [FILLER]]))
         return batches
+
+
+def _hash_prompts(prompts: list[list[int]]) -> str:
+    """Return a hash by which saved texts know the prompts that they answer."""
+    return hashlib.sha256(repr(prompts).encode()).hexdigest()[:16]

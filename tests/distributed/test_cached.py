@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 
@@ -58,11 +59,10 @@ def config(root, name, *words):
     return ds_kd.load_config(values, [*data, *words])
 
 
-def train(world, root, name, *words, at_save=lambda step: None):
-    """Losses of a run, and how many rows this rank asked a teacher about; a pass may take several
-    micro-batches."""
+@contextlib.contextmanager
+def counting():
+    """Yield a list to which every pass of a teacher adds its number of rows."""
     from ds_kd.models.causal_lm import FrozenModel
-    from ds_kd.recipe.build import build
 
     asked = []
 
@@ -71,7 +71,16 @@ def train(world, root, name, *words, at_save=lambda step: None):
             asked.append(len(output))
 
     hook = torch.nn.modules.module.register_module_forward_hook(note)
-    with build(config(root, name, *words), world) as trainer:
+    yield asked
+    hook.remove()
+
+
+def train(world, root, name, *words, at_save=lambda step: None):
+    """Losses of a run, and how many rows this rank asked a teacher about; a pass may take several
+    micro-batches."""
+    from ds_kd.recipe.build import build
+
+    with counting() as asked, build(config(root, name, *words), world) as trainer:
         if trainer.checkpointer is not None:
             trainer.checkpointer.resume(trainer.student, trainer.state)
             save, state = trainer.checkpointer.save, trainer.state
@@ -82,7 +91,6 @@ def train(world, root, name, *words, at_save=lambda step: None):
 
             trainer.checkpointer.save = save_and_note
         assert trainer.train()
-    hook.remove()
     lines = (root / name / "metrics.jsonl").read_text().splitlines() if world.is_main else []
     found = [json.loads(line) for line in lines]
     losses = [each.get("train_loss", each.get("val_loss")) for each in found]
@@ -156,11 +164,46 @@ def compare(world, root):
     out["of_one_rank"] = train(world, root, "of_one_rank", *ALONE, alone)
     out["killed"] = kill(world, root)
     out["answers"] = answer(world, root, "answers2.jsonl")
+    out["views"] = verify_with_other_views(world, root)
+    return out
+
+
+def verify_with_other_views(world, root):
+    """Return what comes of a comparison with the teacher where rank 1 has not seen the files that
+    another run has just written, and of one with rows that are another teacher's."""
+    import numpy as np
+    from safetensors.torch import load_file
+
+    from ds_kd.config.components import ConfigError
+    from ds_kd.recipe.build import build_teacher
+    from ds_kd.recipe.offline.teacher import build_kind, verify
+    from ds_kd.recipe.offline.write import plan_cache
+    from ds_kd.teachers.cache.store import Store
+    from ds_kd.teachers.cached import CachedTeacher
+
+    kept = f"teacher={{kind: cached, directory: {root / 'padded'}, fill: true, dtype: fp32}}"
+    task = plan_cache(config(root, "views", *ALONE, kept), world)
+    other, kind = Store(root / "nothing"), build_kind(root / "padded", task.record, world)
+    live = build_teacher(task.cfg, [], world)
+    cached = CachedTeacher(task.store if world.is_main else other, kind)
+    out = [verify(live, cached, task.sets, root / "padded", world)]
+    for path in (root / "padded").glob("part-*") if world.is_main else ():
+        part = load_file(path)
+        keys, hidden = part["keys"].numpy().view(np.uint64), part["hidden"]
+        other.add(keys, {"hidden": hidden + 0.1 * torch.randn_like(hidden)})
+    try:
+        verify(live, CachedTeacher(other, kind), task.sets, root / "padded", world)
+    except ConfigError as error:
+        out.append("away from the stored one" in str(error))
     return out
 
 
 def write_alone(world, root):
-    return write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    """Whether a cache is whole, and again, with the rows that were asked of a teacher then."""
+    _, is_whole = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    with counting() as asked:
+        _, is_whole_again = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
+    return is_whole, is_whole_again, sum(asked)
 
 
 def read_alone(world, root):
@@ -187,9 +230,10 @@ def results(tmp_path_factory):
     tiny.llama(root / "teacher", layers=2, hidden=32, tie=False, seed=2)
     (root / "rows.jsonl").write_text(rows(17))
     (root / "held.jsonl").write_text(rows(24).split("\n", 17)[-1])
-    assert run_ranks(write_alone, 1, root)[0][1]
-    found = run_ranks(compare, 2, root)[0]
-    return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root}
+    written = run_ranks(write_alone, 1, root)[0]
+    found, other = run_ranks(compare, 2, root)
+    found["views"] = [found["views"], other["views"]]
+    return {**found, "alone": run_ranks(read_alone, 1, root)[0], "root": root, "written": written}
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -205,6 +249,10 @@ def test_losses_on_a_cache_in_fp32_are_those_under_the_teacher_itself(results, n
 def test_a_cache_that_was_stopped_goes_on_with_what_is_absent(results):
     (absent, is_whole), (left, is_whole_then) = (results["padded"][k] for k in ("halfway", "whole"))
     assert 0 < left < absent and not is_whole and is_whole_then
+
+
+def test_a_whole_cache_is_written_again_without_its_teacher(results):
+    assert results["written"] == (True, True, 0)
 
 
 def test_rows_that_were_written_for_packs_serve_padded_samples(results):
@@ -237,6 +285,14 @@ def test_a_cache_of_two_ranks_serves_one_and_the_other_way_round(results):
     assert losses == pytest.approx(expected, rel=1e-6) and not none
     losses, none = results["of_one_rank"]
     assert losses == pytest.approx(results["padded"]["resident"][0], rel=1e-6) and not none
+
+
+def test_all_ranks_run_the_teacher_or_none_whatever_files_each_has_seen(results):
+    assert [first for first, *_ in results["views"]] == [True, True]
+
+
+def test_rows_that_the_teacher_does_not_give_now_are_refused_on_all_ranks(results):
+    assert [rest for _, *rest in results["views"]] == [[True], [True]]
 
 
 @pytest.mark.parametrize("place", ["replicate", "cpu"])

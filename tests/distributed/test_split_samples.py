@@ -12,6 +12,7 @@ import pytest
 from ds_kd.parallel.rendezvous import free_port
 from tests import tiny
 from tests.distributed.test_evaluation import meet_at, records
+from tests.distributed.test_lora import one_step
 from tests.parity.test_sequence import CASES, check, compare_with_plain_pytorch, make_models
 from tests.ranks import run_ranks
 
@@ -50,8 +51,9 @@ def train(root: Path, name: str, steps: int, split: bool) -> None:
 
 def use_both_ranks(world, root: Path, paths: dict, ports: list[int]) -> dict[str, dict]:
     """A run of split samples without a break; one in two parts; the second part of that with whole
-    samples. Returns how far single steps are from plain PyTorch."""
+    samples. Returns how far single steps, of an adapter too, are from plain PyTorch."""
     cases = compare_with_plain_pytorch(world, root, paths)
+    adapter = one_step(world, paths["uneven"], False, {"match_all_linear": True}, True)
     train(root, "straight", 4, True)
     meet_at(ports[0])
     train(root, "stopped", 2, True)
@@ -61,7 +63,7 @@ def use_both_ranks(world, root: Path, paths: dict, ports: list[int]) -> dict[str
     train(root, "stopped", 4, True)
     meet_at(ports[2])
     train(root, "whole", 4, False)
-    return cases
+    return {"steps": cases, "lora": adapter}
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +98,10 @@ def numbers(root: Path, name: str, step: int) -> dict[str, float]:
 
 def test_a_step_on_two_ranks_equals_plain_pytorch(root):
     cases = json.loads((root / "cases.json").read_text())
-    assert len(cases) == len(CASES[2])
-    check(cases)
+    assert len(cases["steps"]) == len(CASES[2])
+    check(cases["steps"])
+    error, moved, _ = cases["lora"]
+    assert error <= 1e-6 and moved > 0.01
 
 
 def test_a_run_that_was_stopped_goes_on_bitwise(root):

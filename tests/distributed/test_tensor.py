@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -14,17 +17,42 @@ from tests.ranks import run_ranks
 #: Each case of a step: kd_ratio, kind of student, and how it is computed.
 CASES = [
     *((ratio, "tied", {}) for ratio in (0.0, 0.5, 1.0)),
-    (0.5, "untied", {}),
     (0.5, "tied", {"packs": True}),
     (0.5, "untied", {"checkpointing": True}),
     (0.5, "tied", {"once": True}),  # gradients of micro-batches are exchanged together
     # In one micro-batch a rank of two has no token of the loss, and the teacher is not cut.
     (0.5, "untied", {"few": True, "whole_teacher": True}),
 ]
+#: The same of two groups of ranks, which have samples of their own, or parts of the same.
+OF_FOUR = [(0.0, "tied", {}), (1.0, "untied", {})]
+PACKS = {
+    1: (0.5, "tied", {"packs": True}),
+    2: (0.5, "untied", {"packs": True, "shares": True}),
+}
+#: Maps of an adapter: cut by their outputs, by their inputs.
+ADAPTED = {"target_modules": ["*q_proj", "*down_proj", "*.layers.0.*.o_proj"]}
 
 
 def _of_build(how):
-    return {name: value for name, value in how.items() if name not in ("once", "few")}
+    return {name: value for name, value in how.items() if name not in ("once", "few", "shares")}
+
+
+@contextmanager
+def count_sums() -> Iterator[list[int]]:
+    """Count the gradients that maps cut by their outputs sum over ranks inside this block."""
+    from deepspeed.module_inject.layers import ColumnParallel
+
+    plain, sizes = ColumnParallel.backward, []
+
+    def backward(ctx, gradient):
+        sizes.append(gradient.numel())
+        return plain(ctx, gradient)
+
+    ColumnParallel.backward = staticmethod(backward)
+    try:
+        yield sizes
+    finally:
+        ColumnParallel.backward = staticmethod(plain)
 
 
 def steps(world, root, paths, cases):
@@ -32,6 +60,7 @@ def steps(world, root, paths, cases):
     from transformers import AutoModelForCausalLM
 
     from ds_kd.data.packing import PackedDataset
+    from ds_kd.data.prefixes import SharedDataset
     from ds_kd.parallel.accumulation import Once
     from ds_kd.parallel.engines import read_gradient_norm
     from ds_kd.parallel.tensor import count_numbers
@@ -44,12 +73,16 @@ def steps(world, root, paths, cases):
             # The second micro-batch has no other token.
             rows[3]["labels"][-1] = rows[3]["input_ids"][0]
         data = PackedDataset(rows, PACK) if "packs" in how else rows
+        if "shares" in how:
+            rows = tiny.branches(rows)
+            data = SharedDataset(rows, PACK)
         accumulation, local = (1, -(-len(data) // world.data.size)) if "packs" in how else (2, 3)
         models = {"student": paths[kind], "teacher": paths["teacher"]}
         made = build(world, models, data, accumulation, local, ratio, sgd, **_of_build(how))
         made.reduce_once = Once(always="once" in how)
         logged = made.validate()
-        made.train()
+        with count_sums() as sums:
+            made.train()
 
         reference = AutoModelForCausalLM.from_pretrained(paths[kind])
         loss, *_ = tiny.reference_means(reference, teacher, rows, ratio, TEMPERATURE)
@@ -65,7 +98,7 @@ def steps(world, root, paths, cases):
             "moved": max(grad.abs().max().item() for _, grad in expected.values()),
             "norm": abs(read_gradient_norm(made.student) / norm - 1),
             "logged": abs(logged["loss"] - loss.item()),
-            "cut": len(cut),
+            "cut": len(cut), "sums": len(sums) / accumulation,
             "here": sum(p.ds_tensor.numel() for p in parameters) * world.size
             / sum(map(count_numbers, parameters)),
         })  # fmt: skip
@@ -80,8 +113,7 @@ def of_two(world, root, paths, cases):
     from ds_kd.parallel.world import on_rank0
 
     out = {"steps": steps(world, root, paths, cases)}
-    chosen = {"target_modules": ["*q_proj", "*down_proj", "*.layers.0.*.o_proj"]}
-    out["lora"] = one_step(world, paths, False, chosen, False)
+    out["lora"] = one_step(world, paths, False, ADAPTED, False)
     (root / "lora").mkdir(exist_ok=True)
     out["adapter"] = kept(world, paths, root / "lora", torch.float32, False)
     straight, _ = train(world, paths, root / "straight", 5)
@@ -104,6 +136,14 @@ def of_two(world, root, paths, cases):
     return out
 
 
+def of_four(world, root, paths, cases):
+    """Steps on four ranks, two of which share matrices; one of an adapter on parts of samples."""
+    out = {"steps": steps(world, root, paths, cases)}
+    if world.sequence.size > 1:
+        out["lora"] = one_step(world, paths, False, ADAPTED, False)
+    return out
+
+
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
@@ -116,9 +156,10 @@ def paths(tmp_path_factory):
 
 
 def judge(case):
-    """Return whether a step of cut matrices is the step of plain PyTorch."""
+    """Return whether a step of cut matrices is the step of plain PyTorch. Each of two layers has 7
+    that are cut, and sums two gradients: of what q, k and v read, and of what gate and up read."""
     close = case["error"] <= 1e-6 and case["norm"] <= 1e-5 and case["logged"] <= 1e-5
-    return close and case["moved"] > 1e-2 and case["cut"] == 14
+    return close and case["moved"] > 1e-2 and case["cut"] == 14 and case["sums"] == 4
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +196,10 @@ def test_a_cut_run_goes_on_bit_for_bit_and_its_student_is_whole(two):
 
 @pytest.mark.parametrize("sequence", [1, 2], ids=["samples", "parts of samples"])
 def test_tokens_are_divided_over_groups_of_ranks_that_share_matrices(paths, tmp_path, sequence):
-    cases = [CASES[1], CASES[4]]
-    found = run_ranks(steps, 4, tmp_path, paths, cases, tensor=2, sequence=sequence)
+    cases = [*OF_FOUR, PACKS[sequence]]
+    found = run_ranks(of_four, 4, tmp_path, paths, cases, tensor=2, sequence=sequence)
     assert all(each == found[0] for each in found)
-    assert all(judge(case) for case in found[0]), found[0]
+    assert [case for case in found[0]["steps"] if not judge(case)] == []
+    if sequence > 1:
+        error, moved, _ = found[0]["lora"]
+        assert error <= 1e-6 and moved > 0.01

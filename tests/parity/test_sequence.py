@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 
-from ds_kd.models import probes
+from ds_kd.config.methods.check_sequence import UNSPLIT
+from ds_kd.models import causal_lm, probes
+from ds_kd.models.attention import attend_by_sample
+from ds_kd.parallel.sequence import Exchange
 from tests import tiny
+from tests.parity.architectures import all_architectures
+from tests.parity.architectures import build as build_model
+from tests.parity.test_architectures import Engine
 from tests.parity.test_step import MASKED, PACK, TEMPERATURE, build, sgd, weights
 from tests.ranks import run_ranks
 
@@ -15,7 +23,11 @@ HEADS = {"even": ((4, 2), (8, 4)), "uneven": ((6, 3), (3, 1))}
 
 #: (shape, kd_ratio, how the step is made) on two ranks that share samples, and on four.
 CASES: dict[int, list[tuple[str, float, dict]]] = {
-    2: [("uneven", 0.5, {}), ("uneven", 0.5, {"packs": True})],
+    2: [
+        ("even", 0.0, {}),
+        ("uneven", 1.0, {}),
+        ("uneven", 0.5, {"packs": True}),
+    ],
     4: [
         *(("even", alpha, {}) for alpha in (0.0, 0.5, 1.0)),
         ("even", 0.5, {"packs": True, "shares": True}),
@@ -128,3 +140,28 @@ def test_a_step_of_split_samples_equals_plain_pytorch(four):
 def test_all_ranks_refuse_a_model_whose_parts_are_wrong_on_some(four):
     said = [told for _, told in four]
     assert all("a token that is split off from its sample is another" in each for each in said)
+
+
+def find_unsplit(world, directory):
+    """The architectures with a linear head whose samples the ranks cannot split."""
+    found = []
+    for kind in all_architectures():
+        try:
+            module = causal_lm.FrozenModel(build_model(kind))
+        except Exception:  # of a configuration that cannot be this small
+            continue
+        engine, module.exchange = Engine(module), Exchange(world.sequence)
+        with suppress(ValueError):
+            probes.check_head(engine, world.device, kind)
+            attend_by_sample(module.model)
+            try:
+                probes.check_parts(engine, world.device, kind, world.everyone)
+            except ValueError:
+                found.append(str(module.model.config.get_text_config().model_type))
+    return found
+
+
+@pytest.mark.nightly
+def test_the_check_knows_every_architecture_whose_samples_cannot_be_split(tmp_path):
+    found = run_ranks(find_unsplit, 2, tmp_path, seconds=1800, timeout_minutes=5, sequence=2)[0]
+    assert {*found} == UNSPLIT

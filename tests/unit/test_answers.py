@@ -106,15 +106,18 @@ def test_conversations_are_answered_through_the_template_and_read_again_as_data(
         (["--data", "talks.jsonl"], "has no chat template for messages"),
         (["--data", "text.jsonl"], "has the columns text, expected messages or conversations or"),
         (["--data", "absent.jsonl"], "absent.jsonl"),
+        (["--data", "plain/config.yaml"], "split 'train': it is not a .json"),
         (["--teacher", "nothing"], "--teacher"),
         (["--max-new-tokens", "128"], "no prompt of .* leaves room for --max-new-tokens 128"),
         (["--output", "prompts.jsonl/a.jsonl"], "--output: "),
+        (["--output", "./prompts.jsonl"], "--output: prompts.jsonl: it is a file of --data"),
     ],
 )
 def test_a_mistake_is_told_in_a_sentence(place, words, told, capsys, monkeypatch):
     import re
 
     (place / "text.jsonl").write_text('{"text": "w1 w2"}')
+    (place / "plain" / "config.yaml").write_text("{}")
     monkeypatch.chdir(place)
     command = ["--teacher", "plain", "--data", "prompts.jsonl", "--output", "out.jsonl", *words]
     assert script("generate_data").main(command) == 2

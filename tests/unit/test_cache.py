@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 
@@ -55,6 +56,18 @@ def test_padding_packs_and_shared_beginnings_do_not_change_the_key_of_a_row():
     assert find_keys(default_collater([filler])).shape == (0, 2)
 
 
+def test_rows_of_a_users_own_packs_have_the_keys_of_their_samples():
+    samples = tiny.samples(6, seed=3)
+    expected = np.concatenate([keys_of_sample(sample) for sample in samples])
+    whole = PackedDataset(samples, 96)
+    assert len(whole) == 1
+    own = whole[0]
+    assert np.array_equal(keys_of_sample(own), expected)
+    assert np.array_equal(find_keys(default_collater([own])), expected)
+    again = PackedDataset([own], 128)
+    assert np.array_equal(find_keys(default_collater([again[0]])), expected)
+
+
 def test_another_token_before_a_row_gives_it_another_key_and_one_after_it_does_not():
     one = {"input_ids": [5, 6, 7, 8], "labels": [-100, 7, 8, -100]}
     after = {"input_ids": [5, 6, 7, 9], "labels": [-100, 7, 9, -100]}
@@ -85,8 +98,10 @@ def test_rows_come_back_from_several_files_and_from_memory_bit_for_bit(tmp_path)
     found = writer.read(keys[order.numpy()])["hidden"]
     assert torch.equal(found, fields["hidden"][order]) and found.dtype == torch.bfloat16
     assert other.lacks(keys).tolist() == [True] * 10 + [False] * 10 + [True] * 10
+    # Rows that others have written by now are found when they are read.
+    assert torch.equal(other.read(keys[:20])["hidden"], fields["hidden"][:20])
     with pytest.raises(CacheError, match="lacks 10 of 20 rows"):
-        other.read(keys[:20])
+        other.read(keys[10:])
 
 
 def test_the_remains_of_a_killed_writer_are_passed_over_and_its_rows_are_absent(tmp_path):
@@ -114,6 +129,23 @@ def test_a_flipped_bit_and_a_cut_file_are_told_with_the_files_name(tmp_path):
         damaged.read(keys)
     path.write_bytes(whole[:-20])
     with pytest.raises(CacheError, match=path.name):
+        Store(tmp_path)
+
+
+def test_others_may_read_a_cache_and_one_who_may_not_is_told_so(tmp_path, monkeypatch):
+    keys, fields = make_rows(2)
+    store = Store(tmp_path)
+    store.add(keys, fields)
+    mask = os.umask(0o027)
+    store.flush()
+    os.umask(mask)
+    (path,) = tmp_path.glob("part-*")
+    assert path.stat().st_mode & 0o777 == 0o640
+    if os.geteuid() == 0:  # whom no mode keeps from reading
+        path.write_bytes(b"")
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    path.chmod(0)
+    with pytest.raises(CacheError, match="may not read this file of the cache; chmod a"):
         Store(tmp_path)
 
 
@@ -271,6 +303,46 @@ def test_a_full_cache_opens_without_its_teacher_and_gives_what_was_stored(kept):
         assert torch.equal(output.hidden, part["hidden"].flip(0).float())
 
 
+DRAWS = {"keep": "sampled", "k": 12, "temperature": 2.0, "shared": tiny.VOCAB}
+
+
+@pytest.mark.parametrize(
+    ("record", "words", "told"),
+    [
+        (DRAWS, ["teacher.k=9"], r"teacher\.k: got 9, expected 12, what"),
+        (DRAWS, ["kd_loss_fn.temperature=3"], r"temperature: got 3\.0, expected 2, what"),
+        ({**DRAWS, "shared": 90}, [], "a cache for a head of this student's size"),
+        (
+            {"weights": "int8"},
+            ["teacher.fill=true"],
+            "teacher.placement: got .*, expected int8, as",
+        ),
+    ],
+)
+def test_a_cache_that_keeps_something_else_is_refused_by_its_key(kept, record, words, told):
+    path = kept / "cache" / "cache.json"
+    text = path.read_text()
+    path.write_text(json.dumps({**json.loads(text), **record}))
+    given = ["teacher.keep=sampled", "teacher.k=12", "kd_loss_fn.temperature=2"]
+    try:
+        with pytest.raises(ConfigError, match=told):
+            open_cache(config(kept, *(given if "keep" in record else []), *words))
+    finally:
+        path.write_text(text)
+
+
+def test_software_that_has_not_run_the_teacher_yet_compares_it_if_it_is_at_hand(kept):
+    path = kept / "cache" / "verified.json"
+    told = json.loads(path.read_text())
+    path.write_text(json.dumps([text.replace("torch", "another torch") for text in told]))
+    try:
+        with pytest.raises(AssertionError, match="the teacher is loaded"):
+            open_cache(config(kept))
+        open_cache(config(kept, "teacher_model=null"))
+    finally:
+        path.write_text(json.dumps(told))
+
+
 def test_absent_samples_are_named_before_the_first_step(kept):
     with pytest.raises(ConfigError) as caught:
         open_cache(config(kept, rows="more"))
@@ -312,6 +384,22 @@ def test_another_teacher_dtype_tokenizer_and_a_damaged_record_are_refused_by_nam
         open_cache(config(kept, f"teacher.directory={tmp_path / 'cache'}"))
 
 
+def test_two_runs_that_begin_a_cache_at_once_have_the_same_teacher(kept, tmp_path):
+    """Each found no record before it loaded its teacher, which may take minutes."""
+    from ds_kd.recipe.offline.record import read_record
+    from ds_kd.recipe.offline.teacher import begin_cache
+
+    own = read_record(kept / "cache")
+    head = load_file(kept / "cache" / "head.safetensors")
+    for name in ("teacher", "./teacher"):
+        begin_cache(tmp_path, dataclasses.replace(own, teacher=name), head)
+    other = dataclasses.replace(own, identity="other", teacher="large")
+    with pytest.raises(ConfigError, match=r"teacher\.directory: .*begun the cache of ./teacher"):
+        begin_cache(tmp_path, other, {"weight": head["weight"] * 2})
+    assert read_record(tmp_path).identity == own.identity
+    assert torch.equal(load_file(tmp_path / "head.safetensors")["weight"], head["weight"])
+
+
 def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
     def told(*words, **values):
         with pytest.raises(ConfigError) as caught:
@@ -322,6 +410,7 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
         teacher={"kind": "cached"}
     )
     assert "expected a directory with cache.json" in told(f"teacher.directory={tmp_path}")
+    assert told("teacher.directory=[a]").count("teacher.directory") == 1
     filled = {"kind": "cached", "directory": str(tmp_path), "fill": True}
     assert "teacher_model: missing; teacher.fill runs it" in told(
         "teacher_model=null", teacher=filled
@@ -354,9 +443,13 @@ def test_the_plans_tell_the_bytes_of_a_cache_and_load_no_model(kept, capsys):
     (kept / "run.yaml").write_text(config(kept, rows="more", teacher=None).text)
     command = script("cache_teacher")
     words = ["--config", str(kept / "run.yaml"), "--output", str(kept / "cache"), "--dry-run"]
-    assert command.main(words) == 0
+    # The teacher is whole here, whatever the run that will read the cache cuts.
+    assert command.main([*words, "distributed.tp_size=2", "teacher_distributed.tp_size=2"]) == 0
     out = capsys.readouterr().out
     assert "rows: 6 to compute, 18 there, each 16 numbers in float16" in out
     assert f"size: {6 * 56} B to write into {kept / 'cache'}" in out and "time: " in out
     assert command.main([*words[:2], "--dry-run"]) == 2
     assert "teacher.directory: missing" in capsys.readouterr().err
+    # A directory whose name YAML would read as a number.
+    assert command.main([*words[:2], "--output", "2024", "--dry-run"]) == 0
+    assert "to write into 2024" in capsys.readouterr().out

@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import sys
 
+import pytest
 import torch
 from deepspeed.runtime.zero.config import ZeroStageEnum
 
 from ds_kd.checkpoint.checkpointer import Checkpointer
 from ds_kd.checkpoint.engine.files import _pickle_stage_by_value, trust_pickles
+from ds_kd.checkpoint.shards import ShardWriter
 from ds_kd.checkpoint.writer import Writer
 from ds_kd.parallel.world import World
 
@@ -24,6 +26,15 @@ def test_deepspeeds_stage_is_read_back_whatever_python_wrote_it(tmp_path, monkey
     with trust_pickles():
         read = torch.load(tmp_path / "states.pt", weights_only=False)
     assert read["zero_stage"] is ZeroStageEnum.weights
+
+
+def test_whoever_may_read_a_students_config_may_read_its_weights(tmp_path):
+    writer = ShardWriter(tmp_path, shard_bytes=8)
+    for name in ("first", "second"):
+        writer.add(name, torch.zeros(2))
+    writer.close()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len([*tmp_path.iterdir()]) == 3 and len(modes) == 1
 
 
 def test_a_save_that_outlasts_the_launchers_patience_is_told_once(tmp_path):
@@ -51,6 +62,29 @@ def test_an_export_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatch, 
     assert script("export").main([str(tmp_path), str(tmp_path / "out")]) == 2
     assert "No space left" in capsys.readouterr().err
     assert [*tmp_path.iterdir()] == []
+
+
+def test_an_export_leaves_a_users_directory_beside_it_alone(tmp_path, monkeypatch):
+    from ds_kd.checkpoint import export
+
+    mine = tmp_path / "out.part" / "notes"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    monkeypatch.setattr(export, "export_checkpoint", lambda _, out: out.mkdir())
+    export.export_to(tmp_path, tmp_path / "out")
+    assert mine.read_text() == "mine" and (tmp_path / "out").is_dir()
+
+
+def test_a_manifest_without_one_of_the_files_is_not_written(tmp_path):
+    from ds_kd.checkpoint import manifest
+
+    (tmp_path / "engine").mkdir()
+    for name in ("state.json", "engine/one.pt"):
+        (tmp_path / name).write_text(name)
+    files = {"state.json": manifest.digest(tmp_path / "state.json")}
+    with pytest.raises(OSError, match=r"engine/one\.pt: no rank has summed up this file"):
+        manifest.write(tmp_path, files)
+    assert not (tmp_path / "manifest.json").exists()
 
 
 def test_an_export_shows_its_own_line_and_nothing_of_deepspeeds(tmp_path, monkeypatch, capfd):

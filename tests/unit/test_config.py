@@ -303,6 +303,7 @@ def test_a_value_of_another_type_is_refused_by_its_key(override, expected):
         ("dataloader.group_by_length=please", "true or false"),
         ("kd_ratio=null", "leave the key out"),
         ("model.torch_dtyp=bf16", "did you mean model.torch_dtype"),
+        ("teacher_model.placement=int8", "is no argument of a model; write teacher.placement"),
         ("model.pretrained_model_name_or_path=ds_kd/daata", "a directory that exists"),
         ("step_scheduler.global_batch_size=18", "write 19"),
     ],

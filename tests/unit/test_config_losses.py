@@ -135,6 +135,15 @@ def test_an_argument_called_name_of_a_loss_from_outside_is_its_own():
     assert "mine.Loss is not found here" in "".join(load(guide(parts), allow=("mine",)).notes)
 
 
+def test_a_function_that_is_the_loss_itself_is_told_what_to_name(tmp_path, monkeypatch):
+    (tmp_path / "own_loss.py").write_text("def far(student_logits, teacher_logits, labels): ...")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load(guide({"_target_": "own_loss.far"}), allow=("own_loss",))
+    (told,) = caught.value.problems
+    assert "own_loss.far is a loss itself" in told and "without arguments that returns far" in told
+
+
 def test_parts_that_want_other_chunks_are_refused():
     parts = [{"weight": 1.0, "chunk_size": size} for size in (64, 128)]
     with pytest.raises(ConfigError, match="parts have chunk_size 128 and 64, and share one"):

@@ -61,6 +61,8 @@ def test_keys_and_models_that_cannot_be_split_are_refused_by_name():
             "layers of type linear_attention",
         ),
         ({"text_config": {"n_head": 1}}, "its attention has 1 head(s)"),
+        ({"model_type": "mamba"}, "computes its model_type mamba without SDPA, or with a mask"),
+        ({"text_config": {"model_type": "gpt_oss"}}, "remove distributed.cp_size"),
     ],
 )
 def test_a_model_that_cannot_be_split_is_refused_by_its_configuration(config, told, tmp_path):

@@ -11,6 +11,7 @@ from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.config.methods.check_tensor import ARCHITECTURES, find_misfit
 from tests import tiny
+from tests.scripts import script
 from tests.unit.test_config import GUIDE
 
 TWO = "distributed.tp_size=2"
@@ -35,6 +36,8 @@ def problems(*overrides):
         ),
         ("distributed.tp_size=0", "distributed.tp_size: got 0, expected an integer ≥ 1"),
         ("step_scheduler={global_batch_size: 6, local_batch_size: 4}", "write 8"),
+        ("distributed.tensor_parallel_size=2", "distributed.tensor_parallel_size: write tp_size"),
+        ("distributed.context_parallel_size=2", "distributed.context_parallel_size: write cp_size"),
     ],
 )
 def test_a_key_that_does_not_go_with_cut_matrices_is_one_error_that_says_what_to_write(
@@ -59,6 +62,14 @@ def test_a_local_model_that_cannot_be_cut_is_told_by_its_section(tmp_path):
 
     (told,) = problems(name, "distributed.cp_size=4")
     assert "its num_attention_heads is 4, and 2 × cp_size 4 ranks need one each" in told
+    assert told.endswith("write distributed.cp_size: 2")
+
+    # The number to write fits both models.
+    teacher = (
+        f"teacher_model.pretrained_model_name_or_path={tiny.llama(tmp_path / 't', heads=(8, 8))}"
+    )
+    found = problems(name, teacher, "distributed.tp_size=16")
+    assert len(found) == 2 and all(told.endswith("write distributed.tp_size: 2") for told in found)
 
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "model_type": "olmo3"}))
@@ -106,6 +117,21 @@ def test_a_wrapper_of_a_language_model_is_told_by_that_model(tmp_path):
     del config["model_type"]
     wrap(**config)
     assert load(GUIDE, [TWO, name]).distributed.tp_size == 2
+
+
+def test_the_ranks_of_a_slurm_section_are_laid_out_before_they_are_asked_for(capsys):
+    def check(*overrides):
+        code = script("kd").main(["--config", str(GUIDE), "--check", TWO, *overrides])
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    code, told = check("slurm={ntasks_per_node: 3}")
+    expected = "slurm: nodes 1 × ntasks_per_node 3 = 3 ranks; distributed.tp_size 2: got 3 rank(s)"
+    assert code == 2 and expected in told and "start 4" in told
+    assert check("slurm={ntasks_per_node: 3}", "--ranks=2")[0] == 0
+    code, told = check("slurm={nodes: 2}")
+    assert code == 0 and "no whole groups of 2 that share samples" in told
+    assert "whole groups" not in check("slurm={nodes: 2, ntasks_per_node: 2}")[1]
 
 
 @pytest.mark.parametrize(

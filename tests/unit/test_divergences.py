@@ -117,6 +117,16 @@ def test_value_and_gradient_are_those_of_the_definition(
         assert (got - want).abs().max().item() <= 1e-12
 
 
+@pytest.mark.parametrize(("kind", "softmaxes"), [(KDLoss, 2), (ReverseKL, 3), (JSD, 3), (TVD, 3)])
+def test_measuring_at_temperature_1_takes_no_softmax_of_its_own(kind, softmaxes, monkeypatch):
+    """One of each model, and of the student for CE where the divergence writes over its own."""
+    made, softmax = [], torch.softmax
+    count = lambda *given, **named: made.append(0) or softmax(*given, **named)  # noqa: E731
+    monkeypatch.setattr(torch, "softmax", count)
+    measure(kind(temperature=1.0, chunk_size=0), case(15, 30, VOCAB))
+    assert len(made) == softmaxes
+
+
 @every_kind
 @pytest.mark.parametrize("temperature", [1.0, 3.0, 100.0])
 def test_models_that_are_the_same_give_exactly_0_and_a_zero_gradient(

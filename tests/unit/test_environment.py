@@ -282,7 +282,7 @@ def test_a_file_that_is_opened_first_does_not_become_standard_output(tmp_path):
 LOADER = """
 import os, signal, sys, time
 from torchdata.stateful_dataloader import StatefulDataLoader
-from ds_kd.parallel.signals import end_workers_at_exit, ignore_requests
+from ds_kd.parallel.signals import end_workers_at_exit, prepare_worker
 from ds_kd.script import run_script
 
 class Rows(list):
@@ -290,7 +290,7 @@ class Rows(list):
         os.kill(os.getpid(), signal.SIGKILL) if sys.argv[1] == "killed" else time.sleep(3600)
 
 end_workers_at_exit()
-workers = dict(num_workers=2, timeout=5, worker_init_fn=ignore_requests)
+workers = dict(num_workers=2, timeout=5, worker_init_fn=prepare_worker)
 batches = iter(StatefulDataLoader(Rows([0]), **workers))
 sys.exit(run_script(lambda: next(batches)))
 """
@@ -307,3 +307,28 @@ def test_a_loader_worker_that_gives_no_batch_ends_the_run_with_a_message(how, to
     assert re.search(told, done.stderr) and "dataloader.num_workers" in done.stderr
     # Torch logs one, behind its prefix, where the signal arrives while it imports its profiler.
     assert not re.search("^Traceback", done.stderr, re.MULTILINE)
+
+
+BATCHES = """
+import socket
+from multiprocessing import resource_sharer
+from ds_kd.parallel.signals import prepare_worker
+
+{prepare}
+for _ in range(2):  # the second is served after the first connection broke
+    batch = resource_sharer.DupFd(1)
+    with socket.socket(socket.AF_UNIX) as rank:
+        rank.connect(batch._id[0])
+        rank.recv(1)  # what is left unread makes closing a reset, as a kill does
+    batch.detach()
+"""
+
+
+@pytest.mark.parametrize(("prepare", "is_told"), [("prepare_worker(0)", False), ("", True)])
+def test_a_rank_that_is_killed_while_it_fetches_a_batch_leaves_no_traceback(prepare, is_told):
+    done = subprocess.run(
+        [sys.executable, "-c", BATCHES.format(prepare=prepare)],
+        cwd=ROOT, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert ("Traceback" in done.stderr) == is_told

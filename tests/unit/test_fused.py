@@ -105,14 +105,15 @@ def test_every_divergence_of_the_template_equals_its_definition(
     assert (gradient - leaf.grad).abs().max() <= 2e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
 @pytest.mark.parametrize("kind", [SkewReverse, AlphaBeta])
 def test_a_divergence_of_the_template_has_the_sums_and_gradients_of_the_plain_code(
-    kind, interpreter, monkeypatch
+    kind, temperature, interpreter, monkeypatch
 ):
     """With heads of different width, in two chunks."""
     inputs = case(6, 9, 300, extra=(7, 3))
     loss = DistillationLoss(
-        MaskedCrossEntropy(), kind(temperature=2.0, chunk_size=6), 0.4, vocab_size=300
+        MaskedCrossEntropy(), kind(temperature=temperature, chunk_size=6), 0.4, vocab_size=300
     )
     assert terms.works(kind, torch.device("cpu"))
     interpreter.clear()

@@ -95,6 +95,16 @@ def test_a_run_that_begins_anew_sets_the_log_before_it_aside(tmp_path):
     assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_log_that_was_set_aside_is_never_replaced(tmp_path):
+    for value in (1.0, 2.0, 3.0):
+        log(tmp_path, (1,), value=value)
+    (tmp_path / "metrics.before1.jsonl").unlink()  # of two, its user has removed the older one
+    for value in (4.0, 5.0):
+        log(tmp_path, (1,), value=value)
+    kept = {path.name: path.read_text() for path in tmp_path.glob("metrics.before*")}
+    assert len(kept) == 3 and '"train_loss": 2.0' in kept["metrics.before2.jsonl"]
+
+
 def test_a_validation_at_step_0_of_another_run_is_not_the_new_ones(tmp_path):
     metrics = Metrics(tmp_path, total_steps=9, out=io.StringIO())
     metrics.validation(0, {"loss": 9.0})

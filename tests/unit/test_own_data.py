@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
 from ds_kd.data.labels import describe_unsupervised
+from ds_kd.data.mixture import make_mixture
 from ds_kd.data.own import DataError, OwnSamples
 from ds_kd.data.packing import PackedDataset
-from ds_kd.data.rows.source import load_rows, tokenize
+from ds_kd.data.rows import source
+from ds_kd.data.rows.detect import known_data_sets
+from ds_kd.data.rows.source import hash_code, load_rows, tokenize
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import samples_of
 from tests import tiny
@@ -188,6 +193,67 @@ def test_a_bad_row_is_told_before_all_rows_are_gone_through(tmp_path):
     with pytest.raises(ValueError, match="row 4 is bad"):
         tokenize(load_rows(str(path), "train", ("n",)), sample)
     assert seen == [0, 1, 2, 3, 4]
+
+
+ROWS = {
+    "squad.make_squad_dataset": {"context": "w1", "question": "w2", "answers": {"text": ["w3"]}},
+    "hellaswag.HellaSwag": {"ctx": "w1", "endings": ["w2", "w3"], "label": 1},
+    "text.make_instruction_dataset": {"prompt": "w1", "completion": "w2"},
+    "text.make_text_dataset": {"text": "w1"},
+    "text.make_prompt_dataset": {"prompt": "w1"},
+    "chat.ChatDataset": {"messages": [{"role": "assistant", "content": "w1"}]},
+    "text.make_sharegpt_dataset": {"conversations": [{"from": "gpt", "value": "w1"}]},
+}
+
+
+def test_rows_are_tokenised_once_and_found_again_by_later_runs_and_other_ranks(tmp_path):
+    """Samples of a function that `datasets` cannot hash are made, and kept, at every start."""
+    tiny.tokenizer(tmp_path / "t")
+    names = {each.name.removeprefix("ds_kd.data.") for each in known_data_sets()}
+    assert names - {"mixture.make_mixture"} == {*ROWS}
+    sources = []
+    for name, row in ROWS.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text(json.dumps(row))
+        sources.append({"_target_": f"ds_kd.data.{name}", "dataset_name": str(path)})
+
+    def make():
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / "t")
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }} {% endfor %}"
+        return [make_mixture(tokenizer, [source]) for source in sources]
+
+    for first, again in zip(make(), make(), strict=True):
+        assert first._fingerprint == again._fingerprint
+        assert first.cache_files == again.cache_files != []
+
+
+def test_samples_that_other_code_has_made_are_made_anew(tmp_path, monkeypatch):
+    """`datasets` keeps samples, and knows the functions of a module by their names alone."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"n": 1}\n{"n": 2}\n')
+
+    def make():
+        rows = load_rows(str(path), "train", ("n",))
+        return list(tokenize(rows, tiny.count_up)["input_ids"])
+
+    assert make() == [[1], [2]]
+    monkeypatch.setattr(tiny.count_up, "__code__", (lambda row, index: {"input_ids": [9]}).__code__)
+    monkeypatch.setattr(source, "hash_code", lambda _: "of another version")
+    assert make() == [[9], [9]]
+
+
+def test_every_file_that_makes_samples_counts(tmp_path):
+    code = tmp_path / "data"
+    shutil.copytree(source._CODE, code)
+    (code / "deeper").mkdir(exist_ok=True)
+    found = [hash_code(source._CODE)]
+    assert hash_code(code) == found[0]
+    for name in ("chat.py", "rows/source.py", "deeper/new.py"):
+        with (code / name).open("a") as file:
+            file.write("# changed")
+        hash_code.cache_clear()
+        found.append(hash_code(code))
+    assert len({*found}) == 4
 
 
 # ---- by way of the config

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_kd.data.collate import default_collater
+from ds_kd.data.own import OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of, pack
 from ds_kd.data.sampler import FILLER, WithFiller
 from ds_kd.losses.chunked import DistillationLoss
@@ -60,6 +61,13 @@ def test_padding_of_the_data_set_is_not_packed():
     sample = {"input_ids": [5, 6, 0, 0], "labels": [6, 7, -100, -100], "sample_id": "a"}
     packed = PackedDataset([{**sample, "num_tokens": 2}] * 2, 8)
     assert packed[0]["input_ids"] == [5, 6, 5, 6] and packed.fill == 0.5
+
+
+def test_samples_of_a_users_own_packs_stay_apart_in_packs():
+    own = {"input_ids": [5, 6, 7], "labels": [6, -100, 8], "segment_lengths": [2, 1]}
+    packed = PackedDataset(OwnSamples([own, own], 10), 8)
+    assert packed[0]["input_ids"] == [5, 6, 7] * 2
+    assert packed[0]["segment_lengths"] == [2, 1, 2, 1]
 
 
 def test_lengths_of_a_hugging_face_data_set():

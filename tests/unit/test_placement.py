@@ -99,3 +99,19 @@ def test_auto_becomes_a_place_that_is_said_and_other_places_stay(place, capsys):
     for same in (config(place, "cpu"), replace(wanted, kd_ratio=0.0)):
         assert settle_placement(same, ALONE) is same
     assert not capsys.readouterr().out
+
+
+def test_an_accelerator_with_room_keeps_a_teacher_whole_for_which_no_place_is_named(place, capsys):
+    wanted, elsewhere = config(place, None), World(0, 1, torch.device("meta"), "gloo")
+    assert settle_placement(wanted, elsewhere).teacher.placement == "replicate"
+    assert "teacher.placement: replicate, 0." in capsys.readouterr().out
+    zero = ["deepspeed.teacher={zero_optimization: {stage: 3}}"]
+    for same in (config(place, "zero3"), config(place, None, *zero), replace(wanted, kd_ratio=0.0)):
+        assert settle_placement(same, elsewhere) is same
+    assert settle_placement(wanted, ALONE) is wanted
+    # A model that cannot be planned is left to the run, which says what is wrong.
+    lost = replace(wanted.teacher_model, kwargs={"pretrained_model_name_or_path": str(place)})
+    assert (
+        settle_placement(replace(wanted, teacher_model=lost), elsewhere).teacher == wanted.teacher
+    )
+    assert not capsys.readouterr().out

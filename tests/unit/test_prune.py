@@ -51,6 +51,8 @@ def test_a_pruned_model_is_the_teacher_with_the_other_layers_skipped(tmp_path):
     assert prune.main(command) == 0
     whole, pruned = load(teacher), load(student)
     assert pruned.config.num_hidden_layers == 3
+    modes = {(student / name).stat().st_mode for name in ("model.safetensors", "config.json")}
+    assert len(modes) == 1  # safetensors lets the owner alone read weights
 
     # Oracle: a layer whose two output projections are zero adds nothing to the residual stream.
     for skipped in (1, 3):

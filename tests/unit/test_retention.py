@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -217,3 +218,10 @@ def test_best_compares_losses_of_the_same_data_only(tmp_path):
 
 def refuse(*_, **__):
     raise OSError("not here")
+
+
+def test_a_loss_that_is_no_number_is_never_the_best(tmp_path):
+    for step, loss in ((2, 1.0), (4, 2.0), (6, math.nan), (8, math.inf)):
+        save(tmp_path, step, Retention(last=1), loss=loss)
+        assert (tmp_path / "BEST").resolve().name == "step_0000002"
+    assert [p.name[-1] for p in steps_in(tmp_path)] == ["8", "2"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -13,8 +14,10 @@ from ds_kd.data.collate import default_collater
 from ds_kd.data.rows.detect import recognise
 from ds_kd.data.sampler import GlobalBatchSampler
 from ds_kd.data.text import make_prompt_dataset
+from ds_kd.evaluate.comparison import read_lines
 from ds_kd.models.generation.sampling import Written
 from ds_kd.parallel.world import World
+from ds_kd.train.metrics import Metrics
 from ds_kd.train.prompts import find_opening, join_rollout, prompt_of
 from ds_kd.train.rollouts import Policy, RolloutBatches
 from tests import tiny
@@ -116,8 +119,8 @@ def test_rows_of_prompts_need_no_answers(place, chatty):
         make_prompt_dataset(str(path), tiny.tokenizer(place / "plain"), column="messages")
 
 
-def make_batches(ratio, write, size=4, reuse=1, samples_per_prompt=1):
-    samples = tiny.samples(10, seed=3, masked=(2,))
+def make_batches(ratio, write, size=4, reuse=1, samples_per_prompt=1, samples=None):
+    samples = samples or tiny.samples(10, seed=3, masked=(2,))
     return RolloutBatches(
         samples,
         GlobalBatchSampler(len(samples), size, 2, 0, 1),
@@ -156,6 +159,53 @@ def test_the_samples_that_are_on_policy_differ_from_epoch_to_epoch():
         next(steps)
     first, second = ({draw.sample for draw in drawn if draw.epoch == e} for e in (0, 1))
     assert first != second and all(1 < len(epoch) < 9 for epoch in (first, second))
+
+
+def test_samples_of_one_id_are_chosen_and_written_each_by_itself():
+    """Rows of one source, or of one conversation, often have one id."""
+    drawn = []
+
+    def write(prompts, draws):
+        drawn.extend(draws)
+        return [Written([9, EOS], True) for _ in draws]
+
+    same = [{**each, "sample_id": "source"} for each in tiny.samples(40, seed=3)]
+    step = next(make_batches(0.5, write, size=40, samples=same).after(0))
+    # Half of 40 samples are on-policy, 20 ± 3.2.
+    assert 8 < len(drawn) < 32 and len({*drawn}) == len(drawn)
+    assert {name for batch in step for name in batch["sample_ids"]} == {"source"}
+
+
+def test_saved_texts_are_joined_to_the_prompts_that_they_answer_and_to_no_others():
+    asked = []
+
+    def write(prompts, draws):
+        asked.append(len(prompts))
+        return [Written([9, EOS], True) for _ in draws]
+
+    before = make_batches(1, write, reuse=2)
+    next(before.after(0))
+    saved = json.loads(json.dumps(before.state_dict(1)))
+    for seed, written in ((3, [3]), (4, [3, 3])):  # the same samples, and as many others
+        again = make_batches(1, write, reuse=2, samples=tiny.samples(10, seed, (2,)))
+        again.load_state_dict(saved)
+        next(again.after(1))
+        assert asked == written
+
+
+def test_the_log_of_a_run_with_rollouts_is_read_again(tmp_path):
+    batches = make_batches(1, lambda prompts, draws: [Written([9, EOS], True)] * len(draws))
+    next(batches.after(0))
+    told = batches.describe()
+    values = {"train_loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_sec": 9.0}
+    log = Metrics(tmp_path, tensorboard=False, out=io.StringIO())
+    log.train(1, values | told)
+    log.validation(1, {"loss": 0.5})
+    log.close()
+    assert read_lines(tmp_path / "metrics.jsonl") == [
+        {"step": 1, **values, **told},
+        {"step": 1, "val_loss": 0.5},
+    ]
 
 
 def test_empty_texts_leave_a_step_with_nothing_supervised_and_every_batch_there():
@@ -223,6 +273,32 @@ def test_a_teacher_that_ends_with_another_token_is_warned_of(place, capsys):
 )
 def test_keys_that_rollouts_cannot_follow_are_refused_by_name(place, overrides, words):
     assert words in refusal(place, *overrides)
+
+
+def test_a_wrong_share_of_rollouts_is_one_problem_and_none_of_a_key_that_is_not_given(place):
+    assert len(refusal(place, "rollouts.ratio=half").splitlines()) == 1
+
+
+def test_layers_that_the_models_lack_are_told_before_they_are_loaded(place):
+    layers = (
+        "kd_loss_fn=[{name: tvd, weight: 1},{name: hidden_states, weight: 1, layers: [[1, 3]]}]"
+    )
+    expected = "got [1, 3], expected a student's layer below 2 and a teacher's below 3"
+    assert expected in refusal(place, layers)
+    assert config(place, layers.replace("3]]", "2]]")).kd_loss_fn is not None
+
+
+def test_conversations_without_answers_are_sent_to_the_data_set_that_reads_them(place):
+    talks = place / "talks.jsonl"
+    talks.write_text('{"messages": [{"role": "user", "content": "w5"}]}\n')
+    chat = {"_target_": "ds_kd.data.chat.ChatDataset", "dataset_name": str(talks)}
+    assert "make_prompt_dataset with column: messages reads it" in refusal(place, dataset=chat)
+    prompts = {
+        "_target_": "ds_kd.data.text.make_prompt_dataset",
+        "path_or_dataset_id": str(talks),
+    }
+    assert "dataset.column names others: write messages" in refusal(place, dataset=prompts)
+    assert config(place, dataset={**prompts, "column": "messages"}).dataset is not None
 
 
 def test_rows_without_answers_are_for_a_student_that_writes_all_of_them(place):

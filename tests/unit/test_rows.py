@@ -131,6 +131,7 @@ def test_a_bad_row_of_several_files_is_told_with_its_own_file(tmp_path):
     [
         ("{}/*.txt", "no file matches"),
         (["{}/a.jsonl", "{}/a.jsonl"], "a.jsonl is named twice"),
+        (["{}/*.jsonl", "{}/./a.jsonl"], "a.jsonl is named twice"),
         (["{}/a.jsonl", "{}/c.csv"], "several formats"),
         (["{}/a.jsonl", "{}/none.jsonl"], "no such file: .*none.jsonl"),
         ("{}/*", "read.me is not a .json"),

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from ds_kd.data.chat import tokenize_prompt_answer
+from ds_kd.data.chat import tokenize_chat, tokenize_prompt, tokenize_prompt_answer
 from ds_kd.data.hellaswag import HellaSwag
 from ds_kd.data.labels import shift
 from ds_kd.data.squad import make_squad_dataset
@@ -14,8 +14,14 @@ from ds_kd.data.squad import make_squad_dataset
 ANSWERS = ["Paris", "the river", "1969", "a café", "42%", "東京"]
 
 
-def byte_level_bpe(prefixes: tuple[str, ...] = (), eos: str | None = "<eos>"):
-    """A byte-level BPE whose answers are single tokens that begin with a space, as in real ones."""
+def byte_level_bpe(
+    prefixes: tuple[str, ...] = (), eos: str | None = "<eos>", trims: bool | None = None
+):
+    """A byte-level BPE whose answers are single tokens that begin with a space, as in real ones.
+
+    Args:
+        trims: whether offsets leave out the spaces of tokens, as those of GPT-NeoX and OLMo do.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -36,6 +42,8 @@ def byte_level_bpe(prefixes: tuple[str, ...] = (), eos: str | None = "<eos>"):
             single=" ".join([*prefixes, "$A"]),
             special_tokens=[(name, core.token_to_id(name)) for name in prefixes],
         )
+    if trims is not None:
+        core.post_processor = processors.ByteLevel(trim_offsets=trims)
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         eos_token=eos,
@@ -59,6 +67,33 @@ def test_an_answer_that_takes_in_the_prompts_space_is_supervised_whole():
     assert tokenizer.tokenize("Answer: Paris")[-1] == "ĠParis"  # the case in question
     for answer in ANSWERS:
         assert learnt(tokenizer, "Question: what Answer: ", answer).lstrip() == f"{answer}<eos>"
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("answer", ["if Zq:\n    Zq\n        Zq", "    Zq", "Zq   ", "  Zq  Zq"])
+def test_the_spaces_of_an_answer_are_supervised_whatever_offsets_leave_out(trims, answer):
+    tokenizer = byte_level_bpe(trims=trims)
+    assert learnt(tokenizer, "Zq:\n", answer) == f"{answer}<eos>"
+    assert learnt(tokenizer, "Zq:  ", answer).lstrip() == f"{answer}<eos>".lstrip()
+
+
+MARKED = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' %}"
+    "{% generation %}{{ m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}|"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("trims", [False, True])
+@pytest.mark.parametrize("said", ["Zq", " Zq", "   Zq", "Zq   ", "   "])
+def test_tokens_of_what_a_template_marks_are_supervised_and_no_others(trims, said):
+    tokenizer = byte_level_bpe(trims=trims)
+    tokenizer.chat_template = MARKED
+    turns = [("user", "it is"), ("assistant", said), ("user", "what"), ("assistant", "Paris")]
+    ids, mask = tokenize_chat(tokenizer, [{"role": r, "content": c} for r, c in turns])
+    assert tokenizer.decode(ids) == "".join(f"{r}:{c}|" for r, c in turns)
+    text = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    assert text == (said if said.strip() else "") + "Paris"
 
 
 def test_a_prompts_space_that_is_a_token_of_its_own_stays_the_prompts():
@@ -100,6 +135,18 @@ def test_an_eos_that_the_tokenizer_adds_is_supervised_once():
     assert ids.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
     # The prompt's last space is followed by the answer: it may be learnt, "Answer:" may not.
     assert learnt(tokenizer, "Answer: ", "Paris").lstrip() == "Paris</s>"
+
+
+def test_a_prompt_that_goes_on_has_no_eos_that_the_tokenizer_adds():
+    from transformers import ByT5Tokenizer
+
+    tokenizer = ByT5Tokenizer()
+    assert tokenizer("Answer:")["input_ids"][-1] == tokenizer.eos_token_id
+    assert tokenizer.decode(tokenize_prompt(tokenizer, "Answer:")) == "Answer:"
+    assert tokenizer.decode(tokenize_prompt(tokenizer, "Answer:</s>")).startswith("Answer:</s>")
+    assert byte_level_bpe(eos=None)("it")["input_ids"] == tokenize_prompt(
+        byte_level_bpe(eos=None), "it"
+    )
 
 
 @pytest.mark.parametrize("answer", ["", "  "])

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
@@ -186,17 +187,33 @@ def test_a_window_is_not_made_where_nothing_is_gathered():
     assert build_window("auto", Engine(model), ON_HOST, False, alone).most is None
 
 
-def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_so_once(capsys):
+def fail_to_compile(*_):
+    raise RuntimeError("no such instruction\nmore")
+
+
+#: Backends that compile nothing, or a forward pass and not its backward.
+BROKEN = {
+    "whole": fail_to_compile,
+    "backward": aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=fail_to_compile),
+}
+
+
+@pytest.mark.parametrize("part", BROKEN)
+def test_layers_that_cannot_be_compiled_run_as_they_are_and_say_so_once(part, capsys):
     model = build("qwen3")
     ids = torch.arange(3, 15)[None]
-    expected = model(input_ids=ids, use_cache=False).logits
+    options = {"dynamic": True, "mode": "default"}
+    assert _find_fault(CPU, backend="eager", **options) == ""
+    assert _find_fault(CPU, backend=BROKEN[part], **options) == "no such instruction"
 
-    def broken(*_):
-        raise RuntimeError("no such instruction\nmore")
+    def run():
+        model.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        logits.square().sum().backward()
+        return [logits, *(p.grad.clone() for p in model.parameters())]
 
-    assert _find_fault(CPU, backend="eager", dynamic=True, mode="default") == ""
-    assert _find_fault(CPU, backend=broken, dynamic=True, mode="default") == "no such instruction"
-    compile_layers(model, guard=Fallback().guard, backend=broken)
-    assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
+    expected = run()
+    compile_layers(model, guard=Fallback().guard, backend=BROKEN[part])
+    assert all(map(torch.equal, run(), expected))
     told = capsys.readouterr().err
     assert told.count("layers are not compiled") == 1 and "no such instruction" in told

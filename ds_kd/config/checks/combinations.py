@@ -6,10 +6,11 @@ from __future__ import annotations
 import re
 from pathlib import PurePath
 
-from ds_kd.config.checks.weights import find_unknown_map
+from ds_kd.config.checks.weights import find_text_config, find_unknown_map, read_config
 from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
+from ds_kd.config.losses import find_absent_layer, is_of_layers
 from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_placement import check_placement
 from ds_kd.config.methods.check_rollouts import check_rollouts
@@ -80,7 +81,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
 
     _check_evaluation(cfg, data, problems)
     _check_sharing(cfg, problems)
-    check_rollouts(cfg, problems)
+    check_rollouts(cfg, data, problems)
     check_tensor(cfg, problems)
     check_sequence(cfg, problems)
     _check_teacher(cfg, data, problems)
@@ -245,6 +246,12 @@ def _check_losses(cfg: RunConfig, problems: list[str]) -> None:
             problems.append(problem(f"{part.key}.temperature", t, "a number > 0"))
         if isinstance(chunk, int) and chunk < 0:
             problems.append(problem(f"{part.key}.chunk_size", chunk, "an integer ≥ 0"))
+
+        # Without a model of its own the teacher is the student's base.
+        if cfg.kd_ratio > 0 and cfg.model is not None and is_of_layers(part):
+            models = (cfg.model, cfg.teacher_model or cfg.model)
+            counts = [find_text_config(read_config(m)).get("num_hidden_layers") for m in models]
+            problems += filter(None, [find_absent_layer(part, *counts)])
     sizes = {str(part.kwargs.get("chunk_size")) for part in cfg.kd_losses} - {"None"}
     if len(sizes) > 1:
         given = " and ".join(sorted(sizes))

@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 from ds_kd.config.checks.data import check_data, find_declaration
@@ -21,6 +21,7 @@ from ds_kd.config.components import (
 from ds_kd.config.keys import ComponentRules, Key, is_number
 from ds_kd.config.names import LOSSES, MODEL, NOT_WITH_ZERO, home_of
 from ds_kd.config.permissions import Permitted, refuse, translate
+from ds_kd.config.sections import Teacher
 from ds_kd.config.signatures import (
     Signature,
     divergences_by_name,
@@ -181,6 +182,14 @@ def _check_signature(component: Component, rules: ComponentRules) -> list[str]:
         component, signature.annotations, signature.is_open, rules.given, also
     )
     missing = [name for name in signature.required if name not in (*component.kwargs, *rules.given)]
+
+    # A section calls what it names, and a loss would be called without the models' logits.
+    if {"student_logits", "labels"} <= {*missing}:
+        return [
+            f"{component.key}._target_: {component.name} is a loss itself, and a section names "
+            "what makes one; name a class, or a function without arguments that returns "
+            f"{component.name.rpartition('.')[2]}"
+        ]
     data, is_ours = component.declaration, component.name.startswith("ds_kd.data.")
     if data is not None and is_ours and not data.has_parts:  # the name that the documentation uses
         missing = ["dataset_name" if name == data.source else name for name in missing]
@@ -303,8 +312,13 @@ def _check_model(component: Component, problems: list[str], config_only: bool) -
     if wrong := check_model(path, kwargs, config_only):
         problems.append(wrong)
 
-    # from_pretrained takes any argument, so that only near misses of known ones are refused.
-    for given in set(kwargs) - _MODEL_KEYS:
+    # from_pretrained takes any argument, so that only near misses of known ones are refused, and
+    # keys of the section that says where the teacher comes from.
+    of_teacher = {each.name for each in fields(Teacher)}
+    for given in sorted({*kwargs} - _MODEL_KEYS):
+        if given in of_teacher:
+            problems.append(f"{path}.{given}: is no argument of a model; write teacher.{given}")
+            continue
         near = difflib.get_close_matches(given, [*_MODEL_KEYS], n=1, cutoff=0.8)
         if near:
             problems.append(f"{path}.{given}: unknown key; did you mean {path}.{near[0]}?")

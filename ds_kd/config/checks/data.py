@@ -85,8 +85,11 @@ def check_data(key: str, data: DataSet, kwargs: dict[str, Any], written: str = "
             if kwargs.get(data.columns_from) is not None:
                 return problem(chooser, kwargs[data.columns_from], f"columns of {name}", hint)
             if data.columns_from:
-                hint += f"; {data.columns_from} names others"
-            if other := recognise(found):
+                hint += f"; {chooser} names others"
+            turns = next((name for name in ("messages", "conversations") if name in found), None)
+            if turns and not data.has_answers:
+                hint += f": write {turns}"
+            elif other := recognise(found):
                 hint += f"; {key.rpartition('.')[0]}._target_: {other.name} reads such rows"
             return problem(key, name, f"rows with {', '.join(columns)}", hint)
         if wrong := _find_wrong_row(name, data, kwargs, len(files)):

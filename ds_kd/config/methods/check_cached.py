@@ -16,10 +16,10 @@ def find_wrong_cache(cfg: RunConfig, data: dict) -> str:
     """Return the problem of a cached teacher, or an empty text."""
     key, given = "teacher.directory", cfg.teacher.directory
     command = "python launch/cache_teacher.py --config YAML --output DIR"
-    if cfg.kd_loss_fn is not None and any(is_of_layers(part) for part in cfg.kd_losses):
-        return f"kd_loss_fn: hidden_states compares layers, and {key} keeps the last one alone"
     if cfg.kd_loss_fn is not None and (unfit := _find_unfit_loss(cfg)):
         return unfit
+    if given is None and data["teacher"].get("directory") is not None:  # its problem is told
+        return ""
     if given is None:
         return f"{key}: missing; name the directory that {command} writes"
     if cfg.teacher.fill:
@@ -37,6 +37,11 @@ def find_wrong_cache(cfg: RunConfig, data: dict) -> str:
 def _find_unfit_loss(cfg: RunConfig) -> str:
     """Return the problem of a loss that reads more of the teacher than its cache keeps, or an empty
     text."""
+    if any(is_of_layers(part) for part in cfg.kd_losses):
+        return (
+            "kd_loss_fn: hidden_states compares layers, and teacher.directory keeps the last one "
+            "alone; remove that loss, or teacher.kind: cached"
+        )
     wanted, fits = cfg.teacher, {"top_k": "top_k", "sampled": "forward_kl"}.get(cfg.teacher.keep)
     if fits is None:
         return ""

@@ -81,6 +81,14 @@ def group_of(matrices: dict[str, tuple[str, int]]) -> int | None:
     return next((g for g in _GROUPS if all(w % g == 0 for _, w in matrices.values())), None)
 
 
+def is_unplaced(cfg: RunConfig) -> bool:
+    """Return whether no key says where the teacher lies: an accelerator that has the memory then
+    keeps it whole."""
+    is_cut = (cfg.distributed.tp_size or 1) > 1
+    named = cfg.teacher.placement, cfg.deepspeed.teacher
+    return named == (None, None) and not cfg.offload_teacher_model and not is_cut
+
+
 def note_on_placement(cfg: RunConfig) -> list[str]:
     """Return a note on a place that only the machine of the run tells."""
     if cfg.teacher.placement != AUTO or not cfg.loads_teacher:

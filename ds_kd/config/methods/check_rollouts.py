@@ -6,13 +6,18 @@ from ds_kd.config.components import problem
 from ds_kd.config.schema import CACHED, RunConfig
 
 
-def check_rollouts(cfg: RunConfig, problems: list[str]) -> None:
-    """Add a line to `problems` for each key that contradicts `rollouts`."""
+def check_rollouts(cfg: RunConfig, data: dict, problems: list[str]) -> None:
+    """Add a line to `problems` for each key that contradicts `rollouts`.
+
+    Args:
+        data: the YAML's own values. A share that it does not give is 1, unless `rollouts` is wrong,
+            which is told already.
+    """
     _check_data(cfg, problems)
     wanted = cfg.rollouts
     if wanted is None or not cfg.rolls_out:
         return
-    if cfg.kd_ratio < 1:
+    if cfg.kd_ratio < 1 and data.get("kd_ratio") is not None:
         hint = "cross-entropy to the student's own words teaches it nothing; remove kd_ratio"
         problems.append(problem("kd_ratio", cfg.kd_ratio, "1 with rollouts", hint))
     if cfg.teacher.kind == CACHED:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ds_kd.config.checks.weights import find_text_config, read_config
@@ -42,16 +42,20 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
     size, of_teacher = cfg.distributed.tp_size or 1, cfg.teacher_tp_size
     if of_teacher not in (1, size):
         expected = "1" if size == 1 else f"1, or {size} as {KEY} is"
-        hint = f"{KEY} cuts both models, as the ranks that share matrices share samples too"
+        hint = (
+            f"{KEY} cuts both models, as the ranks that share matrices share samples too: write "
+            f"{KEY}: {of_teacher}, or remove this key"
+        )
         problems.append(problem(OF_TEACHER, of_teacher, expected, hint))
     if size == 1:
         return
     is_cut = cfg.loads_teacher and of_teacher > 1
-    for component in filter(None, (cfg.model, cfg.teacher_model if is_cut else None)):
-        config = find_text_config(read_config(component))
+    cut = [*filter(None, (cfg.model, cfg.teacher_model if is_cut else None))]
+    configs = [find_text_config(read_config(component)) for component in cut]
+    for component, config in zip(cut, configs, strict=True):
         parts = cfg.distributed.cp_size or 1
         remedy = REMEDY if component is cfg.model else REMEDY_OF_TEACHER
-        if config and (misfit := find_misfit(config, size, parts, remedy)):
+        if config and (misfit := find_misfit(config, size, parts, remedy, configs)):
             key = f"{component.key}.pretrained_model_name_or_path"
             name = component.kwargs.get("pretrained_model_name_or_path")
             problems.append(problem(key, name, f"a model that {KEY}: {size} can cut", misfit))
@@ -74,8 +78,19 @@ def check_tensor(cfg: RunConfig, problems: list[str]) -> None:
         problems.append(f"peft.use_dora: {together}, as it measures whole rows; write false")
     if cfg.teacher.fill:
         problems.append(
-            f"teacher.fill: {together}; write false, or fill the cache with {KEY}=1 first"
+            f"teacher.fill: {together}; write false, and let launch/cache_teacher.py fill the cache"
         )
+
+
+def note_on_machines(cfg: RunConfig) -> list[str]:
+    """Return a note if SLURM would lay ranks that exchange activations over several machines."""
+    together = cfg.distributed.ranks_per_sample
+    if cfg.slurm is None or cfg.slurm.nodes == 1 or cfg.slurm.ntasks_per_node % together == 0:
+        return []
+    return [
+        f"slurm.ntasks_per_node: the {cfg.slurm.ntasks_per_node} rank(s) of a machine are no whole "
+        f"groups of {together} that share samples; these exchange activations over the network"
+    ]
 
 
 def count_copies(given: Any) -> int:
@@ -88,27 +103,42 @@ def count_copies(given: Any) -> int:
     return int(zero.get("zero_hpz_partition_size", 1))
 
 
-def find_misfit(config: Mapping[str, Any], size: int, parts: int = 1, remedy: str = REMEDY) -> str:
+def find_misfit(
+    config: Mapping[str, Any],
+    size: int,
+    parts: int = 1,
+    remedy: str = REMEDY,
+    together: Sequence[Mapping[str, Any]] = (),
+) -> str:
     """Return why a model cannot be cut over `size` ranks, or an empty text.
 
     Args:
         config: the content of its config.json, or its `text_config`.
         parts: ranks over which samples are split, each of which needs a head of its own.
         remedy: what to do where no number of ranks fits.
+        together: of all models that are cut, which have one number of ranks.
     """
     kind = config.get("model_type")
     if kind is None:  # of a `text_config` that leaves it to the class, which a run knows
         return ""
     if kind not in ARCHITECTURES:
         return f"{_tell_why(config)}; {remedy}"
-    counts = {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
+    counts = _count_divided(config)
     odd = next((key for key, count in counts.items() if count % size), None)
     if odd is None:
         heads = counts.get(_DIVIDED[0], size * parts)
         few = f"its {_DIVIDED[0]} is {heads}, and {size} × cp_size {parts} ranks need one each"
-        return few if heads < size * parts else ""
-    most = math.gcd(*counts.values())
+        each = heads // size
+        write = f"write distributed.cp_size: {each}" if each > 1 else "remove distributed.cp_size"
+        return f"{few}; {write}" if heads < size * parts else ""
+    others = [count for other in together for count in _count_divided(other).values()]
+    most = math.gcd(*counts.values(), *others)
     return f"its {odd} is {counts[odd]}; " + (f"write {KEY}: {most}" if most > 1 else remedy)
+
+
+def _count_divided(config: Mapping[str, Any]) -> dict[str, int]:
+    """Return what of a model is divided over ranks, and its number."""
+    return {key: count for key in _DIVIDED if isinstance(count := config.get(key), int)}
 
 
 def _tell_why(config: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import random
 import zlib
 from collections.abc import Generator, Iterator
@@ -16,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 
+from ds_kd.data.rows.decoder import DECODER
 from ds_kd.data.rows.frames import read_frames
 from ds_kd.errors import first_line
 
@@ -61,9 +63,13 @@ def files_of(source: Any) -> list[str] | None:
     for name in names:
         if not ending_of(name):
             raise ValueError(f"{name} is not {ENDINGS}")
-    twice = next((name for k, name in enumerate(names) if name in names[:k]), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is named twice")
+
+    # A file may be spelt in several ways; of links to one file each counts.
+    once: set[str] = set()
+    for name in names:
+        if (plain := os.path.abspath(name)) in once:
+            raise ValueError(f"{name} is named twice")
+        once.add(plain)
     formats = {ending_of(name): name for name in names}
     if len({FORMATS[ending] for ending in formats}) > 1 or {".csv", ".tsv"} <= set(formats):
         raise ValueError(f"the files have several formats: {', '.join(formats.values())}")
@@ -146,18 +152,6 @@ def sample_rows(
     is_plain = Path(path).suffix.lower() not in COMPRESSIONS
     if most is None and is_plain and not is_all and _has_lines(text):
         yield from _sample_lines(Path(path), _PLACES if files == 1 else _FEW)
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice} stands twice in it")
-    return made
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=_refuse_repeated_keys)
 
 
 def read_beginning(path: str | Path, most: int = BEGINNING) -> tuple[str, bool, int]:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import csv
 import functools
+import hashlib
 import json
 import os
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ds_kd.data.rows.decoder import DECODER
 from ds_kd.data.rows.files import (
     BEGINNING,
-    DECODER,
     ENDINGS,
     FORMATS,
     columns_of,
@@ -32,6 +34,21 @@ T = TypeVar("T")
 _FIRST = 16  # rows tokenised before all others, and as many random ones
 _FEW = 64  # files, of which more is looked at than of many
 _MULTIPROCESS_FROM = 20_000  # rows; below, starting processes costs more than it saves
+_CODE = Path(__file__).parents[1]  # ds_kd/data
+
+
+def refuse_to_replace(source: str, output: Path) -> None:
+    """Refuse an output that is one of the files that rows are read from.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    try:
+        read = files_of(source) or []
+    except ValueError:  # told when the rows are read
+        return
+    if output.resolve() in [Path(name).resolve() for name in read]:
+        raise FileExistsError("it is a file of --data, which it would replace; give another name")
 
 
 def load_rows(
@@ -157,6 +174,8 @@ def _load(source: str, split: str) -> Any:
         return _slice({split.split("[")[0]: datasets.load_from_disk(path)}, split)
 
     # A name that cannot be a hub id is not looked up there.
+    if path.is_file():
+        raise ValueError(f"it is not {ENDINGS}; name such a file")
     if not path.is_dir() and (
         path.is_absolute() or source.startswith(".") or source.count("/") > 1
     ):
@@ -269,13 +288,14 @@ def _locate_row(source: str | list[str], split: str, index: int) -> str:
 
 
 def tokenize(rows: Any, function: Any) -> Any:
-    """Return the samples `function(row, index)` of all rows, cached by `datasets`.
+    """Return the samples `function(row, index)` of all rows, cached by `datasets` as long as rows,
+    function and code are the same.
 
     `sample_id` is the row's own `id` or `ind` if it has one, else its index.
     """
     id_column = next((name for name in ("id", "ind") if name in rows.column_names), None)
 
-    def sample(row: dict[str, Any], index: int) -> dict[str, Any]:
+    def sample(row: dict[str, Any], index: int, made_by: str = "") -> dict[str, Any]:
         own = row[id_column] if id_column is not None else None
         return {**function(row, index), "sample_id": str(index if own is None else own)}
 
@@ -284,4 +304,26 @@ def tokenize(rows: Any, function: Any) -> Any:
     for index in [*first, *spread.sample(range(len(rows)), min(len(rows), _FIRST))]:
         sample(rows[index], index)
     workers = min(4, os.cpu_count() or 1) if len(rows) >= _MULTIPROCESS_FROM else None
-    return rows.map(sample, with_indices=True, remove_columns=rows.column_names, num_proc=workers)
+    return rows.map(
+        sample,
+        with_indices=True,
+        remove_columns=rows.column_names,
+        num_proc=workers,
+        fn_kwargs={"made_by": hash_code(_CODE)},
+    )
+
+
+@functools.cache
+def hash_code(directory: Path) -> str:
+    """Return a hash of the code that makes samples: the files of a directory, and the versions of
+    the libraries that render and tokenise.
+
+    `datasets` knows a function of a module by its name alone, and would return what an earlier
+    version of it has made.
+    """
+    sha = hashlib.sha256()
+    for name in ("transformers", "tokenizers", "jinja2"):
+        sha.update(f"{name} {version(name)} ".encode())
+    for path in sorted(directory.rglob("*.py")):
+        sha.update(path.read_bytes())
+    return sha.hexdigest()[:16]

@@ -1,9 +1,10 @@
 """CE and forward KL of a chunk in one Triton kernel, for GPUs.
 
 The plain code makes some thirty passes over `[tokens, vocab]` in fp32 between the matrix products:
-casts, softmaxes, sums of products. This kernel reads the logits of both models three times, as the
-heads' products have rounded them, and writes the gradient once, over the student's: 3.5 passes of
-fp32 size for models in bf16 (`tests/unit/test_cuda_path.py` counts them).
+casts, softmaxes, sums of products. This kernel reads the logits of both models twice, as the heads'
+products have rounded them, and writes the gradient once, over the student's: 2.5 passes of fp32
+size for models in bf16. For what is logged at T = 1 it reads them once more if T is another one
+(`tests/unit/test_cuda_path.py` counts the passes).
 
 On a CPU the plain code runs. On a meta tensor, which has no numbers, the operation is recorded as
 it would run on a GPU.

@@ -1,9 +1,9 @@
 """The Triton kernel of `forward_kl.py`, which imports this module where Triton is: on a GPU, or in
 tests under Triton's interpreter.
 
-A program has one token. It reads the logits of both models three times: for maxima and sums, which
-are rescaled whenever a larger maximum is met, for what is logged at T = 1, and for the gradient.
-All arithmetic is in fp32.
+A program has one token. It reads the logits of both models for maxima and sums, which are rescaled
+whenever a larger maximum is met, and for the gradient; in between for what is logged at T = 1,
+unless T is 1. All arithmetic is in fp32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import triton.language as tl
 def distil_row(
     student, teacher, labels, found, shared, vocab, student_step, teacher_step,
     inverse_t, ce_weight, kd_weight,
-    HAS_CE: tl.constexpr, IS_HIGH: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CE: tl.constexpr, AT_1: tl.constexpr, IS_HIGH: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute CE and forward KL of one token, and write their gradient over its student logits.
 
@@ -29,6 +30,7 @@ def distil_row(
         inverse_t: 1/T.
         ce_weight, kd_weight: factors of the two gradients.
         HAS_CE: CE has a part in the gradient.
+        AT_1: T is 1.
         IS_HIGH: T is so high that the sums of `near_kl` are wanted.
         BLOCK: columns read at one time.
     """
@@ -38,16 +40,23 @@ def distil_row(
     lse_1, lse_s, lse_t, mean_t, gap, agrees, top_s, _, top_t, _ = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
     )
+    kl = gap - lse_t + lse_s
+    entropy_t = lse_t - mean_t
     tl.store(found + 0, lse_1 - label_logit)
-    tl.store(found + 1, gap - lse_t + lse_s)
-    tl.store(found + 2, lse_t - mean_t)
+    tl.store(found + 1, kl)
+    tl.store(found + 2, entropy_t)
     tl.store(found + 3, agrees)
-    _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
 
-    series, farthest = _write_shared(
+    # At T = 1 only the student's entropy is left to find, of what the gradient reads anyway.
+    if not AT_1:
+        _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
+
+    entropy_s, series, farthest = _write_shared(
         student, teacher, shared, inverse_t, lse_1, lse_s, lse_t, gap, label,
-        ce_weight, kd_weight, HAS_CE, IS_HIGH, BLOCK,
+        ce_weight, kd_weight, HAS_CE, AT_1, IS_HIGH, BLOCK,
     )  # fmt: skip
+    if AT_1:
+        _store_at_t1(found, kl, entropy_t, entropy_s)
     _write_rest(student, shared, vocab, lse_1, label, ce_weight, HAS_CE, BLOCK)
     tl.store(found + 7, series)
     tl.store(found + 8, farthest)
@@ -130,8 +139,8 @@ def _sum_rest(student, shared, vocab, top, total, BLOCK: tl.constexpr):
 
 @triton.jit
 def _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK: tl.constexpr):
-    """Store KL(teacher ‖ student) at T = 1, the teacher's entropy and the student's, in the columns
-    that `forward_kl.VALUES` gives them; `top_s` and `top_t` are the largest logits.
+    """Find and store KL(teacher ‖ student) at T = 1, the teacher's entropy and the student's;
+    `top_s` and `top_t` are the largest logits.
 
     It reads the logits by itself: in the loop of `_sum_up` these sums take 30 registers more, and
     half as many tokens would be computed at a time.
@@ -158,19 +167,27 @@ def _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK: tl.constexp
 
     lse_s = top_s + tl.log(sum_s)
     lse_t = top_t + tl.log(sum_t)
-    tl.store(found + 4, gap / sum_t - lse_t + lse_s)
-    tl.store(found + 5, lse_t - mean_t / sum_t)
-    tl.store(found + 6, lse_s - mean_s / sum_s)
+    _store_at_t1(found, gap / sum_t - lse_t + lse_s, lse_t - mean_t / sum_t, lse_s - mean_s / sum_s)
+
+
+@triton.jit
+def _store_at_t1(found, kl, entropy_t, entropy_s):
+    """Store what is logged at T = 1 in the columns that `forward_kl.VALUES` gives it."""
+    tl.store(found + 4, kl)
+    tl.store(found + 5, entropy_t)
+    tl.store(found + 6, entropy_s)
 
 
 @triton.jit
 def _write_shared(
     student, teacher, shared, inverse_t, lse_1, lse_s, lse_t, gap, label, ce_weight, kd_weight,
-    HAS_CE: tl.constexpr, IS_HIGH: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_CE: tl.constexpr, AT_1: tl.constexpr, IS_HIGH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write the gradient of the shared ids, and return the two sums of `near_kl`, 0 unless
-    IS_HIGH: Σ p·(e^d - 1 - d) and max |d|, d being the log-ratio less its mean."""
+    """Write the gradient of the shared ids, and return the student's entropy, 0 unless AT_1, and
+    the two sums of `near_kl`, 0 unless IS_HIGH: Σ p·(e^d - 1 - d) and max |d|, d being the
+    log-ratio less its mean."""
     at = tl.arange(0, BLOCK)
+    entropy = 0.0
     series = 0.0
     farthest = 0.0
     for start in range(0, shared, BLOCK):
@@ -181,7 +198,11 @@ def _write_shared(
 
         # (1 - α)·(q - onehot) at T = 1, and α·T·(q - p) at T.
         p = tl.exp(z_t * inverse_t - lse_t)
-        gradient = kd_weight * (tl.exp(z_s * inverse_t - lse_s) - p)
+        log_q = z_s * inverse_t - lse_s
+        q = tl.exp(log_q)
+        gradient = kd_weight * (q - p)
+        if AT_1:
+            entropy -= tl.sum(tl.where(inside, q * log_q, 0.0), 0)
         if HAS_CE:
             one_hot = tl.where(column == label, 1.0, 0.0)
             gradient += ce_weight * (tl.exp(z_s - lse_1) - one_hot)
@@ -191,7 +212,7 @@ def _write_shared(
             rest = 1.0 / 6 + d * (1.0 / 24 + d * (1.0 / 120 + d / 720))
             series += tl.sum(p * (d * d * (0.5 + d * rest)), 0)
         tl.store(student + column, gradient.to(student.dtype.element_ty), inside)
-    return series, farthest
+    return entropy, series, farthest
 
 
 @triton.jit

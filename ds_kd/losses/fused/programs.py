@@ -57,6 +57,7 @@ def run_programs(
         alpha * temperature,
         *own,
         HAS_CE=alpha < 1.0,
+        AT_1=temperature == 1.0,
         COLUMNS=columns,
         BLOCK=BLOCK,
         num_warps=WARPS,

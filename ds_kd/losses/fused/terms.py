@@ -1,8 +1,8 @@
 """CE and a divergence other than the forward KL of a chunk in one Triton kernel, for GPUs.
 
-It reads the logits of both models four times and writes the gradient once, over the student's:
-4.5 passes of fp32 size for models in bf16. The forward KL has a kernel of its own, which reads them
-three times (`forward_kl.py`).
+It reads the logits of both models three times and writes the gradient once, over the student's: 3.5
+passes of fp32 size for models in bf16, and 4.5 if T is not 1. The forward KL has a kernel of its
+own, which needs one less (`forward_kl.py`).
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ every id, its term v of the value and u = q·∂D/∂q:
 
     D = Σ v,        d D / d(z_s/T) = u - q·Σu.
 
-A program has one token and reads the logits of both models four times: for the log-sum-exps, for
-what is logged at T = 1, for the sums of v and u, and for the gradient. All arithmetic is in fp32.
+A program has one token and reads the logits of both models for the log-sum-exps, for the sums of v
+and u, for what is logged at T = 1, unless T is 1, and for the gradient. All arithmetic is in fp32.
 Where both models agree on a token, u and v of every function here are exactly 0.
 """
 
@@ -15,14 +15,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ds_kd.losses.fused.kernel import _open_row, _sum_at_t1, _sum_up, _write_rest
+from ds_kd.losses.fused.kernel import _open_row, _store_at_t1, _sum_at_t1, _sum_up, _write_rest
 
 
 @triton.jit
 def distil_row_by(
     student, teacher, labels, found, shared, vocab, student_step, teacher_step,
     inverse_t, ce_weight, kd_weight, first, second,
-    TERMS: tl.constexpr, HAS_CE: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+    TERMS: tl.constexpr, HAS_CE: tl.constexpr, AT_1: tl.constexpr,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Compute CE and a divergence of one token, and write their gradient over its student logits.
 
@@ -37,20 +38,23 @@ def distil_row_by(
     )
 
     # log q as (z - largest)/T - log_s is more exact than z/T less a log-sum-exp.
-    lse_1, _, lse_t, mean_t, _, agrees, top_s, sum_s, top_t, sum_t = _sum_up(
+    lse_1, lse_s, lse_t, mean_t, gap, agrees, top_s, sum_s, top_t, sum_t = _sum_up(
         student, teacher, shared, vocab, inverse_t, BLOCK
     )
     log_s = tl.log(sum_s)
     log_t = tl.log(sum_t)
-    value, total = _sum_terms(
+    value, total, entropy_s = _sum_terms(
         student, teacher, shared, inverse_t, top_s, log_s, top_t, log_t, first, second,
-        TERMS, BLOCK,
+        TERMS, AT_1, BLOCK,
     )  # fmt: skip
     tl.store(found + 0, lse_1 - label_logit)
     tl.store(found + 1, value)
     tl.store(found + 2, lse_t - mean_t)
     tl.store(found + 3, agrees)
-    _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
+    if AT_1:
+        _store_at_t1(found, gap - lse_t + lse_s, lse_t - mean_t, entropy_s)
+    else:
+        _sum_at_t1(student, teacher, found, shared, top_s, top_t, BLOCK)
 
     _write_terms(
         student, teacher, shared, inverse_t, lse_1, top_s, log_s, top_t, log_t, total, label,
@@ -62,12 +66,13 @@ def distil_row_by(
 @triton.jit
 def _sum_terms(
     student, teacher, shared, inverse_t, top_s, log_s, top_t, log_t, first, second,
-    TERMS: tl.constexpr, BLOCK: tl.constexpr,
+    TERMS: tl.constexpr, AT_1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Return Σ v and Σ u over the shared ids."""
+    """Return Σ v and Σ u over the shared ids, and the student's entropy, 0 unless AT_1."""
     at = tl.arange(0, BLOCK)
     value = 0.0
     total = 0.0
+    entropy = 0.0
     for start in range(0, shared, BLOCK):
         inside = start + at < shared
         z_s = tl.load(student + start + at, inside, other=0.0).to(tl.float32)
@@ -77,7 +82,9 @@ def _sum_terms(
         v, u = TERMS(log_p, log_q, first, second)
         value += tl.sum(tl.where(inside, v, 0.0), 0)
         total += tl.sum(tl.where(inside, u, 0.0), 0)
-    return value, total
+        if AT_1:
+            entropy -= tl.sum(tl.where(inside, tl.exp(log_q) * log_q, 0.0), 0)
+    return value, total, entropy
 
 
 @triton.jit

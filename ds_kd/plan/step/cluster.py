@@ -40,13 +40,9 @@ class Cluster:
     per_node: int
     network: float | None = None
 
-    def seconds(self, exchange: Exchange, stride: int = 1) -> float:
-        """Return the time of a collective: a ring over all its ranks, which enters a node once.
-
-        Args:
-            stride: ranks between two members of the group.
-        """
-        here = max(1, min(exchange.ranks, self.per_node // stride))
+    def seconds(self, exchange: Exchange) -> float:
+        """Return the time of a collective: a ring over all its ranks, which enters a node once."""
+        here = max(1, min(exchange.ranks, self.per_node // exchange.stride))
         seconds = exchange.received / (OF_LINK * self.gpu.link) if here > 1 else 0.0
         nodes = exchange.ranks / here
         if nodes > 1:

@@ -10,9 +10,10 @@ from ds_kd.parallel.world import World
 from ds_kd.recipe.loss.build import assemble_loss
 from ds_kd.recipe.models import config_of, training_dtype
 
-#: Times that one kernel reads or writes `[tokens, vocabulary]`: both models' logits three times and
-#: a gradient once for the forward KL, and once more each for the divergences of the template.
-_OF_KERNEL = {"forward_kl": 7, "others": 9}
+#: Times that one kernel reads or writes `[tokens, vocabulary]` at T = 1: both models' logits twice
+#: and a gradient once for the forward KL, and the logits once more for the divergences of the
+#: template. At another T they are read once more for what is logged at T = 1.
+_OF_KERNEL = {"forward_kl": 5, "others": 7}
 #: Passes in fp32 of the plain code: CE alone or with the forward KL of the same softmax, with one
 #: of its own, and with other divergences, of which 40 to 75 were counted up to T = 2.
 _PLAIN = {"shared": 23.5, "two": 37.5, "others": 60.0}
@@ -33,9 +34,10 @@ def count_passes(cfg: RunConfig) -> float:
 
     # The meta device stands for a GPU on which the kernels work.
     hidden, weight = (torch.empty(1, 1, dtype=dtype, device="meta") for _ in range(2))
+    is_at_1 = loss.divergence.temperature == 1.0
     kind = "forward_kl" if getattr(loss.divergence, "name", "") == "forward_kl" else "others"
     if loss.is_fused(States(hidden, Head(weight, softcap=softcap)), is_training=True):
-        return _OF_KERNEL[kind] * dtype.itemsize / 4
-    if cfg.kd_ratio == 0 or (kind == "forward_kl" and loss.divergence.temperature == 1.0):
+        return (_OF_KERNEL[kind] + (0 if is_at_1 else 2)) * dtype.itemsize / 4
+    if cfg.kd_ratio == 0 or (kind == "forward_kl" and is_at_1):
         return _PLAIN["shared"]
     return _PLAIN["two" if kind == "forward_kl" else "others"]

@@ -24,6 +24,7 @@ class Exchange:
         size: bytes of the whole tensors, together.
         ranks: ranks of the group that takes part.
         when: `teacher`, `student` (forward), `backward` or `optimizer`, the phase that waits.
+        stride: from a rank of the group to the next; the group's ranks are neighbours at 1.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Exchange:
     size: float
     ranks: int
     when: str
+    stride: int = 1
 
     @property
     def received(self) -> float:
@@ -48,9 +50,9 @@ def count_exchanges(
     """
     made: list[Exchange] = []
 
-    def add(name: str, kind: str, size: float, ranks: int, when: str) -> None:
+    def add(name: str, kind: str, size: float, ranks: int, when: str, stride: int = 1) -> None:
         if size and ranks > 1:
-            made.append(Exchange(name, kind, size, ranks, when))
+            made.append(Exchange(name, kind, size, ranks, when, stride))
 
     # A tensor-parallel rank has its part of every layer, which ZeRO shards over the ranks that have
     # the same; embedding and head are not cut.
@@ -59,7 +61,7 @@ def count_exchanges(
         if tensor == 1:
             add(name, kind, size, ranks, when)
             return
-        add(name, kind, (size - outer) / tensor, world // tensor, when)
+        add(name, kind, (size - outer) / tensor, world // tensor, when, tensor)
         add(f"{name}, uncut", kind, outer, world, when)
 
     times, width = float(work.micro_batches), float(student.width)
@@ -109,8 +111,8 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
     """Return the exchanges of tensor and sequence parallelism.
 
     A tensor-parallel layer sums the results of the maps that are cut by their inputs, again where
-    it is computed again, and in backward what each map that is cut by its outputs has of its
-    input's gradient. Ulysses exchanges queries, keys, values and results of attention in forward,
+    it is computed again, and in backward what the maps that are cut by their outputs have of their
+    inputs' gradients. Ulysses exchanges queries, keys, values and results of attention in forward,
     and their gradients in backward. Ranks that share out the loss's tokens sum the gradients of
     hidden states.
     """
@@ -136,7 +138,8 @@ def _count_activations(student: Shape, teacher: Shape | None, work: Work) -> lis
             made.append(Exchange(f"{name}'s sums", "all_reduce", size, tensor, when))
         if work.sequence > 1:
             size = (forward + backward) * rows * (2 * shape.heads + 2 * shape.kv)
-            made.append(Exchange(f"{name}'s attention", "all_to_all", size, work.sequence, when))
+            group = work.sequence, when, work.tensor
+            made.append(Exchange(f"{name}'s attention", "all_to_all", size, *group))
     return made
 
 

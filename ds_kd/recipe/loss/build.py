@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from ds_kd.config.components import Component, ConfigError, config_error, instantiate, problem
-from ds_kd.config.losses import is_of_layers
+from ds_kd.config.components import Component, ConfigError, config_error, instantiate
+from ds_kd.config.losses import find_absent_layer, is_of_layers
 from ds_kd.config.schema import RunConfig
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
@@ -93,13 +93,9 @@ def build_layer_losses(cfg: RunConfig) -> list[tuple[float, HiddenStates]]:
         if is_of_layers(part):
             loss: HiddenStates = instantiate(part)
             student, other = (config_of(c).get_text_config() for c in (cfg.model, teacher))
-            for pair in loss.pairs:
-                if pair[0] >= student.num_hidden_layers or pair[1] >= other.num_hidden_layers:
-                    expected = (
-                        f"a student's layer below {student.num_hidden_layers} and a teacher's "
-                        f"below {other.num_hidden_layers}"
-                    )
-                    raise ConfigError([problem(f"{part.key}.layers", [*pair], expected)])
+            counts = (student.num_hidden_layers, other.num_hidden_layers)
+            if wrong := find_absent_layer(part, *counts):
+                raise ConfigError([wrong])
             loss.add_projectors(student.hidden_size, other.hidden_size, cfg.rng.seed)
             found.append((weight, loss))
     return found

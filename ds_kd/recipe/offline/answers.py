@@ -11,7 +11,13 @@ from typing import Any
 
 from ds_kd import __version__
 from ds_kd.data.chat import conversation_of, cut_answer, tokenize_open_turn
-from ds_kd.data.rows.source import load_rows, name_bad_row, name_bad_text, text_of
+from ds_kd.data.rows.source import (
+    load_rows,
+    name_bad_row,
+    name_bad_text,
+    refuse_to_replace,
+    text_of,
+)
 from ds_kd.data.squad import answers_of, prompt_of
 from ds_kd.errors import UserError, first_line
 from ds_kd.evaluate.journal import Journal, fingerprint
@@ -103,7 +109,7 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
         AnswersError: rows cannot be read, have no prompt, or are too long for the teacher.
         EvaluationError: the teacher cannot be loaded.
     """
-    on_rank0(lambda: _check_output(options.output), world)
+    on_rank0(lambda: _check_output(options), world)
     loaded = Loaded("--teacher", teacher, options.dtype, world)
     prompts = rank0_first(lambda: read_prompts(options, loaded.encoder), world)
     room = loaded.encoder.longest
@@ -239,13 +245,15 @@ def _write_rows(
     return told + ([f"{empty:,} empty ones left out"] if empty else [])
 
 
-def _check_output(output: Path) -> None:
+def _check_output(options: Options) -> None:
     """Make the folder of the output, before hours are spent on what cannot be written.
 
     Raises:
         AnswersError: it is no place to write a file.
     """
+    output = options.output
     try:
+        refuse_to_replace(options.data, output)
         check_replaceable(output)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_name(f"{output.stem}.samples").mkdir(exist_ok=True)

@@ -6,6 +6,7 @@ import gc
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def build_cached(
         raise ConfigError([_describe_absent(cfg, absent, found, student)])
 
     # A teacher that nothing needs is not loaded, unless this software has not run it yet.
-    is_new = not _is_verified(cfg, directory, world)
+    is_new = not is_verified(cfg, directory, world)
     live = load() if absent.rows or found is None or is_new else None
     if live is not None and found is None:
         found = create_cache(cfg, live, student, world)
@@ -123,7 +124,11 @@ def _describe_absent(cfg: RunConfig, absent: Absent, found: Record | None, stude
 
 
 def create_cache(cfg: RunConfig, live: ResidentTeacher, student: Any, world: World) -> Record:
-    """Write the head and the record of a new cache, and return the record (a collective)."""
+    """Write the head and the record of a new cache, and return the record (a collective).
+
+    Raises:
+        ConfigError: another run has begun the cache of another teacher there meanwhile.
+    """
     directory, module = Path(cfg.teacher.directory or ""), live.engine.module
     with gather([*module.model.get_output_embeddings().parameters()]):
         head = module.head()
@@ -132,13 +137,26 @@ def create_cache(cfg: RunConfig, live: ResidentTeacher, student: Any, world: Wor
             tensors["bias"] = head.bias.detach().cpu().clone()
     record = make_record(cfg, head, student, world)
 
-    def write() -> None:
-        if record.keep == HIDDEN:
-            write_file(directory / _HEAD, tensors)
-        write_record(directory, record)  # last: a directory with a record has a head
-
-    on_rank0(write, world)
+    on_rank0(lambda: begin_cache(directory, record, tensors), world)
     return record
+
+
+def begin_cache(directory: Path, record: Record, head: dict[str, torch.Tensor]) -> None:
+    """Write the head and the record of a new cache, on one rank.
+
+    Raises:
+        ConfigError: the directory has the record of another one by now: rows of two teachers have
+            the same keys.
+    """
+    found = read_record(directory)
+    if found is not None and replace(found, teacher=record.teacher) != record:
+        hint = f"another run has begun the cache of {found.teacher} there; name another directory"
+        raise ConfigError(
+            [problem("teacher.directory", str(directory), f"that of {record.teacher}", hint)]
+        )
+    if record.keep == HIDDEN:
+        write_file(directory / _HEAD, head)
+    write_record(directory, record)  # last: a directory with a record has a head
 
 
 def build_kind(directory: Path, record: Record, world: World) -> Kind:
@@ -189,32 +207,38 @@ def verify(
     Raises:
         ConfigError: the teacher gives something else than the cache.
     """
-    batch = _choose_batch(cached.store, sets)
+    # Another run may be writing. Rank 0 says what is there: all ranks run the teacher, or none.
+    batch = on_rank0(lambda: _choose_batch(cached.store, sets), world)
     if batch is None:
         return False
     found = cached.kind.make(live(move_batch(batch, world.device)), batch[KEYS])
-    distance = cached.kind.distance(found, cached.store.read(batch[KEYS]))
-    if not distance <= _SAME:
-        hint = (
-            f"sample {batch['sample_ids'][0]} gives an output that is {distance:.0%} away from "
-            f"the stored one; delete the directory and write it again"
-        )
-        raise ConfigError(
-            [problem("teacher.directory", str(directory), "what the teacher gives now", hint)]
-        )
-    on_rank0(lambda: _note_verified(directory, world), world)
+
+    def compare() -> None:
+        distance = cached.kind.distance(found, cached.store.read(batch[KEYS]))
+        if not distance <= _SAME:
+            hint = (
+                f"sample {batch['sample_ids'][0]} gives an output that is {distance:.0%} away from "
+                f"the stored one; delete the directory and write it again"
+            )
+            raise ConfigError(
+                [problem("teacher.directory", str(directory), "what the teacher gives now", hint)]
+            )
+        _note_verified(directory, world)
+
+    on_rank0(compare, world)
     return True
 
 
 def _choose_batch(store: Store, sets: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a micro-batch of one sample that the cache has, the same on all ranks as all have read
-    the same files; None if there is none among the first ones."""
+    """Return a micro-batch of one sample that the cache has, or None if there is none among the
+    first ones."""
     for data in sets.values():
         for number, below, lengths in single_samples(data):
             if number == _LOOKED_AT:
                 break
             sample, length = below[number], lengths[number] if lengths else None
             one = {name: sample[name][:length] for name in ("input_ids", "labels")}
+            one |= {name: sample[name] for name in ("segment_lengths",) if name in sample}
             batch = default_collater([{**one, "sample_id": sample.get("sample_id", number)}])
             keys = find_keys(batch)
             if len(keys) and not store.lacks(keys).any():
@@ -245,7 +269,7 @@ def _note_verified(directory: Path, world: World) -> None:
     (directory / _VERIFIED).write_text(json.dumps(sorted(known), indent=1) + "\n", "utf-8")
 
 
-def _is_verified(cfg: RunConfig, directory: Path, world: World) -> bool:
+def is_verified(cfg: RunConfig, directory: Path, world: World) -> bool:
     """Return whether the cache was compared with the teacher by this software, or cannot be, as the
     teacher is not at hand."""
 

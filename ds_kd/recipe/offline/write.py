@@ -20,7 +20,13 @@ from ds_kd.recipe.data import build_loader, build_samples
 from ds_kd.recipe.models import check_lengths, tokenizer_of
 from ds_kd.recipe.offline.record import Record, make_record
 from ds_kd.recipe.offline.rows import Absent, find_absent, list_asked
-from ds_kd.recipe.offline.teacher import build_kind, create_cache, open_record, verify
+from ds_kd.recipe.offline.teacher import (
+    build_kind,
+    create_cache,
+    is_verified,
+    open_record,
+    verify,
+)
 from ds_kd.teachers.cache.store import ROW_OVERHEAD, Store
 from ds_kd.teachers.cached import CachedTeacher, FillingTeacher
 from ds_kd.train.batches import move_batch
@@ -138,6 +144,8 @@ def write_cache(task: Task, world: World, should_stop: Callable[[], bool]) -> bo
         CacheError: rows cannot be written.
     """
     cfg, directory = task.cfg, Path(task.cfg.teacher.directory or "")
+    if not (task.absent.rows or task.is_new) and is_verified(cfg, directory, world):
+        return True  # without loading the teacher
     check_lengths(cfg, task.loaders)
     live = build_teacher(cfg, [], world)
     record = create_cache(cfg, live, task.tokenizer, world) if task.is_new else task.record

@@ -21,6 +21,7 @@ from ds_kd.config.checks.data import find_wrong_source
 from ds_kd.config.components import Component, ConfigError
 from ds_kd.config.names import MODEL
 from ds_kd.config.task import METRICS, TaskFile, load_task
+from ds_kd.data.rows.source import refuse_to_replace
 from ds_kd.errors import UserError, first_line
 from ds_kd.evaluate.journal import Journal, fingerprint
 from ds_kd.evaluate.results import Evaluated, format_table, summarize, write_json
@@ -229,6 +230,7 @@ def _check_output(options: Options) -> None:
         OSError: they cannot be made, or written to.
     """
     assert options.output is not None
+    refuse_to_replace(options.data, options.output)
     check_replaceable(options.output)
     folder = _folder_of(options)
     assert folder is not None

@@ -73,10 +73,15 @@ def _describe(error: Exception) -> str:
 
 
 class Fallback:
-    """Lets the layers of a model run as they are once one of them cannot be compiled."""
+    """Lets the layers of a model run as they are once one of them cannot be compiled.
+
+    From the first one made on, torch compiles a layer's backward pass of this process together with
+    its forward, where the layer can still be replaced, and not when backward needs it.
+    """
 
     def __init__(self) -> None:
         self._has_failed = False
+        torch._functorch.config.force_non_lazy_backward_lowering = True
 
     def guard(self, compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
         """Return a layer's forward: the compiled one, or the plain one after a failure."""

@@ -50,13 +50,20 @@ def keys_of_sample(sample: dict[str, Any], length: int | None = None) -> np.ndar
     """Return the keys of a sample's supervised positions, `[rows, 2]` uint64.
 
     Args:
-        sample: `input_ids` and shifted `labels`.
+        sample: `input_ids` and shifted `labels`, and `segment_lengths` of a user's own pack.
         length: tokens without padding; None takes all.
     """
     labels = np.asarray(sample["labels"][:length])
     tokens = np.asarray(sample["input_ids"][:length], "<u4")
-    places = np.flatnonzero(labels != IGNORE_INDEX).tolist()
-    return _join(_hash_run(_new_hasher(), tokens, places))
+    places = np.flatnonzero(labels != IGNORE_INDEX)
+    found: list[bytes] = []
+    start = 0
+    for size in sample.get("segment_lengths") or [len(tokens)]:
+        end = start + size
+        here = places[(places >= start) & (places < end)] - start
+        found += _hash_run(_new_hasher(), tokens[start:end], here.tolist())
+        start = end
+    return _join(found)
 
 
 def find_keys(batch: dict[str, Any]) -> np.ndarray:

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ds_kd.errors import UserError, first_line
+from ds_kd.files import give_usual_mode
 
 #: The most that is lost when a process that fills a cache is killed.
 _PART_BYTES, _PART_SECONDS = 64 * 2**20, 60.0
@@ -118,17 +119,22 @@ class Store:
         return self._find(keys)[0] < 0
 
     def read(self, keys: np.ndarray) -> Fields:
-        """Return the fields of rows, in the order of their keys.
+        """Return the fields of rows, in the order of their keys, those of new files too.
 
         Raises:
             CacheError: a row is absent, or its checksum is wrong.
         """
         parts, places = self._find(keys)
+        if (parts < 0).any():  # another run may have written them since
+            self.refresh()
+            parts, places = self._find(keys)
         if (parts < 0).any():
             raise CacheError(
                 f"{self.directory}: lacks {int((parts < 0).sum())} of {len(keys)} rows of a "
                 f"micro-batch; python launch/cache_teacher.py adds what is missing"
             )
+
+        # A row's file is known, so that each file is looked into once.
         found: Fields = {}
         for number in np.unique(parts).tolist():
             part, rows = self._parts[number], torch.from_numpy(np.flatnonzero(parts == number))
@@ -142,7 +148,8 @@ class Store:
         return found
 
     def add(self, keys: np.ndarray, fields: Fields) -> None:
-        """Add the rows that are absent; they are on the disk a minute later at the latest.
+        """Add the rows that are absent. They are written by the first call after a minute, or when
+        they fill a file; `flush` writes them at once.
 
         Args:
             keys: `[rows, 2]`; some may be equal.
@@ -204,6 +211,7 @@ def write_file(path: Path, tensors: Fields) -> None:
         save_file(tensors, unfinished)
         with unfinished.open("rb") as file:
             os.fsync(file.fileno())
+        give_usual_mode(unfinished)
         unfinished.replace(path)
     except (OSError, SafetensorError) as error:
         unfinished.unlink(missing_ok=True)
@@ -218,6 +226,10 @@ def _open(path: Path) -> _Part:
         keys = fields.pop("keys").numpy().view(np.uint64)
         return _Part(path, keys, fields.pop("checksums"), fields)
     except (OSError, SafetensorError, KeyError) as error:
+        if path.exists() and not os.access(path, os.R_OK):  # safetensors calls such a file absent
+            raise CacheError(
+                f"{path}: this user may not read this file of the cache; chmod a+r permits it"
+            ) from error
         raise _make_damage_error(path) from error
 
 
