@@ -199,7 +199,7 @@ def verify_with_other_views(world, root):
 
 
 def write_alone(world, root):
-    """Tells whether a cache is whole, and again, with the rows that were asked of a teacher then."""
+    """A cache is whole or not, and again, with the rows that were asked of a teacher then."""
     _, is_whole = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
     with counting() as asked:
         _, is_whole_again = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
