@@ -82,10 +82,9 @@ def write(cfg: RunConfig) -> None:
         is_whole = write_cache(task, world, asked_to_stop)
         stop()
     if world.is_main:
-        section = {"kind": "cached", "directory": cfg.teacher.directory}
-        if cfg.teacher.keep != "hidden":
-            section |= {"keep": cfg.teacher.keep, "k": cfg.teacher.k}
-        words = ", ".join(f"{key}: {value}" for key, value in section.items())
+        kept = f", keep: {cfg.teacher.keep}, k: {cfg.teacher.k}"
+        words = f"kind: cached, directory: {cfg.teacher.directory}"
+        words += kept if cfg.teacher.keep != "hidden" else ""
         print(f"done; teacher: {{{words}}} reads it" if is_whole else _STOPPED)
 
 

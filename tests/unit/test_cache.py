@@ -331,6 +331,13 @@ def test_a_cache_that_keeps_something_else_is_refused_by_its_key(kept, record, w
         path.write_text(text)
 
 
+def test_a_note_that_cannot_be_written_beside_a_cache_ends_no_run(tmp_path):
+    from ds_kd.recipe.offline.teacher import _note_verified
+
+    (tmp_path / "verified.json").mkdir()  # as a disk that can only be read refuses the file
+    _note_verified(tmp_path, ALONE)
+
+
 def test_software_that_has_not_run_the_teacher_yet_compares_it_if_it_is_at_hand(kept):
     path = kept / "cache" / "verified.json"
     told = json.loads(path.read_text())
@@ -429,6 +436,10 @@ def test_the_check_names_what_a_cached_teacher_lacks(place, tmp_path):
         teacher={**draws, "keep": "top_k"}, kd_loss_fn={"name": "top_k"}
     )
     config(place, teacher=draws)
+    model = str(place / "teacher")
+    assert "expected a new directory, an empty one, or a cache; it holds config.json" in told(
+        teacher={**filled, "directory": model}
+    )
     resident = config(place, teacher={"directory": "x"})
     assert "teacher.directory: has no effect, as teacher.kind is resident" in resident.notes
 

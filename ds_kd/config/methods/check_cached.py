@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from ds_kd.config.checks.files import check_directory, is_directory
@@ -25,12 +26,26 @@ def find_wrong_cache(cfg: RunConfig, data: dict) -> str:
     if cfg.teacher.fill:
         if data.get("teacher_model") is None:
             return "teacher_model: missing; teacher.fill runs it where the cache lacks rows"
-        return check_directory(key, given) or ""
+        return check_directory(key, given) or _find_other_files(given)
     if not is_directory(given) or not (Path(given) / CACHE_RECORD).is_file():
         expected = f"a directory with {CACHE_RECORD}"
         return problem(
             key, given, expected, f"{command} writes one, and so does teacher.fill: true"
         )
+    return ""
+
+
+def _find_other_files(directory: str) -> str:
+    """Return the problem of a directory that holds something else than a cache, such as a model,
+    whose files a cache's would then be taken for; or an empty text."""
+    if not is_directory(directory) or (Path(directory) / CACHE_RECORD).is_file():
+        return ""
+    # A stopped run may have left parts of a cache there before its record.
+    names = os.listdir(directory) if os.access(directory, os.R_OK) else []
+    for name in sorted(names):
+        if not name.startswith((".", "part-")) and name != "head.safetensors":
+            expected = "a new directory, an empty one, or a cache"
+            return problem("teacher.directory", directory, expected, f"it holds {name}")
     return ""
 
 
