@@ -252,7 +252,7 @@ def test_a_cache_that_was_stopped_goes_on_with_what_is_absent(results):
 
 
 def test_a_whole_cache_is_written_again_without_its_teacher(results):
-    assert results["written"] == (True, True, 0)
+    assert results["written"] == [True, True, 0]
 
 
 def test_rows_that_were_written_for_packs_serve_padded_samples(results):
