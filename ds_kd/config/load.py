@@ -30,6 +30,7 @@ from ds_kd.config.checks.tokenizers import find_missing_template, find_other_tok
 from ds_kd.config.components import Component, ConfigError, problem
 from ds_kd.config.keys import ComponentRules, keys_of
 from ds_kd.config.losses import check_divergence
+from ds_kd.config.methods.check_adapter import note_on_adapter
 from ds_kd.config.methods.check_placement import note_on_placement
 from ds_kd.config.methods.check_tensor import count_copies, note_on_machines
 from ds_kd.config.methods.rollouts import add_defaults
@@ -113,7 +114,7 @@ def _check(data: dict, config_only: bool) -> RunConfig:
 
     # Only a config without problems gets notes on keys that have no effect.
     cfg.notes += find_idle_keys(cfg, data) + note_on_timeout(cfg) + note_on_placement(cfg)
-    cfg.notes += note_on_machines(cfg)
+    cfg.notes += note_on_machines(cfg) + note_on_adapter(cfg)
     cfg.notes += filter(None, map(note_on_absent_code, _list_components(values)))
     for model in filter(None, (cfg.model, cfg.teacher_model)):
         cfg.notes += filter(None, [note_on_model(model.key, model.kwargs)])

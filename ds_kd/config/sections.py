@@ -221,6 +221,11 @@ class Teacher:
         "the student's own base, its adapter (peft) off, without a second set of weights; cached "
         "reads what a teacher gave before from a directory.",
     )
+    adapter: str | None = key(
+        None,
+        "Puts the frozen LoRA adapter of this directory, as peft and checkpoints write it, on the "
+        "base that a shared_base teacher runs. By default the bare base teaches.",
+    )
     placement: Literal["zero3", "replicate", "cpu", "int8", "auto"] | None = key(
         None,
         "Places a teacher that runs, in place of deepspeed.teacher: zero3 shards it over ranks, "

@@ -1,7 +1,8 @@
 """LoRA: adapters on the student's linear maps, by Hugging Face's peft.
 
 The adapter is injected into the HF model and does not wrap it: for the rest of the package it is a
-model with some frozen parameters. The maps are chosen by NeMo-AutoModel's keys.
+model with some frozen parameters. The maps are chosen by NeMo-AutoModel's keys. A second, frozen
+adapter may lie beside it, under which the same base is a teacher.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +21,8 @@ from torch import Tensor, nn
 
 from ds_kd.files import give_usual_mode
 
-ADAPTER = "default"  # peft's name of the one adapter
+ADAPTER = "default"  # peft's name of the adapter that is trained
+TEACHER = "teacher"  # that of a frozen one, under which the base teaches
 _BASE = ".base_layer."
 
 
@@ -129,6 +132,47 @@ def add_adapter(
     model.enable_input_require_grads()
 
 
+def add_frozen_adapter(model: Any, directory: str) -> None:
+    """Put the adapter of a directory beside the one that is trained, for `switch_to_teacher`.
+
+    Call it after `add_adapter`, where that is called. No weight is trained that was not before.
+
+    Raises:
+        ValueError: the directory holds no LoRA adapter of linear maps of this model, or none of its
+            head; says what is wrong.
+    """
+    from peft import PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    config = PeftConfig.from_pretrained(directory)
+    weights = load_file(Path(directory) / "adapter_model.safetensors")
+    # peft draws weights, which those of the file replace, and warns of a second adapter.
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        inject_adapter_in_model(config, model, TEACHER)
+    try:
+        told: Any = set_peft_model_state_dict(model, weights, TEACHER)
+    except RuntimeError as error:  # the first line says no more than that
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise ValueError(f"its weights do not fit this model: {reason}") from error
+    if odd := told.unexpected_keys:
+        raise ValueError(f"its weights hold {odd[0]}, which its config gives no place here")
+    if lacking := [name for name in told.missing_keys if TEACHER in name.split(".")]:
+        raise ValueError(f"its weights lack {lacking[0].replace(f'.{TEACHER}', '')}")
+
+    # peft has made the last adapter the one that is used and trained.
+    layers = _layers(model)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    for name, layer in layers.items():
+        layer._active_adapter = [ADAPTER]
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            raise ValueError(f"it changes {name}, which is no linear map")
+    if model.get_output_embeddings() in layers.values():
+        raise ValueError("it changes the language-model head, which the loss reads as it is")
+
+
 def has_adapter(model: Any) -> bool:
     return hasattr(model, "peft_config")
 
@@ -140,19 +184,21 @@ def _layers(model: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def switch_off(model: Any) -> Iterator[None]:
-    """Let the model compute as if it had no adapter.
+def switch_to_teacher(model: Any) -> Iterator[None]:
+    """Let the model compute as its base, under the frozen adapter where there is one.
 
     peft's own switch freezes the adapter and thaws it again, under the optimizer's eyes.
     """
     layers = [*_layers(model).values()]
+    before = [layer._active_adapter for layer in layers]
     for layer in layers:
-        layer._disable_adapters = True
+        layer._active_adapter = [TEACHER]
+        layer._disable_adapters = TEACHER not in layer.lora_A
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, active in zip(layers, before, strict=True):
+            layer._active_adapter, layer._disable_adapters = active, False
 
 
 def adapter_parameters(model: Any) -> dict[str, nn.Parameter]:
@@ -193,7 +239,8 @@ def plain_weights(
         owner, is_base, rest = name.partition(_BASE)
         if is_base and rest == "weight":
             layer = layers[owner]
-            yield f"{owner}.weight", [*layer.parameters()], functools.partial(_merge, layer)
+            used = [p for n, p in layer.named_parameters() if TEACHER not in n.split(".")]
+            yield f"{owner}.weight", used, functools.partial(_merge, layer)
         elif is_base:
             yield f"{owner}.{rest}", [parameter], parameter.detach
         elif not any(name.startswith(f"{owner}.") for owner in layers):
@@ -205,6 +252,8 @@ def _merge(layer: Any) -> Tensor:
     """Return W + alpha/dim · B·A, for DoRA with its trained lengths; computed in fp32 and rounded
     once."""
     weight = layer.get_base_layer().weight
+    if ADAPTER not in layer.lora_A:  # a map that only the frozen adapter changes
+        return weight.detach()
     low, high = layer.lora_A[ADAPTER].weight.float(), layer.lora_B[ADAPTER].weight.float()
     merged = weight.float() + layer.scaling[ADAPTER] * (high @ low)
     if layer.use_dora[ADAPTER]:

@@ -257,11 +257,13 @@ def _estimate_step(student: Shape, teacher: Shape | None, work: Work, world: int
     if teacher is not None or work.cached_head:
         buffers = 3 if work.shares_softmax else 4
 
-    # Gradients wait in a bucket, and are copied once more to be shared out. The head's is summed in
-    # fp32 and rounded; where it is the embedding too, the embedding's is added.
+    # Gradients wait in a bucket, and are copied once more in the order of the ranks; a rank's part
+    # of 16 bits comes back in fp32. The head's is summed in fp32 and rounded; where it is the
+    # embedding too, the embedding's is added.
     head = student.vocabulary * student.hidden * (4 + 2 * student.width)
     gradients = head if student.head_trained else 0
-    gradients += in_transit * student.width * min(work.bucket, student.trained)
+    bucket = min(work.bucket, student.trained)
+    gradients += 2 * student.width * bucket + (4 * bucket // world if student.width == 2 else 0)
 
     tokens = -(-work.tokens // work.sequence)
     rows = max(1, min(work.chunk, round(tokens * work.supervised / work.tensor)))

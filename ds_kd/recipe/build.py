@@ -287,7 +287,8 @@ def _build_student(
 
 
 def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
-    """Return a function that adds the adapter of the `peft` section to a model, or None."""
+    """Return a function that adds the adapter of the `peft` section to a model, and the frozen one
+    of `teacher.adapter` if there is one, or None."""
     wanted = cfg.peft
     if wanted is None:
         return None
@@ -297,6 +298,7 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
         given = {"target_modules": chosen[0], "exclude_modules": chosen[1]}
         with config_error("peft", given, f"names of linear maps of {name_of(cfg.model)}"):
             names = lora.find_linear_maps(model, *chosen, wanted.match_all_linear)
+
         # The adapter's own config names the directory or hub id of the base model.
         lora.add_adapter(
             model,
@@ -310,6 +312,10 @@ def adapter_of(cfg: RunConfig) -> Callable[[Any], None] | None:
             name_of(cfg.model),
             cfg.model.kwargs.get("revision"),
         )
+        if (frozen := cfg.teacher.adapter) is not None:
+            expected = f"a LoRA adapter of {name_of(cfg.model)}"
+            with config_error("teacher.adapter", frozen, expected):
+                lora.add_frozen_adapter(model, frozen)
 
     return adapt
 

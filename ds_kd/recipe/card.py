@@ -151,7 +151,9 @@ def _describe_training(cfg: RunConfig, ranks: int, state: TrainState) -> dict[st
     if (teacher := _find_teacher(cfg)) is not None and cfg.kd_ratio > 0:
         told["teacher"] = teacher
     elif cfg.teacher.kind == SHARED_BASE and cfg.kd_ratio > 0:
-        told["teacher"] = "the model it started from, without the adapter"
+        frozen = cfg.teacher.adapter
+        under = "without the adapter" if frozen is None else f"under the adapter {frozen}"
+        told["teacher"] = f"the model it started from, {under}"
     if cfg.peft is not None:
         told["adapter, merged"] = f"LoRA, rank {cfg.peft.dim}, alpha {cfg.peft.alpha}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from pathlib import Path
 from typing import Any
 
 from ds_kd.checkpoint.settings import LABELS, Settings
@@ -53,6 +54,9 @@ def add_model_files(settings: Settings, cfg: RunConfig, world: World) -> None:
 
     def look() -> dict[str, str]:
         found = {part.key: identity_of(name_of(part), part.kwargs) for part in used}
+        if (adapter := cfg.teacher.adapter) is not None and cfg.kd_ratio > 0:
+            settings = Path(adapter, "adapter_config.json").read_text(encoding="utf-8")
+            found["teacher.adapter"] = f"{identity_of(adapter, {})}, {_digest([settings])}"
         return {f"{key}{FILES}": text for key, text in found.items() if text is not None}
 
     found = on_rank0(look, world)

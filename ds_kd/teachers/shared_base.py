@@ -1,4 +1,5 @@
-"""The student's own base as its teacher: its weights without the adapter, in the same engine."""
+"""The student's own base as its teacher: its weights without the trained adapter, in the same
+engine, bare or under an adapter that is frozen."""
 
 from __future__ import annotations
 
@@ -12,7 +13,8 @@ from ds_kd.models import lora
 
 
 class SharedBaseTeacher:
-    """Runs the base of a student that trains an adapter, with the adapter off and without dropout.
+    """Runs the base of a student that trains an adapter, with that adapter off and without dropout;
+    a frozen adapter of the model (`lora.add_frozen_adapter`) is on.
 
     No second set of weights exists, and no second engine. The head is the student's own, which
     never has an adapter, and which ZeRO-3 has gathered while the loss reads it.
@@ -38,7 +40,7 @@ class SharedBaseTeacher:
         was_training = student.training
         student.train(False)
         try:
-            with lora.switch_off(student.model):
+            with lora.switch_to_teacher(student.model):
                 answer: Tensor = self.engine(batch, probe=probe)
         finally:
             student.train(was_training)

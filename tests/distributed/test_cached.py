@@ -199,7 +199,7 @@ def verify_with_other_views(world, root):
 
 
 def write_alone(world, root):
-    """Return that a cache is whole, also when written again, and the rows asked for then."""
+    """Write a cache twice: whether it is whole each time, and the rows that a teacher was asked."""
     _, is_whole = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")
     with counting() as asked:
         _, is_whole_again = write(world, root, "alone", *ALONE, "teacher.dtype=fp32")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import json
 
 import pytest
 import torch
@@ -120,9 +122,9 @@ def kept(world, paths, root, dtype, use_dora):
     return out
 
 
-def under_own_base(world, paths, is_shared, packs):
+def under_own_base(world, paths, is_shared, packs, adapt=None):
     """Weights after two steps under the student's own base, as a second model or as its adapter
-    switched off, and the number of weights that the ranks hold."""
+    switched off, the number of weights that the ranks hold, and the trainer."""
     from ds_kd.data.packing import PackedDataset
     from ds_kd.teachers.shared_base import SharedBaseTeacher
 
@@ -130,8 +132,8 @@ def under_own_base(world, paths, is_shared, packs):
     rows = tiny.samples(12 * world.size, seed=3, masked=(3, 4, 5))
     rows, split = (PackedDataset(rows, 24), (1, 1)) if packs else (rows, (3, 2))
     made = build(
-        world, {**paths, "teacher": paths["student"]}, rows, *split, 0.0 if is_shared else 0.5, sgd,
-        packs=packs, adapt=adapter(paths["student"], dropout=0.3), max_steps=2,
+        world, {"teacher": paths["student"], **paths}, rows, *split, 0.0 if is_shared else 0.5, sgd,
+        packs=packs, adapt=adapt or adapter(paths["student"], dropout=0.3), max_steps=2,
     )  # fmt: skip
     if is_shared:
         made.teacher = SharedBaseTeacher(made.student)
@@ -140,15 +142,15 @@ def under_own_base(world, paths, is_shared, packs):
     torch.manual_seed(3 + world.rank)
     made.train()
     held = sum(getattr(p, "ds_numel", p.numel()) for e in engines for p in e.module.parameters())
-    return weights(made.student), held
+    return weights(made.student), held, made
 
 
 def own_base(world, paths):
     """(largest difference of a weight, how far one moved, weights held by two models and by one)"""
-    out = {}
+    out, paths = {}, {"student": paths["student"]}
     for packs in (False, True):
-        two, both = under_own_base(world, paths, False, packs)
-        one, alone = under_own_base(world, paths, True, packs)
+        two, both, _ = under_own_base(world, paths, False, packs)
+        one, alone, _ = under_own_base(world, paths, True, packs)
         fresh = build(
             world, paths, tiny.samples(2, seed=1), 1, 1, 0.0, sgd, adapt=adapter(paths["student"])
         )
@@ -157,6 +159,39 @@ def own_base(world, paths):
         moved = max((one[n] - start[n]).abs().max().item() for n in one)
         out[packs] = error, moved, both, alone
     return out
+
+
+def own_base_under_an_adapter(world, paths):
+    """Differences from a run under a second model, the base with the frozen adapter merged: of a
+    weight; how far one moved; and whether that adapter stays as it is and out of the student."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from ds_kd.models import lora
+
+    # The two adapters share a map, and each has some of its own.
+    adapt = adapter(paths["student"], target_modules=["*.layers.0.*.q_proj", "v_proj"], dropout=0.3)
+
+    def adapt_twice(model):
+        adapt(model)
+        lora.add_frozen_adapter(model, paths["frozen"])
+
+    models = {"student": paths["student"], "teacher": paths["merged"]}
+    two, both, _ = under_own_base(world, models, False, False, adapt)
+    one, alone, made = under_own_base(world, models, True, False, adapt_twice)
+    stored = load_file(f"{paths['frozen']}/adapter_model.safetensors")
+    named = {f"base_model.model.{n.replace('.teacher', '')}": p for n, p in one.items()}
+    base = AutoModelForCausalLM.from_pretrained(paths["student"])
+    model = made.student.module.model
+    plain = {name for name, _, _ in lora.plain_weights(model)}
+    return {
+        "error": max((two[n] - one[n]).abs().max().item() for n in {*two} & {*one}),
+        "moved": max(p.abs().max().item() for n, p in one.items() if "lora_B.default" in n),
+        "held": alone / both,
+        "kept": all(torch.equal(named[name], each) for name, each in stored.items()),
+        "trained": sorted({n.split(".")[-2] for n in lora.adapter_parameters(model)}),
+        "plain": plain == {name for name, _ in base.named_parameters()},
+    }  # fmt: skip
 
 
 def work(world, root, paths):
@@ -177,7 +212,26 @@ def work(world, root, paths):
         )
         if (root / name).mkdir(exist_ok=True) is None
     }
-    return {"steps": steps, "runs": runs, "own_base": own_base(world, paths)}
+    return {
+        "steps": steps,
+        "runs": runs,
+        "own_base": own_base(world, paths),
+        "under_adapter": own_base_under_an_adapter(world, paths),
+    }
+
+
+def make_frozen_adapter(root, student):
+    """Paths of an adapter that changes some maps, as peft writes it, and of the merged model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(11)
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"],
+                        lora_dropout=0.2, init_lora_weights=False)  # fmt: skip
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(student), config)
+    model.save_pretrained(root / "frozen")
+    model.merge_and_unload().save_pretrained(root / "merged")
+    return {"frozen": str(root / "frozen"), "merged": str(root / "merged")}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1 rank", "2 ranks"])
@@ -187,6 +241,7 @@ def results(request, tmp_path_factory):
         "student": str(tiny.llama(root / "student", seed=1)),
         "teacher": str(tiny.llama(root / "teacher", layers=3, hidden=64, tie=False, seed=2)),
     }
+    paths |= make_frozen_adapter(root, paths["student"])
     return run_ranks(work, request.param, root, paths)[0]
 
 
@@ -201,6 +256,13 @@ def test_a_base_shared_with_the_student_teaches_as_a_second_copy_of_it_would(res
         assert moved > 0.01, f"packs {packs}: nothing moved"
         assert error <= 1e-6, f"packs {packs}: {error}"
         assert alone < 0.6 * both
+
+
+def test_a_base_under_a_frozen_adapter_teaches_as_the_merged_model_would(results):
+    found = results["under_adapter"]
+    assert found["moved"] > 0.01 and found["error"] <= 1e-6, found
+    assert found["held"] < 0.6 and found["kept"], found
+    assert found["trained"] == ["default"] and found["plain"], found
 
 
 def test_an_adapter_resumes_bitwise(results):
@@ -231,6 +293,27 @@ def model(tmp_path_factory):
 
     path = tiny.llama(tmp_path_factory.mktemp("model") / "m", tie=False)
     return AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"r": 5}, r"do not fit this model: size mismatch for model\.layers"),
+        ({"target_modules": ["q_proj"]}, r"hold .*down_proj\.lora_A\.weight, which its config"),
+        ({"target_modules": ["q_proj", "down_proj", "v_proj"]}, r"lack .*v_proj\.lora_A\.weight"),
+        ({"target_modules": ["x"]}, r"not found in the base model"),
+    ],
+)
+def test_a_frozen_adapter_of_another_model_is_refused(model, tmp_path, changed, told):
+    from ds_kd.models import lora
+
+    make_frozen_adapter(tmp_path, str(tiny.llama(tmp_path / "m", tie=False)))
+    config = tmp_path / "frozen" / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changed))
+    whole = copy.deepcopy(model)
+    adapter(tmp_path)(whole)
+    with pytest.raises(ValueError, match=told):
+        lora.add_frozen_adapter(whole, str(tmp_path / "frozen"))
 
 
 def test_patterns_that_match_nothing_are_named(model):

@@ -48,6 +48,17 @@ with ds_kd.build(shared) as trainer:
     trainer.train()
     runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
 
+# A second adapter on the same base learns from the first one, which is frozen, and goes on.
+under = [*words, *small[:2], f"checkpoint.checkpoint_dir={root / 'under'}", "kd_ratio=1"]
+under += ["step_scheduler.num_epochs=9", "step_scheduler.val_every_steps=1"]
+under += [f"teacher.adapter={root / 'shared/LATEST/adapter'}"]
+for steps in (1, 4):
+    length = f"step_scheduler.max_steps={steps}"
+    made = ds_kd.load_config("ds_configs/runs/shared_base_lora.yaml", [*under, length])
+    with ds_kd.build(made) as trainer:
+        trainer.train()
+        runs.append([trainer.state.step, trainer.validate()["kd_loss"]])
+
 # The shipped run on a cache: its teacher is run once by the command, and is then away.
 from tests.scripts import script
 example = "ds_configs/runs/cached_teacher.yaml"
@@ -123,7 +134,8 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     made = json.loads(done.stdout.splitlines()[-1])
-    first, resumed, straight, shared, cached, own, refused, summed, other, stopped = made
+    first, resumed, straight, shared, early, late, cached, own, *told = made
+    refused, summed, other, stopped = told
     assert first[:3] == [0, 1, True] and resumed[:3] == [1, 2, True] and straight[0] == 0
     assert resumed[3] == straight[3] < first[3]
     records = (tmp_path / "shared/tensorboard/metrics.jsonl").read_text().splitlines()
@@ -134,6 +146,9 @@ def test_a_run_is_built_trained_and_closed_again_and_again_in_one_process(tmp_pa
     assert last["eval_kl/forward_kl"] == pytest.approx(last["val_kl_at_t1"], rel=1e-4)
     shown = [s for each in map(json.loads, records) for s in each.get("val_samples", [])]
     assert shown and {"prompt", "reference", "teacher", "student"} == {*shown[0]}
+    assert early[0] == 1 and late[0] == 4 and late[1] < early[1], (early, late)
+    card = (tmp_path / "under/final/README.md").read_text()
+    assert "the model it started from, under the adapter" in card
     assert cached[0] == 2 and cached[1] > 0.1, cached
     assert len(own) == 2 and "kd_loss" in own[0] and own[0]["rollouts/count"] >= 1
     assert {"prompt", "student"} == {*own[0]["rollouts/texts"][0]}

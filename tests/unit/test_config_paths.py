@@ -127,6 +127,35 @@ def test_a_base_shared_with_the_student_needs_an_adapter_and_no_teacher_model():
     assert cfg.asks_teacher and not cfg.loads_teacher
 
 
+def test_a_frozen_adapter_of_the_teacher_is_checked_before_a_run(tmp_path):
+    words = ["teacher_model=null", "peft={match_all_linear: true}", f"teacher.adapter={tmp_path}"]
+
+    def told_of(*more):
+        with pytest.raises(ConfigError) as caught:
+            ds_kd.load_config(GUIDE, [*words, "teacher.kind=shared_base", *more])
+        return "\n".join(caught.value.problems)
+
+    with pytest.raises(
+        ConfigError, match=r"teacher\.adapter: .*expected teacher\.kind: shared_base"
+    ):
+        ds_kd.load_config(GUIDE, words)
+    assert "it has no adapter_config.json; checkpoints of a run with peft hold one" in told_of()
+    (tmp_path / "adapter_model.safetensors").touch()
+    for content, told in [
+        ("{", "its adapter_config.json cannot be read"),
+        ("[]", "holds list, not a mapping"),
+        ('{"peft_type": "LOHA"}', "is of type LOHA, not LORA"),
+        ('{"peft_type": "LORA", "bias": "all"}', "weights beside those of LoRA"),
+    ]:
+        (tmp_path / "adapter_config.json").write_text(content)
+        assert told in told_of()
+    made_for = '{"peft_type": "LORA", "base_model_name_or_path": "others/model"}'
+    (tmp_path / "adapter_config.json").write_text(made_for)
+    assert "no distributed.tp_size beside it" in told_of("distributed.tp_size=2")
+    cfg = ds_kd.load_config(GUIDE, [*words, "teacher.kind=shared_base"])
+    assert any("made for others/model, and the student starts" in note for note in cfg.notes)
+
+
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"model": {"vocab": [1]}}'])
 def test_tokenizers_that_cannot_be_compared_are_left_to_the_run(content, tmp_path):
     student = tokenizer_files(tmp_path / "s", ["a", "b"])

@@ -121,6 +121,19 @@ def test_the_checkpoint_before_a_damaged_latest_takes_its_place_and_every_name_s
         save(tmp_path, 6, loss=3.0)
 
 
+def test_a_newer_checkpoint_takes_the_place_of_damaged_ones_before_it(tmp_path):
+    for step in (2, 4, 6, 8):
+        save(tmp_path, step)
+    manifest.switch_link(tmp_path / "LATEST", "step_0000004")
+    for step in (2, 4):
+        damage(tmp_path / f"step_000000{step}")
+    assert start(tmp_path) == tmp_path / "step_0000008"
+    assert sorted(path.name for path in tmp_path.glob("bad.*")) == [
+        "bad.step_0000002",
+        "bad.step_0000004",
+    ]
+
+
 def test_latest_may_name_a_checkpoint_elsewhere_and_must_name_a_whole_one(tmp_path):
     directory = tmp_path / "run"
     save_to = make(tmp_path / "other" / "step_0000003")

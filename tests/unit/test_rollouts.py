@@ -77,6 +77,8 @@ def test_a_prompt_is_what_precedes_the_last_supervised_run():
     assert prompt_of(padded, []) == [5, 6]
     alone = {"input_ids": [5, 6], "labels": [-100, -100], "is_prompt": True}
     assert prompt_of(alone, [9]) == [5, 6]
+    filled = {"input_ids": [5, 6, 2], "labels": [-100] * 3, "num_tokens": 2, "is_prompt": True}
+    assert prompt_of(filled, []) == [5, 6]
 
 
 def test_the_last_answer_of_a_conversation_is_left_to_write_and_its_header_is_given(chatty):

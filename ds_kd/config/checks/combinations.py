@@ -11,6 +11,7 @@ from ds_kd.config.checks.zero_file import load_zero_config, offloads_optimizer
 from ds_kd.config.components import Component, find_wrong_arguments, problem
 from ds_kd.config.keys import is_number
 from ds_kd.config.losses import find_absent_layer, is_of_layers
+from ds_kd.config.methods.check_adapter import check_adapter
 from ds_kd.config.methods.check_cached import find_wrong_cache
 from ds_kd.config.methods.check_placement import check_placement
 from ds_kd.config.methods.check_rollouts import check_rollouts
@@ -85,6 +86,7 @@ def find_contradictions(cfg: RunConfig, data: dict, problems: list[str]) -> None
     check_tensor(cfg, problems)
     check_sequence(cfg, problems)
     _check_teacher(cfg, data, problems)
+    check_adapter(cfg, problems)
     _check_peft(cfg, problems)
     _check_losses(cfg, problems)
     _check_optimizer(cfg, problems)
