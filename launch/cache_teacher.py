@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # In quotes, as overrides are YAML and a directory may be called 2024 or off.
-    place = [] if args.output is None else [f"teacher.directory={json.dumps(args.output)}"]
+    place = [] if args.output is None else [f"teacher.directory={_quote(args.output)}"]
     # Each rank takes samples of its own, whatever the layout of the run.
     whole = ["distributed.tp_size=1", "teacher_distributed=null"]
     words = [*args.overrides, *whole, "teacher.kind=cached", "teacher.fill=true", *place]
@@ -83,9 +83,14 @@ def write(cfg: RunConfig) -> None:
         stop()
     if world.is_main:
         kept = f", keep: {cfg.teacher.keep}, k: {cfg.teacher.k}"
-        words = f"kind: cached, directory: {cfg.teacher.directory}"
+        words = f"kind: cached, directory: {_quote(str(cfg.teacher.directory))}"
         words += kept if cfg.teacher.keep != "hidden" else ""
         print(f"done; teacher: {{{words}}} reads it" if is_whole else _STOPPED)
+
+
+def _quote(text: str) -> str:
+    """Return a text as YAML that is a text whatever it holds."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> int:

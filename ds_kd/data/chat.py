@@ -67,7 +67,8 @@ def tokenize_prompt_answer(
 def tokenize_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Return the tokens of running text that goes on: without an EOS that the tokenizer appends."""
     ids, eos = list(tokenizer(prompt)["input_ids"]), tokenizer.eos_token
-    return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] and not prompt.endswith(eos) else ids
+    ends = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id  # one alone may begin the text, too
+    return ids[:-1] if ends and not prompt.endswith(eos) else ids
 
 
 def conversation_of(

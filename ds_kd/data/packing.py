@@ -117,6 +117,17 @@ class PackedDataset(Dataset):
             packed["input_ids"] += sample["input_ids"][:length]
             packed["labels"] += sample["labels"][:length]
             # A user's sample may be a pack itself, whose samples stay apart.
-            packed["segment_lengths"] += sample.get("segment_lengths") or [length]
+            packed["segment_lengths"] += segments_of(sample, length)
             packed["sample_ids"].append(sample.get("sample_id", str(number)))
         return packed
+
+
+def segments_of(sample: dict[str, Any], length: int) -> list[int]:
+    """Return the lengths of the samples in the first `length` tokens of a sample, which may be a
+    user's own pack, padded behind them."""
+    found, room = [], length
+    for size in sample.get("segment_lengths") or [length]:
+        if room > 0:
+            found.append(min(size, room))
+        room -= size
+    return found

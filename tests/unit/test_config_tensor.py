@@ -8,7 +8,7 @@ import json
 import pytest
 
 from ds_kd.config.components import ConfigError
-from ds_kd.config.load import load
+from ds_kd.config.load import check_world, load
 from ds_kd.config.methods.check_tensor import ARCHITECTURES, find_misfit
 from tests import tiny
 from tests.scripts import script
@@ -45,6 +45,13 @@ def test_a_key_that_does_not_go_with_cut_matrices_is_one_error_that_says_what_to
 ):
     found = problems(override)
     assert len(found) == 1 and told in found[0], found
+
+
+def test_no_copies_of_the_weights_by_0_or_1_fit_any_number_of_ranks():
+    for size in (0, 1):
+        zero = f"{{zero_optimization: {{stage: 3, zero_hpz_partition_size: {size}}}}}"
+        for ranks in (1, 4):
+            check_world(load(GUIDE, [f"deepspeed.teacher={zero}", TWO.replace("2", "1")]), ranks)
 
 
 def test_a_cache_is_filled_without_cut_matrices_and_read_with_them(tmp_path):

@@ -240,6 +240,7 @@ def test_every_file_that_makes_samples_counts(tmp_path):
     (code / "deeper").mkdir(exist_ok=True)
     found = [hash_code(source._CODE)]
     assert hash_code(code) == found[0]
+    (code / ".#chat.py").symlink_to("nobody@nowhere.1")  # an editor's lock
     for name in ("chat.py", "rows/source.py", "deeper/new.py"):
         with (code / name).open("a") as file:
             file.write("# changed")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ds_kd.data.collate import default_collater
 from ds_kd.data.own import OwnSamples
-from ds_kd.data.packing import PackedDataset, lengths_of, pack
+from ds_kd.data.packing import PackedDataset, lengths_of, pack, segments_of
 from ds_kd.data.sampler import FILLER, WithFiller
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
@@ -68,6 +68,12 @@ def test_samples_of_a_users_own_packs_stay_apart_in_packs():
     packed = PackedDataset(OwnSamples([own, own], 10), 8)
     assert packed[0]["input_ids"] == [5, 6, 7] * 2
     assert packed[0]["segment_lengths"] == [2, 1, 2, 1]
+    padded = {"input_ids": [5] * 10, "labels": [6] * 10, "segment_lengths": [4, 6], "num_tokens": 8}
+    other = {"input_ids": [7] * 3, "labels": [8] * 3}
+    packed = PackedDataset([padded, other], 11)
+    assert sorted(packed[0]["segment_lengths"]) == [3, 4, 4]
+    assert sum(packed[0]["segment_lengths"]) == len(packed[0]["input_ids"]) == 11
+    assert segments_of(padded, 4) == [4]
 
 
 def test_lengths_of_a_hugging_face_data_set():

@@ -106,7 +106,9 @@ def test_an_accelerator_with_room_keeps_a_teacher_whole_for_which_no_place_is_na
     assert settle_placement(wanted, elsewhere).teacher.placement == "replicate"
     assert "teacher.placement: replicate, 0." in capsys.readouterr().out
     zero = ["deepspeed.teacher={zero_optimization: {stage: 3}}"]
-    for same in (config(place, "zero3"), config(place, None, *zero), replace(wanted, kd_ratio=0.0)):
+    writes = ["rollouts={ratio: 1.0, max_new_tokens: 4}", "kd_ratio=1.0"]
+    named = [config(place, None, *words) for words in (zero, writes)]
+    for same in (config(place, "zero3"), *named, replace(wanted, kd_ratio=0.0)):
         assert settle_placement(same, elsewhere) is same
     assert settle_placement(wanted, ALONE) is wanted
     # A model that cannot be planned is left to the run, which says what is wrong.

@@ -143,6 +143,7 @@ def test_a_prompt_that_goes_on_has_no_eos_that_the_tokenizer_adds():
     tokenizer = ByT5Tokenizer()
     assert tokenizer("Answer:")["input_ids"][-1] == tokenizer.eos_token_id
     assert tokenizer.decode(tokenize_prompt(tokenizer, "Answer:")) == "Answer:"
+    assert tokenize_prompt(tokenizer, "") == [tokenizer.eos_token_id]  # nothing else to go on from
     assert tokenizer.decode(tokenize_prompt(tokenizer, "Answer:</s>")).startswith("Answer:</s>")
     assert byte_level_bpe(eos=None)("it")["input_ids"] == tokenize_prompt(
         byte_level_bpe(eos=None), "it"

@@ -83,10 +83,10 @@ def group_of(matrices: dict[str, tuple[str, int]]) -> int | None:
 
 def is_unplaced(cfg: RunConfig) -> bool:
     """Return whether no key says where the teacher lies: an accelerator that has the memory then
-    keeps it whole."""
+    keeps it whole. With rollouts the student's copy needs that room."""
     is_cut = (cfg.distributed.tp_size or 1) > 1
     named = cfg.teacher.placement, cfg.deepspeed.teacher
-    return named == (None, None) and not cfg.offload_teacher_model and not is_cut
+    return named == (None, None) and not (cfg.offload_teacher_model or is_cut or cfg.rolls_out)
 
 
 def note_on_placement(cfg: RunConfig) -> list[str]:

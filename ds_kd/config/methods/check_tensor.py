@@ -100,7 +100,7 @@ def count_copies(given: Any) -> int:
         zero = load_zero_config(given, "", (0, 3))["zero_optimization"]
     except ValueError:
         return 1
-    return int(zero.get("zero_hpz_partition_size", 1))
+    return max(1, int(zero.get("zero_hpz_partition_size", 1)))
 
 
 def find_misfit(

@@ -289,7 +289,7 @@ def _locate_row(source: str | list[str], split: str, index: int) -> str:
 
 def tokenize(rows: Any, function: Any) -> Any:
     """Return the samples `function(row, index)` of all rows, cached by `datasets` as long as rows,
-    function and code are the same.
+    function and the code of `ds_kd.data` are the same.
 
     `sample_id` is the row's own `id` or `ind` if it has one, else its index.
     """
@@ -325,5 +325,6 @@ def hash_code(directory: Path) -> str:
     for name in ("transformers", "tokenizers", "jinja2"):
         sha.update(f"{name} {version(name)} ".encode())
     for path in sorted(directory.rglob("*.py")):
-        sha.update(path.read_bytes())
+        if path.is_file():  # and no lock of an editor, a link that leads nowhere
+            sha.update(f"{path.relative_to(directory)} ".encode() + path.read_bytes())
     return sha.hexdigest()[:16]

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.collate import default_collater
+from ds_kd.data.packing import segments_of
 from ds_kd.errors import first_line
 from ds_kd.losses.head import Head
 from ds_kd.models.files.model_files import identity_of
@@ -237,9 +238,11 @@ def _choose_batch(store: Store, sets: dict[str, Any]) -> dict[str, Any] | None:
         for number, below, lengths in single_samples(data):
             if number == _LOOKED_AT:
                 break
-            sample, length = below[number], lengths[number] if lengths else None
+            sample = below[number]
+            length = lengths[number] if lengths else len(sample["input_ids"])
             one = {name: sample[name][:length] for name in ("input_ids", "labels")}
-            one |= {name: sample[name] for name in ("segment_lengths",) if name in sample}
+            if "segment_lengths" in sample:
+                one["segment_lengths"] = segments_of(sample, length)
             batch = default_collater([{**one, "sample_id": sample.get("sample_id", number)}])
             keys = find_keys(batch)
             if len(keys) and not store.lacks(keys).any():
