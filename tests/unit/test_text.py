@@ -123,7 +123,7 @@ def test_nemos_column_mapped_data_set_is_known_to_the_check(tmp_path):
     ):
         with pytest.raises(ConfigError, match=rf"dataset\.column_mapping: {said}"):
             load(path, [f"dataset.column_mapping{wrong}"])
-    with pytest.raises(ConfigError, match=r"_id: .*has q, a; column_mapping names others"):
+    with pytest.raises(ConfigError, match=r"_id: .*has q, a; dataset\.column_mapping names others"):
         load(path, ["dataset.column_mapping=null"])
     # One of two names of the rows may be dropped; two are too many, and none is too few.
     renamed = ["dataset.path_or_dataset_id=null", f"dataset.dataset_name={rows}"]

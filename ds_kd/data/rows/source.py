@@ -47,7 +47,8 @@ def refuse_to_replace(source: str, output: Path) -> None:
         read = files_of(source) or []
     except ValueError:  # told when the rows are read
         return
-    if output.resolve() in [Path(name).resolve() for name in read]:
+    # Unlike Path.resolve, realpath takes a link that leads in a circle.
+    if os.path.realpath(output) in [os.path.realpath(name) for name in read]:
         raise FileExistsError("it is a file of --data, which it would replace; give another name")
 
 
