@@ -16,7 +16,7 @@ class Rollouts:
     ratio: float = key(
         1.0,
         "Has the student write the answers of this share of the samples itself, chosen by a hash "
-        "of each; 0 switches it off, and at 1 the data need no answers.",
+        "of its place in the data; 0 switches it off, and at 1 the data need no answers.",
         "share",
         low=0,
         high=1,
