@@ -137,8 +137,10 @@ def test_others_may_read_a_cache_and_one_who_may_not_is_told_so(tmp_path, monkey
     store = Store(tmp_path)
     store.add(keys, fields)
     mask = os.umask(0o027)
-    store.flush()
-    os.umask(mask)
+    try:
+        store.flush()
+    finally:
+        os.umask(mask)
     (path,) = tmp_path.glob("part-*")
     assert path.stat().st_mode & 0o777 == 0o640
     if os.geteuid() == 0:  # whom no mode keeps from reading
