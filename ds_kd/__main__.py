@@ -82,7 +82,10 @@ def print_keys(prefix: str) -> None:
 
 
 def check(cfg: RunConfig, args: argparse.Namespace) -> None:
-    check_slurm_world(cfg) if args.ranks is None else check_world(cfg, args.ranks)
+    if args.ranks is None:
+        check_slurm_world(cfg)
+    else:
+        check_world(cfg, args.ranks)
     print(*cfg.notes, *notes_on_machine(cfg), f"{args.config}: nothing wrong with it", sep="\n")
 
 

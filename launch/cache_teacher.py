@@ -12,7 +12,6 @@ code 2 for a user's mistake.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from ds_kd.command_line import parse_run, positive, run_parser
 from ds_kd.config.load import load
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.text.yaml_source import quote_yaml
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
 from ds_kd.script import run_script
@@ -41,7 +41,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # In quotes, as overrides are YAML and a directory may be called 2024 or off.
-    place = [] if args.output is None else [f"teacher.directory={_quote(args.output)}"]
+    place = [] if args.output is None else [f"teacher.directory={quote_yaml(args.output)}"]
     # Each rank takes samples of its own, whatever the layout of the run.
     whole = ["distributed.tp_size=1", "teacher_distributed=null"]
     words = [*args.overrides, *whole, "teacher.kind=cached", "teacher.fill=true", *place]
@@ -83,14 +83,9 @@ def write(cfg: RunConfig) -> None:
         stop()
     if world.is_main:
         kept = f", keep: {cfg.teacher.keep}, k: {cfg.teacher.k}"
-        words = f"kind: cached, directory: {_quote(str(cfg.teacher.directory))}"
+        words = f"kind: cached, directory: {quote_yaml(str(cfg.teacher.directory))}"
         words += kept if cfg.teacher.keep != "hidden" else ""
         print(f"done; teacher: {{{words}}} reads it" if is_whole else _STOPPED)
-
-
-def _quote(text: str) -> str:
-    """Return a text as YAML that is a text whatever it holds."""
-    return json.dumps(text, ensure_ascii=False)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -230,11 +230,12 @@ def _tokenize_marked(
     turns = [message for message in messages if message["role"] == "assistant"]
     if len(turns) == len(spans):
         spans = [span for span, turn in zip(spans, turns, strict=True) if _has_content(turn)]
-    mask = [False] * len(out["input_ids"])
+    marked = bytearray(len(text))
     for first, last in spans:
-        for k, (start, end) in enumerate(out["offset_mapping"]):
-            # A token whose spaces were trimmed away has no width, and stands at their end.
-            mask[k] = mask[k] or (first < end and (start < last or start == end == last))
+        marked[first:last] = b"\1" * (last - first)
+
+    # A token whose spaces were trimmed away has no width, and stands at their end.
+    mask = [1 in marked[min(start, end - 1) : end] for start, end in out["offset_mapping"]]
     return list(out["input_ids"]), mask
 
 

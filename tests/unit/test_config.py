@@ -921,14 +921,14 @@ def test_a_dry_run_prints_the_plan_and_starts_nothing(tmp_path, capsys):
 
 def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     models = [tiny.llama(tmp_path / name, layers) for name, layers in (("s", 2), ("t", 3))]
-    rows = tmp_path / "rows.jsonl"
+    rows = tmp_path / "rows \U0001f600.jsonl"
     rows.write_text(tiny.squad_rows(4000))
     new = script("new_config")
     words = ["--student", str(models[0]), "--teacher", str(models[1]), "--gpus", "4"]
     capsys.readouterr()  # what making the models told
     assert new.main([*words, "--data", str(rows)]) == 0
     path = tmp_path / "new.yaml"
-    path.write_text(capsys.readouterr().out)
+    path.write_text(capsys.readouterr().out, "utf-8")
     cfg = load(path)
     assert cfg.dataset.name == "ds_kd.data.squad.make_squad_dataset"
     steps = cfg.step_scheduler

@@ -6,6 +6,7 @@ before they are expanded.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -382,3 +383,8 @@ def _set_value(raw: Any, name: str, value: Any) -> None:
             raise ConfigError([f"{name}: {key} is {what} and has no keys; {fresh}"])
         there = None if there is None else there.get(step)
     OmegaConf.update(raw, name, value, merge=False)
+
+
+def quote_yaml(text: str) -> str:
+    """Return a text in quotes, so that YAML reads it as a text whatever it holds."""
+    return json.dumps(text, ensure_ascii=False)

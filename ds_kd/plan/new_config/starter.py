@@ -4,7 +4,6 @@ validation that suit the number of rows."""
 from __future__ import annotations
 
 import inspect
-import json
 import re
 import shlex
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 from ds_kd.config.components import ConfigError, problem
 from ds_kd.config.load import load
 from ds_kd.config.schema import RunConfig
+from ds_kd.config.text.yaml_source import quote_yaml
 from ds_kd.data.rows.declaration import DataSet
 from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
 from ds_kd.data.rows.files import columns_of, files_of
@@ -277,7 +277,7 @@ def _write_reading(data: DataSet, given: Rows) -> str:
             expected = "QUESTION,ANSWER or CONTEXT,QUESTION,ANSWER: names of columns"
             raise ConfigError([problem("--columns", given.columns, expected)])
         parts = ("context", "question", "answer")[-len(names) :]
-        pairs = ", ".join(f"{part}: {json.dumps(n)}" for part, n in zip(parts, names, strict=True))
+        pairs = ", ".join(f"{part}: {quote_yaml(n)}" for part, n in zip(parts, names, strict=True))
         lines.append(f"  column_mapping: {{{pairs}}}\n")
 
     # Only rows that are conversations are rendered.
@@ -290,7 +290,7 @@ def _write_reading(data: DataSet, given: Rows) -> str:
 
 def _quote(name: str) -> str:
     """Return a name in quotes, unless YAML reads it back without them."""
-    return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z_.]*/[A-Za-z_][\w./-]*", name) else quote_yaml(name)
 
 
 def _find_data_set(function: str) -> DataSet:
