@@ -230,9 +230,10 @@ def test_losses_and_gradients_equal_those_of_single_samples(pairs, name, rows, k
     batches = [default_collater([data[k] for k in range(len(data))], pad_seq_len_divisible=4)]
     got, grads = run(pairs[name, True], batches)
     assert got == {n: pytest.approx(x, rel=1e-5, abs=1e-4) for n, x in expected.items()}
-    # A step divides by the labels: at a learning rate of 0.1 its weights are equal to 1e-6.
     labels = sum(label != -100 for each in samples for label in each["labels"])
-    scale = max([1e-3, labels, *(g.abs().max().item() for g in expected_grads.values())])
+    # The divergence's gradient alone is a small difference of softmaxes, rounded as these are.
+    floor = 1e-3 if kd_ratio < 1 else max(1, labels)
+    scale = max([floor, *(g.abs().max().item() for g in expected_grads.values())])
     for n, g in expected_grads.items():
         assert (grads[n] - g).abs().max().item() <= 1e-5 * scale, n
     assert batches[0]["num_labels"] == labels
