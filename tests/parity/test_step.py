@@ -199,7 +199,23 @@ def compare_with_plain_pytorch(world, directory, paths):
         "cases": errors,
         "refused": refused_steps(world, paths),
         "layers": compare_layers(world, paths, teacher),
+        "waits": count_waits(world, paths),
     }
+
+
+def count_waits(world, paths):
+    """Return the steps of a run, and how often DeepSpeed had the host wait for the whole device."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits, accelerator = [], get_accelerator()
+    rows = tiny.samples(6 * world.size, seed=world.size)
+    trainer = build(world, paths, rows, 3, 2, 0.5, sgd, num_epochs=5)
+    accelerator.synchronize = lambda *_: waits.append(trainer.state.step)
+    try:
+        trainer.train()
+    finally:
+        del accelerator.synchronize  # that of its class again
+    return trainer.state.step, waits
 
 
 def compare_layers(world, paths, teacher):
@@ -397,6 +413,12 @@ def test_gradients_equal_plain_pytorch_for_every_split_and_kd_ratio(cases):
             f"{name}: the reference hardly moves, so this would prove nothing"
         )
         assert case["error"] <= 1e-6, f"{name}: {case}"
+
+
+def test_deepspeed_never_has_the_host_wait_for_the_whole_device(results):
+    """Its timer of samples per second would, at each forward from the third step on."""
+    steps, waits = results["waits"]
+    assert steps == 5 and waits == []
 
 
 def test_a_loss_of_layers_moves_student_and_projectors_as_its_definition_in_plain_pytorch(results):
