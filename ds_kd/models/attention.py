@@ -38,11 +38,20 @@ class Segments:
     Args:
         lengths: of each sample, or of each node of the tree of shared beginnings.
         parents: of the nodes; None where samples share nothing.
+        device: of the tokens. On one that may take them in one launch their runs are made here,
+            and not in a layer, in whose compiled code they would be constants.
     """
 
-    def __init__(self, lengths: list[int], parents: list[int] | None = None):
+    def __init__(
+        self,
+        lengths: list[int],
+        parents: list[int] | None = None,
+        device: torch.device | None = None,
+    ):
         self.lengths, self.parents = lengths, parents
         self._runs: varlen.Runs | None = None
+        if device is not None and device.type in varlen.DEVICES:
+            self.runs(device)
 
     @functools.cached_property
     def tree(self) -> Tree | None:
@@ -54,6 +63,11 @@ class Segments:
         if self._runs is None:
             self._runs = varlen.make_runs(self.lengths, self.parents, device)
         return self._runs
+
+    @property
+    def has_runs(self) -> bool:
+        """Whether their runs are made."""
+        return self._runs is not None
 
 
 #: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
@@ -78,7 +92,6 @@ class _Heads:
     num_key_value_groups: int
 
 
-@torch.compiler.disable
 def sdpa_by_sample(
     module: Any,
     query: Tensor,
@@ -92,6 +105,8 @@ def sdpa_by_sample(
 ) -> tuple[Tensor, None]:
     """Compute attention inside each sample of a pack, with the interface of transformers.
 
+    What is one launch becomes part of a compiled layer; the rest stays apart from it.
+
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
         attention_mask: must be None.
@@ -102,6 +117,30 @@ def sdpa_by_sample(
     Returns:
         `[1, tokens, heads, head size]`, and None for the weights.
     """
+    is_alone = attention_mask is None and exchange is None and _recorded is None
+    if is_alone and segments is None and sliding_window is None:
+        return _attend_causally(module, query, key, value, kwargs), None
+    is_launched = is_alone and segments is not None and segments.has_runs
+    if is_launched and _takes_one_launch(query, value, kwargs):
+        return _attend_at_once(query, key, value, segments, sliding_window, kwargs), None
+    return _sdpa_apart(
+        module, query, key, value, attention_mask, segments, sliding_window, exchange, kwargs
+    )
+
+
+@torch.compiler.disable
+def _sdpa_apart(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    segments: Segments | None,
+    sliding_window: int | None,
+    exchange: Exchange | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Compute what `sdpa_by_sample` does, of any samples, outside compiled code."""
     if _recorded is not None:
         _recorded.append(sliding_window)
     if attention_mask is not None:
@@ -126,30 +165,60 @@ def _attend(
 ) -> Tensor:
     """Return the attention of all tokens of some heads, `[1, tokens, heads, head size]`; see
     `sdpa_by_sample`."""
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
     # A GPU takes all samples at once.
-    is_plain = not any(kwargs.get(name) for name in _ONE_BY_ONE)
-    if segments is not None and is_plain and varlen.can_run(query, value):
-        runs, scale = segments.runs(query.device), kwargs.get("scaling")
-        return varlen.attend(query, key, value, runs, sliding_window, scale)
+    if segments is not None and _takes_one_launch(query, value, kwargs):
+        return _attend_at_once(query, key, value, segments, sliding_window, kwargs)
 
     # Shared beginnings make calls of their own; otherwise every sample is one.
-    kwargs = {**kwargs, "is_causal": True}
-    out = []
     if segments and segments.tree is not None:
         calls = segments.tree.split(query, key, value, sliding_window)
-        out = [sdpa_attention_forward(module, *call, **kwargs)[0] for call in calls]
-        return torch.cat(out, dim=1)
-    lengths = segments.lengths if segments else [query.shape[2]]
+        return torch.cat(
+            [_attend_causally(module, *call[:3], kwargs, call[3]) for call in calls], 1
+        )
+    lengths, out = segments.lengths if segments else [query.shape[2]], []
     for q, k, v in zip(*(t.split(lengths, dim=2) for t in (query, key, value)), strict=True):
         mask = None
         if sliding_window is not None and q.shape[2] > sliding_window:
             at = torch.arange(q.shape[2], device=q.device)
             back = at[:, None] - at
             mask = ((back >= 0) & (back < sliding_window))[None, None]
-        out.append(sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0])
+        out.append(_attend_causally(module, q, k, v, kwargs, mask))
     return out[0] if len(out) == 1 else torch.cat(out, dim=1)
+
+
+def _attend_causally(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kwargs: dict[str, Any],
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Return the attention of one call of transformers' SDPA, causal unless it has a mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    kwargs = {**kwargs, "is_causal": True}
+    out: Tensor = sdpa_attention_forward(module, query, key, value, mask, **kwargs)[0]
+    return out
+
+
+def _takes_one_launch(query: Tensor, value: Tensor, kwargs: dict[str, Any]) -> bool:
+    """Return whether one launch can compute the attention of all samples."""
+    return not any(kwargs.get(name) for name in _ONE_BY_ONE) and varlen.can_run(query, value)
+
+
+def _attend_at_once(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    segments: Segments | None,
+    sliding_window: int | None,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Return the attention of all samples, computed in one launch."""
+    assert segments is not None
+    runs = segments.runs(query.device)
+    return varlen.attend(query, key, value, runs, sliding_window, kwargs.get("scaling"))
 
 
 def attend_by_sample(model: Any, wanted: bool = True) -> None:
@@ -192,8 +261,10 @@ def arguments(model: Any, batch: dict[str, Any], exchange: Exchange | None) -> d
     if "attention_mask" in batch:
         return {"attention_mask": batch["attention_mask"]}
     if is_by_sample(model):
-        parents = batch.get("segment_parents")
-        return split if lengths is None else {"segments": Segments(lengths, parents), **split}
+        if lengths is None:
+            return split
+        device = batch["input_ids"].device
+        return {"segments": Segments(lengths, batch.get("segment_parents"), device), **split}
     if is_split:
         raise ValueError("tokens that are split over ranks need the attention sdpa")
     if batch.get("segment_parents") is not None:

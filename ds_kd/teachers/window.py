@@ -99,7 +99,7 @@ def join(batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for batch, (rows, length) in zip(batches, shapes, strict=True):
         segments, device = None, batch["input_ids"].device
         if "segment_lengths" in batch:
-            segments = Segments(batch["segment_lengths"], batch.get("segment_parents"))
+            segments = Segments(batch["segment_lengths"], batch.get("segment_parents"), device)
         parts.append(Part(start, rows, length, total, segments))
         here = batch.get("position_ids")
         if here is None:

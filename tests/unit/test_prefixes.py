@@ -307,7 +307,7 @@ def test_a_model_whose_branches_see_each_other_is_refused(dtype, monkeypatch):
     probes.check_sharing(Engine(model), CPU, "model")
     # As if a class handed on that there are segments, and not how they hang together.
     monkeypatch.setattr(
-        causal_lm.attention, "Segments", lambda lengths, _: attention_of_one_sample(lengths)
+        causal_lm.attention, "Segments", lambda lengths, *_: attention_of_one_sample(lengths)
     )
     with pytest.raises(ValueError, match=r"share a beginning see each other.*share_prefixes"):
         probes.check_sharing(Engine(model), CPU, "model")
@@ -315,7 +315,7 @@ def test_a_model_whose_branches_see_each_other_is_refused(dtype, monkeypatch):
 
 def attention_of_one_sample(lengths):
     segments = attention.Segments.__new__(attention.Segments)
-    segments.lengths, segments.tree = [sum(lengths)], None
+    segments.lengths, segments.tree, segments._runs = [sum(lengths)], None, None
     return segments
 
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from ds_kd.errors import first_line
 
+#: Kinds of device on which one launch is tried; meta tensors stand for those of a GPU.
+DEVICES = ("cuda", "meta")
 _DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # head size that flash attention takes
 
@@ -75,7 +77,7 @@ def can_run(query: Tensor, value: Tensor) -> bool:
     is_usual = size == value.shape[-1] <= _LARGEST_HEAD and size % 8 == 0
     if not is_usual or query.dtype not in _DTYPES:
         return False
-    return query.is_meta or (query.is_cuda and _works(query.device, query.dtype))
+    return query.is_meta or (query.is_cuda and works(query.device, query.dtype))
 
 
 def attend(
@@ -119,6 +121,12 @@ def _launch(
     )
     assert isinstance(out, Tensor)
     return out
+
+
+@torch.compiler.assume_constant_result
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether one launch is right on a device, which compiled code takes for granted."""
+    return _works(device, dtype)
 
 
 @functools.cache
