@@ -57,16 +57,29 @@ def _chunks(items: list, size: int) -> list[list]:
 # ---- ds_kd ---------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a run may choose, at the defaults of a CPU.
+
+    Args:
+        compiled: layers are compiled, the default on an accelerator.
+        whole: `teacher.placement: replicate`, the default on an accelerator with room.
+        liger: `use_liger_kernel: true` on both models.
+    """
+
+    compiled: bool = False
+    whole: bool = False
+    liger: bool = False
+
+
 @contextlib.contextmanager
-def ds_kd(
-    job: Job, chunk_size: int | None = None, compiled: bool = False, tuned: bool = False
-) -> Iterator[Step]:
+def ds_kd(job: Job, settings: Settings = Settings()) -> Iterator[Step]:
     """Take the trainer's own step on its own engines; this process is one rank of them."""
     from ds_kd.checkpoint.engine.files import state_bytes
     from ds_kd.parallel import world as distributed
 
     world = distributed.start("nccl" if torch.cuda.is_available() else "gloo", 10)
-    teacher, student = _build_engines(job, chunk_size, compiled, tuned)
+    teacher, student = _build_engines(job, settings)
 
     def step(samples: list[dict[str, Any]]) -> float:
         batches = _collate(job, samples)[world.rank :: world.size]
@@ -87,18 +100,17 @@ def ds_kd(
         student.step()
         return float(distributed.sum_over(total[None], world.data)[0]) / labels
 
-    if not tuned:  # what a rank keeps of sharded models between steps, for the row of the table
+    if (
+        not settings.whole
+    ):  # what a rank keeps of sharded models between steps, for the row of the table
         step.state_bytes = state_bytes(teacher.engine) + state_bytes(student)  # type: ignore[attr-defined]
     yield step
     for engine in (student, teacher.engine):
         engine.destroy()
 
 
-def _build_engines(
-    job: Job, chunk_size: int | None, compiled: bool, tuned: bool
-) -> tuple[Any, Any]:
-    """Return the teacher and the student's engine, built as a run builds them; `tuned` as with
-    `use_liger_kernel: true` and `teacher.placement: replicate`."""
+def _build_engines(job: Job, settings: Settings) -> tuple[Any, Any]:
+    """Return the teacher and the student's engine, built as a run builds them."""
     from ds_kd.config.checks.zero_file import load_zero_config, place_teacher
     from ds_kd.losses.chunked import DistillationLoss
     from ds_kd.losses.cross_entropy import MaskedCrossEntropy
@@ -111,19 +123,19 @@ def _build_engines(
 
     config = engines.engine_config(load_zero_config(None, "zero"), job.dtype, job.micro_batch)
     whole = place_teacher(None, "replicate", False)
-    placed = engines.engine_config(whole, job.dtype, job.micro_batch) if tuned else config
+    placed = engines.engine_config(whole, job.dtype, job.micro_batch) if settings.whole else config
     with engines.zero3_init(placed):
         teacher_model = _load(job.teacher, job.dtype)
     attend_by_sample(teacher_model)
-    if tuned and (reason := use_liger_kernels(teacher_model)):
+    if settings.liger and (reason := use_liger_kernels(teacher_model)):
         raise RuntimeError(f"no kernels of liger-kernel: {reason}")
     teacher = ResidentTeacher(engines.build_teacher(causal_lm.FrozenModel(teacher_model), placed))
     with engines.zero3_init(config):
         student_model = _load(job.student, job.dtype)
     attend_by_sample(student_model)
-    if tuned:
+    if settings.liger:
         use_liger_kernels(student_model)
-    loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(chunk_size=chunk_size), job.alpha)
+    loss_fn = DistillationLoss(MaskedCrossEntropy(), KDLoss(), job.alpha)
     student = engines.build_student(
         causal_lm.Student(student_model, loss_fn),
         config,
@@ -132,7 +144,7 @@ def _build_engines(
     student.train()
 
     # Layers are compiled last, as in a run.
-    if compiled:
+    if settings.compiled:
         causal_lm.compile_layers(teacher_model)
         causal_lm.compile_layers(student_model)
     return teacher, student
@@ -278,11 +290,18 @@ def liger(job: Job) -> Any:
     return _loop(job, loss_of)
 
 
+def with_settings(**settings: Any) -> Callable[..., Any]:
+    """Return the contender ds_kd with these settings."""
+    return functools.partial(ds_kd, settings=Settings(**settings))
+
+
 CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd": (ds_kd, None),
     "ds_kd_shared": (ds_kd, None),
-    "ds_kd_compiled": (functools.partial(ds_kd, compiled=True), None),
-    "ds_kd_tuned": (functools.partial(ds_kd, tuned=True), "liger_kernel"),
+    "ds_kd_compiled": (with_settings(compiled=True), None),
+    "ds_kd_whole": (with_settings(compiled=True, whole=True), None),
+    "ds_kd_liger": (with_settings(liger=True, whole=True), "liger_kernel"),
+    "ds_kd_both": (with_settings(compiled=True, liger=True, whole=True), "liger_kernel"),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),
