@@ -118,6 +118,7 @@ def sdpa_by_sample(
         `[1, tokens, heads, head size]`, and None for the weights.
     """
     is_alone = attention_mask is None and exchange is None and _recorded is None
+    is_alone = is_alone and query.shape[2] == key.shape[2]  # keys kept from before are not taken
     if is_alone and segments is None and sliding_window is None:
         return _attend_causally(module, query, key, value, kwargs), None
     is_launched = is_alone and segments is not None and segments.has_runs

@@ -10,7 +10,7 @@ from torch._dynamo.utils import counters
 from ds_kd.data.collate import default_collater
 from ds_kd.data.packing import PackedDataset
 from ds_kd.models import causal_lm
-from ds_kd.models.attention import attend_by_sample
+from ds_kd.models.attention import attend_by_sample, sdpa_by_sample
 from ds_kd.models.packs import varlen
 from tests import tiny
 from tests.unit.test_packing import architecture
@@ -62,3 +62,11 @@ def test_attention_is_part_of_a_compiled_layer(name, is_packed, like_a_gpu):
         versions.append(counters["stats"]["unique_graphs"])
     assert not counters["graph_break"]
     assert versions[1:] == versions[:-1]
+
+
+def test_keys_that_were_kept_from_before_are_refused():
+    """Causal attention aligns first tokens; two queries behind four kept keys would see too few."""
+    module = torch.nn.Module()
+    query, key = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 6, 8)
+    with pytest.raises(RuntimeError, match="split"):
+        sdpa_by_sample(module, query, key, key, None)
