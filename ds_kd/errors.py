@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import sysconfig
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _FRAMES = 3  # lines of a user's code that a message names
@@ -37,6 +40,10 @@ class MachineError(UserError):
 
 class TrainingError(UserError):
     """The run cannot go on; the message says why and names the samples."""
+
+
+class OwnCodeError(TrainingError, ValueError):
+    """Code of the user's own fails; the message names its lines."""
 
 
 #: Words with which the system, torch and CUDA report that memory, files or threads are used up.
@@ -91,13 +98,48 @@ def first_line(error: BaseException) -> str:
 def describe_user_error(error: BaseException) -> str:
     """Return an error of a user's own code in one line: its kind, its text, and the lines of that
     code that led to it, the last one first. Lines of this package and of libraries are left out."""
-    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(": ")
-    libraries = (str(Path(__file__).parent), *map(sysconfig.get_path, ("stdlib", "purelib")))
+    told = error.msg if isinstance(error, SyntaxError) else error
+    text = " ".join(f"{type(error).__name__}: {told}".split()).removesuffix(": ")
+    places = _list_own_places(error)[-_FRAMES:]
+    return f"{text} ({', called at '.join(reversed(places))})" if places else text
+
+
+def is_of_own_code(error: BaseException) -> bool:
+    """Return whether lines of a user's own code led to an error that is one of that code: it tells
+    of no memory, say, that is used up."""
+    return explain(error) is None and bool(_list_own_places(error))
+
+
+@contextmanager
+def name_own_code(place: str) -> Iterator[None]:
+    """Turn an error of a user's own code that this block calls into one that names its lines; any
+    other error is as it was.
+
+    Args:
+        place: the beginning of the message.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_of_own_code(error):
+            raise
+        raise OwnCodeError(f"{place}: {describe_user_error(error)}") from error
+
+
+def _list_own_places(error: BaseException) -> list[str]:
+    """Return the lines of a user's own code that led to an error, the last one last."""
+    ours = (f"{Path(__file__).parent}/", f"{sysconfig.get_path('stdlib')}/", "<")
+    started = getattr(sys.modules.get("__main__"), "__file__", None)
     places = [
         f"{frame.filename}:{frame.lineno} in {frame.name}"
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((*libraries, "<"))
+        if not frame.filename.startswith(ours)
+        and not {"site-packages", "dist-packages"} & {*Path(frame.filename).parts}
+        # The script that was started is no code of the user's.
+        and not (frame.name == "<module>" and frame.filename == started)
     ]
-    # The script that was started is no code of the user's.
-    places = [place for place in places if not place.endswith(" in <module>")][-_FRAMES:]
-    return f"{text} ({', called at '.join(reversed(places))})" if places else text
+    if isinstance(error, SyntaxError) and error.filename is not None:
+        places.append(f"{error.filename}:{error.lineno}")
+    return places

@@ -20,7 +20,7 @@ from ds_kd.config.names import home_of
 from ds_kd.config.permissions import Permitted, refuse, translate
 from ds_kd.config.text.secrets import BLANK, blank_known_secrets, blank_secrets, is_under_secret
 from ds_kd.data.rows.declaration import DataSet
-from ds_kd.errors import UserError, describe_user_error, first_line
+from ds_kd.errors import UserError, describe_user_error, first_line, is_of_own_code
 
 _LONGEST = 1500  # characters of a problem
 
@@ -108,8 +108,8 @@ def resolve(dotted: str) -> Any:
     """Return the object behind a permitted name.
 
     Raises:
-        ConfigError: the name is refused (nothing is imported then), does not exist, or leads out of
-            ds_kd.
+        ConfigError: the name is refused (nothing is imported then), does not exist, leads out of
+            ds_kd, or its module is the user's own and fails.
     """
     if refusal := refuse(dotted):
         raise ConfigError([refusal])
@@ -120,10 +120,13 @@ def resolve(dotted: str) -> Any:
     for split in range(len(parts) - 1, 0, -1):
         try:
             found = importlib.import_module(".".join(parts[:split]))
-        except ModuleNotFoundError as error:
-            if not f"{name}.".startswith(f"{error.name}."):
-                raise
-            continue
+        except Exception as error:  # a user's module may raise anything
+            if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
+                continue
+            if isinstance(dotted, Permitted) and is_of_own_code(error):
+                told = describe_user_error(error)
+                raise ConfigError([f"{dotted}: its module cannot be imported: {told}"]) from error
+            raise
         for part in parts[split:]:
             if not hasattr(found, part):
                 raise ConfigError([f"{dotted!r}: {'.'.join(parts[:split])} has no {part}"])
@@ -229,13 +232,17 @@ def instantiate(component: Component, also: tuple[str, ...] = (), **extra: Any) 
     """Call the component with its arguments and `extra`.
 
     Raises:
-        ConfigError: as `bind`, or a value of a wrong type.
+        ConfigError: as `bind`, a value of a wrong type, or an error of a user's own code.
         ValueError: the callable refuses an argument.
     """
     function = bind(component, also, **extra)
     try:
         return function(**_resolve_functions(component), **extra)
-    except TypeError as error:
-        is_own = isinstance(component.name, Permitted)  # code of the user's
+    except UserError:
+        raise
+    except Exception as error:  # code of the user's may raise anything
+        is_own = isinstance(component.name, Permitted)
+        if not (isinstance(error, TypeError) or (is_own and is_of_own_code(error))):
+            raise
         told = describe_user_error(error) if is_own else error
         raise ConfigError([f"{component.key}: {told}"]) from error

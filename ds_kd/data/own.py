@@ -8,8 +8,9 @@ or, if the config says so, unshifted as in Hugging Face's models (position `i` h
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -45,6 +46,21 @@ def explain_failure(place: str = "") -> Iterator[None]:
         if explain(error) is not None:  # of memory, say: no mistake of that code
             raise
         raise DataError(f"{place}{describe_user_error(error)}") from error
+
+
+@dataclass(frozen=True)
+class OwnCollater:
+    """A user's own `collate_fn`, whose errors name the lines of its code.
+
+    Args:
+        collate: makes a micro-batch of samples.
+    """
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, samples: list[Any]) -> Any:
+        with explain_failure("collate_fn: "):
+            return self.collate(samples)
 
 
 class OwnSamples(Dataset):

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.errors import name_own_code
 from ds_kd.losses.buffers import Buffers
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.fused.chunk import can_fuse, distil
@@ -99,19 +100,20 @@ class DistillationLoss:
         head = student.head
         # Read here: inside a Function grad mode is off, and needs_input_grad ignores no_grad.
         is_training = torch.is_grad_enabled()
-        total = _Chunked.apply(  # type: ignore[no-untyped-call]
-            student.hidden,
-            head.weight,
-            head.bias,
-            student,
-            labels,
-            counts,
-            None if is_training else positions,
-            teacher,
-            self,
-            is_training,
-            sums,
-        )
+        with name_own_code("a loss fails"):
+            total = _Chunked.apply(  # type: ignore[no-untyped-call]
+                student.hidden,
+                head.weight,
+                head.bias,
+                student,
+                labels,
+                counts,
+                None if is_training else positions,
+                teacher,
+                self,
+                is_training,
+                sums,
+            )
         return total, sums
 
     def weigh(self, sums: dict[str, Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.errors import first_line
+from ds_kd.errors import describe_user_error
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
@@ -195,7 +195,7 @@ def _evaluate(
     try:
         value = evaluate(rows, labels)
     except Exception as error:  # a user's loss may raise anything
-        told = f"{type(error).__name__}: {first_line(error)}"
+        told = describe_user_error(error)
         raise ValueError(f"fails on a small example ({what}): {told}") from error
     if not isinstance(value, Tensor) or value.ndim:
         given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else value

@@ -11,10 +11,11 @@ from torch.utils.data import Subset
 from ds_kd.config.components import Component, config_error, instantiate, resolve
 from ds_kd.config.losses import is_of_layers
 from ds_kd.config.names import COLLATER, LOADER_FLAGS
+from ds_kd.config.permissions import Permitted
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.chat import with_template
 from ds_kd.data.labels import describe_unsupervised
-from ds_kd.data.own import SHIFTED, OwnSamples, explain_failure
+from ds_kd.data.own import SHIFTED, OwnCollater, OwnSamples, explain_failure
 from ds_kd.data.packing import PackedDataset, lengths_of, refuse_longest
 from ds_kd.data.prefixes import SharedDataset
 from ds_kd.data.rows.declaration import declaration_of
@@ -250,6 +251,8 @@ def build_loader(
             # An iterator draws a number when it is created, which must not change dropout.
             generator=torch.Generator().manual_seed(cfg.rng.seed),
         )
+    if isinstance(kwargs.get("collate_fn"), Permitted):
+        built.collate_fn = OwnCollater(built.collate_fn)
     built.collate_fn = _complete(cfg, built.collate_fn, world)
     return built, sampler
 

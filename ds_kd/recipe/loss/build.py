@@ -11,6 +11,7 @@ import torch
 from ds_kd.config.components import Component, ConfigError, config_error, instantiate
 from ds_kd.config.losses import find_absent_layer, is_of_layers
 from ds_kd.config.schema import RunConfig
+from ds_kd.errors import describe_user_error, is_of_own_code
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.contract import check_cross_entropy, check_divergence
 from ds_kd.losses.named.hidden_states import HiddenStates
@@ -74,8 +75,14 @@ def _build_part_of_loss(
     try:
         loss = instantiate(component)
         check(loss, vocab)
-    except ValueError as error:
-        raise ConfigError([f"{component.key}: {component.name}: {error}"]) from error
+    except ConfigError:
+        raise
+    except Exception as error:  # a user's loss may raise anything
+        is_own = is_of_own_code(error)
+        if not (is_own or isinstance(error, ValueError)):
+            raise
+        told = describe_user_error(error) if is_own else error
+        raise ConfigError([f"{component.key}: {component.name}: {told}"]) from error
     return loss.to(world.device) if isinstance(loss, torch.nn.Module) else loss
 
 
