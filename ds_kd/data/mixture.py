@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ds_kd.data.rows.declaration import DataSet, data_set
 from ds_kd.data.rows.detect import columns_known, known_data_sets, recognise
 from ds_kd.data.rows.files import columns_of, files_of
+from ds_kd.data.rows.source import load_rows
 
 
 def data_set_of(part: dict[str, Any]) -> DataSet:
@@ -94,18 +97,87 @@ def make_mixture(
     return mixed if limit is None else mixed.select(range(min(limit, len(mixed))))
 
 
-def _build_part(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
-    """Return the samples of one source, with its number before each sample id."""
+def draw_first(
+    tokenizer: Any,
+    most: int,
+    sources: list,
+    seed: int = 0,
+    stopping_strategy: str = "first_exhausted",
+    limit_dataset_samples: int | None = None,
+) -> Any:
+    """Return samples of a mixture without making all: with weights the first ones, and without the
+    first ones of each source, as many as are its share of the rows.
+
+    Args:
+        most: how many, about.
+        sources, seed, stopping_strategy, limit_dataset_samples: as in `make_mixture`.
+
+    Raises:
+        ValueError: a source cannot be read; names its number.
+    """
+    limit = limit_dataset_samples
+    check_weights(sources)
+    # So many draws need so many rows of any source at the most.
+    counts = [most] * len(sources)
+    if sources[0].get("weight") is None:
+        counts = _count_rows(sources, limit)
+        total = max(1, sum(counts))
+        counts = [min(n, -(-n * most // total)) for n in counts]
+        limit = None
+    few = [_limit(part, count) for part, count in zip(sources, counts, strict=True) if count]
+    mixed = make_mixture(tokenizer, few, seed, stopping_strategy, limit)
+    return mixed.select(range(min(len(mixed), max(most, len(few)))))
+
+
+def _count_rows(sources: list, limit: int | None) -> list[int]:
+    """Return how many rows each source gives to a mixture that is cut behind `limit` samples."""
+    counts, left = [], limit
+    for number, part in enumerate(sources):
+        with _name_source(number):
+            found, arguments = _read_part(part)
+            rows = load_rows(
+                found.source_of(arguments),
+                arguments.get("split") or "train",
+                found.columns_wanted(arguments),
+                arguments.get(found.limit),
+            )
+        counts.append(len(rows) if left is None else min(len(rows), left))
+        left = None if left is None else left - counts[-1]
+    return counts
+
+
+def _limit(part: dict[str, Any], most: int) -> dict[str, Any]:
+    """Return a source that gives so many of its rows at the most."""
+    found, _ = _read_part(part)
+    given = part.get(found.limit)
+    return {**part, found.limit: most if given is None else min(given, most)}
+
+
+def _read_part(part: dict[str, Any]) -> tuple[DataSet, dict[str, Any]]:
+    """Return the data set of a source, and the arguments that it is called with."""
+    found = data_set_of(part)
+    arguments = {name: part[name] for name in part if name not in ("_target_", "weight")}
+    if "dataset_name" in arguments:
+        arguments.setdefault(found.source, arguments["dataset_name"])
+        if found.source != "dataset_name":
+            del arguments["dataset_name"]
+    return found, arguments
+
+
+@contextmanager
+def _name_source(number: int) -> Iterator[None]:
+    """Have the errors of a source begin with its number."""
     try:
-        found = data_set_of(part)
-        arguments = {name: part[name] for name in part if name not in ("_target_", "weight")}
-        if "dataset_name" in arguments:
-            arguments.setdefault(found.source, arguments["dataset_name"])
-            if found.source != "dataset_name":
-                del arguments["dataset_name"]
-        samples = found.build(tokenizer=tokenizer, **arguments)
+        yield
     except (ValueError, TypeError) as error:
         raise ValueError(f"sources[{number}]: {error}") from error
+
+
+def _build_part(tokenizer: Any, number: int, part: dict[str, Any]) -> Any:
+    """Return the samples of one source, with its number before each sample id."""
+    with _name_source(number):
+        found, arguments = _read_part(part)
+        samples = found.build(tokenizer=tokenizer, **arguments)
     return samples.map(lambda name: {"sample_id": f"{number}:{name}"}, input_columns=["sample_id"])
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.data.mixture import draw_first
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import pack
 from ds_kd.data.prefixes import SharedDataset
@@ -25,7 +26,7 @@ _PACK = 2048  # tokens of a pack where samples are not packed yet
 def load_first(cfg: RunConfig, most: int) -> tuple[int | None, list[dict[str, Any]] | None]:
     """Return the number of all samples, and the first ones of the training data.
 
-    A value is None if the data or the tokenizer are not at hand.
+    A value is None if the data or the tokenizer are not at hand, and the number for a mixture.
 
     Args:
         most: how many samples are made.
@@ -39,8 +40,10 @@ def load_first(cfg: RunConfig, most: int) -> tuple[int | None, list[dict[str, An
 
     component = cfg.dataset
     data, kwargs = component.declaration, component.kwargs
-    if data is None or data.has_parts:
+    if data is None:
         return None, None
+    if data.has_parts:
+        return None, _load_mixture(cfg, most)
     argument, limit = data.source, data.limit
     columns = data.columns_wanted(kwargs)
     source, split = data.source_of(kwargs), kwargs.get("split") or "train"
@@ -64,6 +67,28 @@ def load_first(cfg: RunConfig, most: int) -> tuple[int | None, list[dict[str, An
             return total, None
         raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
     return total, some
+
+
+def _load_mixture(cfg: RunConfig, most: int) -> list[dict[str, Any]] | None:
+    """Return the first samples that a run draws from a mixture of data sets, or None if the data or
+    the tokenizer are not at hand.
+
+    Raises:
+        ConfigError: a local source is wrong.
+    """
+    import torch
+
+    from ds_kd.parallel.world import World
+
+    component = cfg.dataset
+    try:
+        tokenizer = tokenizer_of(cfg.model, World(0, 1, torch.device("cpu"), "gloo"))
+        return [*draw_first(tokenizer, most, **component.kwargs)]
+    except (ConfigError, ValueError, OSError) as error:
+        named = [str(value) for part in component.kwargs["sources"] for value in part.values()]
+        if isinstance(error, ConfigError) or not any(Path(value).exists() for value in named):
+            return None
+        raise ConfigError([f"{component.key}: {first_line(error)}"]) from error
 
 
 def describe_sharing(cfg: RunConfig) -> list[str]:
@@ -90,6 +115,8 @@ def describe_sharing(cfg: RunConfig) -> list[str]:
     computed = sum(len(packs[k]["input_ids"]) for k in range(len(packs)))
     saved = sum(packs.lengths) / max(1, computed)
     told = f"1 token for {saved:.2f} of its first {len(some):,} samples"
+    if cfg.dataset.declaration is not None and cfg.dataset.declaration.has_parts:
+        told = f"1 token for {saved:.2f} of {len(some):,} samples, mixed as in the run"
     if packing.share_prefixes:
         held = len(some) / len(packs)
         return [f"  shared beginnings: computes {told}; a pack holds {held:.1f} samples"]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
+from ds_kd.data.mixture import make_mixture
 from ds_kd.data.packing import PackedDataset
 from ds_kd.data.prefixes import SharedDataset, lay_out, pack_by_prefix
 from ds_kd.data.sampler import FILLER, WithFiller
@@ -25,7 +26,7 @@ from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, lora, probes
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.packs.tree import Tree
-from ds_kd.plan.samples import describe_sharing
+from ds_kd.plan.samples import describe_sharing, load_first
 from tests import tiny
 from tests.unit.test_packing import CPU, Engine, architecture
 
@@ -380,3 +381,49 @@ def test_a_plan_tells_what_sharing_saves_or_would_save(tmp_path):
     assert 3 < saved < 8 and "of its first 20 samples" in told
     with pytest.raises(ConfigError, match=r"packed_sequence_size: got 8, expected room .* dataset"):
         describe_sharing(load(GUIDE, [*words, ON.replace("64", "8")]))
+
+
+def test_a_plan_tells_what_sharing_saves_on_a_mixture_as_the_run_draws_it(tmp_path):
+    """With weights its samples are the first of the run's, to the last; without, each source has
+    the share of its rows."""
+    student = tiny.llama(tmp_path / "student")
+    text = " ".join(f"w{k}" for k in range(40))
+    for name, contexts in (("alike", [text] * 90), ("apart", [f"w{k}" for k in range(60)])):
+        rows = [
+            {"context": context, "question": f"w{k}", "answers": {"text": [f"w{k}"]}}
+            for k, context in enumerate(contexts)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+
+    def config(*parts: str, **more):
+        sources = ", ".join(parts).replace("NAME", f"dataset_name: {tmp_path}")
+        mixture = f"dataset={{_target_: ds_kd.data.mixture.make_mixture, sources: [{sources}]}}"
+        words = [mixture, *(f"dataset.{key}={value}" for key, value in more.items())]
+        models = f"model.pretrained_model_name_or_path={student}"
+        return load(GUIDE, [models, "validation_dataset=null", *words, ON])
+
+    weighted = config("{NAME/alike.jsonl, weight: 1}", "{NAME/apart.jsonl, weight: 3}", seed=5)
+    _, found = load_first(weighted, 40)
+    whole = make_mixture(tiny.tokenizer(tmp_path / "t"), **weighted.dataset.kwargs)
+    assert [row["sample_id"] for row in found] == whole["sample_id"][:40]
+    assert [row["input_ids"] for row in found] == [*whole["input_ids"]][:40]
+
+    # 50 of 90 + 60 rows are 30 + 20. A limit of the mixture cuts the second source first.
+    each = "{NAME/alike.jsonl}", "{NAME/apart.jsonl}"
+    for more, most, counts in (({}, 50, (30, 20)), ({"limit_dataset_samples": 100}, 50, (45, 5))):
+        _, found = load_first(config(*each, **more), most)
+        numbers = [row["sample_id"].partition(":")[0] for row in found]
+        assert (numbers.count("0"), numbers.count("1")) == counts
+
+    # About three quarters of the samples of one source share, and of the other a quarter.
+    alike, apart = "{NAME/alike.jsonl, weight: WEIGHT}", "{NAME/apart.jsonl, weight: WEIGHT}"
+    several = [
+        config(alike.replace("WEIGHT", a), apart.replace("WEIGHT", b)) for a, b in ("31", "13")
+    ]
+    saved = [float(describe_sharing(cfg)[0].split()[6]) for cfg in several]
+    assert saved[0] > saved[1] > 1
+    assert "mixed as in the run" in describe_sharing(several[0])[0]
+    with pytest.raises(ConfigError, match=r"dataset: sources\[1\]: .*absent"):
+        broken = config(*each)
+        broken.dataset.kwargs["sources"][1]["dataset_name"] = f"{tmp_path}/absent.jsonl"
+        describe_sharing(broken)
