@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,17 @@ def read_plain_file(path: str | Path, most: int) -> bytes:
         size = f"{most // 1024} KiB" if most < 1_000_000 else f"{most // 1_000_000} MB"
         raise NotPlainFileError(f"larger than {size}")
     return content
+
+
+@contextmanager
+def name_path(path: Path) -> Iterator[None]:
+    """Have an error of the system in this block name the path; that of a full disk names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def check_replaceable(path: Path) -> None:

@@ -12,6 +12,7 @@ import io
 import os
 import resource
 import signal
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import TextIO
 from ds_kd.errors import MachineError
 
 _WANTED_FILES = 4096
+_PF_EXITING = 0x4  # one of the kernel's flags of a process
 #: The least that a rank needs, measured with `ulimit`; the libraries take most of it.
 _LEAST_FILES = 128
 _LEAST_ADDRESSES = 4 << 30
@@ -155,3 +157,21 @@ def choose_accelerator() -> None:
             "DS_ACCELERATOR is cuda, and torch finds no GPU here (nvidia-smi shows whether the "
             "machine has one; a CPU build of torch sees none); unset it to run on the CPU"
         )
+
+
+def identify_machine() -> list[str]:
+    """Return the identity of host, boot and container, inside which process numbers are unique."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
+    return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
+
+
+def read_start(pid: int) -> int | None:
+    """Return the start of a process in the kernel's ticks, or None for one that has ended or is
+    ending."""
+    try:
+        # The process's name, in brackets, may hold any character.
+        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
+    except OSError:
+        return None
+    state, flags, started = words[0], int(words[6]), int(words[19])
+    return None if state in "ZX" or flags & _PF_EXITING else started

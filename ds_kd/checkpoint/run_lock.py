@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from ds_kd.files import parse_json, read_plain_file
+from ds_kd.process import identify_machine, read_start
 
 NAME = "RUNNING"
 _LARGEST = 1 << 16  # bytes of a lock file
 HEARTBEAT_SECONDS = 6.0
 STALE_SECONDS = 10 * HEARTBEAT_SECONDS
-_PF_EXITING = 0x4  # one of the kernel's flags of a process
 
 
 class DirectoryInUse(ValueError):
@@ -174,38 +174,20 @@ def _read(path: Path) -> dict[str, Any] | None:
 def _this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "machine": _machine(),
+        "machine": identify_machine(),
         "pid": os.getpid(),
-        "process_started": _read_start(os.getpid()),
+        "process_started": read_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
 
 
-def _machine() -> list[str]:
-    """Return the identity of host, boot and container, inside which process numbers are unique."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text("utf-8").strip()
-    return [socket.gethostname(), boot, os.readlink("/proc/self/ns/pid")]
-
-
 def _is_here(holder: dict[str, Any]) -> bool:
-    return holder.get("machine") == _machine()
-
-
-def _read_start(pid: int) -> int | None:
-    """Return the start of a process in the kernel's ticks, or None for one that has ended or is
-    ending."""
-    try:
-        # The process's name, in brackets, may hold any character.
-        words = Path(f"/proc/{pid}/stat").read_text("utf-8", "replace").rpartition(")")[2].split()
-    except OSError:
-        return None
-    state, flags, started = words[0], int(words[6]), int(words[19])
-    return None if state in "ZX" or flags & _PF_EXITING else started
+    return holder.get("machine") == identify_machine()
 
 
 def _lives(holder: dict[str, Any]) -> bool:
     pid = holder.get("pid")
-    started = _read_start(pid) if isinstance(pid, int) else None
+    started = read_start(pid) if isinstance(pid, int) else None
     return started is not None and started == holder.get("process_started")
 
 

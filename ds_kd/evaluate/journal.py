@@ -13,6 +13,8 @@ import os
 from pathlib import Path
 from typing import Any, TextIO
 
+from ds_kd.files import name_path
+
 
 def fingerprint(*parts: Any) -> str:
     """Return a short hash of values that JSON can hold."""
@@ -56,16 +58,17 @@ class Journal:
         """Append records; they are on the disk when this returns.
 
         Raises:
-            OSError: they cannot be written.
+            OSError: they cannot be written; names the file.
         """
         if self.folder is None:
             return
         file = self._open(self.folder) if self._file is None else self._file
-        for item, record in records.items():
-            line = {"row": self.rows[item], "item": item, "record": record}
-            file.write(json.dumps(line) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+        with name_path(Path(file.name)):
+            for item, record in records.items():
+                line = {"row": self.rows[item], "item": item, "record": record}
+                file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
     def _open(self, folder: Path) -> TextIO:
         folder.mkdir(parents=True, exist_ok=True)

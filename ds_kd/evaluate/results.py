@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import numpy as np
 from ds_kd.evaluate.comparison import shorten
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
 from ds_kd.evaluate.tasks.kinds import Record
+from ds_kd.writing import write_text
 
 _DIGITS = 4
 
@@ -103,9 +103,6 @@ def write_json(path: Path, results: dict[str, Any]) -> None:
     """Write the results, all of them or none.
 
     Raises:
-        OSError: they cannot be written.
+        OSError: they cannot be written; names the file.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    write_text(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")

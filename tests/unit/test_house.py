@@ -20,7 +20,7 @@ LEVELS = (
     ("config", "losses"),
     ("data",),
     ("script", "command_line"),
-    ("parallel", "quiet"),
+    ("parallel", "quiet", "writing"),
     ("process", "hub"),
     ("errors", "files"),
 )

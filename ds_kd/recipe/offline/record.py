@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from ds_kd.models.causal_lm import DTYPES
 from ds_kd.models.files.model_files import identity_of
 from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.models import config_of, name_of, tokenizer_of, training_dtype
+from ds_kd.writing import write_text
 
 _FORMAT = 1
 HIDDEN, TOP_K, SAMPLED = KEPT  # values of teacher.keep
@@ -167,11 +167,7 @@ def read_record(directory: Path) -> Record | None:
 
 def write_record(directory: Path, record: Record) -> None:
     """Write the record, whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / CACHE_RECORD
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(asdict(record), indent=1) + "\n", "utf-8")
-    unfinished.replace(path)
+    write_text(directory / CACHE_RECORD, json.dumps(asdict(record), indent=1) + "\n")
 
 
 def refuse_other(cfg: RunConfig, found: Record, student: Any, world: World) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ds_kd.errors import UserError, first_line
 from ds_kd.files import give_usual_mode
+from ds_kd.writing import write_whole
 
 #: The most that is lost when a process that fills a cache is killed.
 _PART_BYTES, _PART_SECONDS = 64 * 2**20, 60.0
@@ -205,16 +206,11 @@ def write_file(path: Path, tensors: Fields) -> None:
     Raises:
         CacheWriteError: it cannot be written.
     """
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, unfinished)
-        with unfinished.open("rb") as file:
-            os.fsync(file.fileno())
-        give_usual_mode(unfinished)
-        unfinished.replace(path)
+        with write_whole(path) as unfinished:
+            save_file(tensors, unfinished)
+            give_usual_mode(unfinished)
     except (OSError, SafetensorError) as error:
-        unfinished.unlink(missing_ok=True)
         raise CacheWriteError(f"{path}: cannot be written: {first_line(error)}") from error
 
 
