@@ -8,7 +8,8 @@ Prompts are `messages` or `conversations`, without the assistant's turn if they 
 questions, or texts under `prompt`; the teacher's chat template opens its answer, if it has one. The
 same data sets read the rows that are written, so that `kd_ratio: 0` distils from the answers alone.
 Every draw follows from --seed, the row and its number; the same command goes on where it was
-stopped. Exit code 2 for a user's mistake.
+stopped. Answers of another teacher or other settings are never replaced. Exit code 2 for a user's
+mistake.
 """
 
 from __future__ import annotations

@@ -103,6 +103,51 @@ def test_conversations_are_answered_through_the_template_and_read_again_as_data(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
+        (["--seed", "8"], "--seed was 7 and is 8"),
+        (["--temperature", "1"], r"--temperature was 1\.5 and is 1\.0"),
+        (["--teacher", "chat"], "--teacher was plain and is chat, --data"),
+        (["--limit", "3"], r"--data first\.jsonl held something else then"),
+        (["--dtype", "bf16", "--plain"], "--dtype was float32 and is bfloat16, --plain was False"),
+    ],
+)
+def test_answers_of_another_teacher_or_other_settings_are_not_replaced(
+    place, words, told, capsys, monkeypatch
+):
+    import re
+
+    monkeypatch.chdir(place)
+    (place / "first.jsonl").write_text((place / "prompts.jsonl").read_text())
+    main = script("generate_data").main
+    command = ["--teacher", "plain", "--data", "first.jsonl", "--temperature", "1.5", "--seed", "7"]
+    command += ["--max-new-tokens", "40", "--output", "kept.jsonl"]
+    assert main(command) == 0
+    before = (place / "kept.jsonl").read_bytes()
+    capsys.readouterr()
+    assert main([*command, *words]) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"--output: kept.jsonl: it holds answers of other settings: {told}", said)
+    assert "give another --output, or remove this one" in said
+    assert (place / "kept.jsonl").read_bytes() == before
+
+    # The same command again, and one that names the same files otherwise, are no others.
+    (place / "second.jsonl").write_text((place / "prompts.jsonl").read_text())
+    assert main(command) == main([*command, "--data", "second.jsonl"]) == 0
+    assert (place / "kept.jsonl").read_bytes() == before
+
+
+def test_a_file_that_another_program_wrote_is_not_replaced(place, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "own.jsonl").write_text('{"prompt": "w1"}')
+    command = ["--teacher", "plain", "--data", "prompts.jsonl", "--output", "own.jsonl"]
+    command += ["--max-new-tokens", "40"]
+    assert script("generate_data").main(command) == 2
+    assert "own.jsonl: nothing beside it tells which teacher wrote it" in capsys.readouterr().err
+    assert (place / "own.jsonl").read_text() == '{"prompt": "w1"}'
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
         (["--data", "talks.jsonl"], "has no chat template for messages"),
         (["--data", "text.jsonl"], "has the columns text, expected messages or conversations or"),
         (["--data", "absent.jsonl"], "absent.jsonl"),

@@ -24,15 +24,20 @@ from ds_kd.evaluate.journal import Journal, fingerprint
 from ds_kd.evaluate.run import run_task
 from ds_kd.evaluate.subject import Subject
 from ds_kd.evaluate.tasks.encoding import Encoder
-from ds_kd.files import check_replaceable
+from ds_kd.files import check_replaceable, parse_json, read_plain_file
 from ds_kd.models.generate import find_ends
 from ds_kd.models.generation.sampling import Draw, Sampling, group, write
 from ds_kd.parallel.world import World, on_rank0, rank0_first
 from ds_kd.recipe.tasks.evaluation import Loaded
+from ds_kd.writing import write_text
 
 Row = dict[str, Any]
 #: Columns of a file, the first that are all there → how its prompts are read.
 _FORMS = (("messages",), ("conversations",), ("context", "question", "answers"), ("prompt",))
+
+
+#: In the folder of an output's records: what decides its answers, and the most bytes it has.
+_SETTINGS, _MOST_SETTINGS = "settings.json", 1 << 16
 
 
 class AnswersError(UserError):
@@ -106,7 +111,8 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
         teacher: directory or hub id.
 
     Raises:
-        AnswersError: rows cannot be read, have no prompt, or are too long for the teacher.
+        AnswersError: rows cannot be read, have no prompt, or are too long for the teacher; or the
+            output is there already, of other settings.
         EvaluationError: the teacher cannot be loaded.
     """
     on_rank0(lambda: _check_output(options), world)
@@ -127,11 +133,12 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
         for row in fits
         for number in range(options.samples)
     ]
-    how = options.how
+    how, folder = options.how, _folder_of(options.output)
+    made = describe_settings(teacher, options, loaded, [prompts[row].tokens for row in fits])
+    on_rank0(lambda: claim_output(options.output, made), world)
     rules = [how.max_new_tokens, how.temperature, how.top_p, options.seed]
     key = fingerprint(__version__, loaded.identity, str(loaded.dtype), rules, items)
     title = {"teacher": teacher, "data": options.data, "temperature": how.temperature}
-    folder = options.output.with_name(f"{options.output.stem}.samples")
     journal = Journal(folder, key, title, [item["row"] for item in items], world.rank)
     batches = group([item["prompt"] for item in items], most)
     records = run_task(
@@ -147,6 +154,69 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
     left = len(prompts) - len(fits)
     note = f"{left} of {len(prompts)} prompts left out, too long for {room} tokens with an answer"
     return [*told, *([note] if left else [])]
+
+
+def _folder_of(output: Path) -> Path:
+    """Return the folder of an output's records."""
+    return output.with_name(f"{output.stem}.samples")
+
+
+def describe_settings(
+    teacher: str, options: Options, loaded: Loaded, prompts: list[list[int]]
+) -> dict[str, Any]:
+    """Return what decides the answers, by option; a file's or a model's value is a text and a hash
+    of what is in it.
+
+    Args:
+        prompts: the tokens of each that is answered.
+    """
+    how = options.how
+    return {
+        "--teacher": [teacher, fingerprint(loaded.identity)],
+        "--dtype": str(loaded.dtype).removeprefix("torch."),
+        "--data": [options.data, fingerprint(prompts)],
+        "--samples": options.samples,
+        "--max-new-tokens": how.max_new_tokens,
+        "--temperature": how.temperature,
+        "--top-p": how.top_p,
+        "--seed": options.seed,
+        "--plain": options.is_plain,
+    }
+
+
+def claim_output(output: Path, settings: dict[str, Any]) -> None:
+    """Note what decides the answers beside an output, on one rank.
+
+    Raises:
+        AnswersError: answers of other settings, or something else, are there already.
+        OSError: the note cannot be written.
+    """
+    path = _folder_of(output) / _SETTINGS
+    if output.exists():
+        try:
+            found = parse_json(read_plain_file(path, _MOST_SETTINGS))
+        except (OSError, ValueError):
+            found = None
+        if not isinstance(found, dict):
+            told = "nothing beside it tells which teacher wrote it, and it would be replaced"
+        else:
+            told = ", ".join(filter(None, (_tell(n, found.get(n), settings[n]) for n in settings)))
+            told = told and f"it holds answers of other settings: {told}"
+        if told:
+            hint = "give another --output, or remove this one"
+            raise AnswersError(f"--output: {output}: {told}; {hint}")
+    write_text(path, json.dumps(settings, indent=1) + "\n")
+
+
+def _tell(option: str, before: Any, now: Any) -> str:
+    """Return words for an option whose value differs from that of an output, or an empty text."""
+    if isinstance(before, list) and isinstance(now, list):
+        if before[1:] == now[1:]:  # the same files, whatever they are called
+            return ""
+        if before[0] == now[0]:
+            return f"{option} {now[0]} held something else then"
+        before, now = before[0], now[0]
+    return "" if before == now else f"{option} was {before} and is {now}"
 
 
 def _bar_padding(how: Sampling, tokenizer: Any) -> Sampling:
@@ -233,12 +303,7 @@ def _write_rows(
         row = prompts[item["row"]].finish(text)
         lines.append(json.dumps({**row, "row": item["row"], "draw": item["number"]}) + "\n")
 
-    def put() -> None:
-        unfinished = options.output.with_name(f".{options.output.name}.{os.getpid()}")
-        unfinished.write_text("".join(lines), "utf-8")
-        unfinished.replace(options.output)
-
-    on_rank0(put, world)
+    on_rank0(lambda: write_text(options.output, "".join(lines)), world)
     told = [f"{options.output}: {len(lines):,} answers to {len(prompts):,} prompts"]
     if cut:
         told.append(f"{cut:,} cut by --max-new-tokens left out; a larger limit keeps more")
@@ -256,7 +321,7 @@ def _check_output(options: Options) -> None:
         refuse_to_replace(options.data, output)
         check_replaceable(output)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.with_name(f"{output.stem}.samples").mkdir(exist_ok=True)
+        _folder_of(output).mkdir(exist_ok=True)
         if not os.access(output.parent, os.W_OK | os.X_OK):
             raise PermissionError(f"{output.parent} cannot be written")
     except OSError as error:
