@@ -162,3 +162,34 @@ def test_a_directory_that_is_no_run_is_told(tmp_path, capsys):
         words = [str(tmp_path), "-o", str(tmp_path / "a.html"), "--evaluation", tmp_path / name]
         assert report.main([*map(str, words)]) == 2
         assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [
+        ("a.pdf", "expected a name that ends in .html"),
+        ("report", "expected a name that ends in .html"),
+        ("no/such/a.html", "cannot be written (No such file or directory)"),
+        ("file/a.html", "is no directory"),
+        ("folder.html", "it is a directory; give the name of a file"),
+    ],
+)
+def test_an_output_that_is_no_place_for_a_page_is_told_before_the_runs_are_read(
+    tmp_path, output, told, capsys, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.html").mkdir()
+    # Reading takes minutes if runs are long.
+    monkeypatch.setattr("ds_kd.evaluate.report.page.read_run", lambda _: pytest.fail("was read"))
+    assert report.main([str(tmp_path), "-o", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert f"--output {tmp_path / output}: " in error and told in error
+
+
+def test_a_directory_that_lets_nobody_write_is_told_before_the_runs_are_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("ds_kd.evaluate.report.page.read_run", lambda _: pytest.fail("was read"))
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # as root may write
+    assert report.main([str(tmp_path), "-o", str(tmp_path / "a.html")]) == 2
+    assert "this user may not write there" in capsys.readouterr().err

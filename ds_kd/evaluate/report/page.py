@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from ds_kd.evaluate.report.charts import draw_charts, style_of
 from ds_kd.evaluate.report.runs import ReportError, Run, find_differences, read_evaluation, read_run
 from ds_kd.files import check_replaceable
 
+_SUFFIXES = (".html", ".htm")
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
@@ -94,11 +97,35 @@ def write_report(directories: list[Path], output: Path, evaluations: Sequence[Pa
     Raises:
         ReportError: a directory holds no run, a file no results, or `output` cannot be written.
     """
+    with _name_output(output):
+        _check_output(output)
     runs = [read_run(directory) for directory in directories]
     text = render(runs, [read_evaluation(path) for path in evaluations])
-    try:
-        check_replaceable(output)
+    with _name_output(output):
         output.write_text(text, "utf-8", "backslashreplace")
+
+
+def _check_output(output: Path) -> None:
+    """Refuse what is no place for a page, before the runs are read.
+
+    Raises:
+        OSError, ReportError: says what is wrong with it.
+    """
+    if output.suffix.lower() not in _SUFFIXES:
+        raise ReportError(f"--output {output}: expected a name that ends in .html")
+    check_replaceable(output)
+    directory = output.absolute().parent
+    directory.stat()
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is no directory")
+    if not os.access(output if output.exists() else directory, os.W_OK):
+        raise PermissionError("this user may not write there")
+
+
+@contextmanager
+def _name_output(output: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         told = error.strerror or first_line(error)
         raise ReportError(f"--output {output}: cannot be written ({told})") from error
