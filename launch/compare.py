@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> None:
 
     given = {"teacher": args.teacher, "student before": args.before, "student after": args.student}
     models = {name: path for name, path in given.items() if path}
-    metrics, data = args.metrics, args.data
+    metrics, data, absent = args.metrics, args.data, ""
     if args.config is not None:
         from ds_kd.config.load import load
         from ds_kd.recipe import results
@@ -46,11 +46,15 @@ def run(args: argparse.Namespace) -> None:
                 f"no log at {metrics}; give the overrides that the run had "
                 "(checkpoint.checkpoint_dir=…), or --metrics"
             )
+        if args.student is None:
+            absent = results.describe_without_final(cfg)
         data = data or results.held_out_samples(cfg)
     if metrics is not None:
-        print("\n".join(summarize(read_lines(metrics))))
-    print(f"student: {models['student after']}\n")
+        print("\n".join(summarize(read_lines(metrics))), flush=True)
+    if absent:
+        raise CompareError(absent)
     told = compare(models, data, args.row)
+    print(f"student: {models['student after']}\n")
     print(f"a held-out question, answered greedily in at most {NEW_TOKENS} tokens")
     for label, text in told:
         show(label, text)

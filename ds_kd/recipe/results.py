@@ -26,6 +26,26 @@ def models_of(cfg: RunConfig) -> dict[str, Path]:
     return found | {"student before": before, "student after": after}
 
 
+def describe_without_final(cfg: RunConfig) -> str:
+    """Return which run has written no student for transformers, what it has instead and what to
+    type, or an empty text if the student is there."""
+    directory = Path(cfg.checkpoint.checkpoint_dir)
+    if (directory / FINAL).is_dir():
+        return ""
+    told = f"{directory / FINAL}: no Hugging Face model there: the run in {directory} has"
+    if not directory.is_dir():
+        return f"{told} no such directory; checkpoint.checkpoint_dir=… names it"
+    latest = follow(directory / LATEST)
+    if latest.is_dir():
+        command = f"python launch/export.py {directory / LATEST} OUT"
+        return (
+            f"{told} {latest.name} as its newest checkpoint; {command} writes that student, and "
+            f"--student OUT compares it"
+        )
+    names = ", ".join(sorted(p.name for p in directory.iterdir() if not p.name.startswith(".")))
+    return f"{told} no checkpoint yet; it holds {names or 'nothing'}"
+
+
 def log_of(cfg: RunConfig) -> Path:
     """Return the path of a run's metrics.jsonl."""
     return Path(cfg.tensorboard_dir) / "metrics.jsonl"

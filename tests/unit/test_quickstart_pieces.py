@@ -274,7 +274,20 @@ def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):
     (run / "tensorboard").mkdir(parents=True)
     (run / "tensorboard" / "metrics.jsonl").write_text("")
     assert compare.main(command) == 2
-    assert "run/final: no Hugging Face model there" in capsys.readouterr().err
+    told = capsys.readouterr()
+    assert "run/final: no Hugging Face model there" in told.err and "student: " not in told.out
+    assert f"the run in {run} has no checkpoint yet; it holds tensorboard" in told.err
+    (run / "step_0000003").mkdir()
+    (run / "LATEST").symlink_to("step_0000003")
+    assert compare.main(command) == 2
+    told = capsys.readouterr().err
+    assert (
+        f"has step_0000003 as its newest checkpoint; python launch/export.py {run}/LATEST" in told
+    )
+    assert "--student OUT compares it" in told
+    assert compare.main([*command, f"checkpoint.checkpoint_dir={tmp_path}/other", "--metrics",
+                         str(run / "tensorboard" / "metrics.jsonl")]) == 2  # fmt: skip
+    assert f"the run in {tmp_path}/other has no such directory" in capsys.readouterr().err
     tiny.llama(run / "final")
     capsys.readouterr()
     assert compare.main(command) == 0
