@@ -235,6 +235,56 @@ def test_a_column_that_stands_twice_in_csv_is_refused(tmp_path):
         load_rows(str(tmp_path / "c.csv"), "train", ())
 
 
+@pytest.mark.parametrize("ending", ["tsv", "csv", "tsv.gz", "csv.zst"])
+@pytest.mark.parametrize(
+    ("rows", "line", "said"),
+    [
+        # The second mark closes the cell that the first opens: three rows were one.
+        (["a{}b", '"five inches{}b', "c{}d", 'e{}"f'], 3, 'more text follows the " that closes it'),
+        (["a{}b", "c{}d", '"e{}f', "g{}h"], 4, "which nothing closes"),
+        (['"She" said so.{}b'], 2, "more text follows"),  # the marks were left out
+    ],
+)
+def test_quotes_that_do_not_pair_up_are_refused_with_their_line(tmp_path, ending, rows, line, said):
+    import zstandard
+
+    sign = "\t" if "tsv" in ending else ","
+    text = "\n".join(row.format(sign) for row in ["prompt{}completion", *rows]) + "\n"
+    pack = {"gz": gzip.compress, "zst": zstandard.compress}.get(ending[-3:].strip("."), bytes)
+    path = tmp_path / f"r.{ending}"
+    path.write_bytes(pack(text.encode()))
+    with pytest.raises(ValueError, match=f"r.{ending}', split 'train': line {line}: ") as caught:
+        load_rows(str(path), "train", ())
+    assert said in str(caught.value) and "save the rows as .jsonl" in str(caught.value)
+    assert f"line {line}: a cell opens with" in wrong(path)  # and by --check
+
+
+def test_quotes_that_do_not_pair_up_far_down_a_large_file_are_refused(tmp_path):
+    """Where the check, which looks at its beginning, finds nothing."""
+    path = tmp_path / "large.tsv"
+    row = f"{'p' * 497}\tc\n"
+    path.write_text("prompt\tcompletion\n" + row * 10_000 + '"p\tc\n' * 2)
+    assert wrong(path) == ""
+    with pytest.raises(ValueError, match="line 10002: a cell opens"):
+        load_rows(str(path), "train", ())
+
+
+def test_quotes_in_their_places_are_read(tmp_path):
+    path = tmp_path / "r.tsv"
+    cells = ['5" and 6"', '"a ""b"" \n\tc"', '""', "it's", '""""']
+    path.write_text("prompt\tcompletion\n" + "".join(f"{cell}\tx\n" for cell in cells))
+    assert wrong(path) == ""
+    found = load_rows(str(path), "train", ())["prompt"][:]
+    assert found == ['5" and 6"', 'a "b" \n\tc', "", "it's", '"']
+
+
+def test_a_header_with_a_quote_that_nothing_closes_is_refused(tmp_path):
+    (tmp_path / "r.csv").write_text('"prompt,completion\na,b\n')
+    assert "line 1: a cell opens with" in wrong(tmp_path / "r.csv")
+    with pytest.raises(ValueError, match="line 1: a cell opens with"):
+        load_rows(str(tmp_path / "r.csv"), "train", ())
+
+
 def test_a_very_long_first_row_and_an_ending_in_capitals_are_read(tmp_path):
     write(tmp_path / "R.JSONL", [{"prompt": "p" * 5_000_000, "completion": "c"}])
     assert wrong(tmp_path / "R.JSONL") == ""

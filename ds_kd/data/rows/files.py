@@ -19,6 +19,7 @@ from typing import IO, Any
 
 from ds_kd.data.rows.decoder import DECODER
 from ds_kd.data.rows.frames import read_frames
+from ds_kd.data.rows.tables import find_wrong_quote, open_table, read_names, read_table
 from ds_kd.errors import first_line
 
 #: Ending of a file's name → the reader of `datasets`.
@@ -102,7 +103,7 @@ def columns_of(path: str | Path) -> list[str]:
     if ending_of(str(path)) == ".parquet":
         return list(_open_parquet(path).schema_arrow.names)
     if FORMATS[ending_of(str(path))] == "csv":
-        names = list(_make_csv_reader(path, read_beginning(path)[0]).fieldnames or [])
+        names = read_names(open_table(read_beginning(path)[0], _find_delimiter(path)))
         if twice := [name for name in names if names.count(name) > 1]:
             raise ValueError(f"the column {twice[0]} stands twice in it")
         return names
@@ -146,7 +147,8 @@ def sample_rows(
         return
     text, is_whole, line = read_beginning(path)
     if FORMATS[ending] == "csv":
-        yield from _read_csv_rows(_make_csv_reader(path, text), is_whole, line, few)
+        table = open_table(text, _find_delimiter(path))
+        yield from read_table(table, is_whole, line, few)
         return
     is_all = yield from _read_json_rows(text, is_whole, line, few)
     is_plain = Path(path).suffix.lower() not in COMPRESSIONS
@@ -189,34 +191,8 @@ def _open(path: str | Path) -> IO[bytes]:
     return open(path, "rb")
 
 
-def _make_csv_reader(path: str | Path, text: str) -> csv.DictReader:
-    file = io.StringIO(text, newline="")
-    return csv.DictReader(file, delimiter=_find_delimiter(path), restval="")
-
-
 def _find_delimiter(path: str | Path) -> str:
-    csv.field_size_limit(_LONGEST)  # the reader of `datasets` has no limit
     return "\t" if ending_of(str(path)) == ".tsv" else ","
-
-
-def _read_csv_rows(
-    reader: csv.DictReader, is_whole: bool, line: int, most: int
-) -> Iterator[tuple[object, dict]]:
-    """Yield (place, row) of the first rows of CSV; the last one of a part may have been cut."""
-    waiting: tuple[object, dict] | None = None
-    names = reader.fieldnames or ()  # this reads the first line
-    start = reader.line_num + line
-    try:
-        for row in islice(reader, most):
-            if waiting is not None:
-                yield waiting
-            if len(row) > len(names):
-                raise ValueError(f"line {start} has more cells than there are columns")
-            waiting, start = (f"line {start}", row), reader.line_num + line
-    except csv.Error as error:
-        raise ValueError(f"line {start}: not CSV: {error}") from None
-    if waiting is not None and is_whole:
-        yield waiting
 
 
 def _read_json_rows(
@@ -342,6 +318,15 @@ def find_wrong_line(path: str | Path) -> str:
     except (OSError, EOFError, zlib.error, ValueError) as error:
         return str(error)
     return ""
+
+
+def find_wrong_cell(path: str | Path) -> str:
+    """Return the problem of the first row of CSV whose quotes do not pair up, or an empty text; all
+    rows are read."""
+    with _open(path) as file:
+        is_whole = not isinstance(file, io.BytesIO) or file.getbuffer().nbytes < _LONGEST
+        lines = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")
+        return find_wrong_quote(lines, _find_delimiter(path), is_whole)
 
 
 def find_line(path: str | Path, index: int) -> str:

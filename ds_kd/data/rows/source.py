@@ -23,6 +23,7 @@ from ds_kd.data.rows.files import (
     ending_of,
     files_of,
     find_line,
+    find_wrong_cell,
     find_wrong_line,
     read_beginning,
 )
@@ -130,8 +131,11 @@ def _load_files(files: list[str], split: str) -> Any:
             "quoting": csv.QUOTE_MINIMAL,
             "features": datasets.Features({name: datasets.Value("string") for name in names}),
         }
-    for name in files if kind == "json" else ():
-        _refuse_crashing_row(name, len(files))
+    for name in files:
+        if kind == "json":
+            _refuse_crashing_row(name, len(files))
+        elif kind == "csv" and (wrong := find_wrong_cell(name)):
+            raise ValueError(f"{name}, {wrong}" if len(files) > 1 else wrong)
     named = {split.split("[")[0]: files}
     try:
         return datasets.load_dataset(kind, data_files=named, split=split, **options)
