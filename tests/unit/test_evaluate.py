@@ -7,6 +7,7 @@ import math
 import random
 import re
 import shutil
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from transformers import AutoTokenizer
 from ds_kd.evaluate.results import Evaluated, format_table, summarize
 from ds_kd.evaluate.run import load_items
 from ds_kd.evaluate.statistics import Metric, estimate, estimate_difference
+from ds_kd.evaluate.tasks import kinds
 from ds_kd.evaluate.tasks.builtin import BUILTIN, PLAIN_TEXT
 from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.evaluate.tasks.kinds import Generation
@@ -514,6 +516,19 @@ def test_an_own_generation_compares_what_its_expression_finds(place):
     (place / "all.yaml").write_text(common + "reference: all\n")
     results = evaluate(place, place / "all.yaml", "known.jsonl")
     assert value(results, "exact_match") == value(results, "f1") == 1.0
+
+
+def test_an_expression_that_takes_endless_time_is_told_with_its_answer(monkeypatch):
+    """Each letter doubles the ways in which such an expression can fail."""
+    monkeypatch.setattr(kinds, "_SECONDS", 0.2)
+    task = kinds.Generation("word", (), lambda row: ("", []), pattern="(?:a|aa)+$")
+    item = {"references": ["aaa"]}
+    started = time.monotonic()
+    with pytest.raises(kinds.SearchError, match=r"regex of word: '\(\?:a\|aa\)\+\$'") as caught:
+        task._judge(item, "a" * 60 + "b")
+    assert time.monotonic() - started < 5
+    assert "reference 'aaa'" in str(caught.value) and "answer 'aaaaaaa" in str(caught.value)
+    assert task._judge(item, "aaa")["exact_match"] == 1.0
 
 
 def test_an_own_perplexity_scores_the_text_after_its_prompt(place):

@@ -7,14 +7,15 @@ records are JSON, so that they can be fingerprinted and kept.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import regex
 
 from ds_kd.data.labels import IGNORE_INDEX
+from ds_kd.errors import UserError
 from ds_kd.evaluate.statistics import Metric
 from ds_kd.evaluate.subject import Sequence, Subject, branch, continue_text
 from ds_kd.evaluate.tasks.encoding import Encoder
@@ -24,6 +25,14 @@ from ds_kd.losses.scores import DISTANCES
 Item = dict[str, Any]
 Record = dict[str, Any]
 Row = dict[str, Any]
+
+_SECONDS = 5.0  # that a task's expression is looked for in one answer
+
+
+class SearchError(UserError):
+    """A task's regular expression takes no bounded time."""
+
+    exit_code = 2
 
 
 class Task(Protocol):
@@ -192,8 +201,15 @@ class Generation:
         return [self._judge(item, text) for item, text in zip(items, answers, strict=True)]
 
     def _judge(self, item: Item, text: str) -> Record:
-        answer = text if self.pattern is None else _find(self.pattern, text)
         right = item["references"] or [""]
+        try:
+            answer = text if self.pattern is None else _find(self.pattern, text)
+        except TimeoutError:
+            raise SearchError(
+                f"regex of {self.name}: {self.pattern!r:.200} was looked for {_SECONDS:.0f} s in "
+                f"an answer without an end of that (reference {right[0]!r:.60}, answer "
+                f"{text!r:.120}); write it without nested repeats, such as (a+)+ or (a|aa)*"
+            ) from None
         scored = {name: score_best(name, answer, right) for name in self.scores}
         return {"text": text, **scored}
 
@@ -310,11 +326,16 @@ class Distances:
 
 
 def _find(pattern: str, text: str) -> str:
-    """Return what a regular expression finds first: its group if it has one, or nothing."""
-    found = re.search(pattern, text)
+    """Return what a regular expression finds first: its group if it has one, or nothing.
+
+    Raises:
+        TimeoutError: it is not done after `_SECONDS`, as some expressions take time that doubles
+            with each letter.
+    """
+    found = regex.search(pattern, text, timeout=_SECONDS)
     if found is None:
         return ""
-    return found.group(1 if found.re.groups else 0) or ""
+    return str(found.group(1 if found.re.groups else 0) or "")
 
 
 def _count_labels(labels: list[int]) -> int:

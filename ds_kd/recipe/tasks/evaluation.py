@@ -6,13 +6,13 @@ import difflib
 import gc
 import hashlib
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import nn
 
@@ -129,8 +129,8 @@ def _select_options(given: TaskFile) -> dict[str, Any]:
     if given.kind == "perplexity":
         return {}
     try:
-        re.compile(given.regex or "")
-    except re.error as error:
+        regex.compile(given.regex or "")
+    except regex.error as error:
         raise ValueError(f"regex: {given.regex!r} is no regular expression: {error}") from None
     return {
         "scores": tuple(given.metrics or METRICS),
