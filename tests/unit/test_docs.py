@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+from ds_kd.config.load import load
 from ds_kd.config.reference.keys import key_table
+from tests import tiny
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -161,3 +164,26 @@ def test_the_map_of_the_code_names_every_room():
     page = (ROOT / "docs" / "code.md").read_text()
     rooms = {path.parent.name for path in (ROOT / "ds_kd").glob("*/**/__init__.py")}
     assert {room for room in rooms if f"{room}/" not in page} == set()
+
+
+def test_sections_of_the_readme_can_be_used_as_they_are_typed(tmp_path):
+    """Those of each block together, in a run of two models; a shared base has no teacher_model."""
+    tiny.llama(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(10))
+    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    model = {"pretrained_model_name_or_path": str(tmp_path / "model")}
+    rows = {
+        "_target_": "ds_kd.data.squad.make_squad_dataset",
+        "dataset_name": str(tmp_path / "rows.jsonl"),
+    }
+    for block in blocks:
+        lines = [line for line in block.splitlines() if line.strip()]
+        keys = [line.partition(":")[0] for line in lines]
+        assert len({*keys}) == len(keys)  # YAML takes the last of several
+        run = {"model": model, "teacher_model": model, "dataset": rows}
+        if "shared_base" in block:
+            del run["teacher_model"]
+        text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in run.items())
+        (tmp_path / "cfg.yaml").write_text(text + block)
+        load(tmp_path / "cfg.yaml", [f"checkpoint.checkpoint_dir={tmp_path}/run"])
