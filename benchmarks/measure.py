@@ -38,18 +38,28 @@ def seconds(function: Callable[[], Any]) -> float:
 def peak_bytes(function: Callable[[], Any]) -> int:
     """Return the highest memory while `function` runs, above that before: the allocator's on a GPU,
     the process's resident set on a CPU."""
+    reset_peak()
+    before = torch.cuda.memory_allocated() if torch.cuda.is_available() else _status("VmRSS")
+    function()
+    return max(0, read_peak() - before)
+
+
+def reset_peak() -> None:
+    """Make the highest memory start again from the present."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        function()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux
+
+
+def read_peak() -> int:
+    """Return the highest memory since `reset_peak`, in bytes: what the allocator gave out on a GPU,
+    the process's resident set on a CPU."""
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    reset = Path("/proc/self/clear_refs")
-    reset.write_text("5")  # Linux: the peak starts again from the present
-    before = _status("VmRSS")
-    function()
-    return max(0, _status("VmHWM") - before)
+        return torch.cuda.max_memory_allocated()
+    return _status("VmHWM")
 
 
 def _status(name: str) -> int:

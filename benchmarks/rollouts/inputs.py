@@ -1,0 +1,96 @@
+"""Models and rows of the on-policy step: a pair that is given, cut to fewer layers or made of
+random weights."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.gpu import VOCABULARY, make
+
+#: Words stand for the turns' headers.
+_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}w0 {{ m['content'] }} <eos> "
+    "{% else %}w1 {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}w0 {% endif %}"
+)
+
+
+def make_models(directory: Path, is_tiny: bool) -> tuple[Path, Path]:
+    """Save a teacher and a student of random weights with a tokenizer, and return their
+    directories: of 3 B and 1 B at the shapes of Llama 3.2, or tiny ones."""
+    from tests import tiny
+
+    if is_tiny:
+        paths = [
+            tiny.llama(directory / name, layers, hidden=32, seed=layers)
+            for name, layers in (("teacher", 3), ("student", 2))
+        ]
+    else:
+        paths = [make(name, directory, False) for name in ("teacher", "student")]
+    for path in paths:
+        tokenizer = tiny.tokenizer(path, tiny.VOCAB if is_tiny else VOCABULARY)
+        tokenizer.chat_template = _TEMPLATE
+        tokenizer.save_pretrained(path)
+        for file in (path / "config.json", path / "generation_config.json"):
+            named = {"eos_token_id": 1, "pad_token_id": 2, "bos_token_id": None}
+            file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **named}), "utf-8")
+    return paths[0], paths[1]
+
+
+def make_rows(count: int, words: int) -> list[dict[str, Any]]:
+    """Return conversations of random words: questions of this length, and short answers."""
+    drawn = random.Random(0)
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": " ".join(drawn.choices(_words(), k=words))},
+                {"role": "assistant", "content": "w2 w3"},
+            ]
+        }
+        for _ in range(count)
+    ]
+
+
+def _words() -> list[str]:
+    return [f"w{k}" for k in range(2, 90)]
+
+
+def read_rows(file: Path, count: int, longest: int, tokenizer: Any) -> list[dict[str, Any]]:
+    """Return the first conversations whose question has at most so many tokens, each up to its
+    first answer; again from the beginning if there are too few.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rows = []
+    for line in file.read_text("utf-8").splitlines():
+        messages = json.loads(line)["messages"]
+        first = next((k for k, m in enumerate(messages) if m["role"] == "assistant"), 0)
+        asked = tokenizer.apply_chat_template(
+            messages[:first], add_generation_prompt=True, tokenize=True, return_dict=True
+        )
+        if first and len(asked["input_ids"]) <= longest:
+            rows.append({"messages": messages[: first + 1]})
+        if len(rows) == count:
+            break
+    if not rows:
+        raise ValueError(f"{file}: no row whose first question has at most {longest} tokens")
+    return [rows[k % len(rows)] for k in range(count)]
+
+
+def cut(path: Path, layers: int, directory: Path) -> Path:
+    """Save a model's first layers with its embeddings, head and tokenizer, and return their
+    directory."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    config = AutoConfig.from_pretrained(path)
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+    out = directory / f"{path.name}-{layers}"
+    AutoModelForCausalLM.from_pretrained(path, config=config).save_pretrained(out)
+    AutoTokenizer.from_pretrained(path).save_pretrained(out)
+    return out
