@@ -34,10 +34,17 @@ def make_models(directory: Path, is_tiny: bool) -> tuple[Path, Path]:
         tokenizer = tiny.tokenizer(path, tiny.VOCAB if is_tiny else VOCABULARY)
         tokenizer.chat_template = _TEMPLATE
         tokenizer.save_pretrained(path)
-        for file in (path / "config.json", path / "generation_config.json"):
-            named = {"eos_token_id": 1, "pad_token_id": 2, "bos_token_id": None}
-            file.write_text(json.dumps({**json.loads(file.read_text("utf-8")), **named}), "utf-8")
+        _set(path, eos_token_id=1, pad_token_id=2, bos_token_id=None)
     return paths[0], paths[1]
+
+
+def _set(path: Path, **values: int | None) -> None:
+    """Write values into a model's two files of settings, if they are there."""
+    for file in (path / "config.json", path / "generation_config.json"):
+        if file.is_file():
+            text = json.dumps({**json.loads(file.read_text("utf-8")), **values})
+            file.unlink()  # it may be a link
+            file.write_text(text, "utf-8")
 
 
 def make_rows(count: int, words: int) -> list[dict[str, Any]]:
@@ -93,4 +100,23 @@ def cut(path: Path, layers: int, directory: Path) -> Path:
     out = directory / f"{path.name}-{layers}"
     AutoModelForCausalLM.from_pretrained(path, config=config).save_pretrained(out)
     AutoTokenizer.from_pretrained(path).save_pretrained(out)
+    return out
+
+
+def without_end(path: Path, directory: Path) -> Path:
+    """Return a directory with the same model, in which the last of the tokenizer's added tokens
+    ends a text: one that a model hardly ever writes, so that every text has the same length."""
+    from transformers import AutoTokenizer
+
+    out = directory / f"{path.name}-endless"
+    out.mkdir()
+    for file in path.iterdir():
+        (out / file.name).symlink_to(file.resolve())
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    number, token = max(tokenizer.added_tokens_decoder.items())
+    tokenizer.eos_token = tokenizer.pad_token = str(token)
+    for file in out.glob("*token*"):
+        file.unlink()
+    tokenizer.save_pretrained(out)
+    _set(out, eos_token_id=number, pad_token_id=number)
     return out

@@ -13,7 +13,8 @@ answer to each prompt at T = 1, then trains on it by the reverse KL under the te
 step is thrown away, medians are shown. On a CPU the contenders take their steps in turn (A B A B
 …); on a GPU they come one after the other, as their models do not fit together. `loss` and
 `gradient` are the relative differences of the first step's from their definition in `--reference`,
-on the texts that this contender wrote (`reference.py`). `halves` is the number of texts that come
+on the texts that this contender wrote (`reference.py`); `rounded` are those of the same plain
+computation in `--dtype`, which are the rounding's. `halves` is the number of texts that come
 again when each half of the prompts is written by itself, as on two ranks.
 """
 
@@ -101,6 +102,8 @@ def make_job(args: argparse.Namespace, directory: Path) -> None:
         rows = inputs.read_rows(args.data, count, args.prompt_tokens, tokenizer)
     if args.cut:
         teacher, student = (inputs.cut(path, args.cut, directory) for path in (teacher, student))
+    if args.endless:
+        teacher, student = (inputs.without_end(p, directory) for p in (teacher, student))
     file = directory / "rows.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)), "utf-8")
     content = {
@@ -164,8 +167,9 @@ def make_row(
     job = json.loads((directory / "job.json").read_text("utf-8"))
     gradient = directory / name / "gradient.safetensors"
     row |= reference.compare(
-        job["student"], job["teacher"], steps[0], gradient, getattr(torch, args.reference)
-    )
+        job["student"], job["teacher"], steps[0], gradient, getattr(torch, args.reference),
+        torch.bfloat16 if args.dtype == "bf16" else torch.float32,
+    )  # fmt: skip
     gradient.unlink()
     row["supervised"] = f"{steps[0]['supervised']} of {written[0]}"
     row["halves"] = "{} of {}".format(*halves)
@@ -196,6 +200,7 @@ def parse() -> argparse.Namespace:
     option("--reference", choices=("float32", "float64"), default="float64")
     option("--threads", type=int, default=0, help="of each contender; default: OMP_NUM_THREADS")
     option("--cut", type=int, help="keep so many layers of both models")
+    option("--endless", action="store_true", help="all answers have --new-tokens: no EOS is known")
     option("--made", action="store_true", help="3 B and 1 B of random weights, no --data")
     option("--rehearse", action="store_true", help="tiny models, no --data")
     option("--opsd", type=Path, help="the folder training/opsd of a checkout of DeepSpeedExamples")
