@@ -34,6 +34,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.arguments import add_output, add_pair, check_pair, make_parser
+from benchmarks.speed.cells import DTYPES
 
 
 class Worker:
@@ -148,10 +149,7 @@ def make_row(
     name: str, steps: list[Any], halves: list[int], args: argparse.Namespace, directory: Path
 ) -> dict[str, Any]:
     """Return a contender's line of the table."""
-    import torch
-
     from benchmarks import measure
-    from benchmarks.rollouts import reference
 
     timed = steps[1:]
     row: dict[str, Any] = {"contender": name}
@@ -164,16 +162,27 @@ def make_row(
     written = [sum(map(len, step["texts"])) for step in steps]
     row["tokens"] = statistics.median(written[1:])
     row["peak GiB"] = max(step["peak"] for step in timed) / measure.GIB
-    job = json.loads((directory / "job.json").read_text("utf-8"))
-    gradient = directory / name / "gradient.safetensors"
-    row |= reference.compare(
-        job["student"], job["teacher"], steps[0], gradient, getattr(torch, args.reference),
-        torch.bfloat16 if args.dtype == "bf16" else torch.float32,
-    )  # fmt: skip
-    gradient.unlink()
+    if args.reference != "none":
+        row |= compare(steps[0], name, args, directory)
     row["supervised"] = f"{steps[0]['supervised']} of {written[0]}"
     row["halves"] = "{} of {}".format(*halves)
     return row
+
+
+def compare(
+    step: dict[str, Any], name: str, args: argparse.Namespace, directory: Path
+) -> dict[str, float]:
+    """Return how far a contender's first step is from the definition, and remove its gradient."""
+    import torch
+
+    from benchmarks.rollouts import reference
+
+    job = json.loads((directory / "job.json").read_text("utf-8"))
+    gradient = directory / name / "gradient.safetensors"
+    dtypes = getattr(torch, args.reference), getattr(torch, DTYPES[args.dtype])
+    found = reference.compare(job["student"], job["teacher"], step, gradient, *dtypes)
+    gradient.unlink()
+    return found
 
 
 def check_prompts(found: dict[str, list[Any]], directory: Path) -> None:
@@ -196,8 +205,8 @@ def parse() -> argparse.Namespace:
     option("--micro-batch", type=int, help="samples of a forward pass; default: all of a step")
     option("--new-tokens", type=int, default=48, help="the limit of an answer")
     option("--prompt-tokens", type=int, default=512, help="the most; with --made, all have these")
-    option("--dtype", choices=("fp32", "bf16"), default="fp32")
-    option("--reference", choices=("float32", "float64"), default="float64")
+    option("--dtype", choices=tuple(DTYPES), default="fp32")
+    option("--reference", choices=("float32", "float64", "none"), default="float64")
     option("--threads", type=int, default=0, help="of each contender; default: OMP_NUM_THREADS")
     option("--cut", type=int, help="keep so many layers of both models")
     option("--endless", action="store_true", help="all answers have --new-tokens: no EOS is known")
