@@ -1,21 +1,76 @@
-"""Models and rows of the on-policy step: a pair that is given, cut to fewer layers or made of
-random weights."""
+"""The work of the on-policy step: what every contender is given, and models and rows, given or
+made."""
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from benchmarks.speed.gpu import VOCABULARY, make
 
+LEARNING_RATE = 1e-6
+ENDLESS = 1_000_000  # steps; the gate ends the loop
 #: Words stand for the turns' headers.
 _TEMPLATE = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}w0 {{ m['content'] }} <eos> "
     "{% else %}w1 {{ m['content'] }} {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}w0 {% endif %}"
 )
+
+
+@dataclass(frozen=True)
+class Job:
+    """The work of every contender.
+
+    Args:
+        teacher, student: Hugging Face directories.
+        rows: JSON lines with `messages`, whose last one is an answer.
+        samples: prompts of an optimizer step.
+        micro_batch: samples of a forward pass.
+        new_tokens: the limit of an answer.
+        dtype: `fp32` or `bf16`.
+        place: a directory of this contender's own.
+        opsd: the folder of DeepSpeedExamples' trainer.
+    """
+
+    teacher: Path
+    student: Path
+    rows: Path
+    samples: int
+    micro_batch: int
+    new_tokens: int
+    dtype: str
+    place: Path
+    opsd: Path | None = None
+
+    @property
+    def micro_batches(self) -> int:
+        return self.samples // self.micro_batch
+
+
+def read(job: Job) -> list[dict[str, Any]]:
+    """Return the job's rows."""
+    return [json.loads(line) for line in job.rows.read_text("utf-8").splitlines()]
+
+
+def pad_left(prompts: Sequence[list[int]], padding: int, device: Any) -> tuple[Tensor, Tensor]:
+    """Return (tokens, attention mask)."""
+    length = max(map(len, prompts))
+    ids = [[padding] * (length - len(p)) + p for p in prompts]
+    mask = [[0] * (length - len(p)) + [1] * len(p) for p in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def take(rows: Tensor, mask: Tensor) -> list[list[int]]:
+    """Return the tokens of each row that its mask holds."""
+    return [row[kept.bool()].tolist() for row, kept in zip(rows, mask, strict=True)]
 
 
 def make_models(directory: Path, is_tiny: bool) -> tuple[Path, Path]:

@@ -72,7 +72,8 @@ class Worker:
 def work(args: argparse.Namespace) -> None:
     """Run the contender `args.worker` until no more steps are wanted."""
     from benchmarks.rollouts.gate import Done, Gate
-    from benchmarks.rollouts.trainers import CONTENDERS, Job
+    from benchmarks.rollouts.inputs import Job
+    from benchmarks.rollouts.trainers import CONTENDERS
     from ds_kd.quiet import quiet
 
     quiet()
@@ -133,25 +134,33 @@ def run_group(names: list[str], args: argparse.Namespace, directory: Path) -> li
         for _ in range(args.rounds):
             for worker in workers:
                 steps[worker.name].append(worker.ask("step"))
-        for worker in workers:
+                show_progress(worker.name, steps[worker.name][-1])
+        for worker in workers if args.reference != "none" else ():
             halves[worker.name] = worker.ask("halves")
-    whole = [name for name in names if halves[name] is not None]
+    whole = [name for name in names if None not in (*steps[name], halves.get(name, ""))]
     check_prompts({name: steps[name] for name in whole}, directory)
     return [
-        make_row(name, steps[name], halves[name], args, directory)
+        make_row(name, steps[name], halves.get(name), args, directory)
         if name in whole
         else {"contender": f"{name} failed, see above"}
         for name in names
     ]
 
 
+def show_progress(name: str, step: dict[str, Any] | None) -> None:
+    """Tell what a step took, so that a long measurement that is broken off has told something."""
+    if step is not None:
+        took = ", ".join(f"{key} {step[key]:.3g}" for key in step if key.endswith(" s"))
+        print(f"{name}: {took}", file=sys.stderr, flush=True)
+
+
 def make_row(
-    name: str, steps: list[Any], halves: list[int], args: argparse.Namespace, directory: Path
+    name: str, steps: list[Any], halves: list[int] | None, args: argparse.Namespace, directory: Path
 ) -> dict[str, Any]:
     """Return a contender's line of the table."""
     from benchmarks import measure
 
-    timed = steps[1:]
+    timed = steps[1:] or steps
     row: dict[str, Any] = {"contender": name}
     for unit in ("s", "CPU s"):
         totals = [step[f"total {unit}"] for step in timed]
@@ -160,12 +169,12 @@ def make_row(
         for part, values in (("step", totals), ("writing", writing), ("training", training)):
             row[f"{part} {unit}"] = statistics.median(values)
     written = [sum(map(len, step["texts"])) for step in steps]
-    row["tokens"] = statistics.median(written[1:])
+    row["tokens"] = statistics.median(written[1:] or written)
     row["peak GiB"] = max(step["peak"] for step in timed) / measure.GIB
-    if args.reference != "none":
-        row |= compare(steps[0], name, args, directory)
     row["supervised"] = f"{steps[0]['supervised']} of {written[0]}"
-    row["halves"] = "{} of {}".format(*halves)
+    if halves is not None:
+        row |= compare(steps[0], name, args, directory)
+        row["halves"] = "{} of {}".format(*halves)
     return row
 
 
@@ -206,7 +215,8 @@ def parse() -> argparse.Namespace:
     option("--new-tokens", type=int, default=48, help="the limit of an answer")
     option("--prompt-tokens", type=int, default=512, help="the most; with --made, all have these")
     option("--dtype", choices=tuple(DTYPES), default="fp32")
-    option("--reference", choices=("float32", "float64", "none"), default="float64")
+    option("--reference", choices=("float32", "float64", "none"), default="float64",
+           help="of the definition; none times alone")  # fmt: skip
     option("--threads", type=int, default=0, help="of each contender; default: OMP_NUM_THREADS")
     option("--cut", type=int, help="keep so many layers of both models")
     option("--endless", action="store_true", help="all answers have --new-tokens: no EOS is known")

@@ -118,6 +118,7 @@ RUN_BY = {
     "ds-kd": "e2e/test_wheel.py::test_the_wheel_has_all_and_runs",
     "python -m ds_kd": "e2e/test_wheel.py::test_the_wheel_has_all_and_runs",
     "PYTHONPATH=. python launch/kd.py": "unit/test_declaration.py::test_a_data_set_from_outside",
+    "python benchmarks/rollouts/steps.py": "e2e/test_rollout_benchmark.py::test_a_step_is_timed",
     "PYTHONPATH=. deepspeed launch/kd.py": "e2e/test_run.py::test_torchrun_starts_the_same_run",
 }
 #: A documented command → the reason why no test runs it.

@@ -47,7 +47,9 @@ class Replica:
         own, buffers = dict(self.model.named_parameters()), dict(self.model.named_buffers())
         for name, parameters, value in lora.plain_weights(self._student):
             with gather(parameters):
-                own[name].data = value().to(self.model.device, copy=True)
+                # DeepSpeed gathers into new memory and then lets go of it: the copy takes it over.
+                # A weight that is not sharded is read where it is; nothing changes it meanwhile.
+                own[name].data = value().to(self.model.device)
         for name, buffer in self._student.named_buffers():
             if name in buffers:
                 buffers[name].copy_(buffer)
