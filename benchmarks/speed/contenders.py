@@ -59,7 +59,7 @@ def _chunks(items: list, size: int) -> list[list]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run may choose, at the defaults of a CPU.
+    """Choices of a run, at the defaults of a CPU.
 
     Args:
         compiled: layers are compiled, the default on an accelerator.

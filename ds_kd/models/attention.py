@@ -66,7 +66,7 @@ class Segments:
 
     @property
     def has_runs(self) -> bool:
-        """Whether their runs are made."""
+        """True once the runs are made."""
         return self._runs is not None
 
 
@@ -105,7 +105,7 @@ def sdpa_by_sample(
 ) -> tuple[Tensor, None]:
     """Compute attention inside each sample of a pack, with the interface of transformers.
 
-    What is one launch becomes part of a compiled layer; the rest stays apart from it.
+    A compiled layer takes in attention of one launch; the rest stays apart from it.
 
     Args:
         query, key, value: `[1, heads, tokens, head size]`.
