@@ -18,9 +18,10 @@ from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.rollouts import add_answers, describe_writing, format_size, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
+from ds_kd.plan.shapes import REUSE, shape_of
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
-from ds_kd.plan.step.passes import count_passes
+from ds_kd.plan.step.passes import count_passes, is_fused
 from ds_kd.plan.step.ranks import Tune, smallest_fit
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
@@ -311,7 +312,7 @@ def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Sh
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)
-    return memory.shape_of(model, dtype.itemsize)
+    return shape_of(model, dtype.itemsize)
 
 
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
@@ -343,6 +344,8 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "passes": count_passes(cfg),
+        "is_fused": cuda and is_fused(cfg),
+        "is_on_cpu": not cuda,
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
@@ -357,6 +360,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     }
     for name, model, key in (
         ("bucket", "student", "reduce_bucket_size"),
+        ("sub_group", "student", "sub_group_size"),
         ("student_hpz", "student", "zero_hpz_partition_size"),
         ("hpz", "teacher", "zero_hpz_partition_size"),
     ):
@@ -370,7 +374,7 @@ def _read_distances(zero: dict[str, Any]) -> list[int]:
     found = []
     for key in ("max_reuse_distance", "max_live_parameters"):
         value = zero.get(f"stage3_{key}", zero.get(key))
-        found.append(memory.REUSE if value is None else int(float(value)))
+        found.append(REUSE if value is None else int(float(value)))
     return found
 
 

@@ -15,6 +15,7 @@ from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.new_config.starter import make_chooser
+from ds_kd.plan.shapes import WORLDS, shape_of
 from ds_kd.plan.step.cluster import Cluster
 from ds_kd.plan.step.operations import count_by_phase, count_operations
 from ds_kd.plan.step.ranks import smallest_fit
@@ -114,14 +115,14 @@ def test_no_part_is_larger_than_its_whole_when_states_are_offloaded(words, capsy
     assert script("plan").main([*words, OFFLOAD, "--length", "32"]) == 0
     out = capsys.readouterr().out
     lines = re.findall(r"^ +\d+: (.*)$", out, re.MULTILINE)
-    assert len(lines) == len(plan.WORLDS)
+    assert len(lines) == len(WORLDS)
     for line in lines:
         whole, states, host = bytes_in(line)
         assert states <= whole and host > 0
         assert "fits the accelerator (--host-memory checks the host)" in line
     assert script("plan").main([*words, OFFLOAD, "--length", "32", "--host-memory", "1KB"]) == 0
     out = capsys.readouterr().out
-    assert out.count("too much for the host") == len(plan.WORLDS) and "nothing fits" in out
+    assert out.count("too much for the host") == len(WORLDS) and "nothing fits" in out
     assert script("plan").main([*words, "--host-memory", "much"]) == 2
     assert "--host-memory: got 'much'" in capsys.readouterr().err
 
@@ -245,7 +246,7 @@ def test_a_token_meets_some_experts_and_all_of_them_are_gathered():
         num_attention_heads=4, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     with torch.device("meta"):
-        shape = plan.shape_of(MixtralForCausalLM(config), 4)
+        shape = shape_of(MixtralForCausalLM(config), 4)
     # Attention 4·256², a router 8·256, two norms, and eight experts of 3·256·512.
     assert shape.layer == 4 * 256**2 + 8 * 256 + 2 * 256 + 8 * 3 * 256 * 512
     assert shape.used == pytest.approx(1 - 6 * 3 * 256 * 512 / shape.layer)
