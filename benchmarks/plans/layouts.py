@@ -2,6 +2,7 @@
 
     python benchmarks/plans/layouts.py                  each layout on 1, 2, 4 and 8 gloo ranks
     python benchmarks/plans/layouts.py --ranks 2 --layouts plain hpz
+    python benchmarks/plans/layouts.py --size 2         a pair of half the layers, widths and words
     python benchmarks/plans/layouts.py --output results/layouts
 
 Every layout is a YAML, trained for three steps of two micro-batches by the code that trains any
@@ -343,6 +344,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--size", type=int, default=1, help="divides layers, widths and words")
     add_output(parser)
     args = parser.parse_args()
     from benchmarks import measure
@@ -350,7 +352,7 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        paths = write_models(Path(directory))
+        paths = write_models(Path(directory), args.size)
         for name in args.layouts:
             for ranks in args.ranks:
                 if name in PAIRS and ranks % 2:

@@ -43,12 +43,14 @@ def split_step(
     # back in fp32. The head's gradient is summed in fp32 and then rounded; that of an embedding
     # which is the head comes last.
     bucket = work.bucket or min(REDUCE_BUCKET, student.trained)
-    filled = min(bucket, student.trained)
+    uncut = min(student.outer, student.trained) if student.head_trained else 0
+    own = uncut + (student.trained - uncut) // work.tensor
+    filled = min(bucket, own)
     copied = width * filled * (2 if work.is_on_cpu else 1)
     copied += 4 * filled // world if width == 2 else 0
     head = student.vocabulary * student.hidden if student.head_trained else 0
-    waiting = width * head if student.is_tied and filled < student.trained else 0
-    left = 1 - filled / max(1, student.trained)
+    waiting = width * head if student.is_tied and filled < own else 0
+    left = 1 - filled / max(1, own)
     saved = _count_activations(student, work)
     taken = 0 if work.offload_optimizer else 4 * min(work.sub_group, student.trained // world)
 
@@ -85,7 +87,7 @@ def _count_logits(student: Shape, teacher: Shape | None, work: Work) -> int:
     # Products of 16 bits become numbers of fp32 in buffers of their own.
     buffers = 4 * (3 if work.shares_softmax else 5) + (student.width if student.width == 2 else 0)
     block = _OF_BLOCK if work.is_on_cpu else _OF_BLOCK_ON_GPU
-    block = max(student.vocabulary, min(block, numbers))
+    block = max(student.vocabulary, block)
     return buffers * numbers + (0 if work.shares_softmax else 4 * _BLOCKS * block)
 
 
