@@ -16,9 +16,9 @@ from ds_kd.models.files.damage import name_damage
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
-from ds_kd.plan.rollouts import add_answers, describe_writing, format_size, plan_writing
+from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
-from ds_kd.plan.shapes import REUSE, shape_of
+from ds_kd.plan.shapes import REUSE, format_count, format_size, shape_of
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.passes import count_passes, is_fused
@@ -178,10 +178,10 @@ def _settle_placement(
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
     """Return a line on each model's parameters."""
-    trained = f"{_format_count(student.parameters)} parameters, {_format_count(student.trained)}"
+    trained = f"{format_count(student.parameters)} parameters, {format_count(student.trained)}"
     lines = [f"  student: {trained} trained"]
     if teacher is not None:
-        lines.append(f"  teacher: {_format_count(teacher.parameters)} parameters")
+        lines.append(f"  teacher: {format_count(teacher.parameters)} parameters")
     return lines
 
 
@@ -396,7 +396,3 @@ def _shares_softmax(loss: Component) -> bool:
     """Return whether CE and the distillation loss read one softmax."""
     is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
     return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
-
-
-def _format_count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

@@ -218,3 +218,13 @@ def count_kept(student: Shape, work: Work) -> int:
     ones, with fewer than `reuse` parameters between their forward and the end of it."""
     after = work.reuse - student.vocabulary * student.hidden
     return min(student.layers, max(0, -(-after * work.tensor // max(1, student.layer))))
+
+
+def format_size(size: int) -> str:
+    """Return a number of bytes as a text."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def format_count(number: int) -> str:
+    """Return a number of parameters as a text."""
+    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

@@ -2,8 +2,8 @@
 
 The phases of a step come one after the other: the teacher's layers run and keep nothing; the
 student's forward keeps its activations and ends in the loss, beside both heads; backward uses the
-activations up while gradients fill a bucket; the optimizer takes the sums of the gradients. What
-one phase needs is free again in the next, so that the peak is that of the phase which needs most.
+activations up while gradients fill a bucket; the optimizer takes the sums of the gradients. Memory
+of one phase is free again in the next, so that the peak is that of the phase which needs most.
 """
 
 from __future__ import annotations
