@@ -18,7 +18,7 @@ from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
 from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
-from ds_kd.plan.shapes import REUSE, format_count, format_size, shape_of
+from ds_kd.plan.shapes import format_count, format_size, read_sizes, shape_of
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.passes import count_passes, is_fused
@@ -358,24 +358,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
-    for name, model, key in (
-        ("bucket", "student", "reduce_bucket_size"),
-        ("sub_group", "student", "sub_group_size"),
-        ("student_hpz", "student", "zero_hpz_partition_size"),
-        ("hpz", "teacher", "zero_hpz_partition_size"),
-    ):
-        if key in zero[model]:
-            values[name] = int(float(zero[model][key]))
-    return memory.Work(**values, reuse=max(_read_distances(zero["student"])))
-
-
-def _read_distances(zero: dict[str, Any]) -> list[int]:
-    """Return how far ahead ZeRO-3 looks for another use of a weight, and for weights to fetch."""
-    found = []
-    for key in ("max_reuse_distance", "max_live_parameters"):
-        value = zero.get(f"stage3_{key}", zero.get(key))
-        found.append(REUSE if value is None else int(float(value)))
-    return found
+    return memory.Work(**(values | read_sizes(zero)))
 
 
 def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:

@@ -220,6 +220,31 @@ def count_kept(student: Shape, work: Work) -> int:
     return min(student.layers, max(0, -(-after * work.tensor // max(1, student.layer))))
 
 
+#: Sizes of a `Work` → the model whose ZeRO file names it, and the key.
+_SIZES = (
+    ("bucket", "student", "reduce_bucket_size"),
+    ("sub_group", "student", "sub_group_size"),
+    ("student_hpz", "student", "zero_hpz_partition_size"),
+    ("hpz", "teacher", "zero_hpz_partition_size"),
+)
+
+
+def read_sizes(zero: dict[str, dict[str, Any]]) -> dict[str, int]:
+    """Return the sizes of a `Work` that ZeRO files name."""
+    found = {name: zero[m][key] for name, m, key in _SIZES if key in zero[m]}
+    sizes = {name: int(float(value)) for name, value in found.items()}
+    return sizes | {"reuse": max(_read_distances(zero["student"]))}
+
+
+def _read_distances(zero: dict[str, Any]) -> list[int]:
+    """Return how far ahead ZeRO-3 looks for another use of a weight, and for weights to fetch."""
+    found = []
+    for key in ("max_reuse_distance", "max_live_parameters"):
+        value = zero.get(f"stage3_{key}", zero.get(key))
+        found.append(REUSE if value is None else int(float(value)))
+    return found
+
+
 def format_size(size: int) -> str:
     """Return a number of bytes as a text."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
