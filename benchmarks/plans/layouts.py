@@ -1,7 +1,8 @@
 """Compare the plan of a run with the run: memory of a rank, and bytes that it exchanges in a step.
 
-    python benchmarks/plans/layouts.py                  sixteen layouts on 1, 2, 4 and 8 gloo ranks
+    python benchmarks/plans/layouts.py                  each layout on 1, 2, 4 and 8 gloo ranks
     python benchmarks/plans/layouts.py --ranks 2 --layouts plain hpz
+    python benchmarks/plans/layouts.py --size 2         a pair of half the layers, widths and words
     python benchmarks/plans/layouts.py --output results/layouts
 
 Every layout is a YAML, trained for three steps of two micro-batches by the code that trains any
@@ -34,6 +35,8 @@ from benchmarks.arguments import add_output, make_parser
 
 LENGTH, SAMPLES, VOCAB = 128, 2, 16_000
 STEPS, MICRO = 3, 2
+#: Options of the C library's `mallopt`, and the bytes of memory that it may keep to itself.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _SMALL = -1, -3, 2**16
 _OFFLOADED = "{stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}}"
 _BF16 = ("model.torch_dtype=bf16", "teacher_model.torch_dtype=bf16")
 _FEW_KEPT = (
@@ -57,12 +60,17 @@ LAYOUTS: dict[str, tuple[str, ...]] = {
     "packed": ("packed_sequence.packed_sequence_size=256", *_BF16),
     "experts": ("teacher_model.pretrained_model_name_or_path={experts}",),
     "tp 2": ("distributed.tp_size=2",),
+    "tp 2, one norm": (
+        "distributed.tp_size=2",
+        "model.pretrained_model_name_or_path={one_norm}",
+    ),
     "tp 2, whole teacher": ("distributed.tp_size=2", "teacher_distributed.tp_size=1"),
     "cp 2": ("distributed.cp_size=2",),
 }
 #: Layouts of pairs of ranks → the sizes of `world.divide`.
 PAIRS: dict[str, dict[str, int]] = {
-    "hpz": {}, "tp 2": {"tensor": 2}, "tp 2, whole teacher": {"tensor": 2}, "cp 2": {"sequence": 2}
+    "hpz": {}, "tp 2": {"tensor": 2}, "tp 2, one norm": {"tensor": 2},
+    "tp 2, whole teacher": {"tensor": 2}, "cp 2": {"sequence": 2},
 }  # fmt: skip
 
 
@@ -95,6 +103,15 @@ def _count_bytes(value: Any) -> int:
     if isinstance(value, Tensor):
         return value.numel() * value.element_size()
     return sum(map(_count_bytes, value)) if isinstance(value, (list, tuple)) else 0
+
+
+def give_back_at_once() -> None:
+    """Make the C library give freed memory back to the system at once. It would keep what loading
+    has freed, and the peak of a process would count it."""
+    libc = ctypes.CDLL("libc.so.6")
+    for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+        libc.mallopt(option, _SMALL)
+    libc.malloc_trim(0)
 
 
 def read_status(name: str) -> int:
@@ -131,23 +148,32 @@ def count_steps(trainer: Any) -> Iterator[list[float]]:
     trainer._step = plain
 
 
-def write_models(root: Path) -> dict[str, str]:
-    """Write two models of random weights, two tiny ones and rows; return their paths."""
+def write_models(root: Path, size: int = 1) -> dict[str, str]:
+    """Write two models of random weights, two tiny ones and rows; return their paths.
+
+    Args:
+        size: by what layers, widths and words are divided.
+    """
     from tests import tiny
 
+    # ZeRO-3 keeps matrices of fewer than 100,000 numbers whole on every rank.
+    given: dict[str, Any] = {"vocab": VOCAB // size, "heads": (4, min(4, 2 * size))}
     made = {
-        "student": tiny.llama(root / "student", layers=4, hidden=640, vocab=VOCAB),
-        "teacher": tiny.llama(root / "teacher", layers=6, hidden=768, vocab=VOCAB, tie=False),
+        "student": tiny.llama(root / "student", layers=4 // size, hidden=640 // size, **given),
+        "teacher": tiny.llama(
+            root / "teacher", layers=6 // size, hidden=768 // size, tie=False, **given
+        ),
         "small": tiny.llama(root / "small"),
-        "experts": write_mixture(root / "experts"),
+        "experts": write_mixture(root / "experts", size),
+        "one_norm": write_one_norm(root / "one_norm", size),
     }
-    words = " ".join(f"w{k % 90}" for k in range(LENGTH + 20))
+    text = " ".join(f"w{k % 90}" for k in range(LENGTH + 20))
     rows = root / "rows.jsonl"
-    rows.write_text(f'{{"text": "{words}"}}\n' * 128)
+    rows.write_text(f'{{"text": "{text}"}}\n' * 128)
     return {name: str(path) for name, path in {**made, "rows": rows}.items()}
 
 
-def write_mixture(path: Path) -> Path:
+def write_mixture(path: Path, size: int) -> Path:
     """Write a Mixtral of random weights with four experts, two of which a token meets."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -155,11 +181,30 @@ def write_mixture(path: Path) -> Path:
 
     torch.manual_seed(0)
     config = MixtralConfig(
-        vocab_size=VOCAB, hidden_size=512, intermediate_size=768, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
-        max_position_embeddings=LENGTH, pad_token_id=2, eos_token_id=1, bos_token_id=None,
+        vocab_size=VOCAB // size, hidden_size=512 // size, intermediate_size=768 // size,
+        num_hidden_layers=4 // size, num_attention_heads=4, num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2, max_position_embeddings=LENGTH, pad_token_id=2, eos_token_id=1,
+        bos_token_id=None,
     )  # fmt: skip
     MixtralForCausalLM(config).save_pretrained(path)
+    tiny.tokenizer(path)
+    return path
+
+
+def write_one_norm(path: Path, size: int) -> Path:
+    """Write a Phi of random weights, in whose layers attention and MLP read the same norm."""
+    from transformers import PhiConfig, PhiForCausalLM
+
+    from tests import tiny
+
+    torch.manual_seed(0)
+    config = PhiConfig(
+        vocab_size=VOCAB // size, hidden_size=640 // size, intermediate_size=1280 // size,
+        num_hidden_layers=4 // size, num_attention_heads=4, max_position_embeddings=LENGTH,
+        pad_token_id=2, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    PhiForCausalLM(config).save_pretrained(path)
     tiny.tokenizer(path)
     return path
 
@@ -186,9 +231,10 @@ def load_layout(paths: dict[str, str], groups: int, directory: Path, overrides: 
         "checkpoint": {"enabled": False, "checkpoint_dir": str(directory)},
         "tensorboard": {"enabled": False},
     }  # fmt: skip
-    return load(
-        content, [each.format(**paths) if "{experts}" in each else each for each in overrides]
-    )
+    named = [name for name in ("experts", "one_norm") if name in paths]
+    for name in named:
+        overrides = [each.replace(f"{{{name}}}", paths[name]) for each in overrides]
+    return load(content, [*overrides])
 
 
 def plan_layout(cfg: Any, ranks: int) -> dict[str, Any]:
@@ -220,7 +266,7 @@ def run_layout(
     from ds_kd.recipe.build import build
 
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    give_back_at_once()
     before, there = read_status("VmRSS"), live_storages()
 
     cfg = load_layout(paths, world.data.size, directory, overrides)
@@ -258,7 +304,8 @@ def run_alone(
 def count_workspace(student: Any) -> int:
     """Return the bytes of the loss's buffers, which a CPU keeps from step to step."""
     kept = student.module.loss._kept
-    return 0 if kept is None else sum(each.nbytes for each in kept._made.values())
+    some = [] if kept is None else [kept, *kept._smaller.values()]
+    return sum(each.nbytes for buffers in some for each in buffers._made.values())
 
 
 def count_bucket(student: Any) -> int:
@@ -297,6 +344,7 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=[*LAYOUTS])
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--size", type=int, default=1, help="divides layers, widths and words")
     add_output(parser)
     args = parser.parse_args()
     from benchmarks import measure
@@ -304,7 +352,7 @@ def main() -> None:
 
     rows = []
     with tempfile.TemporaryDirectory() as directory:
-        paths = write_models(Path(directory))
+        paths = write_models(Path(directory), args.size)
         for name in args.layouts:
             for ranks in args.ranks:
                 if name in PAIRS and ranks % 2:

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.plans.cost import Cost, count, make_model, make_step
 from ds_kd.plan.hardware import Gpu
-from ds_kd.plan.memory import Shape, Work, shape_of
+from ds_kd.plan.shapes import Shape, Work, shape_of
 from ds_kd.plan.step.cluster import OF_LINK, Cluster
 from ds_kd.plan.step.operations import count_operations
 from ds_kd.plan.step.time import OF_PEAK, Phase, estimate_phases

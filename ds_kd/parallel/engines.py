@@ -25,6 +25,8 @@ from torch import nn
 from ds_kd.parallel import tensor
 from ds_kd.parallel.linear import replace_linear
 
+#: DeepSpeed's `reduce_bucket_size`, in weights.
+REDUCE_BUCKET = 500_000_000
 #: ZeRO-3 updates flat one-dimensional shards, on which only element-wise optimizers are correct.
 #: Adagrad is one of them, but DeepSpeed replaces it by another that follows no schedule.
 ELEMENTWISE = {
@@ -144,6 +146,7 @@ def build_student(
 
     _gather_by_layer(module)
     parameters = [p for p in module.parameters() if p.requires_grad]
+    config = size_bucket(config, sum(int(getattr(p, "ds_numel", p.numel())) for p in parameters))
     made = optimizer(parameters)
     if type(made).__name__ not in ELEMENTWISE:
         raise ValueError(
@@ -158,6 +161,20 @@ def build_student(
     tensor.prepare(engine)
     _decide_anew_with_each_trace(engine)
     return engine
+
+
+def size_bucket(config: dict[str, Any], trained: int) -> dict[str, Any]:
+    """Return an engine's configuration with a bucket for the gradients of so many weights.
+
+    DeepSpeed allocates the whole bucket, in which the gradients of a backward pass are exchanged.
+    If the ZeRO file names no `reduce_bucket_size`, it is `REDUCE_BUCKET`, and never larger than all
+    gradients together.
+    """
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3 or "reduce_bucket_size" in zero:
+        return config
+    size = min(REDUCE_BUCKET, max(1, trained))
+    return {**config, "zero_optimization": {**zero, "reduce_bucket_size": size}}
 
 
 def build_teacher(module: nn.Module, config: dict[str, Any]) -> Any:

@@ -16,11 +16,12 @@ from ds_kd.models.files.damage import name_damage
 from ds_kd.parallel.engines import optimizer_numbers
 from ds_kd.plan import memory
 from ds_kd.plan.cache import count_head_bytes, describe_cache, find_record
-from ds_kd.plan.rollouts import add_answers, describe_writing, format_size, plan_writing
+from ds_kd.plan.rollouts import add_answers, describe_writing, plan_writing
 from ds_kd.plan.samples import data_of, describe_sharing
+from ds_kd.plan.shapes import format_count, format_size, read_sizes, shape_of
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
-from ds_kd.plan.step.passes import count_passes
+from ds_kd.plan.step.passes import count_passes, is_fused
 from ds_kd.plan.step.ranks import Tune, smallest_fit
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
@@ -177,10 +178,10 @@ def _settle_placement(
 
 def _describe_models(student: memory.Shape, teacher: memory.Shape | None) -> list[str]:
     """Return a line on each model's parameters."""
-    trained = f"{_format_count(student.parameters)} parameters, {_format_count(student.trained)}"
+    trained = f"{format_count(student.parameters)} parameters, {format_count(student.trained)}"
     lines = [f"  student: {trained} trained"]
     if teacher is not None:
-        lines.append(f"  teacher: {_format_count(teacher.parameters)} parameters")
+        lines.append(f"  teacher: {format_count(teacher.parameters)} parameters")
     return lines
 
 
@@ -311,7 +312,7 @@ def model_shape(component: Component, cfg: RunConfig | None = None) -> memory.Sh
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=trusts)
         if cfg is not None and (adapt := adapter_of(cfg)) is not None:
             adapt(model)
-    return memory.shape_of(model, dtype.itemsize)
+    return shape_of(model, dtype.itemsize)
 
 
 def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memory.Work:
@@ -343,6 +344,8 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
         "passes": count_passes(cfg),
+        "is_fused": cuda and is_fused(cfg),
+        "is_on_cpu": not cuda,
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
         ),
@@ -355,23 +358,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "teacher_is_rounded": cfg.teacher.placement == INT8,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
-    for name, model, key in (
-        ("bucket", "student", "reduce_bucket_size"),
-        ("student_hpz", "student", "zero_hpz_partition_size"),
-        ("hpz", "teacher", "zero_hpz_partition_size"),
-    ):
-        if key in zero[model]:
-            values[name] = int(float(zero[model][key]))
-    return memory.Work(**values, reuse=max(_read_distances(zero["student"])))
-
-
-def _read_distances(zero: dict[str, Any]) -> list[int]:
-    """Return how far ahead ZeRO-3 looks for another use of a weight, and for weights to fetch."""
-    found = []
-    for key in ("max_reuse_distance", "max_live_parameters"):
-        value = zero.get(f"stage3_{key}", zero.get(key))
-        found.append(memory.REUSE if value is None else int(float(value)))
-    return found
+    return memory.Work(**(values | read_sizes(zero)))
 
 
 def _read_zero_files(cfg: RunConfig) -> dict[str, dict[str, Any]]:
@@ -392,7 +379,3 @@ def _shares_softmax(loss: Component) -> bool:
     """Return whether CE and the distillation loss read one softmax."""
     is_forward_kl = home_of(loss.name) == home_of(OF_DIVERGENCE.calls)
     return is_forward_kl and loss.kwargs.get("temperature", 1.0) == 1.0
-
-
-def _format_count(number: int) -> str:
-    return f"{number / 1e9:.2f} B" if number >= 1e9 else f"{number / 1e6:.2f} M"

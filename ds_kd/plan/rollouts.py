@@ -10,6 +10,7 @@ from ds_kd.config.schema import RunConfig
 from ds_kd.models.generation.sampling import count_rows, group
 from ds_kd.plan import memory
 from ds_kd.plan.hardware import GPUS
+from ds_kd.plan.shapes import format_size
 from ds_kd.plan.step.cluster import Cluster
 
 
@@ -120,8 +121,3 @@ def _count_cache(config: Any) -> int:
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv = getattr(text, "num_key_value_heads", None) or heads
     return 2 * int(text.num_hidden_layers) * int(kv) * int(size)
-
-
-def format_size(size: int) -> str:
-    """Return a number of bytes as a text."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

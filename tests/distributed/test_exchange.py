@@ -14,6 +14,7 @@ from tests.ranks import run_ranks
 
 RANKS, NODE = 4, 2  # ranks of the job, and of each of its machines
 MICRO_BATCHES = 4
+NUMBERS = 96 * 32 + 2 * (3 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32  # the head is the embedding
 #: Tiny tensors are gathered too, as large ones are.
 SHARDED = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}
 
@@ -135,11 +136,30 @@ def reduce_once(world, paths):
     return found
 
 
+def train_with_buckets(world, paths):
+    """For each dtype the numbers of a bucket of gradients, of DeepSpeed's own size and as it is
+    without a `reduce_bucket_size`, and whether weights are equal to the last bit after a step."""
+    whole = {**SHARDED["zero_optimization"], "reduce_bucket_size": 500_000_000}
+    found, rows = [], tiny.samples(MICRO_BATCHES * world.size, seed=5, masked=MASKED)
+    for dtype in (torch.float32, torch.bfloat16):
+        ends, sizes = [], []
+        for zero in ({"zero_optimization": whole}, SHARDED):
+            trainer = build(world, paths, rows, 2, 1, 0.5, sgd, dtype=dtype, zero=zero)
+            (bucket,) = trainer.student.optimizer.ipg_buckets.values()
+            sizes.append(bucket.buffer.numel())
+            trainer.train()
+            ends.append(weights(trainer.student))
+        found.append(
+            {"sizes": sizes, "same": all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])}
+        )
+    return found
+
+
 def train_after_probes(world, paths):
     """For each distance at which ZeRO-3 still keeps weights: bytes of the student that are gathered
     in a step of some micro-batches, after forwards without a backward pass; and those planned."""
     from ds_kd.models.probes import check_head
-    from ds_kd.plan.memory import Work
+    from ds_kd.plan.shapes import Work
     from ds_kd.plan.step.traffic import count_exchanges
 
     found, rows = [], tiny.samples(2 * MICRO_BATCHES * world.size, seed=5)
@@ -169,9 +189,11 @@ def train_after_probes(world, paths):
 
 def _shape(path):
     """The sizes of a model, no weight of which is kept whole."""
+    from dataclasses import replace
+
     from transformers import AutoModelForCausalLM
 
-    from ds_kd.plan.memory import replace, shape_of
+    from ds_kd.plan.shapes import shape_of
 
     return replace(shape_of(AutoModelForCausalLM.from_pretrained(path), 4), small=0)
 
@@ -181,6 +203,7 @@ def exchange(world, directory, paths):
         "probed": train_after_probes(world, paths),
         "windows": teach_in_windows(world, paths),
         "once": reduce_once(world, paths),
+        "buckets": train_with_buckets(world, paths),
         "nodes": train_inside_nodes(world, directory, paths),
     }
 
@@ -221,8 +244,7 @@ def test_copies_inside_a_machine_keep_gathers_there_and_change_no_bit(found):
 
 def test_the_student_is_gathered_once_a_micro_batch_if_its_layers_may_stay_for_backward(found):
     whole, last_layer, nothing = found["probed"]
-    weights = 96 * 32 + 2 * (3 * 32 * 32 + 3 * 32 * 64 + 2 * 32) + 32  # the head is the embedding
-    assert whole[0] == MICRO_BATCHES * 4 * weights
+    assert whole[0] == MICRO_BATCHES * 4 * NUMBERS
     assert nothing[0] == 2 * whole[0] > last_layer[0] > whole[0]
     for gathered, planned in found["probed"]:
         assert gathered == pytest.approx(planned, rel=0.01)  # less the last norm
@@ -238,3 +260,8 @@ def test_gradients_that_are_added_up_first_are_exchanged_once_and_the_step_is_th
     # A bf16 weight moves by whole roundings; gradients differ by one of theirs.
     assert rounded["error"] <= 2**-6 and rounded["moved"] > 0.05, rounded
     assert rounded["norms"][1] == pytest.approx(rounded["norms"][0], rel=1e-2)
+
+
+def test_a_bucket_no_larger_than_all_gradients_changes_no_bit(found):
+    for case in found["buckets"]:
+        assert case == {"sizes": [500_000_000, NUMBERS], "same": True}

@@ -137,10 +137,16 @@ def of_two(world, root, paths, cases):
 
 
 def of_four(world, root, paths, cases):
-    """Steps on four ranks, two of which share matrices; one of an adapter on parts of samples."""
+    """Steps on four ranks, two of which share matrices; a run that is stopped and resumed; one step
+    of an adapter on parts of samples."""
     out = {"steps": steps(world, root, paths, cases)}
     if world.sequence.size > 1:
         out["lora"] = one_step(world, paths, False, ADAPTED, False)
+        return out
+    straight, _ = train(world, paths, root / "straight", 5)
+    train(world, paths, root / "cut", 2)
+    cut, out["found"] = train(world, paths, root / "cut", 5)
+    out["resumed"] = same(weights(straight.student), weights(cut.student))
     return out
 
 
@@ -200,6 +206,8 @@ def test_tokens_are_divided_over_groups_of_ranks_that_share_matrices(paths, tmp_
     found = run_ranks(of_four, 4, tmp_path, paths, cases, tensor=2, sequence=sequence)
     assert all(each == found[0] for each in found)
     assert [case for case in found[0]["steps"] if not judge(case)] == []
-    if sequence > 1:
+    if sequence == 1:
+        assert found[0]["found"] == "step_0000002" and found[0]["resumed"]
+    else:
         error, moved, _ = found[0]["lora"]
         assert error <= 1e-6 and moved > 0.01

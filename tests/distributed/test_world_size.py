@@ -62,7 +62,7 @@ def test_another_layout_of_ranks_sees_the_same_batches_and_ends_at_the_same_weig
         return run_ranks(part, ranks, directory, *given, **layout)[0]
 
     # Ranks, over how many matrices are cut, and over how many samples are split.
-    sizes = [(4, 2, 1), (1, 1, 1), (2, 1, 2), (4, 1, 1), (3, 1, 1)]
+    sizes = [(4, 2, 1), (1, 1, 1), (2, 1, 2), (4, 1, 1), (3, 1, 1), (2, 2, 1)]
     losses = []
     for k, layout in enumerate(sizes):
         one = run(*layout, "moved", PER_PART * (k + 1))

@@ -11,7 +11,7 @@ import torch
 from ds_kd.checkpoint.engine.files import complete_states
 from ds_kd.config.checks.zero_file import load_zero_config
 from ds_kd.config.components import Component, ConfigError
-from ds_kd.parallel.engines import build_student, engine_config
+from ds_kd.parallel.engines import REDUCE_BUCKET, build_student, engine_config, size_bucket
 from ds_kd.recipe.optimizer import build_optimizer, place_optimizer
 
 ZERO = sorted((Path(__file__).parents[2] / "ds_configs" / "zero").glob("*.json"))
@@ -50,6 +50,16 @@ def test_a_wrong_zero_file_says_what_is_wrong(source, words):
 def test_clipping_is_written_even_when_off():
     config = engine_config(load_zero_config(None, "k"), torch.float32, 1)
     assert config["gradient_clipping"] == 0.0  # DeepSpeed's default would be 1.0
+
+
+def test_a_bucket_of_gradients_is_as_large_as_they_are_if_the_file_names_none():
+    def size(trained, **zero):
+        made = size_bucket({"zero_optimization": {"stage": 3, **zero}}, trained)
+        return made["zero_optimization"].get("reduce_bucket_size")
+
+    assert size(8_000) == 8_000 and size(8 * 10**9) == REDUCE_BUCKET
+    assert size(8_000, reduce_bucket_size=10**9) == 10**9
+    assert size(8_000, reduce_bucket_size=100) == 100
 
 
 def named(name, **kwargs):

@@ -15,8 +15,10 @@ from ds_kd.plan import memory as plan
 from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.new_config.starter import make_chooser
+from ds_kd.plan.shapes import WORLDS, shape_of
 from ds_kd.plan.step.cluster import Cluster
 from ds_kd.plan.step.operations import count_by_phase, count_operations
+from ds_kd.plan.step.peak import split_step
 from ds_kd.plan.step.ranks import smallest_fit
 from ds_kd.plan.step.time import estimate_phases
 from ds_kd.plan.step.traffic import Exchange, count_exchanges
@@ -73,15 +75,39 @@ def test_a_teacher_takes_the_first_place_for_which_there_is_memory():
 
 
 def test_a_teacher_in_8_bits_takes_a_byte_and_a_sixteenth_a_weight_and_its_head_in_16_too():
-    whole, rounded = (
-        plan.estimate_bytes(LARGE, LARGE, plan.Work(1, 1, teacher_is_rounded=is_it), 4)
-        for is_it in (False, True)
-    )
+    works = [plan.Work(1, 1, teacher_is_rounded=is_it) for is_it in (False, True)]
+    whole, rounded = (plan.estimate_bytes(LARGE, LARGE, work, 4) for work in works)
     assert (
         rounded["teacher weights"] == 10**10 * 17 // 16 // 4 == whole["teacher weights"] * 17 / 32
     )
     head, name = 32_000 * 4096, "gathered layers and heads"
-    assert rounded[name] - whole[name] == 2 * head * 17 / 16  # one is in transit
+    whole, rounded = (split_step(LARGE, LARGE, work, 4)["loss"] for work in works)
+    assert rounded[name] - whole[name] == head * 17 / 16  # it has arrived when the loss begins
+
+
+def test_the_bucket_of_gradients_is_there_all_the_time_and_no_larger_than_they_are():
+    small = plan.replace(LARGE, trained=10**8)
+    name = "gradients before they are shared out"
+    for student, given, numbers in (
+        (small, 0, 10**8),
+        (LARGE, 0, 5 * 10**8),
+        (small, 10**9, 10**9),
+    ):
+        phases = split_step(student, LARGE, plan.Work(1024, 1024, bucket=given), 8)
+        assert phases["teacher"][name] == 2 * numbers
+        # Its gradients once more, and a rank's part of them in fp32.
+        filled = min(numbers, student.trained)
+        assert phases["exchange"][name] == 2 * (numbers + filled) + 4 * filled // 8
+        # The optimizer takes those of at most 10^9 weights at a time.
+        assert phases["optimizer"][name] == 2 * numbers + 4 * min(10**9, student.trained // 8)
+
+
+def test_a_step_needs_what_its_largest_phase_does():
+    work = plan.Work(4096, 4096)
+    phases = split_step(LARGE, LARGE, work, 8)
+    parts = plan.estimate_bytes(LARGE, LARGE, work, 8)
+    added = sum(size for name, size in parts.items() if not plan.is_state(name))
+    assert added == max(sum(phase.values()) for phase in phases.values())
 
 
 @pytest.fixture(scope="module")
@@ -114,14 +140,14 @@ def test_no_part_is_larger_than_its_whole_when_states_are_offloaded(words, capsy
     assert script("plan").main([*words, OFFLOAD, "--length", "32"]) == 0
     out = capsys.readouterr().out
     lines = re.findall(r"^ +\d+: (.*)$", out, re.MULTILINE)
-    assert len(lines) == len(plan.WORLDS)
+    assert len(lines) == len(WORLDS)
     for line in lines:
         whole, states, host = bytes_in(line)
         assert states <= whole and host > 0
         assert "fits the accelerator (--host-memory checks the host)" in line
     assert script("plan").main([*words, OFFLOAD, "--length", "32", "--host-memory", "1KB"]) == 0
     out = capsys.readouterr().out
-    assert out.count("too much for the host") == len(plan.WORLDS) and "nothing fits" in out
+    assert out.count("too much for the host") == len(WORLDS) and "nothing fits" in out
     assert script("plan").main([*words, "--host-memory", "much"]) == 2
     assert "--host-memory: got 'much'" in capsys.readouterr().err
 
@@ -202,11 +228,13 @@ def test_a_collective_takes_the_slower_of_the_links_in_a_node_and_its_network():
 
 def test_ranks_that_share_layers_or_samples_share_activations_logits_and_operations():
     work = plan.Work(1024, 1024)
-    whole = plan.estimate_bytes(LARGE, LARGE, work, 8)
-    split = plan.estimate_bytes(LARGE, LARGE, plan.replace(work, sequence=4), 8)
+    whole = split_step(LARGE, LARGE, work, 8)["loss"]
+    split = split_step(LARGE, LARGE, plan.replace(work, sequence=4), 8)["loss"]
     assert split["activations"] == whole["activations"] // 4
-    shared = plan.estimate_bytes(LARGE, LARGE, plan.replace(work, tensor=2), 8)
+    shared = split_step(LARGE, LARGE, plan.replace(work, tensor=2), 8)["loss"]
     assert shared["logits workspace"] == whole["logits workspace"] // 2
+    whole = plan.estimate_bytes(LARGE, LARGE, work, 8)
+    shared = plan.estimate_bytes(LARGE, LARGE, plan.replace(work, tensor=2), 8)
     assert shared["student weights"] == whole["student weights"]  # ZeRO shards each half over four
     for part in ("tensor", "sequence"):
         halved = count_operations(LARGE, LARGE, plan.replace(work, **{part: 2}))
@@ -245,7 +273,7 @@ def test_a_token_meets_some_experts_and_all_of_them_are_gathered():
         num_attention_heads=4, num_key_value_heads=4, num_local_experts=8, num_experts_per_tok=2,
     )  # fmt: skip
     with torch.device("meta"):
-        shape = plan.shape_of(MixtralForCausalLM(config), 4)
+        shape = shape_of(MixtralForCausalLM(config), 4)
     # Attention 4·256², a router 8·256, two norms, and eight experts of 3·256·512.
     assert shape.layer == 4 * 256**2 + 8 * 256 + 2 * 256 + 8 * 3 * 256 * 512
     assert shape.used == pytest.approx(1 - 6 * 3 * 256 * 512 / shape.layer)
@@ -339,8 +367,9 @@ def test_pairs_on_clusters_are_planned_and_each_yaml_checks(tmp_path):
     small = clusters.plan_row(tmp_path, ("8B", "1B"), 8, clusters.LENGTH)
     assert small["teacher"] == "zero3" and small["again"] == "–"
     large = clusters.plan_row(tmp_path, ("405B", "70B"), 64, clusters.LENGTH)
-    assert large["offloaded"] != "–"
-    text = (tmp_path / "405B-70B-64-4096.yaml").read_text()
+    tight = clusters.plan_row(tmp_path, ("405B", "70B"), 32, clusters.LENGTH)
+    assert large["offloaded"] == "–" != tight["offloaded"]
+    text = (tmp_path / "405B-70B-32-4096.yaml").read_text()
     assert "activation_checkpointing: without it a step needs" in text
     # A sample that is too long for a rank is shared by two of them.
     long = clusters.plan_row(tmp_path, ("70B", "8B"), 8, clusters.LONG)

@@ -20,7 +20,7 @@ from ds_kd.plan.step.tuning import tune_work
 
 _LOCAL_SIZES = (16, 8, 4, 2, 1)
 _SHARED = (1, 2, 4, 8)  # ranks that share a sample: its tokens, or each layer's weights
-_ROOM = 0.9  # share of an accelerator that may be planned
+_ROOM = 0.8  # share of an accelerator that may be planned, as its allocator takes some too
 _ONCE = "zero3 without a copy in each node"
 _ALIKE = 0.03  # layouts whose times differ by less are alike, and the simpler one is taken
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ds_kd.plan.memory import Shape, Work
+from ds_kd.plan.shapes import Shape, Work
 
 
 def count_operations(student: Shape, teacher: Shape | None, work: Work) -> float:

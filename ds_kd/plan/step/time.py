@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_kd.plan.memory import Shape, Work
+from ds_kd.plan.shapes import Shape, Work
 from ds_kd.plan.step.cluster import OF_LINK, Cluster
 from ds_kd.plan.step.operations import count_by_phase
 from ds_kd.plan.step.traffic import count_exchanges

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ds_kd.plan.memory import Shape, Work, count_kept, width_at_rest
+from ds_kd.plan.shapes import Shape, Work, count_kept, width_at_rest
 
 
 @dataclass(frozen=True)
