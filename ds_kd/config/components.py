@@ -125,7 +125,7 @@ def resolve(dotted: str) -> Any:
                 continue
             if isinstance(dotted, Permitted) and is_of_own_code(error):
                 told = describe_user_error(error)
-                raise ConfigError([f"{dotted}: its module cannot be imported: {told}"]) from error
+                raise ConfigError([f"{dotted} cannot be imported: {told}"]) from error
             raise
         for part in parts[split:]:
             if not hasattr(found, part):
