@@ -61,9 +61,10 @@ def write_text(path: Path, text: str) -> None:
 
 def remove_leftovers(directory: Path) -> None:
     """Remove what processes that are gone have left half written in a directory."""
-    with contextlib.suppress(OSError):  # who cannot look or remove leaves it to another
-        for folder in directory.iterdir():
-            found = _NAME.fullmatch(folder.name)
+    for name in os.listdir(directory):
+        folder, found = directory / name, _NAME.fullmatch(name)
+        # It stays where it cannot be looked at or removed; its writer may remove it meanwhile.
+        with contextlib.suppress(OSError):
             if found and folder.is_dir() and not folder.is_symlink():
                 machine, pid, started = found.groups()
                 if _is_gone(folder, machine, int(pid), int(started)):
@@ -72,9 +73,21 @@ def remove_leftovers(directory: Path) -> None:
 
 def _is_gone(folder: Path, machine: str, pid: int, started: int) -> bool:
     if machine == _hash_machine():
-        return read_start(pid) != started
+        found = read_start(pid)
+        return found != started if found is not None else not _is_hidden(pid)
     changed = max(each.lstat().st_mtime for each in (folder, *folder.iterdir()))
     return time.time() - changed > _STALE_SECONDS
+
+
+def _is_hidden(pid: int) -> bool:
+    """Return whether a process is another user's, of which a system may tell nothing."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
 
 
 def _hash_machine() -> str:

@@ -48,7 +48,8 @@ def run(args: argparse.Namespace) -> None:
             )
         if args.student is None:
             absent = results.describe_without_final(cfg)
-        data = data or results.held_out_samples(cfg)
+        if not absent:
+            data = data or results.held_out_samples(cfg)
     if metrics is not None:
         print("\n".join(summarize(read_lines(metrics))), flush=True)
     if absent:

@@ -33,12 +33,11 @@ class Gate:
         orders: `step`, `halves`, or nothing more.
         answers: of one line to each order.
         gradient: the file that holds the gradient of the first step.
-        micro_batches: of a step.
     """
 
-    def __init__(self, orders: TextIO, answers: TextIO, gradient: Path, micro_batches: int):
+    def __init__(self, orders: TextIO, answers: TextIO, gradient: Path):
         self._orders, self._answers = orders, answers
-        self._gradient, self._micro_batches = gradient, micro_batches
+        self._gradient = gradient
         self.write: Write | None = None
         self._steps = 0
         self._told: dict[str, Any] = {}

@@ -84,7 +84,7 @@ def work(args: argparse.Namespace) -> None:
         given[name] = given[name] and Path(given[name])
     job = Job(**given, place=place)
     with contextlib.suppress(Done), os.fdopen(args.answers, "w") as answers:
-        gate = Gate(sys.stdin, answers, place / "gradient.safetensors", job.micro_batches)
+        gate = Gate(sys.stdin, answers, place / "gradient.safetensors")
         CONTENDERS[args.worker][0](job, gate)
 
 
@@ -229,6 +229,12 @@ def parse() -> argparse.Namespace:
         option(hidden, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
+    from benchmarks.rollouts.trainers import CONTENDERS
+
+    if wrong := {*(args.contenders or ())} - {*CONTENDERS}:
+        parser.error(
+            f"--contenders: {', '.join(sorted(wrong))}: expected some of {', '.join(CONTENDERS)}"
+        )
     if args.rehearse:
         args.samples, args.new_tokens, args.prompt_tokens = 4, 6, 12
     elif not args.made:
@@ -260,7 +266,7 @@ def main() -> int:
         for group in [[name] for name in names] if torch.cuda.is_available() else [names]:
             rows += run_group(group, args, directory)
             measure.write(rows, args.output)
-    return 0 if all(len(row) > 1 for row in rows) else 1
+    return 0 if rows and all(len(row) > 1 for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -301,7 +301,6 @@ CONTENDERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "ds_kd_compiled": (with_settings(compiled=True), None),
     "ds_kd_whole": (with_settings(compiled=True, whole=True), None),
     "ds_kd_liger": (with_settings(liger=True, whole=True), "liger_kernel"),
-    "ds_kd_both": (with_settings(compiled=True, liger=True, whole=True), "liger_kernel"),
     "plain": (plain, None),
     "trl_gkd": (trl_gkd, "trl"),
     "nemo": (nemo, "nemo_automodel"),

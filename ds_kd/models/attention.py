@@ -264,7 +264,7 @@ def arguments(model: Any, batch: dict[str, Any], exchange: Exchange | None) -> d
     if is_by_sample(model):
         if lengths is None:
             return split
-        device = batch["input_ids"].device
+        device = batch["input_ids"].device if model.dtype in varlen.DTYPES else None
         return {"segments": Segments(lengths, batch.get("segment_parents"), device), **split}
     if is_split:
         raise ValueError("tokens that are split over ranks need the attention sdpa")

@@ -259,8 +259,7 @@ def compile_layers(
 ) -> None:
     """Compile each transformer layer, so that the operations between its matrix products are fused.
 
-    ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code, as
-    does `sdpa_by_sample`.
+    ZeRO-3 gathers one layer at a time (`engines`), so its hooks stay outside the compiled code.
 
     Args:
         model: an HF model.

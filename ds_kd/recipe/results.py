@@ -34,7 +34,7 @@ def describe_without_final(cfg: RunConfig) -> str:
         return ""
     told = f"{directory / FINAL}: no Hugging Face model there: the run in {directory} has"
     if not directory.is_dir():
-        return f"{told} no such directory; checkpoint.checkpoint_dir=… names it"
+        return f"there is no directory {directory} of a run; checkpoint.checkpoint_dir=… names it"
     latest = follow(directory / LATEST)
     if latest.is_dir():
         command = f"python launch/export.py {directory / LATEST} OUT"

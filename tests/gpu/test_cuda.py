@@ -147,6 +147,32 @@ def test_one_launch_for_a_pack_equals_its_samples_in_fp32(parents, tmp_path):
         assert (got - want).norm() < 0.15 * want.norm()  # 0.08 is rounding
 
 
+def test_a_compiled_layer_takes_packs_of_any_lengths_in_one_launch_each(tmp_path):
+    """Without a break, and with the numbers of plain layers."""
+    from torch._dynamo.utils import counters
+    from transformers import AutoModelForCausalLM
+
+    path = tiny.llama(tmp_path / "model", hidden=128)
+    models = []
+    for _ in range(2):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16).cuda()
+        attend_by_sample(model)
+        models.append(causal_lm.FrozenModel(model))
+    torch._dynamo.reset()
+    counters.clear()
+    causal_lm.compile_layers(models[1].model)
+    for lengths in ([6, 9, 3, 20], [30, 2], [11, 12, 13, 5, 4]):
+        ids = torch.arange(sum(lengths), device="cuda")[None] % tiny.VOCAB
+        places = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+        batch = {
+            "input_ids": ids, "position_ids": places, "segment_lengths": lengths,
+            "supervised": torch.arange(sum(lengths), device="cuda"),
+        }  # fmt: skip
+        want, got = (model(batch).float() for model in models)
+        assert (got - want).norm() < 0.05 * want.norm()
+    assert not counters["graph_break"]
+
+
 def test_ligers_kernels_compute_what_transformers_does(tmp_path):
     """In fp32, through a wrapped model as in a run: hidden states and gradients."""
     pytest.importorskip("liger_kernel")

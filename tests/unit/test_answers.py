@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from ds_kd.data.rows.detect import samples_of
 from ds_kd.models.generate import load_student
+from ds_kd.recipe.offline.answers import AnswersError, claim_output
 from tests import tiny
 from tests.scripts import script
 
@@ -100,13 +101,26 @@ def test_conversations_are_answered_through_the_template_and_read_again_as_data(
     assert len(samples_of(str(place / "squad_out.jsonl"), tokenizer, None)) == len(squad)
 
 
+def test_an_output_is_claimed_by_its_whole_name_and_until_it_is_written(tmp_path):
+    one, other = ({"--teacher": [name, name], "--seed": 1} for name in "ab")
+    first, twin = tmp_path / "a.jsonl", tmp_path / "a.json"
+    claim_output(first, one)
+    claim_output(first, other)  # nothing is there yet; the one that ends first is kept
+    claim_output(first, one)
+    first.write_text("{}")
+    with pytest.raises(AnswersError, match="--teacher was a and is b; give another --output"):
+        claim_output(first, other)
+    claim_output(twin, other)
+    claim_output(first, one)
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
         (["--seed", "8"], "--seed was 7 and is 8"),
         (["--temperature", "1"], r"--temperature was 1\.5 and is 1\.0"),
-        (["--teacher", "chat"], "--teacher was plain and is chat, --data"),
-        (["--limit", "3"], r"--data first\.jsonl held something else then"),
+        (["--teacher", "chat"], "--teacher was plain and is chat;"),
+        (["--limit", "3"], "--limit was not given and is 3;"),
         (["--dtype", "bf16", "--plain"], "--dtype was float32 and is bfloat16, --plain was False"),
     ],
 )

@@ -35,7 +35,8 @@ def launch_by_mask(query, key, value, runs, back, scale):
 @pytest.fixture
 def like_a_gpu(monkeypatch):
     monkeypatch.setattr(varlen, "DEVICES", ("cpu",))
-    monkeypatch.setattr(varlen, "can_run", lambda *_: True)
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
+    monkeypatch.setattr(varlen, "_works", lambda *_: True)
     monkeypatch.setattr(varlen, "_launch", launch_by_mask)
 
 

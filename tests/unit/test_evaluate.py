@@ -697,6 +697,10 @@ def test_the_schema_and_the_package_know_the_same_tasks():
         ("kind: perplexity\nreference: '{{ctx'\n", "reference: got '{{ctx', expected a column's"),
         ("kind: perplexity\nreference: '{{text}}'\n", "no column text; found"),
         ("kind: generation\nprompt: x\nreference: ctx\nregex: '('\n", "regex: '(' is no regular"),
+        (
+            "kind: generation\nprompt: x\nreference: ctx\nregex: 'a{e}'\n",
+            "regex: '{e}' in 'a{e}'",
+        ),
         ("kind: perplexity\nrefernce: ctx\n", "refernce: unknown key; did you mean reference?"),
         (
             "kind: multiple_choice\nprompt: x\nchoices: endings\nreference: ctx\n",

@@ -287,7 +287,7 @@ def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):
     assert "--student OUT compares it" in told
     assert compare.main([*command, f"checkpoint.checkpoint_dir={tmp_path}/other", "--metrics",
                          str(run / "tensorboard" / "metrics.jsonl")]) == 2  # fmt: skip
-    assert f"the run in {tmp_path}/other has no such directory" in capsys.readouterr().err
+    assert f"there is no directory {tmp_path}/other of a run" in capsys.readouterr().err
     tiny.llama(run / "final")
     capsys.readouterr()
     assert compare.main(command) == 0

@@ -20,6 +20,7 @@ from ds_kd.data.mixture import make_mixture
 from ds_kd.data.rows.detect import known_data_sets
 from ds_kd.data.rows.frames import is_cut_off
 from ds_kd.data.rows.source import load_rows
+from ds_kd.data.rows.tables import open_table, read_table
 from ds_kd.data.squad import make_squad_dataset
 from ds_kd.data.text import make_instruction_dataset, make_sharegpt_dataset
 from ds_kd.parallel.world import World
@@ -520,3 +521,10 @@ def test_the_parts_of_a_mixture_are_checked_like_sections(sources, tmp_path):
     loaded = load(GUIDE, [f"dataset={json.dumps(section)}"]).dataset.kwargs["sources"]
     assert loaded[0]["path_or_dataset_id"] == sources[0]["dataset_name"]
     assert loaded[1]["_target_"] == "ds_kd.data.squad.make_squad_dataset"
+
+
+def test_rows_before_one_that_is_cut_inside_a_cell_are_read():
+    text = 'a,b\n1,2\n3,"a long tex'
+    assert [*read_table(open_table(text, ","), False, 1, 5)] == [("line 2", {"a": "1", "b": "2"})]
+    with pytest.raises(ValueError, match='line 3: a cell opens with "'):
+        [*read_table(open_table(text, ","), True, 1, 5)]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd import writing
 from ds_kd.evaluate.journal import Journal
 from ds_kd.teachers.cache.store import Store
 from ds_kd.writing import write_text, write_whole
@@ -86,6 +87,22 @@ def test_a_number_that_another_process_has_by_now_is_not_the_writers(tmp_path):
     (tmp_path / folder.replace(f"-{start}-", f"-{int(start) - 1}-")).mkdir()
     write_text(tmp_path / "b.txt", "b")
     assert names(tmp_path) == {"a.txt", "b.txt"}
+
+
+def test_the_file_of_a_process_of_which_the_system_tells_nothing_is_left(tmp_path, monkeypatch):
+    """As of other users', where /proc is mounted with `hidepid`."""
+
+    def refuse(*_):
+        raise PermissionError
+
+    folder = tmp_path / f".writing-{writing._hash_machine()}-{2**22 - 3}-7-{'0' * 8}"
+    folder.mkdir()
+    monkeypatch.setattr(writing.os, "kill", refuse)
+    write_text(tmp_path / "a.txt", "a")
+    assert names(tmp_path) == {"a.txt", folder.name}
+    monkeypatch.undo()
+    write_text(tmp_path / "a.txt", "a")
+    assert names(tmp_path) == {"a.txt"}
 
 
 def test_another_machines_remains_are_cleared_after_a_day_without_a_change(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import functools
 import glob
 import gzip
 import io
@@ -322,7 +323,13 @@ def find_wrong_line(path: str | Path) -> str:
 
 def find_wrong_cell(path: str | Path) -> str:
     """Return the problem of the first row of CSV whose quotes do not pair up, or an empty text; all
-    rows are read."""
+    rows are read, once in a process."""
+    state = os.stat(path)
+    return _find_wrong_cell(str(path), state.st_size, state.st_mtime_ns)
+
+
+@functools.cache
+def _find_wrong_cell(path: str, *_: int) -> str:
     with _open(path) as file:
         is_whole = not isinstance(file, io.BytesIO) or file.getbuffer().nbytes < _LONGEST
         lines = io.TextIOWrapper(file, "utf-8-sig", errors="replace", newline="")

@@ -56,6 +56,7 @@ def read_table(
     except csv.Error as error:
         if is_whole or _NEVER_CLOSED not in str(error):
             raise ValueError(f"line {start}: {_describe(error)}") from None
+        is_whole = True  # the row that was cut is not the one that waits
     if waiting is not None and is_whole:
         yield waiting
 

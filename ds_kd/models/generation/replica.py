@@ -48,8 +48,10 @@ class Replica:
         for name, parameters, value in lora.plain_weights(self._student):
             with gather(parameters):
                 # DeepSpeed gathers into new memory and then lets go of it: the copy takes it over.
-                # A weight that is not sharded is read where it is; nothing changes it meanwhile.
-                own[name].data = value().to(self.model.device)
+                # A weight that is not sharded is read where it is; nothing changes it meanwhile,
+                # but for one from a disk, whose buffer the next one takes.
+                is_lent = any(getattr(p, "nvme_swapper", None) is not None for p in parameters)
+                own[name].data = value().to(self.model.device, copy=is_lent)
         for name, buffer in self._student.named_buffers():
             if name in buffers:
                 buffers[name].copy_(buffer)

@@ -21,7 +21,7 @@ from ds_kd.errors import first_line
 
 #: Kinds of device on which one launch is tried; meta tensors stand for those of a GPU.
 DEVICES = ("cuda", "meta")
-_DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16)
 _LARGEST_HEAD = 256  # head size that flash attention takes
 
 
@@ -75,9 +75,10 @@ def can_run(query: Tensor, value: Tensor) -> bool:
     tokens, head size]`. A meta tensor is treated as one of a GPU."""
     size = query.shape[-1]
     is_usual = size == value.shape[-1] <= _LARGEST_HEAD and size % 8 == 0
-    if not is_usual or query.dtype not in _DTYPES:
+    if not is_usual or query.dtype not in DTYPES:
         return False
-    return query.is_meta or (query.is_cuda and works(query.device, query.dtype))
+    is_there = query.device.type in DEVICES
+    return is_there and (query.is_meta or works(query.device, query.dtype))
 
 
 def attend(

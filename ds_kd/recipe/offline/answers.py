@@ -36,8 +36,7 @@ Row = dict[str, Any]
 _FORMS = (("messages",), ("conversations",), ("context", "question", "answers"), ("prompt",))
 
 
-#: In the folder of an output's records: what decides its answers, and the most bytes it has.
-_SETTINGS, _MOST_SETTINGS = "settings.json", 1 << 16
+_MOST_SETTINGS = 1 << 16  # bytes of the note on what decides an output's answers
 
 
 class AnswersError(UserError):
@@ -118,8 +117,7 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
     on_rank0(lambda: _check_output(options), world)
     loaded = Loaded("--teacher", teacher, options.dtype, world)
     prompts = rank0_first(lambda: read_prompts(options, loaded.encoder), world)
-    room = loaded.encoder.longest
-    most = options.how.max_new_tokens
+    room, most = loaded.encoder.longest, options.how.max_new_tokens
     fits = [k for k, p in enumerate(prompts) if room is None or len(p.tokens) + most <= room]
     if not fits:
         raise AnswersError(
@@ -140,20 +138,27 @@ def generate_data(teacher: str, options: Options, world: World) -> list[str]:
     key = fingerprint(__version__, loaded.identity, str(loaded.dtype), rules, items)
     title = {"teacher": teacher, "data": options.data, "temperature": how.temperature}
     journal = Journal(folder, key, title, [item["row"] for item in items], world.rank)
-    batches = group([item["prompt"] for item in items], most)
     records = run_task(
         Answers(_bar_padding(how, loaded.tokenizer), options.seed),
         lambda: loaded.load(None, 0),
         items,
-        batches,
+        group([item["prompt"] for item in items], most),
         world,
         journal,
         f"answers of {teacher}",
     )
-    told = _write_rows(options, items, prompts, records, loaded.tokenizer, world)
+    told, lines = _make_lines(items, prompts, records, loaded.tokenizer)
+    on_rank0(lambda: _write_lines(options.output, made, lines), world)
+    written = f"{options.output}: {len(lines):,} answers to {len(prompts):,} prompts"
     left = len(prompts) - len(fits)
     note = f"{left} of {len(prompts)} prompts left out, too long for {room} tokens with an answer"
-    return [*told, *([note] if left else [])]
+    return [written, *told, *([note] if left else [])]
+
+
+def _write_lines(output: Path, settings: dict[str, Any], lines: list[str]) -> None:
+    """Write the answers, unless another run has written there meanwhile."""
+    claim_output(output, settings)
+    write_text(output, "".join(lines))
 
 
 def _folder_of(output: Path) -> Path:
@@ -181,6 +186,7 @@ def describe_settings(
         "--top-p": how.top_p,
         "--seed": options.seed,
         "--plain": options.is_plain,
+        "--limit": options.limit,
     }
 
 
@@ -191,7 +197,7 @@ def claim_output(output: Path, settings: dict[str, Any]) -> None:
         AnswersError: answers of other settings, or something else, are there already.
         OSError: the note cannot be written.
     """
-    path = _folder_of(output) / _SETTINGS
+    path = _folder_of(output) / f"{output.name}.settings.json"
     if output.exists():
         try:
             found = parse_json(read_plain_file(path, _MOST_SETTINGS))
@@ -200,7 +206,7 @@ def claim_output(output: Path, settings: dict[str, Any]) -> None:
         if not isinstance(found, dict):
             told = "nothing beside it tells which teacher wrote it, and it would be replaced"
         else:
-            told = ", ".join(filter(None, (_tell(n, found.get(n), settings[n]) for n in settings)))
+            told = _tell_differences(found, settings)
             told = told and f"it holds answers of other settings: {told}"
         if told:
             hint = "give another --output, or remove this one"
@@ -208,15 +214,23 @@ def claim_output(output: Path, settings: dict[str, Any]) -> None:
     write_text(path, json.dumps(settings, indent=1) + "\n")
 
 
-def _tell(option: str, before: Any, now: Any) -> str:
-    """Return words for an option whose value differs from that of an output, or an empty text."""
-    if isinstance(before, list) and isinstance(now, list):
-        if before[1:] == now[1:]:  # the same files, whatever they are called
-            return ""
-        if before[0] == now[0]:
-            return f"{option} {now[0]} held something else then"
-        before, now = before[0], now[0]
-    return "" if before == now else f"{option} was {before} and is {now}"
+def _tell_differences(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return words for the options whose values differ, or an empty text."""
+    told, changed = [], []
+    for option, new in now.items():
+        old = before.get(option)
+        if isinstance(old, list) and isinstance(new, list):
+            if old[1:] == new[1:]:  # the same files, whatever they are called
+                continue
+            (old, _), (new, _) = old, new
+            if old == new:
+                changed.append(f"{option} {new} held something else then")
+        if old != new:
+            old, new = ("not given" if each is None else each for each in (old, new))
+            told.append(f"{option} was {old} and is {new}")
+
+    # Prompts follow from other options too, which are then the reason.
+    return ", ".join(told or changed)
 
 
 def _bar_padding(how: Sampling, tokenizer: Any) -> Sampling:
@@ -281,15 +295,13 @@ def _read_prompt(row: Row, form: tuple[str, ...], encoder: Encoder, uses_chat: b
     return Prompt(encoder.encode_prompt(text, uses_chat), made)
 
 
-def _write_rows(
-    options: Options,
+def _make_lines(
     items: list[dict[str, Any]],
     prompts: list[Prompt],
     records: Iterable[dict[str, Any]],
     tokenizer: Any,
-    world: World,
-) -> list[str]:
-    """Write the file on rank 0, and return lines on it.
+) -> tuple[list[str], list[str]]:
+    """Return what is to be told, and the lines of the file.
 
     An answer that the limit cut has no end to learn, and an empty one nothing at all: both are left
     out.
@@ -303,11 +315,10 @@ def _write_rows(
         row = prompts[item["row"]].finish(text)
         lines.append(json.dumps({**row, "row": item["row"], "draw": item["number"]}) + "\n")
 
-    on_rank0(lambda: write_text(options.output, "".join(lines)), world)
-    told = [f"{options.output}: {len(lines):,} answers to {len(prompts):,} prompts"]
+    told = []
     if cut:
         told.append(f"{cut:,} cut by --max-new-tokens left out; a larger limit keeps more")
-    return told + ([f"{empty:,} empty ones left out"] if empty else [])
+    return told + ([f"{empty:,} empty ones left out"] if empty else []), lines
 
 
 def _check_output(options: Options) -> None:

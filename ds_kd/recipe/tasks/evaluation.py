@@ -118,6 +118,10 @@ def make_named_task(name: str) -> Task:
     )
 
 
+#: A brace that the module `regex` reads as errors to allow.
+_FUZZY = regex.compile(r"(?<!\\)\{\d*\s*(<=?)?\s*[eids]\s*(<=?\s*\d+)?\s*[,:}+][^}]*\}?")
+
+
 def _select_options(given: TaskFile) -> dict[str, Any]:
     """Return the arguments of a kind's class that its YAML sets.
 
@@ -128,10 +132,7 @@ def _select_options(given: TaskFile) -> dict[str, Any]:
         return {"gap": given.delimiter}
     if given.kind == "perplexity":
         return {}
-    try:
-        regex.compile(given.regex or "")
-    except regex.error as error:
-        raise ValueError(f"regex: {given.regex!r} is no regular expression: {error}") from None
+    _check_pattern(given.regex or "")
     return {
         "scores": tuple(given.metrics or METRICS),
         "stop": tuple(given.stop or ["\n"]),
@@ -139,6 +140,23 @@ def _select_options(given: TaskFile) -> dict[str, Any]:
         "uses_chat": given.chat,
         "pattern": given.regex,
     }
+
+
+def _check_pattern(pattern: str) -> None:
+    """Refuse what is no regular expression, or means another one to `regex` than to `re`.
+
+    Raises:
+        ValueError: says what is wrong with it.
+    """
+    try:
+        regex.compile(pattern)
+    except regex.error as error:
+        raise ValueError(f"regex: {pattern!r} is no regular expression: {error}") from None
+    if found := _FUZZY.search(pattern):
+        raise ValueError(
+            f"regex: {found[0]!r} in {pattern!r} would allow errors in what is found; write "
+            f"\\{{ for a brace"
+        )
 
 
 def evaluate(
