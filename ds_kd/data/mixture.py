@@ -129,6 +129,18 @@ def draw_first(
     return mixed.select(range(min(len(mixed), max(most, len(few)))))
 
 
+def list_sources(sources: list) -> list[Any]:
+    """Return what each part of a mixture names as its rows, also of a part that cannot be read."""
+    named = []
+    for part in sources:
+        try:
+            found, arguments = _read_part(part)
+            named.append(found.source_of(arguments))
+        except (ValueError, OSError):
+            named.append(part.get("dataset_name"))
+    return named
+
+
 def _count_rows(sources: list, limit: int | None) -> list[int]:
     """Return how many rows each source gives to a mixture that is cut behind `limit` samples."""
     counts, left = [], limit

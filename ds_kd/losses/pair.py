@@ -16,9 +16,9 @@ from ds_kd.losses.buffers import Buffers
 
 _BLOCK = 64  # logits in which a CPU looks for the largest at one time
 _TOP = 5
-# Logits of one model in a block of rows: few enough that the tensors of a formula are small beside
-# those of a chunk, and enough that a GPU is busy.
-_OF_BLOCK, _OF_BLOCK_ON_GPU = 2**21, 2**24
+#: Logits of one model in a block of rows, on a CPU and a GPU: few enough that the tensors of a
+#: formula are small beside those of a chunk, and enough that a GPU is busy.
+OF_BLOCK, OF_BLOCK_ON_GPU = 2**21, 2**24
 #: Above this temperature log-ratios are of the order of 1/T and divergences of 1/T², while the
 #: log-sum-exps that they are computed from are about ten: their difference in fp32 is too inexact.
 HIGH_TEMPERATURE = 8.0
@@ -98,7 +98,7 @@ class Pair:
         """
         tokens, vocab = self.student.shape
         on_cpu = self.student.device.type == "cpu"
-        size = max(1, (_OF_BLOCK if on_cpu else _OF_BLOCK_ON_GPU) // vocab)
+        size = max(1, (OF_BLOCK if on_cpu else OF_BLOCK_ON_GPU) // vocab)
         is_high = self.temperature > HIGH_TEMPERATURE
         dtype = torch.float64 if is_high else self.student.dtype
         buffers = self.buffers.of_block(size, dtype)

@@ -168,7 +168,8 @@ def size_bucket(config: dict[str, Any], trained: int) -> dict[str, Any]:
 
     DeepSpeed allocates the whole bucket, in which the gradients of a backward pass are exchanged.
     If the ZeRO file names no `reduce_bucket_size`, it is `REDUCE_BUCKET`, and never larger than all
-    gradients together.
+    gradients together. With `tp_size` the weights are cut later, so that it may be larger than the
+    gradients of this rank.
     """
     zero = config.get("zero_optimization", {})
     if zero.get("stage") != 3 or "reduce_bucket_size" in zero:

@@ -21,7 +21,7 @@ from ds_kd.plan.samples import data_of, describe_sharing
 from ds_kd.plan.shapes import format_count, format_size, read_sizes, shape_of
 from ds_kd.plan.step.cluster import Cluster, bytes_of, divide_over_nodes, make_cluster
 from ds_kd.plan.step.operations import count_operations
-from ds_kd.plan.step.passes import count_passes, is_fused
+from ds_kd.plan.step.passes import inspect_loss
 from ds_kd.plan.step.ranks import Tune, smallest_fit
 from ds_kd.plan.step.time import describe_time
 from ds_kd.plan.step.traffic import describe_traffic
@@ -119,15 +119,14 @@ def describe(
     parts = memory.estimate_bytes(student, teacher, work, world)
     lines += _describe_memory(parts)
     lines += _describe_worlds(student, teacher, plain, machine, tune)
-    lines += _describe_cost(cfg, student, teacher, work, world, mfu, tflops, cluster)
+    lines += _describe_cost(student, teacher, work, world, mfu, tflops, cluster)
     lines += describe_writing(
-        config_of(cfg.model), student, parts, writing, machine, world, cluster
+        config_of(cfg.model), student, parts, work, writing, machine, world, cluster
     )
     return "\n".join(lines)
 
 
 def _describe_cost(
-    cfg: RunConfig,
     student: memory.Shape,
     teacher: memory.Shape | None,
     work: memory.Work,
@@ -137,7 +136,7 @@ def _describe_cost(
     cluster: Cluster | None,
 ) -> list[str]:
     """Return lines on a step's operations, what ranks exchange in it, and its time on GPUs."""
-    asked = student if cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE else teacher
+    asked = student if work.teacher_is_base else teacher
     operations = count_operations(student, asked, work)
     told = f"{operations / (mfu * tflops * 1e12):.3g} s at {mfu:.0%} of {tflops:g} TFLOP/s"
     lines = [f"  a step: {operations / 1e12:.3g} TFLOP on each rank, {told}"]
@@ -333,6 +332,7 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
     cuda = torch.cuda.is_available() or cfg.dist_env.backend == "nccl"
     given = [n for loss in cfg.kd_losses if (n := loss.kwargs.get("chunk_size")) is not None]
     chunk = given[0] if given else default_chunk("cuda" if cuda else "cpu")  # 0 is all at once
+    passes, is_fused = inspect_loss(cfg)
     values: dict[str, Any] = {
         "tokens": tokens,
         "length": max(1, tokens // local),
@@ -343,8 +343,8 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "sequence": cfg.distributed.cp_size or 1,
         "chunk": chunk or tokens,
         "shares_softmax": _shares_softmax(cfg.kd_loss_fn),
-        "passes": count_passes(cfg),
-        "is_fused": cuda and is_fused(cfg),
+        "passes": passes,
+        "is_fused": cuda and is_fused,
         "is_on_cpu": not cuda,
         "optimizer_numbers": optimizer_numbers(
             cfg.optimizer.name.rpartition(".")[2], cfg.optimizer.kwargs
@@ -356,6 +356,8 @@ def work_of(cfg: RunConfig, world: int, tokens: int, supervised: float) -> memor
         "teacher_is_whole": zero["teacher"].get("stage") == 0,
         "teacher_is_on_disk": (zero["teacher"].get("offload_param") or {}).get("device") == "nvme",
         "teacher_is_rounded": cfg.teacher.placement == INT8,
+        "asks_teacher": cfg.asks_teacher,
+        "teacher_is_base": cfg.asks_teacher and cfg.teacher.kind == SHARED_BASE,
         "cached_head": count_head_bytes(find_record(cfg)),
     }
     return memory.Work(**(values | read_sizes(zero)))

@@ -12,6 +12,7 @@ from ds_kd.plan import memory
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.shapes import format_size
 from ds_kd.plan.step.cluster import Cluster
+from ds_kd.plan.step.peak import count_bucket
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def describe_writing(
     config: Any,
     student: memory.Shape,
     parts: dict[str, int],
+    work: memory.Work,
     writing: Writing | None,
     machine: memory.Machine,
     world: int,
@@ -87,6 +89,7 @@ def describe_writing(
     Args:
         config: the student's Hugging Face configuration.
         parts: the memory of a step, from `memory.estimate_bytes`.
+        work: the work of a step.
         machine: the memory of a rank.
         world: the ranks, which share the batches.
         cluster: named accelerators; None takes an H100's memory.
@@ -97,9 +100,10 @@ def describe_writing(
     cache = rows * (writing.prompt + writing.answer) * _count_cache(config) * student.width
     copy = student.parameters * student.width
 
-    # Nothing of a step's activations is there while the student writes.
+    # Nothing of a step's activations is there while the student writes; its bucket is.
+    bucket = count_bucket(student, work) * student.width
     states = {name: size for name, size in parts.items() if memory.is_state(name)}
-    needed = memory.on_device(states) + copy + cache
+    needed = memory.on_device(states) + bucket + copy + cache
     fits = "" if machine.room is None else ", fits" if needed <= machine.room else ", too much"
     bandwidth = (GPUS["h100"] if cluster is None else cluster.gpu).bandwidth
     seconds = turns * writing.answer * copy / bandwidth
@@ -108,7 +112,7 @@ def describe_writing(
         f"  rollouts: {sum(writing.batches)} answers of up to {writing.answer} tokens to prompts "
         f"of about {writing.prompt}, in {len(writing.batches)} batch(es) of up to {rows}, {every}",
         f"    a copy of the student {format_size(copy)}, keys and values {format_size(cache)}; "
-        f"with the states of a step {format_size(needed)} on a rank{fits}",
+        f"with a step's states and bucket {format_size(needed)} on a rank{fits}",
         f"    {turns * writing.answer:,} forwards of one token after another on a rank: "
         f"{seconds:.3g} s or more at {bandwidth / 1e12:g} TB/s of memory",
     ]

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from typing import Any
 
 from ds_kd.config.components import Component, ConfigError, config_error
 from ds_kd.config.schema import RunConfig
 from ds_kd.data.labels import IGNORE_INDEX
-from ds_kd.data.mixture import draw_first
+from ds_kd.data.mixture import draw_first, list_sources
 from ds_kd.data.own import SHIFTED, OwnSamples
 from ds_kd.data.packing import pack
 from ds_kd.data.prefixes import SharedDataset
@@ -60,10 +60,9 @@ def load_first(cfg: RunConfig, most: int) -> tuple[int | None, list[dict[str, An
         if not component.name.startswith("ds_kd.data."):
             rows = OwnSamples(rows, len(tokenizer), labels)
         some = [rows[k] for k in range(min(len(rows), most))]
-        if not any(len(row["input_ids"]) for row in some):
-            raise ValueError("there is no token in its first samples")
+        _check_tokens(some)
     except (ConfigError, ValueError, OSError) as error:
-        if isinstance(error, ConfigError) or not Path(str(source)).exists():
+        if isinstance(error, ConfigError) or not _is_local(source):
             return total, None
         raise ConfigError([f"{component.key}.{argument}: {first_line(error)}"]) from error
     return total, some
@@ -83,12 +82,24 @@ def _load_mixture(cfg: RunConfig, most: int) -> list[dict[str, Any]] | None:
     component = cfg.dataset
     try:
         tokenizer = tokenizer_of(cfg.model, World(0, 1, torch.device("cpu"), "gloo"))
-        return [*draw_first(tokenizer, most, **component.kwargs)]
+        some = [*draw_first(tokenizer, most, **component.kwargs)]
+        _check_tokens(some)
+        return some
     except (ConfigError, ValueError, OSError) as error:
-        named = [str(value) for part in component.kwargs["sources"] for value in part.values()]
-        if isinstance(error, ConfigError) or not any(Path(value).exists() for value in named):
+        named = list_sources(component.kwargs["sources"])
+        if isinstance(error, ConfigError) or not any(map(_is_local, named)):
             return None
         raise ConfigError([f"{component.key}: {first_line(error)}"]) from error
+
+
+def _check_tokens(some: list[dict[str, Any]]) -> None:
+    if not any(len(row["input_ids"]) for row in some):
+        raise ValueError("there is no token in its first samples")
+
+
+def _is_local(source: Any) -> bool:
+    # Unlike Path.exists, this takes a text that is too long for a name.
+    return source is not None and os.path.exists(str(source))
 
 
 def describe_sharing(cfg: RunConfig) -> list[str]:
@@ -114,15 +125,20 @@ def describe_sharing(cfg: RunConfig) -> list[str]:
     # The packs are those of a run on these samples alone.
     computed = sum(len(packs[k]["input_ids"]) for k in range(len(packs)))
     saved = sum(packs.lengths) / max(1, computed)
-    told = f"1 token for {saved:.2f} of its first {len(some):,} samples"
-    if cfg.dataset.declaration is not None and cfg.dataset.declaration.has_parts:
-        told = f"1 token for {saved:.2f} of {len(some):,} samples, mixed as in the run"
+    told = f"1 token for {saved:.2f} of {_name_samples(cfg, len(some))}"
     if packing.share_prefixes:
         held = len(some) / len(packs)
         return [f"  shared beginnings: computes {told}; a pack holds {held:.1f} samples"]
     if saved < _WORTH_TELLING:
         return []
     return [f"  shared beginnings: {key}.share_prefixes: true would compute {told}"]
+
+
+def _name_samples(cfg: RunConfig, count: int) -> str:
+    data = cfg.dataset.declaration
+    if data is not None and data.has_parts:
+        return f"{count:,} samples mixed as in the run"
+    return f"its first {count:,} samples"
 
 
 def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int, float, str]:
@@ -132,15 +148,12 @@ def data_of(cfg: RunConfig, length: int | None = None) -> tuple[int | None, int,
         length: tokens of a sample; None measures the data.
     """
     local, component = cfg.step_scheduler.local_batch_size, cfg.dataset
-    is_measured = component.declaration is not None and not component.declaration.has_parts
-    total, supervised, longest = _measure(cfg) if is_measured else (None, 1.0, None)
+    total, supervised, longest, count = _measure(cfg)
     cut = _find_cut_length(component)
     if length is not None:
         return total, local * length, supervised, "--length"
     if longest is not None:
-        told = (
-            f"nine tenths of its first {min(total or 0, _SAMPLES)} samples have at most {longest}"
-        )
+        told = f"nine tenths of {_name_samples(cfg, count)} have at most {longest}"
         return total, local * longest, supervised, told
     if cut is not None:
         return total, local * cut, supervised, f"{component.key}.seq_length"
@@ -158,17 +171,18 @@ def _find_cut_length(component: Component) -> int | None:
     return length if length and (cuts or kwargs.get("padding") == "max_length") else None
 
 
-def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
-    """Return (samples, share supervised, 90th percentile of lengths) of the first samples.
+def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None, int]:
+    """Return (samples, share supervised, 90th percentile of lengths, how many lengths) of the first
+    samples.
 
-    A value is None if the data or the tokenizer are not at hand.
+    A value is None if the data or the tokenizer are not at hand, and the first one for a mixture.
 
     Raises:
         ConfigError: a local file is wrong.
     """
     total, some = load_first(cfg, _SAMPLES)
     if some is None:
-        return total, 1.0, None
+        return total, 1.0, None, 0
     lengths = [len(row["input_ids"]) for row in some]
     if size := cfg.packed_sequence.packed_sequence_size:
         expected = f"room for every sample of {cfg.dataset.key}"
@@ -176,4 +190,4 @@ def _measure(cfg: RunConfig) -> tuple[int | None, float, int | None]:
             pack(lengths, size, cfg.rng.seed)
     lengths.sort()
     taught = sum(label != IGNORE_INDEX for row in some for label in row["labels"])
-    return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10]
+    return total, taught / sum(lengths), lengths[9 * (len(lengths) - 1) // 10], len(lengths)

@@ -77,6 +77,8 @@ class Work:
         teacher_is_whole: every rank has the whole teacher (stage 0).
         teacher_is_on_disk: an offloaded teacher is on an NVMe disk, and not in the host's memory.
         teacher_is_rounded: the teacher's weights are kept in 8 bits.
+        asks_teacher: the loss compares the student with a teacher, of whatever kind.
+        teacher_is_base: the teacher is the student's base, with the student's weights.
         cached_head: bytes of the head of a teacher that is read from a cache.
         is_fused: one kernel computes both losses of a chunk.
         is_on_cpu: ranks are CPUs, where the loss keeps its buffers from step to step, and what is
@@ -111,6 +113,8 @@ class Work:
     teacher_is_whole: bool = False
     teacher_is_on_disk: bool = False
     teacher_is_rounded: bool = False
+    asks_teacher: bool = True
+    teacher_is_base: bool = False
     cached_head: int = 0
     is_fused: bool = False
     is_on_cpu: bool = False

@@ -107,7 +107,7 @@ def measure(loss, inputs, definition=None, temperature=1.0, kd_ratio=0.7):
 def test_value_and_gradient_are_those_of_the_definition(
     kind, arguments, definition, temperature, chunk, monkeypatch
 ):
-    monkeypatch.setattr(pair, "_OF_BLOCK", 3 * VOCAB)  # seven rows are two blocks and a rest
+    monkeypatch.setattr(pair, "OF_BLOCK", 3 * VOCAB)  # seven rows are two blocks and a rest
     inputs = case(13, 30, VOCAB, torch.float64)
     loss = kind(temperature=temperature, chunk_size=chunk, **arguments)
     value, grads = measure(loss, inputs)
@@ -291,7 +291,7 @@ def test_the_workspace_is_at_most_15_percent_of_whole_logits(
 ):
     """As 4,096 tokens and 128k words in chunks of 512, scaled down; bytes are counted."""
     tokens, vocab, chunk = 512, 2000, 64
-    monkeypatch.setattr(pair, "_OF_BLOCK", chunk * vocab // 32)
+    monkeypatch.setattr(pair, "OF_BLOCK", chunk * vocab // 32)
     inputs = case(18, tokens, vocab, masked=0.0)
     chunked = DistillationLoss(
         MaskedCrossEntropy(), kind(temperature=2.0, chunk_size=chunk, **arguments), 0.5

@@ -16,6 +16,7 @@ from ds_kd.plan.dry_run import work_of
 from ds_kd.plan.hardware import GPUS
 from ds_kd.plan.new_config.starter import make_chooser
 from ds_kd.plan.shapes import WORLDS, shape_of
+from ds_kd.plan.step import passes as of_loss
 from ds_kd.plan.step.cluster import Cluster
 from ds_kd.plan.step.operations import count_by_phase, count_operations
 from ds_kd.plan.step.peak import split_step
@@ -83,6 +84,10 @@ def test_a_teacher_in_8_bits_takes_a_byte_and_a_sixteenth_a_weight_and_its_head_
     head, name = 32_000 * 4096, "gathered layers and heads"
     whole, rounded = (split_step(LARGE, LARGE, work, 4)["loss"] for work in works)
     assert rounded[name] - whole[name] == head * 17 / 16  # it has arrived when the loss begins
+    # A single rank has the head in place, unless it is away or in 8 bits.
+    for more, width in ((None, 0), ("offload_teacher", 2), ("teacher_is_rounded", 2)):
+        work = plan.Work(1, 1, **({more: True} if more else {}))
+        assert split_step(LARGE, LARGE, work, 1)["loss"][name] == head * width
 
 
 def test_the_bucket_of_gradients_is_there_all_the_time_and_no_larger_than_they_are():
@@ -100,6 +105,30 @@ def test_the_bucket_of_gradients_is_there_all_the_time_and_no_larger_than_they_a
         assert phases["exchange"][name] == 2 * (numbers + filled) + 4 * filled // 8
         # The optimizer takes those of at most 10^9 weights at a time.
         assert phases["optimizer"][name] == 2 * numbers + 4 * min(10**9, student.trained // 8)
+
+
+def test_a_loss_compares_both_models_where_the_teacher_has_no_shape_of_its_own(words):
+    name, work = "logits workspace", plan.Work(1024, 1024)
+    whole = split_step(LARGE, LARGE, work, 8)
+    # Outputs that are read from a cache, with or without a head, and a base's are compared too.
+    cached = split_step(LARGE, None, work, 8)
+    base = split_step(LARGE, None, plan.replace(work, teacher_is_base=True), 8)
+    assert whole["loss"][name] == cached["loss"][name] == base["loss"][name]
+    alone = split_step(LARGE, None, plan.replace(work, asks_teacher=False), 8)
+    assert alone["loss"][name] == 4 * 2 * 1024 * 32_000 < base["loss"][name]
+    # The forward of a base gathers the student's weights.
+    assert "teacher" not in cached and "teacher" not in alone
+    gathered = "gathered layers and heads"
+    assert base["teacher"][gathered] == base["backward"][gathered] > 0
+    assert base["teacher"]["activations"] == whole["teacher"]["activations"]
+
+    shared = ["teacher.kind=shared_base", "teacher_model=null", "peft={match_all_linear: true}"]
+    given = [word for word in words if "=" in word and "teacher" not in word]
+    none = ["kd_ratio=0"]
+    for more, found in (([], (True, False)), (shared, (True, True)), (none, (False, False))):
+        cfg = load(GUIDE, [*given, *more], config_only=True)
+        work = work_of(cfg, 1, 32, 1.0)
+        assert (work.asks_teacher, work.teacher_is_base) == found
 
 
 def test_a_step_needs_what_its_largest_phase_does():
@@ -349,6 +378,15 @@ def test_the_loss_takes_the_time_of_its_kernel_or_of_the_plain_code(section, pas
     work = plan.replace(work, micro_batches=1)
     student = estimate_phases(LARGE, LARGE, work, Cluster(GPUS["h100"], 1, 1))[1]
     assert student.memory == pytest.approx(passes * 4 * 4096 * 32_000 / 3.35e12, rel=1e-3)
+
+
+def test_a_plan_assembles_the_loss_once(words, monkeypatch, capsys):
+    assemble, made = of_loss.assemble_loss, []
+    monkeypatch.setattr(
+        of_loss, "assemble_loss", lambda *given: made.append(given) or assemble(*given)
+    )
+    assert script("plan").main([*words, "--length", "32", "dist_env.backend=nccl"]) == 0
+    assert len(made) == 1, capsys.readouterr().out
 
 
 def test_ranks_share_layers_and_samples_only_as_both_models_heads_allow(words):

@@ -26,7 +26,7 @@ from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, lora, probes
 from ds_kd.models.attention import attend_by_sample
 from ds_kd.models.packs.tree import Tree
-from ds_kd.plan.samples import describe_sharing, load_first
+from ds_kd.plan.samples import data_of, describe_sharing, load_first
 from tests import tiny
 from tests.unit.test_packing import CPU, Engine, architecture
 
@@ -427,3 +427,42 @@ def test_a_plan_tells_what_sharing_saves_on_a_mixture_as_the_run_draws_it(tmp_pa
         broken = config(*each)
         broken.dataset.kwargs["sources"][1]["dataset_name"] = f"{tmp_path}/absent.jsonl"
         describe_sharing(broken)
+
+
+def test_a_plan_measures_a_mixture_and_refuses_only_what_is_wrong_in_local_files(
+    tmp_path, monkeypatch
+):
+    student = tiny.llama(tmp_path / "student")
+    squad = "ds_kd.data.squad.make_squad_dataset"
+    for name, words in (("short", 5), ("long", 40)):
+        row = {"context": "w3 " * words, "question": "w4", "answers": {"text": ["w5"]}}
+        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(row)}\n" * 50)
+    sources = ", ".join(f"{{dataset_name: {tmp_path}/{name}.jsonl}}" for name in ("short", "long"))
+    mixture = f"dataset={{_target_: ds_kd.data.mixture.make_mixture, sources: [{sources}]}}"
+    models = f"model.pretrained_model_name_or_path={student}"
+    cfg = load(GUIDE, [models, "validation_dataset=null", mixture])
+    _, some = load_first(cfg, 64)
+    lengths = [len(row["input_ids"]) for row in some]
+    rows, tokens, supervised, told = data_of(cfg)
+    assert rows is None and tokens == cfg.step_scheduler.local_batch_size * max(lengths)
+    taught = sum(label != -100 for row in some for label in row["labels"])
+    assert supervised == pytest.approx(taught / sum(lengths)) and supervised < 1
+    assert told == f"nine tenths of 64 samples mixed as in the run have at most {max(lengths)}"
+
+    def refuse(*_, **__):
+        raise ValueError("cannot be read")
+
+    # A directory of a split's name makes no source local; nor does a text too long for a name.
+    monkeypatch.setattr("ds_kd.plan.samples.draw_first", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train").mkdir()
+    for source in ("of/hub", "w" * 5000):
+        part = {"_target_": squad, "dataset_name": source, "split": "train"}
+        cfg.dataset.kwargs["sources"] = [part]
+        assert load_first(cfg, 8) == (None, None)
+    cfg.dataset.kwargs["sources"] = [part, {**part, "dataset_name": "short.jsonl"}]
+    with pytest.raises(ConfigError, match="dataset: cannot be read"):
+        load_first(cfg, 8)
+    monkeypatch.setattr("ds_kd.plan.samples.draw_first", lambda *_, **__: [{"input_ids": []}])
+    with pytest.raises(ConfigError, match="dataset: there is no token in its first samples"):
+        data_of(cfg)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +314,22 @@ def test_rows_without_answers_are_for_a_student_that_writes_all_of_them(place):
     assert "no answers to learn" in refusal(place, "rollouts=null", dataset=prompts)
     assert "cannot be validated" in refusal(place, "validation_share=0.5", dataset=prompts)
     assert "no answers to validate" in refusal(place, validation_dataset=prompts)
+
+
+def test_the_bucket_of_gradients_is_there_while_the_student_writes():
+    from ds_kd.plan.memory import Machine, Shape, Work
+    from ds_kd.plan.rollouts import Writing, describe_writing
+
+    text = SimpleNamespace(num_attention_heads=4, hidden_size=64, num_hidden_layers=2)
+    config = SimpleNamespace(get_text_config=lambda: text)
+    # A copy of 1 GiB, a bucket of 2 GiB or of 5e8 numbers, and 1 KiB for two tokens.
+    student = Shape(2**29, 2**29, 0, 2, 2**20, 1000, 64, 1000, True, 2)
+    for bucket, told in ((2**30, "3.00 GiB on a rank, too much"), (0, "1.93 GiB on a rank, fits")):
+        lines = describe_writing(
+            config, student, {}, Work(8, 8, bucket=bucket), Writing(1, 1, 1, (1,), 1),
+            Machine(room=2**31), 1,
+        )  # fmt: skip
+        assert told in lines[1]
 
 
 def test_the_plan_tells_what_the_student_writes_and_the_memory_for_it(place):

@@ -1,11 +1,10 @@
-"""Count how often a run's loss goes over its logits on a GPU."""
+"""Find whether a kernel computes a run's loss on a GPU, and how often it goes over its logits."""
 
 from __future__ import annotations
 
 import torch
 
 from ds_kd.config.schema import RunConfig
-from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.head import Head, States
 from ds_kd.parallel.world import World
 from ds_kd.recipe.loss.build import assemble_loss
@@ -20,40 +19,23 @@ _OF_KERNEL = {"forward_kl": 5, "others": 7}
 _PLAIN = {"shared": 23.5, "two": 37.5, "others": 60.0}
 
 
-def count_passes(cfg: RunConfig) -> float:
-    """Return the passes over `[tokens, vocabulary]` in fp32 that the loss makes.
-
-    The loss itself is asked whether a kernel computes it.
+def inspect_loss(cfg: RunConfig) -> tuple[float, bool]:
+    """Return the passes over `[tokens, vocabulary]` in fp32 that the loss makes on a GPU, and
+    whether one kernel computes both losses of a chunk there, which the loss itself is asked.
 
     Raises:
         ConfigError: a loss refuses its arguments, or breaks its contract.
     """
-    loss, dtype = _assemble(cfg)
+    config, dtype = config_of(cfg.model).get_text_config(), training_dtype(cfg.model)
+    loss = assemble_loss(cfg, config.vocab_size, None, World(0, 1, torch.device("cpu"), "gloo"))
     is_at_1 = loss.divergence.temperature == 1.0
     kind = "forward_kl" if getattr(loss.divergence, "name", "") == "forward_kl" else "others"
-    if is_fused(cfg):
-        return (_OF_KERNEL[kind] + (0 if is_at_1 else 2)) * dtype.itemsize / 4
-    if cfg.kd_ratio == 0 or (kind == "forward_kl" and is_at_1):
-        return _PLAIN["shared"]
-    return _PLAIN["two" if kind == "forward_kl" else "others"]
-
-
-def is_fused(cfg: RunConfig) -> bool:
-    """Return whether one kernel computes both losses of a chunk on a GPU.
-
-    Raises:
-        ConfigError: a loss refuses its arguments, or breaks its contract.
-    """
-    loss, dtype = _assemble(cfg)
-    softcap = getattr(config_of(cfg.model).get_text_config(), "final_logit_softcapping", None)
 
     # The meta device stands for a GPU on which the kernels work.
     hidden, weight = (torch.empty(1, 1, dtype=dtype, device="meta") for _ in range(2))
-    return loss.is_fused(States(hidden, Head(weight, softcap=softcap)), is_training=True)
-
-
-def _assemble(cfg: RunConfig) -> tuple[DistillationLoss, torch.dtype]:
-    """Return the loss of a run and the dtype of its models."""
-    here = World(0, 1, torch.device("cpu"), "gloo")
-    words = config_of(cfg.model).get_text_config().vocab_size
-    return assemble_loss(cfg, words, None, here), training_dtype(cfg.model)
+    head = Head(weight, softcap=getattr(config, "final_logit_softcapping", None))
+    if loss.is_fused(States(hidden, head), is_training=True):
+        return (_OF_KERNEL[kind] + (0 if is_at_1 else 2)) * dtype.itemsize / 4, True
+    if cfg.kd_ratio == 0 or (kind == "forward_kl" and is_at_1):
+        return _PLAIN["shared"], False
+    return _PLAIN["two" if kind == "forward_kl" else "others"], False

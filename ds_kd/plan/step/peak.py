@@ -8,13 +8,12 @@ of one phase is free again in the next, so that the peak is that of the phase wh
 
 from __future__ import annotations
 
+from ds_kd.losses.pair import OF_BLOCK, OF_BLOCK_ON_GPU
 from ds_kd.parallel.engines import REDUCE_BUCKET
 from ds_kd.plan.shapes import Shape, Work, count_kept, width_at_rest
 
 _PREFETCH = 50_000_000  # elements: DeepSpeed's stage3_prefetch_bucket_size
-#: Numbers of a block of logits in which the loss measures what is logged, on a CPU and a GPU
-#: (`ds_kd.losses.pair`), and the buffers that it keeps for one.
-_OF_BLOCK, _OF_BLOCK_ON_GPU, _BLOCKS = 2**21, 2**24, 2
+_BLOCKS = 2  # buffers that the loss keeps for a block of logits, in which it measures what it logs
 
 _GATHERED = "gathered layers and heads"
 _GRADIENTS = "gradients before they are shared out"
@@ -34,7 +33,7 @@ def split_step(
     """Return the bytes that each phase of a step adds, by purpose: `teacher`, `loss` (the end of
     the student's forward), `backward` (its beginning), `exchange` (the first full bucket of
     gradients) and `optimizer`."""
-    width, logits = student.width, _count_logits(student, teacher, work)
+    width, logits = student.width, _count_logits(student, work)
     on_cpu = logits if work.is_on_cpu else 0
     kept, fetched, heads = _count_gathered(student, work, world)
 
@@ -42,7 +41,7 @@ def split_step(
     # ranks to be exchanged, once more by a CPU's collective, and a rank's part of 16 bits comes
     # back in fp32. The head's gradient is summed in fp32 and then rounded; that of an embedding
     # which is the head comes last.
-    bucket = work.bucket or min(REDUCE_BUCKET, student.trained)
+    bucket = count_bucket(student, work)
     uncut = min(student.outer, student.trained) if student.head_trained else 0
     own = uncut + (student.trained - uncut) // work.tensor
     filled = min(bucket, own)
@@ -61,7 +60,7 @@ def split_step(
         }  # fmt: skip
 
     whole = kept + fetched + heads
-    with_both = whole + (0 if teacher is None else _count_head(teacher, work))
+    with_both = whole + (0 if teacher is None else _count_head(teacher, work, world))
     phases = {
         "loss": phase(with_both, 4 * head, logits, saved),
         "backward": phase(whole, (4 + (2 if width == 2 else 0)) * head, on_cpu, saved),
@@ -71,22 +70,29 @@ def split_step(
     if teacher is not None:
         gathered = _count_transit(teacher, work, world)
         phases["teacher"] = phase(gathered, 0, on_cpu, _count_passing(teacher, work))
+    elif work.teacher_is_base:  # it has the student's weights, gathered as for a forward of its own
+        phases["teacher"] = phase(whole, 0, on_cpu, _count_passing(student, work))
     return phases
 
 
-def _count_logits(student: Shape, teacher: Shape | None, work: Work) -> int:
+def count_bucket(student: Shape, work: Work) -> int:
+    """Return the numbers of the bucket for gradients, which DeepSpeed holds all the time."""
+    return work.bucket or min(REDUCE_BUCKET, student.trained)
+
+
+def _count_logits(student: Shape, work: Work) -> int:
     """Return the bytes of the loss's buffers for a chunk of logits."""
     tokens = -(-work.tokens // work.sequence)
     rows = max(1, min(work.chunk, round(tokens * work.supervised / work.tensor)))
     numbers = rows * student.vocabulary
-    if teacher is None and not work.cached_head:
+    if not work.asks_teacher:
         return 4 * 2 * numbers
     if work.is_fused:  # both products as they are, and the gradient over one of them
         return 2 * student.width * numbers
 
     # Products of 16 bits become numbers of fp32 in buffers of their own.
     buffers = 4 * (3 if work.shares_softmax else 5) + (student.width if student.width == 2 else 0)
-    block = _OF_BLOCK if work.is_on_cpu else _OF_BLOCK_ON_GPU
+    block = OF_BLOCK if work.is_on_cpu else OF_BLOCK_ON_GPU
     block = max(student.vocabulary, block)
     return buffers * numbers + (0 if work.shares_softmax else 4 * _BLOCKS * block)
 
@@ -102,12 +108,14 @@ def _count_gathered(student: Shape, work: Work, world: int) -> tuple[int, int, i
     return int(width * kept), int(width * fetched), student.width * student.outer
 
 
-def _count_head(teacher: Shape, work: Work) -> int:
+def _count_head(teacher: Shape, work: Work, world: int) -> int:
     """Return the bytes of the teacher's head in the loss, beside the shards of it."""
     if work.teacher_is_whole:
         return 0
-    # The head of a rounded teacher becomes numbers of its dtype to be read.
-    width = width_at_rest(teacher, work) + work.teacher_is_rounded * teacher.width
+    # A single rank has it in place. The head of a rounded teacher becomes numbers of its dtype.
+    is_there = world == 1 and not work.offload_teacher
+    width = 0 if is_there else width_at_rest(teacher, work)
+    width += work.teacher_is_rounded * teacher.width
     return round(teacher.vocabulary * teacher.hidden * width)
 
 
