@@ -28,7 +28,7 @@ def model(tmp_path_factory):
         ("generate", ["--model", "MODEL", "--prompt", "w1 \udcff"], "the prompt is not UTF-8"),
         ("generate", ["--model", "x" * 5000, "--prompt", "w1"], "is no path of this machine"),
         ("export", ["a\0b", "OUT"], "embedded null"),
-        ("report", ["x" * 5000, "-o", "OUT"], "is no path of this machine"),
+        ("report", ["x" * 5000, "-o", "PAGE"], "is no path of this machine"),
         ("prune", ["--teacher", "x" * 5000, "--keep-layers", "1", "--output", "OUT"], "no path of"),
         (
             "sweep",
@@ -38,7 +38,7 @@ def model(tmp_path_factory):
     ],
 )
 def test_words_that_no_command_can_use_are_told(command, words, told, model, tmp_path, capsys):
-    places = {"MODEL": str(model), "OUT": str(tmp_path / "out")}
+    places = {"MODEL": str(model), "OUT": str(tmp_path / "out"), "PAGE": str(tmp_path / "a.html")}
     assert script(command).main([places.get(word, word) for word in words]) == 2
     said = capsys.readouterr().err
     assert told in said and "Traceback" not in said
