@@ -939,7 +939,7 @@ def test_a_new_config_loads_and_fits_what_it_was_made_for(tmp_path, capsys):
     check_world(cfg, 4)
     assert new.main([*words, "--data", str(rows), "--gpu-memory", "100KB"]) == 2
     assert "GiB are needed on each" in capsys.readouterr().err
-    offloads = ["--gpu-memory", "400KB", "--host-memory"]
+    offloads = ["--gpu-memory", "300KB", "--host-memory"]
     assert new.main([*words, "--data", str(rows), *offloads, "10KB"]) == 2
     assert "of host memory are needed and --host-memory says 0.0" in capsys.readouterr().err
     assert new.main([*words[:2], "--teacher", "/nowhere", "--data", str(rows)]) == 2
