@@ -1,6 +1,6 @@
-"""Find out within seconds that Hugging Face's hub cannot be reached.
+"""Find what a hub id names, and find out within seconds that the hub cannot be reached.
 
-Its client asks for every file five times, half a minute in all, before it looks at what was
+Hugging Face's client asks for every file five times, half a minute in all, before it looks at what was
 downloaded earlier. A mistyped path, which may as well be a hub id, takes as long to be told.
 """
 
@@ -12,9 +12,15 @@ import socket
 import sys
 import time
 import urllib.request
+from pathlib import Path
+from typing import Any
 from urllib.parse import SplitResult, urlsplit
 
+from ds_kd.errors import first_line
+
 _ATTEMPTS, _PAUSE, _TIMEOUT = 2, 1.0, 3.0  # the last two in seconds
+#: What a model and its tokenizer are read from; some hold their weights twice.
+_OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
 def expect_hub(name: str) -> None:
@@ -29,6 +35,32 @@ def expect_hub(name: str) -> None:
     huggingface_hub.constants.HF_HUB_OFFLINE = True
     if "datasets" in sys.modules:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
+
+
+def find_directory(name: str, options: dict[str, Any]) -> Path:
+    """Return the directory with a model's files; for a hub id that of its download, which is
+    fetched first where it is missing.
+
+    Args:
+        name: a directory or a hub id.
+        options: `revision`, `cache_dir`, `token` and `subfolder` of from_pretrained, if given.
+
+    Raises:
+        ValueError: neither this machine nor the hub has it; names the model.
+    """
+    from huggingface_hub import snapshot_download
+
+    directory = Path(name)
+    is_path = directory.is_absolute() or name.startswith(".") or name.count("/") > 1
+    if not directory.is_dir() and not is_path:
+        expect_hub(name)
+        known = {k: options[k] for k in ("revision", "cache_dir", "token") if k in options}
+        try:
+            directory = Path(snapshot_download(name, allow_patterns=_OF_A_MODEL, **known))
+        except Exception as error:  # of many kinds, by the client and its transport
+            told = "no directory, and the hub does not give such a model"
+            raise ValueError(f"{name}: {told}: {first_line(error)}") from error
+    return directory / options.get("subfolder", "")
 
 
 @functools.cache

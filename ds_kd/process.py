@@ -16,6 +16,7 @@ import socket
 import sys
 import warnings
 from pathlib import Path
+from types import ModuleType
 from typing import TextIO
 
 from ds_kd.errors import MachineError
@@ -25,6 +26,8 @@ _PF_EXITING = 0x4  # one of the kernel's flags of a process
 #: The least that a rank needs, measured with `ulimit`; the libraries take most of it.
 _LEAST_FILES = 128
 _LEAST_ADDRESSES = 4 << 30
+#: There where NVIDIA's driver is loaded.
+_NVIDIA = Path("/dev/nvidiactl")
 
 
 class _LastingOutput(io.RawIOBase):
@@ -146,17 +149,36 @@ def choose_accelerator() -> None:
     """Set DeepSpeed's accelerator, so that it does not search for one and print messages.
 
     Raises:
-        MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none.
+        MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none; or it is not set, and torch
+            cannot use this machine's GPU.
     """
     import torch
 
     if torch.cuda.is_available():
         return
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    if "DS_ACCELERATOR" not in os.environ and _NVIDIA.exists() and not hidden:
+        # A run would take weeks in place of hours, and say so in one word of its first line.
+        raise MachineError(_explain_unused_gpu(torch))
     if os.environ.setdefault("DS_ACCELERATOR", "cpu") == "cuda":
         raise MachineError(
             "DS_ACCELERATOR is cuda, and torch finds no GPU here (nvidia-smi shows whether the "
             "machine has one; a CPU build of torch sees none); unset it to run on the CPU"
         )
+
+
+def _explain_unused_gpu(torch: ModuleType) -> str:
+    if torch.version.cuda is None:
+        why = (
+            f"torch {torch.__version__} is a build without CUDA: bash launch/setup.sh on this "
+            f"machine installs one with it"
+        )
+    else:
+        why = (
+            "torch finds none: nvidia-smi shows whether the driver is too old, and a SLURM job "
+            "gets GPUs by --gpus-per-node"
+        )
+    return f"this machine has an NVIDIA GPU, and {why}; DS_ACCELERATOR=cpu uses the CPU all the same"
 
 
 def identify_machine() -> list[str]:

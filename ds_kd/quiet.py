@@ -16,7 +16,7 @@ def quiet() -> None:
     without a GPU searches for an accelerator and says so.
 
     Raises:
-        MachineError: `DS_ACCELERATOR` asks for CUDA, and there is none.
+        MachineError: as `choose_accelerator`.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -40,7 +40,6 @@ def run(args: argparse.Namespace) -> None:
         from ds_kd.recipe import results
 
         cfg = load(args.config, args.overrides, tuple(args.allow_targets))
-        models = results.models_of(cfg) | models
         if metrics is None and not (metrics := results.log_of(cfg)).exists():
             raise CompareError(
                 f"no log at {metrics}; give the overrides that the run had "
@@ -50,6 +49,7 @@ def run(args: argparse.Namespace) -> None:
             absent = results.describe_without_final(cfg)
         if not absent:
             data = data or results.held_out_samples(cfg)
+            models = results.models_of(cfg, models)
     if metrics is not None:
         print("\n".join(summarize(read_lines(metrics))), flush=True)
     if absent:

@@ -4,7 +4,8 @@
 #     bash launch/setup.sh [--dev] [VENV]         VENV: .venv unless given; --dev adds the tests' and linters' packages
 #     PYTHON=python3.12 bash launch/setup.sh      another interpreter, 3.10 or newer
 #
-# Running it again is free: a stamp inside VENV holds the hash of the requirement files it was made from.
+# Running it again is free: a stamp inside VENV holds the hash of the requirement files it was made from. Where a GPU is
+# found and VENV was made without one, torch is replaced by the build with CUDA.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +15,7 @@ files=(requirements.txt)
 for argument in "$@"; do
   case $argument in
     --dev) files+=(requirements-dev.txt) ;;
-    -h | --help) sed -n '2,7s/^# \{0,1\}//p' "launch/setup.sh" && exit 0 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "launch/setup.sh" && exit 0 ;;
     -*) echo "setup.sh: unknown option $argument; usage: bash launch/setup.sh [--dev] [VENV]" >&2 && exit 2 ;;
     *) venv=$argument ;;
   esac
@@ -37,7 +38,10 @@ all_current() {
     [ "$(cat "$(stamp_of "$file")" 2>/dev/null)" = "$(hash_of "$file")" ] || return 1
   done
 }
-if all_current; then
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
+# Of a machine without a GPU, such as a login node that shares its disk with the GPU nodes.
+has_cpu_torch() { grep -qs '^cuda[^=]*= None' "$venv"/lib/python*/site-packages/torch/version.py; }
+if all_current && ! { has_gpu && has_cpu_torch; }; then
   say "$venv is up to date"
   exit 0
 fi
@@ -64,7 +68,6 @@ bin=$(cd "$venv/bin" && pwd)
 
 # --- torch ---------------------------------------------------------------------------------------------------------
 torch=$(sed -n 's/^\(torch==[^ ;#]*\).*/\1/p' requirements.txt)
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; }
 torch_is_there() { "$bin/python" -c "
 import importlib.metadata, sys
 sys.exit(importlib.metadata.version('torch').split('+')[0] != '${torch#*==}')" 2>/dev/null; }
@@ -81,7 +84,14 @@ import json, sys
 names = [item["metadata"]["name"].lower() for item in json.load(sys.stdin)["install"]]
 sys.exit(not any(name.startswith(("nvidia-", "cuda-", "triton")) for name in names))' <<<"$report"
 }
-if has_gpu; then
+if has_gpu && has_cpu_torch; then
+  if pulls_cuda; then
+    say "NVIDIA GPU found: the CPU build of torch makes room for the one with CUDA"
+    "$bin/python" -m pip uninstall --quiet --yes torch
+  else
+    say "NVIDIA GPU found, but pip has only a CPU build of $torch: runs will use the CPU"
+  fi
+elif has_gpu; then
   say "NVIDIA GPU found: $torch comes with CUDA"
 elif torch_is_there; then
   say "$torch is installed"

@@ -10,20 +10,33 @@ import torch
 
 from ds_kd.checkpoint.checkpointer import PREEMPTED
 from ds_kd.checkpoint.manifest import BEST, FINAL, LATEST, follow
-from ds_kd.config.components import ConfigError
+from ds_kd.config.components import ConfigError, config_error
 from ds_kd.config.schema import RunConfig
 from ds_kd.errors import UserError
 from ds_kd.evaluate.comparison import read_lines
+from ds_kd.hub import find_directory
 from ds_kd.parallel.world import World
 from ds_kd.recipe.data import build_samples
-from ds_kd.recipe.models import name_of, tokenizer_of
+from ds_kd.recipe.models import name_of, select_location, tokenizer_of
 
 
-def models_of(cfg: RunConfig) -> dict[str, Path]:
-    """Return the teacher, the student that a run starts from, and the one that it writes."""
-    found = {"teacher": Path(name_of(cfg.teacher_model))} if cfg.teacher_model is not None else {}
-    before, after = Path(name_of(cfg.model)), Path(cfg.checkpoint.checkpoint_dir) / FINAL
-    return found | {"student before": before, "student after": after}
+def models_of(cfg: RunConfig, given: dict[str, Path]) -> dict[str, Path]:
+    """Return the directories of the teacher, the student that a run starts from, and the one that
+    it writes; those given take their places.
+
+    Raises:
+        ConfigError: a model is neither a directory nor to be had from the hub.
+    """
+    parts = {"teacher": cfg.teacher_model, "student before": cfg.model}
+    found = {}
+    for label, part in parts.items():
+        if label in given:
+            found[label] = given[label]
+        elif part is not None:
+            expected = "a model's directory, or a hub id"
+            with config_error(f"{part.key}.pretrained_model_name_or_path", name_of(part), expected):
+                found[label] = find_directory(name_of(part), select_location(part))
+    return found | {"student after": Path(cfg.checkpoint.checkpoint_dir) / FINAL} | given
 
 
 def describe_without_final(cfg: RunConfig) -> str:

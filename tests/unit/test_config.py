@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1002,6 +1003,26 @@ def test_a_new_config_for_few_rows_makes_steps_of_them_and_says_so(tmp_path, cap
     (tmp_path / "rows.jsonl").write_text(tiny.squad_rows(1))
     assert new.main(words) == 2
     assert "expected at least 2 rows; it has 1" in capsys.readouterr().err
+
+
+def test_a_new_config_reads_a_hub_data_set_by_its_columns_or_warns(tmp_path, capsys, monkeypatch):
+    model = str(tiny.llama(tmp_path / "model"))
+    new, path = script("new_config"), tmp_path / "new.yaml"
+    words = ["--student", model, "--teacher", model, "--data", "somebody/rows"]
+    capsys.readouterr()
+    assert new.main(words) == 0
+    told = capsys.readouterr()
+    path.write_text(told.out)
+    assert load(path).dataset.name.endswith("make_squad_dataset")
+    assert "warning: --data somebody/rows: its split train cannot be loaded here" in told.err
+    seen = SimpleNamespace(column_names=["text"])
+    monkeypatch.setattr("ds_kd.plan.new_config.starter.load_rows", lambda *_: seen)
+    assert new.main(words) == 0
+    path.write_text(capsys.readouterr().out)
+    assert load(path).dataset.name.endswith("make_text_dataset")
+    seen.column_names = ["body", "title"]
+    assert new.main(words) == 2
+    assert "name two of them with --columns body,title" in capsys.readouterr().err
 
 
 def test_the_json_schema_takes_what_load_takes_of_a_target():

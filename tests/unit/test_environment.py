@@ -176,14 +176,69 @@ def test_a_hub_that_cannot_be_reached_is_asked_once_and_earlier_downloads_are_ta
         hub.is_reachable.cache_clear()
 
 
-def test_cuda_asked_for_without_a_gpu_is_refused(monkeypatch):
+def test_cuda_asked_for_without_a_gpu_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("ds_kd.process._NVIDIA", tmp_path / "nvidiactl")
     monkeypatch.setenv("DS_ACCELERATOR", "cuda")
     with pytest.raises(MachineError, match="torch finds no GPU"):
         choose_accelerator()
     monkeypatch.delenv("DS_ACCELERATOR")
     choose_accelerator()
     assert os.environ["DS_ACCELERATOR"] == "cpu"
+
+
+def test_a_gpu_that_torch_cannot_use_is_not_passed_over(tmp_path, monkeypatch):
+    device = tmp_path / "nvidiactl"
+    device.touch()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("ds_kd.process._NVIDIA", device)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    for cuda, words in ((None, "without CUDA: bash launch/setup.sh"), ("13.0", "--gpus-per-node")):
+        monkeypatch.setattr("torch.version.cuda", cuda)
+        with pytest.raises(MachineError, match=words):
+            choose_accelerator()
+        assert "DS_ACCELERATOR" not in os.environ
+    for name, value in (("CUDA_VISIBLE_DEVICES", ""), ("DS_ACCELERATOR", "cpu")):
+        with monkeypatch.context() as wish:
+            wish.setenv(name, value)
+            choose_accelerator()
+        os.environ.pop("DS_ACCELERATOR", None)
+
+
+def test_setup_replaces_a_torch_without_cuda_where_a_gpu_is(tmp_path):
+    venv, tools, asked = tmp_path / "venv", tmp_path / "tools", tmp_path / "asked"
+    torch = venv / "lib" / "python3.11" / "site-packages" / "torch"
+    for directory in (venv / "bin", tools, torch):
+        directory.mkdir(parents=True)
+    (torch / "version.py").write_text("cuda: Optional[str] = None\n")
+    report = '{"install": [{"metadata": {"name": "nvidia-cublas"}}]}'
+    python = venv / "bin" / "python"
+    python.write_text(f"""#!/usr/bin/env bash
+if [ "$1" != -m ]; then exec {sys.executable} "$@"; fi
+echo "$*" >> {asked}
+case $* in *--dry-run*) echo '{report}' ;; esac
+""")
+    python.chmod(0o755)
+    stamp = subprocess.check_output(["cksum"], stdin=(ROOT / "requirements.txt").open())
+    (venv / ".ds_kd-requirements.txt").write_bytes(stamp)
+
+    def set_up():
+        words = ["bash", str(ROOT / "launch" / "setup.sh"), str(venv)]
+        env = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
+        return subprocess.run(words, env=env, capture_output=True, text=True, check=True).stdout
+
+    seen = tools / "nvidia-smi"
+    seen.write_text("#!/usr/bin/env bash\nexit 1\n")  # no GPU, or no driver
+    seen.chmod(0o755)
+    assert "is up to date" in set_up() and not asked.exists()
+    seen.write_text("#!/usr/bin/env bash\n")
+    assert "makes room for the one with CUDA" in set_up()
+    calls = asked.read_text().splitlines()
+    assert any("uninstall --quiet --yes torch" in call for call in calls)
+    assert calls[-1].endswith("-r requirements.txt")
+    (torch / "version.py").write_text("cuda: Optional[str] = '13.0'\n")
+    assert "is up to date" in set_up()
 
 
 def shell(script, **variables):

@@ -292,6 +292,19 @@ def test_the_config_of_a_run_says_what_to_compare(tmp_path, capsys):
     capsys.readouterr()
     assert compare.main(command) == 0
     assert "student after" in (shown := capsys.readouterr().out) and "w7 w8" in shown
+    hub = tmp_path / "hub" / "models--some--model"
+    tiny.llama(hub / "snapshots" / "a1b2")
+    (hub / "refs").mkdir()
+    (hub / "refs" / "main").write_text("a1b2")
+    named = [f"{part}.{key}" for part in ("model", "teacher_model") for key in
+             ("pretrained_model_name_or_path=some/model", f"cache_dir={hub.parent}")]  # fmt: skip
+    capsys.readouterr()
+    assert compare.main([*command, *named]) == 0
+    assert "student before" in (again := capsys.readouterr().out) and again == shown
+    named[0] = "model.pretrained_model_name_or_path=some/other"
+    assert compare.main([*command, *named]) == 2
+    told = capsys.readouterr().err
+    assert "model.pretrained_model_name_or_path: got 'some/other'" in told
     assert compare.main([*command, "--row", "2"]) == 2  # two of ten are held out
     assert "--row 2: the held-out data has 2 rows" in capsys.readouterr().err
     assert compare.main([*command, "validation_share=null"]) == 2

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+from importlib.metadata import version
 
 from ds_kd.config.checks.files import find_missing_package, has_gpu
 from ds_kd.config.components import ConfigError
@@ -24,6 +26,11 @@ def notes_on_machine(cfg: RunConfig) -> list[str]:
     notes = _find_missing_packages(cfg)
     if cfg.dist_env.backend == "nccl" and not has_gpu():
         notes.append("dist_env.backend: nccl needs CUDA; on this machine gloo takes its place")
+    elif has_gpu() and "DS_ACCELERATOR" not in os.environ and "+cpu" in version("torch"):
+        notes.append(
+            f"torch {version('torch')} is a build without CUDA and this machine has a GPU: "
+            f"bash launch/setup.sh here installs one with it; DS_ACCELERATOR=cpu uses the CPU"
+        )
     if cfg.wandb is not None and importlib.util.find_spec("wandb") is None:
         notes.append("wandb: the package is not installed here; pip install wandb")
     return notes

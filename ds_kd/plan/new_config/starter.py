@@ -142,6 +142,12 @@ def write_starter(
     plain = work_of(cfg, gpus, tokens, supervised)
     values |= write_layout(make_chooser(cfg, plain, machine, cluster, with_rows))
     warnings = _plan_steps(values, rows)
+    if rows is None:
+        warnings.append(
+            f"warning: --data {given.data}: its split train cannot be loaded here: number and length "
+            f"of its rows are guesses, and {found.name} is to read them; --columns QUESTION,ANSWER "
+            f"names the columns of others, and dataset._target_ in the YAML another data set"
+        )
     return _TEMPLATE.format(**values), warnings
 
 
@@ -299,7 +305,8 @@ def _find_data_set(function: str) -> DataSet:
 
 
 def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
-    """Return the data set that reads rows with these columns; that of SQuAD for a hub id."""
+    """Return the data set that reads rows with these columns; that of SQuAD for a hub id that is not
+    to be had here."""
     if given.columns is not None:
         return _find_data_set("make_instruction_dataset")
     try:
@@ -309,15 +316,24 @@ def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
         elif Path(data).is_dir():
             columns = load_rows(data, "train", ()).column_names
         else:
-            return _find_data_set("make_squad_dataset")
+            columns = _columns_on_hub(data)
+            if columns is None:
+                return _find_data_set("make_squad_dataset")
     except (OSError, ValueError, RecursionError) as error:
         expected = "rows of JSON, CSV or parquet"
         raise ConfigError([problem(option, data, expected, str(error))]) from None
 
-    # The user may name the columns, if no data set reads those that the file has.
+    # The user may name the columns, if no data set reads those that the rows have.
     found = recognise(columns)
     if found is None:
         pair = shlex.quote(",".join(columns)) if len(columns) == 2 else "QUESTION,ANSWER"
         hint = f"its first row has {', '.join(columns)}; name two of them with --columns {pair}"
         raise ConfigError([problem(option, data, columns_known(), hint)])
     return found
+
+
+def _columns_on_hub(data: str) -> list[str] | None:
+    try:
+        return list(load_rows(data, "train", ()).column_names)
+    except ValueError:
+        return None
