@@ -1,7 +1,7 @@
 """Find what a hub id names, and find out within seconds that the hub cannot be reached.
 
-Hugging Face's client asks for every file five times, half a minute in all, before it looks at what was
-downloaded earlier. A mistyped path, which may as well be a hub id, takes as long to be told.
+Hugging Face's client asks for every file five times, half a minute in all, before it looks at what
+was downloaded earlier. A mistyped path, which may as well be a hub id, takes as long to be told.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 from ds_kd.errors import first_line
 
 _ATTEMPTS, _PAUSE, _TIMEOUT = 2, 1.0, 3.0  # the last two in seconds
-#: What a model and its tokenizer are read from; some hold their weights twice.
+#: The files of a model and its tokenizer; many hubs hold the weights in another form too.
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 

@@ -178,7 +178,7 @@ def _explain_unused_gpu(torch: ModuleType) -> str:
             "torch finds none: nvidia-smi shows whether the driver is too old, and a SLURM job "
             "gets GPUs by --gpus-per-node"
         )
-    return f"this machine has an NVIDIA GPU, and {why}; DS_ACCELERATOR=cpu uses the CPU all the same"
+    return f"this machine has an NVIDIA GPU, and {why}; DS_ACCELERATOR=cpu uses the CPU instead"
 
 
 def identify_machine() -> list[str]:

@@ -143,11 +143,7 @@ def write_starter(
     values |= write_layout(make_chooser(cfg, plain, machine, cluster, with_rows))
     warnings = _plan_steps(values, rows)
     if rows is None:
-        warnings.append(
-            f"warning: --data {given.data}: its split train cannot be loaded here: number and length "
-            f"of its rows are guesses, and {found.name} is to read them; --columns QUESTION,ANSWER "
-            f"names the columns of others, and dataset._target_ in the YAML another data set"
-        )
+        warnings.append(_describe_unread(given.data, found))
     return _TEMPLATE.format(**values), warnings
 
 
@@ -242,6 +238,14 @@ def _describe_lack(chooser: Chooser) -> str:
     return f"--gpus {gpus}: {needed} and {there}; give more of them, or smaller models"
 
 
+def _describe_unread(data: str, found: DataSet) -> str:
+    return (
+        f"warning: --data {data}: its split train cannot be loaded here: number and length of its "
+        f"rows are guesses, and {found.name} is to read them; --columns QUESTION,ANSWER names the "
+        f"columns of others, and dataset._target_ another data set"
+    )
+
+
 def _plan_steps(values: dict[str, Any], rows: int | None) -> list[str]:
     """Set the epochs and validations in `values`, and return a warning if there are few steps."""
     if rows is None:
@@ -305,8 +309,8 @@ def _find_data_set(function: str) -> DataSet:
 
 
 def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
-    """Return the data set that reads rows with these columns; that of SQuAD for a hub id that is not
-    to be had here."""
+    """Return the data set that reads rows with these columns; that of SQuAD for a hub id whose rows
+    cannot be loaded here."""
     if given.columns is not None:
         return _find_data_set("make_instruction_dataset")
     try:
@@ -315,10 +319,10 @@ def _recognise_data(option: str, data: str, given: Rows) -> DataSet:
             columns = columns_of(files[0])
         elif Path(data).is_dir():
             columns = load_rows(data, "train", ()).column_names
+        elif (known := _columns_on_hub(data)) is not None:
+            columns = known
         else:
-            columns = _columns_on_hub(data)
-            if columns is None:
-                return _find_data_set("make_squad_dataset")
+            return _find_data_set("make_squad_dataset")
     except (OSError, ValueError, RecursionError) as error:
         expected = "rows of JSON, CSV or parquet"
         raise ConfigError([problem(option, data, expected, str(error))]) from None
