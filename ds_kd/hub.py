@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit
 from ds_kd.errors import first_line
 
 _ATTEMPTS, _PAUSE, _TIMEOUT = 2, 1.0, 3.0  # the last two in seconds
-#: The files of a model and its tokenizer; many hubs hold the weights in another form too.
+#: The files of a model and its tokenizer; many repositories hold the weights twice.
 _OF_A_MODEL = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
