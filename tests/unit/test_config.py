@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from ds_kd.config.components import Component, ConfigError, bind, resolve
@@ -29,11 +31,33 @@ GUIDE = ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 SEED = ROOT.parent / "shared" / "seed" / "knowledge-distillation-guide.md"
 
 
-def test_the_guides_yaml_is_kept_byte_for_byte():
+def test_the_guides_yaml_is_kept_byte_for_byte_below_its_header():
+    """The guide's header has NeMo-AutoModel's command, the file's has ours; both are comments."""
     if not SEED.exists():
         pytest.skip("the guide itself (shared/seed) is not on this machine")
     block = SEED.read_text().split("```yaml\n")[1].split("```")[0]
-    assert GUIDE.read_text() == block
+    ours, theirs = (text.partition("\n\n") for text in (GUIDE.read_text(), block))
+    assert ours[2] == theirs[2] and ours[2].startswith("step_scheduler:\n")
+    for header in (ours[0], theirs[0]):
+        assert all(line.startswith("#") for line in header.splitlines())
+
+
+def test_the_command_in_the_header_of_the_guides_yaml_leaves_a_student_and_two_checkpoints():
+    header = GUIDE.read_text().partition("\n\n")[0].replace("\n#", " ")
+    words = re.search(r"deepspeed launch/kd.py --config (\S+) ((?:\w+\.\w+=\S+\s*)+)", header)
+    assert words is not None and ROOT / words[1] == GUIDE
+    plain, cfg = load(GUIDE), load(GUIDE, words[2].split())
+    assert (plain.checkpoint.save_consolidated, plain.keep_last) == ("false", None)
+    assert (cfg.checkpoint.save_consolidated, cfg.keep_last) == ("final", 2)
+    assert cfg.dist_env.timeout_minutes == 10
+
+
+def test_every_shipped_run_but_the_guides_keeps_few_checkpoints_and_a_student():
+    for path in RUNS:
+        if path != GUIDE:
+            shipped = yaml.safe_load(path.read_text())["checkpoint"]
+            assert shipped["keep_last"] <= 2, path
+            assert shipped["save_consolidated"] == "final", path
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
