@@ -169,7 +169,7 @@ UNREAD = {"ci", "skypilot"}
 
 _ON_ALL = (
     "a teacher runs on all ranks, as ranks of its own gain no time where these have enough tokens "
-    "(docs/distributed.md); remove it, and see teacher.placement, teacher.window or a cache"
+    "(docs/scaling.md); remove it, and see teacher.placement, teacher.window or a cache"
 )
 #: Other frameworks' words for the sizes of `distributed`.
 _SIZES = {

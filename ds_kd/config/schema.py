@@ -131,7 +131,9 @@ class RunConfig:
     seed: int | None = key(None, "Gives the seed, in place of rng.seed.", low=0, high=MAX_SEED)
     checkpoint: Checkpoint = key(Checkpoint, "Sets which checkpoints are saved, where and when.")
     distributed: Distributed = key(
-        Distributed, "Describes NeMo-AutoModel's ranks; ZeRO-3 takes its place."
+        Distributed,
+        "Says how ranks share samples and layers. ZeRO-3 takes the place of NeMo-AutoModel's "
+        "strategies.",
     )
     teacher_distributed: TeacherDistributed = key(
         TeacherDistributed, "Says how the teacher lies on the ranks, if not as the student does."

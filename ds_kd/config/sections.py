@@ -272,7 +272,7 @@ class DeepSpeed:
     )
     teacher: Any = key(
         None,
-        "Gives the teacher's ZeRO file, as a path or a mapping. By default it is plain ZeRO-3.",
+        "Gives the teacher's ZeRO file: a path or a mapping. By default teacher.placement decides.",
     )
     reduce_once: Literal["auto", "true", "false"] = key(
         "auto",
@@ -343,7 +343,9 @@ class Compile:
     dynamic: bool = key(
         True, "Compiles one version for all lengths of a batch; false compiles one for each."
     )
-    fullgraph: Literal[False] = key(False, "Only false is accepted: attention is not compiled.")
+    fullgraph: Literal[False] = key(
+        False, "Only false is accepted: some attention stays outside the compiled code."
+    )
     backend: Literal["inductor", "cudagraphs", "aot_eager", "eager"] = key(
         "inductor", "Chooses the backend of torch.compile."
     )

@@ -4,11 +4,13 @@ they stand, and of the others only what changes one is named."""
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
+from ds_kd.config.reference.keys import key_table
 
 _PARTS = "nemo_automodel.components"
 _MAPPED = (
@@ -112,6 +114,31 @@ optimizer: {{_target_: torch.optim.Adam, lr: 1.0e-4}}
 """
 SHAPES = {"full": _FULL, "adapters": _ADAPTERS, "experts": _EXPERTS}
 
+#: The keys of its KD recipe that the schema has under the same name, section by section, as its
+#: sources read them: StepSchedulerConfig, CheckpointingConfig, PeftConfig, CompileConfig,
+#: SlurmConfig, StatefulRNG, and for sizes of ranks parse_distributed_section.
+_SAME = {
+    "": "model teacher_model offload_teacher_model dataset kd_ratio kd_loss_fn peft loss_fn "
+    "optimizer lr_scheduler clip_grad_norm step_scheduler dataloader packed_sequence "
+    "validation_dataset validation_dataloader dist_env rng seed checkpoint distributed "
+    "teacher_distributed compile slurm wandb recipe",
+    "peft": "_target_ match_all_linear target_modules exclude_modules dim alpha dropout "
+    "dropout_position lora_dtype moe_rank_scaling lora_A_init use_dora use_triton "
+    "use_memory_efficient_lora",
+    "step_scheduler": "global_batch_size local_batch_size num_epochs max_steps val_every_steps "
+    "ckpt_every_steps",
+    "packed_sequence": "packed_sequence_size split_across_pack",
+    "dist_env": "backend timeout_minutes",
+    "rng": "_target_ seed ranked",
+    "checkpoint": "enabled checkpoint_dir model_save_format save_consolidated is_async",
+    "distributed": "_target_ strategy dp_size dp_replicate_size tp_size cp_size pp_size ep_size "
+    "sequence_parallel activation_checkpointing",
+    "teacher_distributed": "tp_size",
+    "compile": "enabled mode dynamic fullgraph backend",
+    "slurm": "job_name nodes ntasks_per_node gpus_per_node time account partition "
+    "container_image env_vars",
+}
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -146,3 +173,10 @@ def test_only_keys_that_change_a_result_are_named_of_a_recipe_that_asks_for_more
     keys = [line.partition("command line: ")[2].partition(":")[0] for line in caught.value.problems]
     assert sorted(keys) == ["distributed.pp_size", "fp8"]
     assert load(write("full"), [*more, "fp8=null", "distributed.pp_size=1"]).kd_ratio == 0
+
+
+def test_the_table_of_keys_says_same_of_those_alone_that_its_recipe_has():
+    rows = re.findall(r"^\| `([\w.]+)` \|.*\| (\S+) \|$", key_table(), flags=re.MULTILINE)
+    said = {name for name, told in rows if told == "same"}
+    known = {f"{section}.{key}".lstrip(".") for section in _SAME for key in _SAME[section].split()}
+    assert said == known

@@ -32,16 +32,19 @@ def default_of(key: Key) -> str:
     return _show(None if key.component.kwargs is None else dict(key.component.kwargs))
 
 
-#: Keys that NeMo-AutoModel names differently, and those that it does not have (`_OWN`).
+#: Keys that NeMo-AutoModel names differently, and keys and whole sections that it does not have.
 _NEMO_NAMES = {
     "lr_scheduler.name": "lr_decay_style", "lr_scheduler.num_warmup_steps": "lr_warmup_steps",
     "lr_scheduler.scheduler_specific_kwargs": "min_lr",
 }  # fmt: skip
-_OWN = (
-    "step_scheduler.max_skipped_steps", "step_scheduler.val_at_start", "checkpoint.keep",
-    "checkpoint.every_minutes", "checkpoint.on_failed_save", "lr_scheduler.warmup_ratio",
-    "deepspeed", "tensorboard", "evaluation",
-)  # fmt: skip
+_OWN = {
+    "validation_share", "packed_sequence.share_prefixes", "lr_scheduler.warmup_ratio",
+    "step_scheduler.patience", "step_scheduler.max_skipped_steps", "step_scheduler.val_at_start",
+    "step_scheduler.val_samples", "step_scheduler.validate_teacher", "checkpoint.every_minutes",
+    "checkpoint.keep_last", "checkpoint.keep_best", "checkpoint.on_failed_save",
+    "slurm.cpus_per_task", "slurm.log_dir", "slurm.container_mounts", "slurm.sbatch_options",
+}  # fmt: skip
+_OWN_SECTIONS = {"teacher", "rollouts", "evaluation", "deepspeed", "tensorboard"}
 
 
 def key_table() -> str:
@@ -50,7 +53,8 @@ def key_table() -> str:
     for name, key in every_key():
         default = default_of(key)
         shown = default if default in ("", "required") else f"`{default}`"
-        nemo = "—" if name.startswith(_OWN) else _NEMO_NAMES.get(name, "same")
+        is_own = name in _OWN or name.partition(".")[0] in _OWN_SECTIONS
+        nemo = "—" if is_own else _NEMO_NAMES.get(name, "same")
         lines.append(f"| `{name}` | {key.sentence} | {key.unit} | {shown} | {nemo} |")
     return "\n".join(lines)
 
