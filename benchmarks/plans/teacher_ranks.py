@@ -1,4 +1,4 @@
-"""Compute what a teacher on ranks of its own could gain: the table of docs/distributed.md.
+"""Compute what a teacher on ranks of its own could gain: the table of docs/scaling.md.
 
     python benchmarks/plans/teacher_ranks.py --output plans
 
