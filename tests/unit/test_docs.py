@@ -135,6 +135,7 @@ NOT_RUN = {
     "torchrun --nproc-per-node 2 benchmarks/": "it takes minutes and the quickstart's models",
     "deepspeed --module ds_kd": "the launcher with launch/kd.py is run, and so is python -m ds_kd",
     "pip install": "it needs a package index",
+    "hf ": "it needs the hub",
     "tensorboard": "it serves a page until it is stopped",
 }
 
