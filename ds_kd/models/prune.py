@@ -14,7 +14,7 @@ ranks worse: a later layer may depend on a small turn.
 
 from __future__ import annotations
 
-import shutil
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +26,7 @@ from ds_kd.files import give_usual_mode
 from ds_kd.hub import expect_hub
 from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.file_names import write_config, write_tokenizer
+from ds_kd.writing import write_directory
 
 #: Rows that `divergences_without` uses. Each costs half a forward for every layer of the model.
 CALIBRATION_SAMPLES = 3
@@ -316,20 +317,18 @@ def write_pruned(
     Raises:
         PruneError: the model, the layers, the file or the output do not fit.
     """
-    if output.exists():
-        raise PruneError(f"--output {output} exists; remove it or give another name")
-    partial = output.with_name(output.name + ".tmp")
-    shutil.rmtree(partial, ignore_errors=True)
+    taken = f"--output {output} exists; remove it or give another name"
+    if os.path.lexists(output):
+        raise PruneError(taken)
     try:
-        partial.mkdir(parents=True)
+        with write_directory(output) as unfinished:  # only a verified student gets the final name
+            return _prune_into(unfinished, source, keep_layers, dtype, calibration)
+    except FileExistsError as error:  # another process has written it meanwhile
+        raise PruneError(taken) from error
     except OSError as error:
-        raise PruneError(f"--output {output}: cannot be written ({error.strerror})") from None
-    try:
-        described = _prune_into(partial, source, keep_layers, dtype, calibration)
-        partial.rename(output)  # only a verified student gets the final name
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return described
+        if error.errno is None:  # not the system's: transformers raises such errors for a bad file
+            raise
+        raise PruneError(f"--output {output}: cannot be written ({error.strerror})") from error
 
 
 def _prune_into(

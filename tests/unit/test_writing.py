@@ -16,7 +16,7 @@ import torch
 from ds_kd import writing
 from ds_kd.evaluate.journal import Journal
 from ds_kd.teachers.cache.store import Store
-from ds_kd.writing import write_text, write_whole
+from ds_kd.writing import write_directory, write_text, write_whole
 from tests.unit.test_cache import make_rows
 
 ROOT = Path(__file__).parents[2]
@@ -105,16 +105,37 @@ def test_the_file_of_a_process_of_which_the_system_tells_nothing_is_left(tmp_pat
     assert names(tmp_path) == {"a.txt"}
 
 
+def test_a_directory_is_whole_or_absent_and_replaces_nothing(tmp_path):
+    out = tmp_path / "model"
+    with pytest.raises(RuntimeError), write_directory(out) as unfinished:
+        unfinished.mkdir()
+        (unfinished / "half").write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == set()
+    for other in (lambda: out.mkdir(), lambda: (out / "mine").write_text("mine")):
+        with pytest.raises(FileExistsError, match="model"), write_directory(out) as unfinished:
+            unfinished.mkdir()
+            other()
+    assert names(tmp_path) == {"model"} and names(out) == {"mine"}
+    with write_directory(tmp_path / "deep" / "model") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "weights").write_text("whole")
+        assert names(tmp_path) == {"model", "deep"} and not (tmp_path / "deep/model").exists()
+    assert names(tmp_path / "deep") == {"model"} and names(tmp_path / "deep/model") == {"weights"}
+
+
 def test_another_machines_remains_are_cleared_after_a_day_without_a_change(tmp_path):
-    folders = [tmp_path / f".writing-{'ab' * 6}-{pid}-7-{'0' * 8}" for pid in (1, 2)]
+    folders = [tmp_path / f".writing-{'ab' * 6}-{pid}-7-{'0' * 8}" for pid in (1, 2, 3)]
     for folder in folders:
-        folder.mkdir()
-        (folder / "a.txt").write_text("half")
-        for path in (folder / "a.txt", folder):
+        (folder / "model").mkdir(parents=True)
+        for name in ("a.txt", "model/weights"):
+            (folder / name).write_text("half")
+        for path in (folder / "a.txt", folder / "model/weights", folder / "model", folder):
             os.utime(path, (time.time() - 3 * 86400,) * 2)
-    os.utime(folders[1] / "a.txt")  # it is being written
+    for number, name in ((1, "a.txt"), (2, "model/weights")):
+        os.utime(folders[number] / name)  # it is being written
     write_text(tmp_path / "b.txt", "b")
-    assert names(tmp_path) == {"b.txt", folders[1].name}
+    assert names(tmp_path) == {"b.txt", folders[1].name, folders[2].name}
 
 
 def test_nothing_else_is_cleared(tmp_path):
