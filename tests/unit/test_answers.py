@@ -8,10 +8,19 @@ import pytest
 from transformers import AutoTokenizer
 
 from ds_kd.data.rows.detect import samples_of
+from ds_kd.evaluate.tasks.encoding import Encoder
 from ds_kd.models.generate import load_student
-from ds_kd.recipe.offline.answers import AnswersError, claim_output
+from ds_kd.models.generation.sampling import Sampling
+from ds_kd.recipe.offline.answers import (
+    AnswersError,
+    Options,
+    _make_lines,
+    claim_output,
+    read_prompts,
+)
 from tests import tiny
 from tests.scripts import script
+from tests.unit.test_supervised import byte_level_bpe
 
 TEMPLATE = (
     "{% for m in messages %}w1 {{ m.content }} {% if m.role == 'assistant' %}<eos> {% endif %}"
@@ -63,6 +72,55 @@ def test_greedy_answers_are_those_of_the_model_itself_and_cut_ones_are_left_out(
     told = capsys.readouterr().out
     assert f"{len(rows)} answers to 9 prompts" in told
     assert len(rows) == 9 or "left out" in told
+
+
+@pytest.mark.parametrize("prefixes", [(), ("<bos>",)])
+def test_rows_of_plain_prompts_are_the_tokens_that_were_asked_and_written(tmp_path, prefixes):
+    """White space at a prompt's end is left to the answer, which begins with its own."""
+    tokenizer = byte_level_bpe(prefixes)
+    whole = {
+        "Response:\n": "\nParis",
+        "Q: what A: ": " Paris",
+        "Answer:": " the river",
+        "a\n": "\n\n1",
+    }
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("\n".join(json.dumps({"prompt": prompt}) for prompt in whole))
+    options = Options(str(data), tmp_path / "out.jsonl", 1, Sampling(9, 0.0), is_plain=True)
+    prompts = read_prompts(options, Encoder(tokenizer))
+    written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in whole.values()]
+
+    eos = tokenizer.eos_token_id
+    records = [{"tokens": [*tokens, eos], "is_whole": True} for tokens in written]
+    items = [{"row": k, "number": 0} for k in range(len(whole))]
+    _, lines = _make_lines(items, prompts, records, tokenizer)
+    (tmp_path / "out.jsonl").write_text("".join(lines))
+    samples = samples_of(str(tmp_path / "out.jsonl"), tokenizer, None)
+    for prompt, tokens, sample in zip(prompts, written, samples, strict=True):
+        assert [*sample["input_ids"], sample["labels"][-1]] == [*prompt.tokens, *tokens, eos]
+        assert [label for label in sample["labels"] if label != -100] == [*tokens, eos]
+
+
+def test_a_file_begun_with_other_white_space_at_its_prompts_ends_goes_on(place, monkeypatch):
+    from ds_kd.recipe.offline import answers
+
+    (place / "spaced.jsonl").write_text('{"prompt": "w5 w6 \\n"}\n{"prompt": "w7"}')
+    words = ["--max-new-tokens", "60", "--temperature", "2", "--samples", "4"]
+    rows = generate(place, "plain", "spaced", "spaced_out.jsonl", *words)
+    assert {row["prompt"] for row in rows} == {"w5 w6", "w7"}
+
+    # Rows that hold the prompt as it was given, as they did, are written anew from its records.
+    before = [{**row, "prompt": row["prompt"].replace("w6", "w6 \n")} for row in rows]
+    (place / "spaced_out.jsonl").write_text("".join(json.dumps(row) + "\n" for row in before))
+    monkeypatch.setattr(answers, "write", None)
+    assert generate(place, "plain", "spaced", "spaced_out.jsonl", *words) == rows
+
+
+def test_a_prompt_that_a_template_takes_keeps_its_white_space(place):
+    (place / "spaced.jsonl").write_text('{"prompt": "w5 w6 \\n"}')
+    words = ["--max-new-tokens", "60", "--temperature", "2", "--samples", "4"]
+    rows = generate(place, "chat", "spaced", "spaced_chat.jsonl", *words)
+    assert {row["prompt"] for row in rows} == {"w5 w6 \n"}
 
 
 def test_draws_come_again_after_a_stop_and_each_is_another(place):

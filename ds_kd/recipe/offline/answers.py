@@ -284,6 +284,8 @@ def _read_prompt(row: Row, form: tuple[str, ...], encoder: Encoder, uses_chat: b
     # The columns of the answer may be there already: its text is replaced.
     if form == ("prompt",):
         text = text_of(row, "prompt")
+        if not uses_chat:  # the row holds the prompt as it is asked: the answer has its own space
+            text = text.rstrip()
         made: Callable[[str], Row] = lambda answer: {"prompt": text, "completion": answer}  # noqa: E731
     else:
         answers_of(row)
