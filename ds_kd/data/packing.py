@@ -8,6 +8,7 @@ Labels are shifted inside each sample, so that none belongs to the next one.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,12 +21,37 @@ def lengths_of(dataset: Any) -> list[int]:
     names = getattr(dataset, "column_names", None)
     if names is None:
         return [int(s.get("num_tokens", len(s["input_ids"]))) for s in dataset]
-    if "num_tokens" in names:
-        return list(dataset["num_tokens"])
+    return list(dataset["num_tokens"]) if "num_tokens" in names else _count_ids(dataset)
+
+
+def text_lengths_of(dataset: Any) -> list[int]:
+    """Return the number of positions that each sample takes as a model is given it: with padding,
+    and of a user's own pack, whose positions restart, those of its longest text.
+
+    Args:
+        dataset: samples, or `PackedDataset` or `SharedDataset`, which leave padding out.
+    """
+    lengths, below = None, dataset
+    if hasattr(dataset, "packs"):
+        lengths, below = dataset.lengths, dataset.dataset
+    if hasattr(below, "column_names"):
+        return _count_ids(below) if lengths is None else lengths
+    ends = lengths or itertools.repeat(None)
+    pairs = zip(below, ends, strict=False)
+    return [
+        max(segments_of(s, len(s["input_ids"]) if n is None else n), default=0) for s, n in pairs
+    ]
+
+
+def _count_ids(dataset: Any) -> list[int]:
+    """Return the number of `input_ids` of each sample of a `datasets.Dataset`, without making the
+    lists."""
     import pyarrow.compute as pc
 
-    # The lists' lengths, without making the lists.
-    return pc.list_value_length(dataset.with_format("arrow")["input_ids"][:]).to_pylist()
+    found: list[int] = pc.list_value_length(
+        dataset.with_format("arrow")["input_ids"][:]
+    ).to_pylist()
+    return found
 
 
 def pack(lengths: Sequence[int], size: int, seed: int) -> list[list[int]]:

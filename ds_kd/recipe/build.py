@@ -29,9 +29,9 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.recipe.card import write_card
 from ds_kd.recipe.changes import add_model_files, fingerprint_validations, hash_samples
 from ds_kd.recipe.data import attends_by_sample, build_loader, build_samples
+from ds_kd.recipe.lengths import check_lengths
 from ds_kd.recipe.loss.build import build_layer_losses, build_loss
 from ds_kd.recipe.models import (
-    check_lengths,
     check_model,
     config_of,
     load_model,
@@ -87,7 +87,7 @@ def build(
     metrics = _open_metrics(cfg, schedule, world)
     checkpointer = _make_checkpointer(cfg, tokenizer, loader, validation, world)
     loss = build_loss(cfg, tokenizer, world)
-    check_lengths(cfg, [loader, *validation.values()])
+    check_lengths(cfg, [loader, *validation.values()], loader)
     evaluation = build_evaluation(cfg, tokenizer, loss.vocab_size, world)
     teacher, student = _build_models(cfg, tokenizer, samples, held_out, loss, schedule, world)
     batches = build_batches(cfg, loader, tokenizer, student, teacher, loss, world)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,7 +12,6 @@ import torch
 from ds_kd.config.components import Component, config_error, instantiate
 from ds_kd.config.names import MODEL
 from ds_kd.config.schema import RunConfig
-from ds_kd.data.packing import lengths_of
 from ds_kd.errors import first_line
 from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
@@ -268,41 +266,9 @@ def _settle_attention(engine: Any, world: World) -> None:
             attend_by_sample(model, False)
 
 
-def check_lengths(cfg: RunConfig, loaders: list[Any]) -> None:
-    """Refuse samples that are too long for the table of a `longrope` model.
-
-    Args:
-        loaders: of all samples of a run.
-
-    Raises:
-        ConfigError: names the model.
-    """
-    used = [cfg.model, *([cfg.teacher_model] if cfg.loads_teacher and cfg.teacher_model else [])]
-    for component, loader in itertools.product(used, loaders):
-        with config_error(component.key, name_of(component), "a model that treats samples alike"):
-            check_longrope(config_of(component), loader.dataset.dataset)  # without the filler
-
-
-def check_longrope(config: Any, samples: Any) -> None:
-    """Refuse samples for which transformers would use the other table of `longrope`, so that the
-    trained model would not be the one that runs later.
-
-    Args:
-        config: the model's configuration.
-        samples: the loader's samples, packed or not; read for models of that type only.
-
-    Raises:
-        ValueError: names the longest sample's tokens and the model's.
-    """
-    if (length := find_longrope_length(config)) is None:
-        return
-    longest = max(getattr(samples, "lengths", None) or lengths_of(samples), default=0)
-    if longest > length:
-        raise ValueError(
-            f"its rotary positions are of type longrope, with one table up to {length} tokens and "
-            f"another beyond, and a sample has {longest}: set seq_length: {length} and "
-            f"truncation: true on the data set"
-        )
+def has_rope(config: Any) -> bool:
+    """Return whether a model computes rotary positions by settings of its configuration."""
+    return any(_find_ropes(config))
 
 
 def _find_ropes(config: Any) -> list[dict[str, Any]]:

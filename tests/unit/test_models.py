@@ -170,7 +170,8 @@ def test_rotary_positions_that_follow_the_batch_are_refused(tmp_path):
 
 
 def test_longrope_uses_one_table_whatever_else_is_in_the_batch(tmp_path):
-    from ds_kd.recipe.models import check_longrope, fix_rope, load_model
+    from ds_kd.recipe.lengths import check_longrope
+    from ds_kd.recipe.models import fix_rope, load_model
 
     path = tiny.llama(tmp_path / "model")
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4}

@@ -17,7 +17,8 @@ from ds_kd.evaluate.progress import Progress, format_seconds
 from ds_kd.parallel.world import World, sum_over
 from ds_kd.recipe.build import build_teacher
 from ds_kd.recipe.data import build_loader, build_samples
-from ds_kd.recipe.models import check_lengths, tokenizer_of
+from ds_kd.recipe.lengths import check_lengths
+from ds_kd.recipe.models import tokenizer_of
 from ds_kd.recipe.offline.record import Record, make_record
 from ds_kd.recipe.offline.rows import Absent, find_absent, list_asked
 from ds_kd.recipe.offline.teacher import (
