@@ -86,6 +86,7 @@ class OwnSamples(Dataset):
             raise DataError(f"it has the splits or columns {', '.join(map(str, dataset))}, not "
                             "samples by number; return one split")  # fmt: skip
         self.dataset, self.vocab_size, self.labels = dataset, vocab_size, labels
+        self._no_packs = ""  # why samples may be no packs
         self._check_direction()
 
     def __len__(self) -> int:
@@ -95,6 +96,19 @@ class OwnSamples(Dataset):
         sample = self._read_sample(index)
         return _shift(sample) if self.labels == UNSHIFTED else sample
 
+    def refuse_packs(self, why: str) -> None:
+        """Refuse samples that are packs of their own from now on, and the first ones at once.
+
+        Args:
+            why: the end of the message, which says what to do.
+
+        Raises:
+            DataError: one of the first samples is a pack.
+        """
+        self._no_packs = why
+        for index in range(min(len(self), _FIRST_SAMPLES)):
+            self._read_sample(index)
+
     def _read_sample(self, index: int) -> dict[str, Any]:
         """Return a checked sample with lists in place of tensors, and a `sample_id`."""
         if index >= len(self):  # Python ends an iteration by number so
@@ -102,7 +116,10 @@ class OwnSamples(Dataset):
         with explain_failure(f"sample {index}: "):
             given = self.dataset[index]
         try:
-            return {"sample_id": str(index), **check_sample(given, self.vocab_size)}
+            sample = {"sample_id": str(index), **check_sample(given, self.vocab_size)}
+            if self._no_packs and "segment_lengths" in sample:
+                raise DataError(f"it is a pack of its own (segment_lengths), and {self._no_packs}")
+            return sample
         except DataError as error:
             raise DataError(f"sample {index}: {error}") from None
 

@@ -51,10 +51,16 @@ def build_samples(cfg: RunConfig, tokenizer: Any, world: World) -> tuple[Any, di
     name no other, the evaluation and the exported student have it.
 
     Raises:
-        ConfigError: see `samples_of`; there are too few samples to split, or one is too long for a
-            pack.
+        ConfigError: see `samples_of`; there are too few samples to split, one is too long for a
+            pack, or one is a pack and the student writes.
     """
     training = samples_of(cfg.dataset, tokenizer, world)
+    if cfg.rolls_out and isinstance(training, OwnSamples):
+        with config_error(cfg.dataset.key, cfg.dataset.name, "texts one by one"):
+            training.refuse_packs(
+                "with rollouts the student writes the end of one text: return its texts one by "
+                "one (packed_sequence packs them), or remove rollouts"
+            )
     tokenizer.chat_template = with_template(tokenizer, _find_template(cfg.dataset)).chat_template
     held_out: dict[str, Any] = {}
     if cfg.validation_share is not None:

@@ -12,12 +12,14 @@ import torch
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
+from ds_kd.data.own import DataError
 from ds_kd.data.rows.detect import recognise
 from ds_kd.data.sampler import GlobalBatchSampler
 from ds_kd.data.text import make_prompt_dataset
 from ds_kd.evaluate.comparison import read_lines
 from ds_kd.models.generation.sampling import Written
 from ds_kd.parallel.world import World
+from ds_kd.recipe.data import build_samples
 from ds_kd.train.metrics import Metrics
 from ds_kd.train.prompts import find_opening, join_rollout, prompt_of
 from ds_kd.train.rollouts import Policy, RolloutBatches
@@ -216,6 +218,43 @@ def test_empty_texts_leave_a_step_with_nothing_supervised_and_every_batch_there(
     step = next(batches.after(0))
     assert [batch["num_labels"] for batch in step] == [0, 0]
     assert all(len(batch["input_ids"]) == 2 for batch in step)
+
+
+OWN = """
+def packs(tokenizer, first):
+    one = {"input_ids": [5, 6, 7, 8], "labels": [-100, 7, -100, 9]}
+    return [{**one, "segment_lengths": [2, 2]} if k >= first else one for k in range(40)]
+"""
+
+
+def test_a_users_own_packs_are_refused_where_the_student_writes(place, tmp_path, monkeypatch):
+    """A pack's other texts would become the prompt of its last one, and their answers be lost."""
+    (tmp_path / "own_rollouts.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tokenizer = tiny.tokenizer(tmp_path / "tokenizer")
+    world = World(0, 1, torch.device("cpu"), "gloo")
+
+    def samples_of(first, *overrides):
+        content = {
+            "model": {"pretrained_model_name_or_path": str(place / "student")},
+            "teacher_model": {"pretrained_model_name_or_path": str(place / "teacher")},
+            "dataset": {"_target_": "own_rollouts.packs", "first": first},
+            "rollouts": {"max_new_tokens": 8, "ratio": 0.5},
+            "checkpoint": {"checkpoint_dir": str(place / "checkpoints")},
+        }
+        cfg = load(content, list(overrides), allow=("own_rollouts",))
+        return build_samples(cfg, tokenizer, world)[0]
+
+    with pytest.raises(ConfigError, match=r"dataset: got .*sample 3: .*return its texts one by on"):
+        samples_of(3)
+    assert samples_of(3, "rollouts.ratio=0")[3]["segment_lengths"] == [2, 2]
+    # One that comes later is told when it is read.
+    write = lambda prompts, draws: [Written([9, EOS], True) for _ in draws]  # noqa: E731
+    late = make_batches(0.5, write, samples=samples_of(30)).after(0)
+    for _ in range(7):
+        assert all("segment_lengths" not in batch for batch in next(late))
+    with pytest.raises(DataError, match=r"sample 30: it is a pack of its own \(segment_lengths\)"):
+        next(late)
 
 
 def test_the_defaults_of_a_run_with_rollouts_are_reverse_kl_alone(place):
