@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ds_kd.errors import TrainingError
 from ds_kd.models.packs import varlen
 from ds_kd.models.packs.tree import Tree
 from ds_kd.parallel.sequence import Exchange
@@ -73,6 +74,9 @@ class Segments:
 #: Kinds of layer that `sdpa_by_sample` computes correctly; others keep transformers' attention.
 _KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
+
+#: The attribute that holds why a model is given no packs, and the number of samples named then.
+_REFUSAL, _NAMED = "_ds_kd_no_packs", 8
 
 #: Arguments that the one launch for all samples does not take.
 _ONE_BY_ONE = ("dropout", "softcap")
@@ -240,6 +244,15 @@ def attend_by_sample(model: Any, wanted: bool = True) -> None:
         model.set_attn_implementation(NAME)
 
 
+def refuse_packs(model: Any, why: str) -> None:
+    """Refuse packs that this model is given from now on.
+
+    Args:
+        why: the end of the message.
+    """
+    setattr(model, _REFUSAL, why)
+
+
 def is_by_sample(model: Any) -> bool:
     return bool(model.config.get_text_config()._attn_implementation == NAME)
 
@@ -254,8 +267,12 @@ def arguments(model: Any, batch: dict[str, Any], exchange: Exchange | None) -> d
 
     Raises:
         ValueError: the model's attention cannot do this.
+        TrainingError: the batch has packs, and the model was found not to keep them apart.
     """
     is_split, lengths = batch.get("num_parts", 1) > 1, batch.get("segment_lengths")
+    if lengths is not None and (why := getattr(model, _REFUSAL, "")):
+        names = ", ".join(batch.get("sample_ids", [])[:_NAMED])
+        raise TrainingError(f"a pack of your own (segment_lengths, samples {names}): {why}")
     split = {"exchange": exchange} if is_split else {}
     if "segments" in batch:  # several micro-batches in a row (`ds_kd.teachers.window`)
         return {"segments": batch["segments"], **split}

@@ -129,7 +129,9 @@ def check_layers(engine: Any, device: torch.device, name: str) -> None:
             )
 
 
-def check_packing(engine: Any, device: torch.device, name: str) -> None:
+def check_packing(
+    engine: Any, device: torch.device, name: str, remedy: str = "Remove packed_sequence"
+) -> None:
     """Refuse a model that computes a sample in a pack differently from the same sample alone.
 
     A model that does not pass its arguments on to the attention function is first switched back to
@@ -137,6 +139,7 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
 
     Args:
         engine, device, name: as for `check_head`.
+        remedy: the end of the message.
 
     Raises:
         ValueError: a sample's hidden states depend on the ones before it.
@@ -145,7 +148,7 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
     kind = type(model).__name__
     message = f"{name}: in {kind} the samples of a pack see each other"
 
-    with _evaluate_only(engine), _refuse_errors(f"{message}. Remove packed_sequence"):
+    with _evaluate_only(engine), _refuse_errors(f"{message}. {remedy}"):
         probe = _PackingProbe(engine, device)
         if attention.is_by_sample(model):
             packed = None
@@ -164,9 +167,7 @@ def check_packing(engine: Any, device: torch.device, name: str) -> None:
             attention.attend_by_sample(model, False)
         error = probe.leak(probe.run())
     if error:
-        raise ValueError(
-            f"{message} (hidden states differ by {error:.3g}). Remove packed_sequence."
-        )
+        raise ValueError(f"{message} (hidden states differ by {error:.3g}). {remedy}.")
 
 
 def check_sharing(engine: Any, device: torch.device, name: str) -> None:

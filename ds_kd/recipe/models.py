@@ -11,11 +11,12 @@ import torch
 
 from ds_kd.config.components import Component, config_error, instantiate
 from ds_kd.config.names import MODEL
+from ds_kd.config.permissions import Permitted
 from ds_kd.config.schema import RunConfig
 from ds_kd.errors import first_line
 from ds_kd.hub import expect_hub
 from ds_kd.models import causal_lm, probes
-from ds_kd.models.attention import attend_by_sample, is_by_sample
+from ds_kd.models.attention import attend_by_sample, is_by_sample, refuse_packs
 from ds_kd.models.files.damage import name_damage
 from ds_kd.models.files.model_files import explain_no_tokenizer
 from ds_kd.models.files.weight_files import (
@@ -238,8 +239,8 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
     if (said := fix_rope(engine.module.model)) and world.is_main:
         print(f"{component.key}: {said}", flush=True)
     packs = cfg.packed_sequence.packed_sequence_size > 0
-    if not packs and world.sequence.size == 1:
-        _settle_attention(engine, world)
+    if not packs:
+        _settle_attention(engine, world, component.key, may_have_packs(cfg))
     checks = [(probes.check_head, "a linear head")]
     if isinstance(engine.module, causal_lm.Student):
         checks.append((probes.check_layers, "a model that runs each layer once"))
@@ -255,15 +256,41 @@ def check_model(cfg: RunConfig, component: Component, engine: Any, world: World)
             check(engine, world.device, component.key)
 
 
-def _settle_attention(engine: Any, world: World) -> None:
+def may_have_packs(cfg: RunConfig) -> bool:
+    """Return whether code of the user's own makes samples or micro-batches, and so perhaps packs
+    (`segment_lengths`), which are known when a step meets them."""
+    data = [cfg.dataset, *cfg.validation_dataset.values()]
+    loaders = (cfg.dataloader, cfg.validation_dataloader)
+    return any(not each.name.startswith("ds_kd.data.") for each in data) or any(
+        isinstance(each.kwargs.get("collate_fn"), Permitted) for each in loaders
+    )
+
+
+def _settle_attention(engine: Any, world: World, name: str, has_packs: bool) -> None:
     """Give a model that would compute samples wrongly by `attention.sdpa_by_sample` transformers'
-    attention back, which serves where nothing is packed (a collective)."""
-    model = engine.module.model
-    if is_by_sample(model):
-        try:
-            probes.check_packing(engine, world.device, "model")
-        except ValueError:
-            attend_by_sample(model, False)
+    attention back, which serves where nothing is packed (a collective).
+
+    Args:
+        name: the model's name in messages.
+        has_packs: whether there may be packs of the user's own, which a model that does not keep
+            them apart then refuses.
+    """
+    model, is_split = engine.module.model, world.sequence.size > 1
+    by_sample = is_by_sample(model)
+    if not (has_packs or (by_sample and not is_split)):
+        return
+    remedy = "Return texts one by one, without segment_lengths"
+    try:
+        probes.check_packing(engine, world.device, name, remedy)
+    except ValueError as error:
+        attend_by_sample(model, False)
+        refuse_packs(model, str(error))
+
+    # Tokens that are split over ranks need our attention, and what it computes is probed later.
+    if is_split and by_sample and not is_by_sample(model):
+        attend_by_sample(model)
+        kind = type(model).__name__
+        refuse_packs(model, f"{name}: {kind} cannot keep packs apart over ranks. {remedy}.")
 
 
 def has_rope(config: Any) -> bool:

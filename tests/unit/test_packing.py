@@ -12,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ds_kd.config.load import load
 from ds_kd.data.collate import default_collater
 from ds_kd.data.own import OwnSamples
 from ds_kd.data.packing import PackedDataset, lengths_of, pack, segments_of
 from ds_kd.data.sampler import FILLER, WithFiller
+from ds_kd.errors import TrainingError
 from ds_kd.losses.chunked import DistillationLoss
 from ds_kd.losses.cross_entropy import MaskedCrossEntropy
 from ds_kd.losses.divergences import KDLoss
 from ds_kd.losses.head import States
 from ds_kd.models import attention, causal_lm, probes
 from ds_kd.models.attention import attend_by_sample
+from ds_kd.parallel.world import World
+from ds_kd.recipe.models import check_model, may_have_packs
 from tests import tiny
 
 SQUAD = Path(__file__).parents[3] / "shared" / "data" / "squad_train.jsonl"
@@ -214,6 +218,55 @@ def test_a_model_whose_samples_see_each_other_is_refused(dtype):
     attend_by_sample(model)
     with pytest.raises(ValueError, match=r"see each other.*Remove packed_sequence"):
         probes.check_packing(Engine(model), CPU, "model")
+
+
+def config_of(**sections):
+    models = {part: {"pretrained_model_name_or_path": "of/hub"} for part in
+              ("model", "teacher_model")}  # fmt: skip
+    squad = {"_target_": "ds_kd.data.squad.make_squad_dataset", "dataset_name": "of/hub"}
+    return load({**models, "dataset": squad, **sections}, [], allow=("own_packs",))
+
+
+def test_a_users_own_packs_are_given_to_models_alone_that_keep_them_apart():
+    """Without packed_sequence too, and from an own data set or an own collater."""
+    import transformers as hf
+
+    own = {"dataset": {"_target_": "own_packs.rows"}}
+    cfg = config_of(**own)
+    rows = tiny.samples(2, seed=3)
+    lengths = [len(row["input_ids"]) for row in rows]
+    ids, labels = ([i for row in rows for i in row[name]] for name in ("input_ids", "labels"))
+    pack = {"input_ids": ids, "labels": labels, "segment_lengths": lengths, "sample_id": "mine"}
+    mamba = hf.MambaConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
+        initializer_range=0.2,
+    )
+    for model, apart in (
+        (architecture("llama"), True),
+        (architecture("gpt_oss"), False),
+        (hf.MambaForCausalLM(mamba), False),
+    ):
+        engine = Engine(model)
+        check_model(cfg, cfg.model, engine, World(0, 1, CPU, "gloo"))
+        one_by_one = sum(engine.module(default_collater([row]))[0].item() for row in rows)
+        if apart:
+            together = engine.module(default_collater([pack]))[0].item()
+            assert together == pytest.approx(one_by_one, rel=1e-5)
+        else:
+            words = r"samples mine\): model: in .* see each other .*Return texts one by one"
+            with pytest.raises(TrainingError, match=words):
+                engine.module(default_collater([pack]))
+
+
+def test_only_code_of_the_users_may_give_packs_of_its_own():
+    own = {"_target_": "own_packs.rows"}
+    assert not may_have_packs(config_of())
+    assert may_have_packs(config_of(dataset=own))
+    assert may_have_packs(config_of(validation_dataset=own))
+    assert may_have_packs(config_of(dataloader={"collate_fn": "own_packs.collate"}))
 
 
 def test_a_mask_made_without_positions_is_refused_in_packs():
