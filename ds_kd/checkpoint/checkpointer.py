@@ -15,7 +15,7 @@
         BEST   -> step_0000150          the checkpoint of the lowest validation loss
         final/                          the newest consolidated student, as real files
         RUNNING                         exists while a run uses the directory (`run_lock`)
-        PREEMPTED                       exists while a run that a signal stopped is to go on
+        PREEMPTED                       exists while a run that a signal stopped has not gone on
 
 A checkpoint holds the engine (weights, optimizer, LR schedule), `TrainState` (from which the
 position in the data follows), the RNG of each rank, and what the student wrote for later steps.

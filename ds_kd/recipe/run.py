@@ -19,6 +19,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.process import check_caches
 from ds_kd.recipe.build import build
 from ds_kd.recipe.changes import refuse_changes
+from ds_kd.recipe.results import marker_of
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.train.trainer import Trainer
 
@@ -66,6 +67,9 @@ def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
     """Lock the directories of checkpoints and log for this run, and yield the lock of the first, or
     None if checkpoints are off.
 
+    The marker of a run that a signal stopped is removed, as it goes on: should it fail now, nobody
+    takes that for another stop.
+
     Raises:
         ConfigError: another run uses one of them, or it cannot be written.
     """
@@ -84,6 +88,8 @@ def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
                 if directory.resolve() not in taken:
                     lock.take()
             taken.add(directory.resolve())
+        if cfg.step_scheduler.max_steps != 0:  # such a run only looks at what is there
+            marker_of(cfg).unlink(missing_ok=True)
 
     with ExitStack() as held:
         for lock in locks:
