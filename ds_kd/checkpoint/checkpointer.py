@@ -47,7 +47,7 @@ from ds_kd.checkpoint.manifest import (
     error_of,
     follow,
 )
-from ds_kd.checkpoint.retention import Retention, step_name, steps_in
+from ds_kd.checkpoint.retention import Retention, id_of_earlier, new_id, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.settings import Changes, Settings
 from ds_kd.checkpoint.state import TrainState
@@ -74,6 +74,7 @@ class Checkpointer:
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
         changes: the differences that `resume` found in the settings.
+        run: a number that no other run has, on rank 0; that of the checkpoint on resume.
     """
 
     directory: Path
@@ -86,6 +87,7 @@ class Checkpointer:
     say: Callable[[str], None] = print
     lock: RunLock | None = None
     changes: Changes = Changes()
+    run: int = field(default_factory=new_id)
 
     @property
     def world(self) -> World:
@@ -173,6 +175,7 @@ class Checkpointer:
             "validation_loss": validation_loss,
             "validation": self.settings.validation,
             "fingerprint": self.settings.fingerprint,
+            "run": self.run,
         }
 
         def prepare() -> None:
@@ -223,6 +226,7 @@ class Checkpointer:
         if self.writer.buffer is not None and (found / ROLLOUTS).is_file():
             self.writer.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
         self.changes = self.settings.compare(saved)
+        self.run = saved.get("run") or id_of_earlier(found)
         if self.world.is_main:
             for line in self.changes.fingerprint.values():
                 self.say(f"resuming, but {line}")

@@ -6,8 +6,10 @@ A checkpoint is a real directory with a name from `step_name`. Anything else, su
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,18 @@ class Retention:
 
     last: int | None = None
     best: int = 1
+
+
+def new_id() -> int:
+    """Return a number that nothing else has, small enough for every reader of JSON."""
+    return secrets.randbits(52) + 1
+
+
+def id_of_earlier(checkpoint: Path) -> int:
+    """Return the number of the run of a checkpoint that names none, as an earlier version wrote it;
+    the same at each start."""
+    digest = hashlib.sha256(str(checkpoint.resolve().parent).encode()).hexdigest()
+    return int(digest[:13], 16) + 1
 
 
 def step_name(step: int) -> str:

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_kd.checkpoint.retention import new_id
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.config.checks.machine import refuse_missing_packages
 from ds_kd.config.components import config_error
@@ -137,9 +138,11 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
     config asks for the same student."""
     checkpointer, state = trainer.checkpointer, trainer.state
     if checkpointer is None:
+        _begin_log(trainer, new_id(), None)
         return
     checkpointer.lock = lock
     found = checkpointer.resume(trainer.student, state)
+    _begin_log(trainer, checkpointer.run, None if found is None else state.step)
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
         onward = trainer.schedule.describe_longer(state.step)
@@ -152,6 +155,11 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
             _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")
     if not trainer.is_done:  # a finished run saves no checkpoint any more
         checkpointer.check_room(trainer.student)
+
+
+def _begin_log(trainer: Trainer, run: int, resumed: int | None) -> None:
+    if trainer.metrics is not None:  # on rank 0
+        trainer.metrics.begin(run, resumed)
 
 
 def _forget_validations(trainer: Trainer, changed: list[str]) -> None:

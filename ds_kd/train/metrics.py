@@ -3,6 +3,7 @@ Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -41,9 +42,8 @@ class Metrics:
     """The destinations of a run's metrics.
 
     Args:
-        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. When a
-            resumed run writes its first record, the records of later steps that a killed run left
-            there are removed, so that each step and each validation is logged once.
+        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. What
+            stands there is settled with the first record, as `begin` has told.
         tensorboard: write events.
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
@@ -76,6 +76,8 @@ class Metrics:
         self._reported: set[Any] = set()  # destinations that could not be written
         self._started = time.monotonic()
         self._first_step: int | None = None
+        self._run: int | None = None
+        self._resumed: int | None = None
 
         # Both destinations are tried now, so that a mistake ends the run before models are loaded.
         if self._path is not None:
@@ -92,6 +94,19 @@ class Metrics:
                 self._wandb = client.init(**wandb)
             except Exception as error:  # its own kinds, and TypeError for an unknown argument
                 raise ValueError(f"wandb: wandb.init says: {first_line(error)}") from error
+
+    def begin(self, run: int, resumed: int | None) -> None:
+        """Tell whose records follow; without it they are those of a run that begins.
+
+        A log that is there is set aside if it is another run's, or if this run begins. Else the
+        records of later steps, which a killed run left there, are removed, so that each step and
+        each validation is logged once.
+
+        Args:
+            run: a number that no other run has; the first record names it.
+            resumed: the step of the checkpoint from which the run goes on; None if it begins.
+        """
+        self._run, self._resumed = run, resumed
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -161,7 +176,13 @@ class Metrics:
 
     def _open(self, path: Path, step: int, place: float) -> None:
         """Open the files for a run whose first record is of `step` and stands at `place`."""
-        _keep_before(path, place)
+        if self._resumed is None:
+            _set_aside(path)
+        else:
+            # Steps that are skipped have no record, so that the first one may be of a later step.
+            place = min(place, self._resumed + 1)
+            if (aside := _keep_before(path, place, self._run)) is not None:
+                self.say(f"{path} was the log of another run; it is now {aside.name}")
         # Line-buffered, so that a killed run keeps every record that it logged.
         self._file = path.open("a", buffering=1, encoding="utf-8")
         if self._events:
@@ -177,10 +198,12 @@ class Metrics:
                 write_settings(self._writer, self._settings, has_ended=False)
 
     def _record(self, step: int, values: dict[str, Any]) -> None:
-        path, line = self._path, json.dumps({"step": step, **values}) + "\n"
+        path, named = self._path, {}
         if self._file is None and path is not None:
             self._try(path, lambda: self._open(path, step, _place_record(step, values)))
+            named = {} if self._run is None else {"run": self._run}
         if self._file is not None:
+            line = json.dumps({"step": step, **named, **values}) + "\n"
             self._try(path, functools.partial(self._file.write, line))
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
             self._writer = None  # its writing thread has ended
@@ -261,24 +284,41 @@ def _show(values: dict[str, float]) -> str:
     return "  ".join(shown)
 
 
-def _keep_before(path: Path, place: float) -> None:
+def _keep_before(path: Path, place: float, run: int | None) -> Path | None:
     """Remove the records from `place` on and a torn last line from a log, atomically.
 
-    A log of which no record would stay belongs to another run and is renamed; so does every log if
-    this run begins with its first step, which no record of its own precedes.
+    A log that names another run, or that names none and of which no record would stay, is set aside
+    instead, and its new path is returned.
     """
     text = path.read_text(errors="replace", encoding="utf-8") if path.is_file() else ""
-    kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
-    kept = kept if place > 1 else []
-    if "".join(kept) == text:
-        return
-    if not kept:
-        names = (f"{path.stem}.before{number}{path.suffix}" for number in itertools.count(1))
-        path.rename(next(each for each in map(path.with_name, names) if not os.path.lexists(each)))
-        return
-    aside = path.with_name(f".{path.name}.new")
-    aside.write_text("".join(kept), "utf-8")
-    aside.replace(path)
+    lines = text.splitlines(keepends=True)
+    owner = _find_run(lines)
+    kept = [line for line in lines if _read_place(line) < place]
+    if owner not in (None, run) or (lines and not kept and owner is None):
+        return _set_aside(path)
+    if kept != lines:
+        aside = path.with_name(f".{path.name}.new")
+        aside.write_text("".join(kept), "utf-8")
+        aside.replace(path)
+    return None
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename a log to a free name beside it, and return that, or None if nothing is logged."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    names = (f"{path.stem}.before{number}{path.suffix}" for number in itertools.count(1))
+    return path.rename(next(p for p in map(path.with_name, names) if not os.path.lexists(p)))
+
+
+def _find_run(lines: list[str]) -> int | None:
+    """Return the run that has written last into a log, or None if its records do not tell, as those
+    of earlier versions."""
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if '"run"' in line and isinstance(record := json.loads(line), dict):
+                return record.get("run")
+    return None
 
 
 def _place_record(step: int, values: dict[str, Any]) -> float:
