@@ -195,13 +195,16 @@ class Checkpointer:
         on_rank0(publish, self.world)
         return target
 
-    def resume(self, engine: Any, state: TrainState) -> Path | None:
+    def resume(self, engine: Any, state: TrainState, puts_final: bool = True) -> Path | None:
         """Restore the checkpoint that `LATEST` names, or the one that takes its place, and return
         its path; None if there is no checkpoint.
 
         A save that was interrupted is completed. Settings that differ from the checkpoint's are
         printed and kept in `changes`. Another number of ranks sees the same global batches in the
         same order.
+
+        Args:
+            puts_final: `final` becomes the student of this checkpoint, if that holds it.
 
         Raises:
             CheckpointError: no checkpoint is whole, or this one holds another model.
@@ -230,7 +233,7 @@ class Checkpointer:
         if self.world.is_main:
             for line in self.changes.fingerprint.values():
                 self.say(f"resuming, but {line}")
-        on_rank0(lambda: publication.complete(found, self.directory), self.world)
+        on_rank0(lambda: publication.complete(found, self.directory, puts_final), self.world)
         return found
 
     def export_final(self, engine: Any) -> None:

@@ -141,7 +141,8 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
         _begin_log(trainer, new_id(), None)
         return
     checkpointer.lock = lock
-    found = checkpointer.resume(trainer.student, state)
+    only_validates = trainer.schedule.only_validates
+    found = checkpointer.resume(trainer.student, state, puts_final=not only_validates)
     _begin_log(trainer, checkpointer.run, None if found is None else state.step)
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
@@ -150,7 +151,7 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
             refuse_changes(cfg, checkpointer.changes.fingerprint, onward)
         if checkpointer.changes.validation and state.validated >= 0:
             _forget_validations(trainer, [*checkpointer.changes.validation])
-        if trainer.is_done:
+        if trainer.is_done and not only_validates:
             checkpointer.export_final(trainer.student)
             _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")
     if not trainer.is_done:  # a finished run saves no checkpoint any more
@@ -159,7 +160,7 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
 
 def _begin_log(trainer: Trainer, run: int, resumed: int | None) -> None:
     if trainer.metrics is not None:  # on rank 0
-        trainer.metrics.begin(run, resumed)
+        trainer.metrics.begin(run, resumed, trainer.schedule.only_validates)
 
 
 def _forget_validations(trainer: Trainer, changed: list[str]) -> None:

@@ -162,6 +162,33 @@ def test_the_step_after_a_checkpoint_that_is_skipped_leaves_no_record_of_a_kille
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 4, 5]
 
 
+def test_a_run_that_only_validates_drops_nothing_but_the_validation_that_it_repeats(tmp_path):
+    log(tmp_path, (1, 2, 3, 4), value=1.0, validated=(2, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train_lo')  # torn by a kill
+    for value in (2.0, 3.0):
+        metrics = Metrics(tmp_path, out=io.StringIO())
+        metrics.begin(1, 2, only_validates=True)
+        metrics.validation(2, {"loss": value}, texts=[{"student": "yes"}])
+        metrics.evaluation(2, {"squad": {"f1": Estimate(value, 0.4, 0.6)}})
+        metrics.close()
+    seen = [next(name for name in r if name not in ("step", "run")) for r in records(tmp_path)]
+    assert seen == [
+        "train_loss", "train_loss", "val_samples", "val_loss", "eval_squad/f1",
+        "train_loss", "train_loss", "val_loss",
+    ]  # fmt: skip
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 2, 2, 2, 3, 4, 4]
+    assert records(tmp_path)[3]["val_loss"] == records(tmp_path)[4]["eval_squad/f1"] == 3.0
+
+    # The log of another run is not one to put a record into.
+    metrics = Metrics(tmp_path, out=io.StringIO())
+    metrics.begin(2, 4, only_validates=True)
+    metrics.validation(4, {"loss": 5.0})
+    metrics.close()
+    assert records(tmp_path) == [{"step": 4, "run": 2, "val_loss": 5.0}]
+    assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 8
+
+
 def test_no_name_of_a_validation_set_takes_the_tags_of_another(tmp_path):
     """`ce` with its loss is not the mean's `ce_loss`, nor `a` with `ce_loss` the loss of `a_ce`."""
     metrics = Metrics(tmp_path, out=io.StringIO())
