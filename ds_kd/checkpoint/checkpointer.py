@@ -47,7 +47,7 @@ from ds_kd.checkpoint.manifest import (
     error_of,
     follow,
 )
-from ds_kd.checkpoint.retention import Retention, id_of_earlier, new_id, step_name, steps_in
+from ds_kd.checkpoint.retention import Course, Retention, go_on_from, new_id, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.settings import Changes, Settings
 from ds_kd.checkpoint.state import TrainState
@@ -74,7 +74,7 @@ class Checkpointer:
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
         changes: the differences that `resume` found in the settings.
-        run: a number that no other run has, on rank 0; that of the checkpoint on resume.
+        course: the number of this run and the branches of its way, as rank 0 has them.
     """
 
     directory: Path
@@ -87,7 +87,7 @@ class Checkpointer:
     say: Callable[[str], None] = print
     lock: RunLock | None = None
     changes: Changes = Changes()
-    run: int = field(default_factory=new_id)
+    course: Course = field(default_factory=lambda: Course(new_id()))
 
     @property
     def world(self) -> World:
@@ -175,7 +175,8 @@ class Checkpointer:
             "validation_loss": validation_loss,
             "validation": self.settings.validation,
             "fingerprint": self.settings.fingerprint,
-            "run": self.run,
+            "run": self.course.run,
+            "branches": self.course.branches,
         }
 
         def prepare() -> None:
@@ -229,7 +230,7 @@ class Checkpointer:
         if self.writer.buffer is not None and (found / ROLLOUTS).is_file():
             self.writer.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
         self.changes = self.settings.compare(saved)
-        self.run = saved.get("run") or id_of_earlier(found)
+        self.course = on_rank0(lambda: go_on_from(found, self.directory), self.world)
         if self.world.is_main:
             for line in self.changes.fingerprint.values():
                 self.say(f"resuming, but {line}")

@@ -141,9 +141,12 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
         _begin_log(trainer, new_id(), None)
         return
     checkpointer.lock = lock
+
+    # A run of no steps looks at the checkpoint of another length, and writes nothing beside it.
     only_validates = trainer.schedule.only_validates
     found = checkpointer.resume(trainer.student, state, puts_final=not only_validates)
-    _begin_log(trainer, checkpointer.run, None if found is None else state.step)
+    _begin_log(trainer, checkpointer.course.run, None if found is None else state.step)
+
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
         onward = trainer.schedule.describe_longer(state.step)

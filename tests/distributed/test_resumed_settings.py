@@ -202,9 +202,9 @@ def looked_at(world, root, paths):
     made.metrics.train(5, dict.fromkeys(SHOWN, 1.0))
     made.metrics.close()
     assert made.checkpointer.newest().name == "step_0000004"
-    before, runs = read(), [made.checkpointer.run]
+    before, runs = read(), [made.checkpointer.course.run]
     for _ in range(2):
-        runs.append(start(0, "b", None).checkpointer.run)
+        runs.append(start(0, "b", None).checkpointer.course.run)
     log = (directory / "log" / "metrics.jsonl").read_text().splitlines()
     kinds = [
         [r["step"], next(n for n in r if n not in ("step", "run"))] for r in map(json.loads, log)
