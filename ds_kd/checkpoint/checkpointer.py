@@ -15,7 +15,7 @@
         BEST   -> step_0000150          the checkpoint of the lowest validation loss
         final/                          the newest consolidated student, as real files
         RUNNING                         exists while a run uses the directory (`run_lock`)
-        PREEMPTED                       exists while a run that a signal stopped is to go on
+        PREEMPTED                       exists while a run that a signal stopped has not gone on
 
 A checkpoint holds the engine (weights, optimizer, LR schedule), `TrainState` (from which the
 position in the data follows), the RNG of each rank, and what the student wrote for later steps.
@@ -47,7 +47,7 @@ from ds_kd.checkpoint.manifest import (
     error_of,
     follow,
 )
-from ds_kd.checkpoint.retention import Retention, step_name, steps_in
+from ds_kd.checkpoint.retention import Course, Retention, go_on_from, new_id, step_name, steps_in
 from ds_kd.checkpoint.run_lock import DirectoryInUse, RunLock
 from ds_kd.checkpoint.settings import Changes, Settings
 from ds_kd.checkpoint.state import TrainState
@@ -74,6 +74,7 @@ class Checkpointer:
         say: prints a line on rank 0.
         lock: this run's lock of the directory, on rank 0; without it nothing is published.
         changes: the differences that `resume` found in the settings.
+        course: the number of this run and the branches of its way, as rank 0 has them.
     """
 
     directory: Path
@@ -86,6 +87,7 @@ class Checkpointer:
     say: Callable[[str], None] = print
     lock: RunLock | None = None
     changes: Changes = Changes()
+    course: Course = field(default_factory=lambda: Course(new_id()))
 
     @property
     def world(self) -> World:
@@ -173,6 +175,8 @@ class Checkpointer:
             "validation_loss": validation_loss,
             "validation": self.settings.validation,
             "fingerprint": self.settings.fingerprint,
+            "run": self.course.run,
+            "branches": self.course.branches,
         }
 
         def prepare() -> None:
@@ -192,13 +196,16 @@ class Checkpointer:
         on_rank0(publish, self.world)
         return target
 
-    def resume(self, engine: Any, state: TrainState) -> Path | None:
+    def resume(self, engine: Any, state: TrainState, puts_final: bool = True) -> Path | None:
         """Restore the checkpoint that `LATEST` names, or the one that takes its place, and return
         its path; None if there is no checkpoint.
 
         A save that was interrupted is completed. Settings that differ from the checkpoint's are
         printed and kept in `changes`. Another number of ranks sees the same global batches in the
         same order.
+
+        Args:
+            puts_final: `final` becomes the student of this checkpoint, if that holds it.
 
         Raises:
             CheckpointError: no checkpoint is whole, or this one holds another model.
@@ -223,10 +230,11 @@ class Checkpointer:
         if self.writer.buffer is not None and (found / ROLLOUTS).is_file():
             self.writer.buffer.load_state_dict(json.loads((found / ROLLOUTS).read_text("utf-8")))
         self.changes = self.settings.compare(saved)
+        self.course = on_rank0(lambda: go_on_from(found, self.directory), self.world)
         if self.world.is_main:
             for line in self.changes.fingerprint.values():
                 self.say(f"resuming, but {line}")
-        on_rank0(lambda: publication.complete(found, self.directory), self.world)
+        on_rank0(lambda: publication.complete(found, self.directory, puts_final), self.world)
         return found
 
     def export_final(self, engine: Any) -> None:

@@ -65,11 +65,13 @@ def publish(aside: Path, target: Path, keep: Retention, say: Callable[[str], Non
         say(f"an old checkpoint cannot be removed: {error}")
 
 
-def complete(checkpoint: Path, directory: Path) -> None:
-    """Make `LATEST`, `final` and `BEST` agree with `checkpoint` as the newest one."""
+def complete(checkpoint: Path, directory: Path, puts_final: bool = True) -> None:
+    """Make `LATEST`, `BEST` and, with `puts_final`, `final` agree with `checkpoint` as the newest
+    one."""
     if follow(directory / LATEST) != checkpoint.resolve():
         manifest.switch_link(directory / LATEST, checkpoint.name)
-    if holds_student(checkpoint) and not _is_student_of(directory / FINAL, checkpoint):
+    final = directory / FINAL
+    if puts_final and holds_student(checkpoint) and not _is_student_of(final, checkpoint):
         _put_final(checkpoint, directory)
     _point_best(directory, set())
 

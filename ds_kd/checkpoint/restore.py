@@ -12,7 +12,7 @@ import torch
 
 from ds_kd.checkpoint.engine import files as engine_files
 from ds_kd.checkpoint.manifest import ENGINE, LATEST, STATE, CheckpointError, follow, verify
-from ds_kd.checkpoint.retention import bad_in, set_aside, step_of, steps_in
+from ds_kd.checkpoint.retention import bad_in, list_course, set_aside, step_of, steps_in
 from ds_kd.checkpoint.state import TrainState, set_rng_state
 from ds_kd.errors import first_line
 from ds_kd.parallel.world import World, barrier, on_rank0
@@ -21,8 +21,9 @@ from ds_kd.parallel.world import World, barrier, on_rank0
 def find(directory: Path, say: Callable[[str], None]) -> Path | None:
     """Return the checkpoint that `LATEST` names, if it is whole.
 
-    A damaged one is set aside, and the newest whole one before it takes its place, or else one
-    after it. Without `LATEST` the newest whole one is returned, and None if there is no checkpoint.
+    A damaged one is set aside, and the newest whole one on the way to it takes its place, or else
+    another before it, or one after it. Without `LATEST` the newest whole one is returned, and None
+    if there is no checkpoint.
 
     Raises:
         CheckpointError: no checkpoint is whole, or `LATEST` names something outside this directory
@@ -32,9 +33,11 @@ def find(directory: Path, say: Callable[[str], None]) -> Path | None:
     if named is not None and named not in known:
         return _whole_elsewhere(directory, named)
 
-    # Older checkpoints are tried first, as a user who points LATEST back abandons the newer ones.
+    # A user who points LATEST back abandons the newer ones, which a run that goes on may pass.
     newer = known[: known.index(named)] if named is not None else []
-    for checkpoint in [*known[len(newer) :], *newer]:
+    older, course = known[len(newer) :], list_course(directory, named)
+    older.sort(key=lambda path: path not in course)
+    for checkpoint in [*older, *newer]:
         try:
             verify(checkpoint)
         except CheckpointError as error:

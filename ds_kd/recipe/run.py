@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+from ds_kd.checkpoint.retention import new_id
 from ds_kd.checkpoint.run_lock import RunLock
 from ds_kd.config.checks.machine import refuse_missing_packages
 from ds_kd.config.components import config_error
@@ -19,6 +20,7 @@ from ds_kd.parallel.world import World, on_rank0
 from ds_kd.process import check_caches
 from ds_kd.recipe.build import build
 from ds_kd.recipe.changes import refuse_changes
+from ds_kd.recipe.results import marker_of
 from ds_kd.teachers.cached import FillingTeacher
 from ds_kd.train.trainer import Trainer
 
@@ -66,6 +68,9 @@ def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
     """Lock the directories of checkpoints and log for this run, and yield the lock of the first, or
     None if checkpoints are off.
 
+    The marker of a run that a signal stopped is removed, as it goes on: should it fail now, nobody
+    takes that for another stop.
+
     Raises:
         ConfigError: another run uses one of them, or it cannot be written.
     """
@@ -84,6 +89,8 @@ def lock_directories(cfg: RunConfig, world: World) -> Iterator[RunLock | None]:
                 if directory.resolve() not in taken:
                     lock.take()
             taken.add(directory.resolve())
+        if cfg.step_scheduler.max_steps != 0:  # such a run only looks at what is there
+            marker_of(cfg).unlink(missing_ok=True)
 
     with ExitStack() as held:
         for lock in locks:
@@ -131,9 +138,15 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
     config asks for the same student."""
     checkpointer, state = trainer.checkpointer, trainer.state
     if checkpointer is None:
+        _begin_log(trainer, new_id(), None)
         return
     checkpointer.lock = lock
-    found = checkpointer.resume(trainer.student, state)
+
+    # A run of no steps looks at the checkpoint of another length, and writes nothing beside it.
+    only_validates = trainer.schedule.only_validates
+    found = checkpointer.resume(trainer.student, state, puts_final=not only_validates)
+    _begin_log(trainer, checkpointer.course.run, None if found is None else state.step)
+
     if found is not None:
         _say(trainer.world, f"resumed from {found} at step {state.step}")
         onward = trainer.schedule.describe_longer(state.step)
@@ -141,11 +154,16 @@ def _resume(cfg: RunConfig, trainer: Trainer, lock: RunLock | None) -> None:
             refuse_changes(cfg, checkpointer.changes.fingerprint, onward)
         if checkpointer.changes.validation and state.validated >= 0:
             _forget_validations(trainer, [*checkpointer.changes.validation])
-        if trainer.is_done:
+        if trainer.is_done and not only_validates:
             checkpointer.export_final(trainer.student)
             _say(trainer.world, f"the run is done at step {state.step}; {onward} goes on")
     if not trainer.is_done:  # a finished run saves no checkpoint any more
         checkpointer.check_room(trainer.student)
+
+
+def _begin_log(trainer: Trainer, run: int, resumed: int | None) -> None:
+    if trainer.metrics is not None:  # on rank 0
+        trainer.metrics.begin(run, resumed, trainer.schedule.only_validates)
 
 
 def _forget_validations(trainer: Trainer, changed: list[str]) -> None:

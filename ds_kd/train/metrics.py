@@ -3,6 +3,7 @@ Weights & Biases. Rank 0 only."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
@@ -41,9 +42,8 @@ class Metrics:
     """The destinations of a run's metrics.
 
     Args:
-        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. When a
-            resumed run writes its first record, the records of later steps that a killed run left
-            there are removed, so that each step and each validation is logged once.
+        directory: holds `metrics.jsonl` and the TensorBoard events; None writes no files. A
+            log that is there changes with the first record, as `begin` has told.
         tensorboard: write events.
         config_text: the resolved YAML, shown as text in TensorBoard.
         wandb: keyword arguments of `wandb.init`, or None.
@@ -76,6 +76,10 @@ class Metrics:
         self._reported: set[Any] = set()  # destinations that could not be written
         self._started = time.monotonic()
         self._first_step: int | None = None
+        self._run: int | None = None
+        self._resumed: int | None = None
+        self._only_validates = False
+        self._inserted: set[float] = set()  # places of records that were put among others
 
         # Both destinations are tried now, so that a mistake ends the run before models are loaded.
         if self._path is not None:
@@ -92,6 +96,21 @@ class Metrics:
                 self._wandb = client.init(**wandb)
             except Exception as error:  # its own kinds, and TypeError for an unknown argument
                 raise ValueError(f"wandb: wandb.init says: {first_line(error)}") from error
+
+    def begin(self, run: int, resumed: int | None, only_validates: bool = False) -> None:
+        """Tell whose records follow; without it they are those of a run that begins.
+
+        A log that is there is set aside if it is another run's, or if this run begins. Else the
+        records of later steps, which a killed run left there, are removed, so that each step and
+        each validation is logged once.
+
+        Args:
+            run: a number that no other run has; the first record names it.
+            resumed: the step of the checkpoint from which the run goes on; None if it begins.
+            only_validates: no step follows, so that all records stay but those of the validation
+                and the evaluation that are made again.
+        """
+        self._run, self._resumed, self._only_validates = run, resumed, only_validates
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
@@ -161,26 +180,69 @@ class Metrics:
 
     def _open(self, path: Path, step: int, place: float) -> None:
         """Open the files for a run whose first record is of `step` and stands at `place`."""
-        _keep_before(path, place)
+        if self._resumed is None:
+            _set_aside(path)
+        else:
+            # Steps that are skipped have no record, so that the first one may be of a later step.
+            place = min(place, self._resumed + 1)
+            lines = self._read_own(path, place)
+            kept = [line for line in lines if _read_place(line) < place]
+            if kept != lines:
+                _replace(path, kept)
         # Line-buffered, so that a killed run keeps every record that it logged.
         self._file = path.open("a", buffering=1, encoding="utf-8")
+        # TensorBoard drops the later steps of earlier event files from `purge_step` on.
+        self._open_events(path, step, math.ceil(place) if step else 0)
+
+    def _open_events(self, path: Path, step: int, purge_step: int | None) -> None:
         if self._events:
             from torch.utils.tensorboard import SummaryWriter
 
-            # TensorBoard drops the later steps of earlier event files from `purge_step` on.
-            self._writer = SummaryWriter(
-                str(path.parent), purge_step=math.ceil(place) if step else 0
-            )
+            self._writer = SummaryWriter(str(path.parent), purge_step=purge_step)
             threading.excepthook = functools.partial(_ignore_writer_thread, threading.excepthook)
             self._writer.add_text("config", f"```yaml\n{self._config_text}\n```", step)
             if self._settings:
                 write_settings(self._writer, self._settings, has_ended=False)
 
+    def _read_own(self, path: Path, place: float) -> list[str]:
+        """Return the lines of this run's log. A log that names another run, or that names none and
+        has no record before `place`, is set aside and said."""
+        text = path.read_text(errors="replace", encoding="utf-8") if path.is_file() else ""
+        lines = text.splitlines(keepends=True)
+        owner = _find_run(lines)
+        has_earlier = any(_read_place(line) < place for line in lines)
+        is_ours = has_earlier if owner is None else owner == self._run
+        if is_ours or not lines:
+            return lines
+        if (aside := _set_aside(path)) is not None:
+            self.say(f"{path} was the log of another run; it is now {aside.name}")
+        return []
+
+    def _insert(self, path: Path, step: int, values: dict[str, Any]) -> None:
+        """Put a record where it stands among others, in place of an earlier start's."""
+        place = _place_record(step, values)
+        lines = [line for line in self._read_own(path, math.inf) if line.endswith("\n")]
+        if not self._inserted:
+            self._open_events(path, step, None)
+        if place not in self._inserted:
+            lines = [line for line in lines if _read_place(line) != place]
+        self._inserted.add(place)
+        index = next((k for k, line in enumerate(lines) if _read_place(line) > place), len(lines))
+        lines.insert(index, self._format_record(step, values, names_run=not lines))
+        _replace(path, lines)
+
+    def _format_record(self, step: int, values: dict[str, Any], names_run: bool) -> str:
+        named = {"run": self._run} if names_run and self._run is not None else {}
+        return json.dumps({"step": step, **named, **values}) + "\n"
+
     def _record(self, step: int, values: dict[str, Any]) -> None:
-        path, line = self._path, json.dumps({"step": step, **values}) + "\n"
-        if self._file is None and path is not None:
+        path, is_first = self._path, self._file is None
+        if path is not None and self._only_validates and self._resumed is not None:
+            self._try(path, self._insert, path, step, values)
+        elif path is not None and self._file is None:
             self._try(path, lambda: self._open(path, step, _place_record(step, values)))
         if self._file is not None:
+            line = self._format_record(step, values, is_first)
             self._try(path, functools.partial(self._file.write, line))
         if self._writer is not None and not self._try(_EVENTS, self._draw, step, values):
             self._writer = None  # its writing thread has ended
@@ -261,24 +323,29 @@ def _show(values: dict[str, float]) -> str:
     return "  ".join(shown)
 
 
-def _keep_before(path: Path, place: float) -> None:
-    """Remove the records from `place` on and a torn last line from a log, atomically.
-
-    A log of which no record would stay belongs to another run and is renamed; so does every log if
-    this run begins with its first step, which no record of its own precedes.
-    """
-    text = path.read_text(errors="replace", encoding="utf-8") if path.is_file() else ""
-    kept = [line for line in text.splitlines(keepends=True) if _read_place(line) < place]
-    kept = kept if place > 1 else []
-    if "".join(kept) == text:
-        return
-    if not kept:
-        names = (f"{path.stem}.before{number}{path.suffix}" for number in itertools.count(1))
-        path.rename(next(each for each in map(path.with_name, names) if not os.path.lexists(each)))
-        return
+def _replace(path: Path, lines: list[str]) -> None:
+    """Write the lines of a log anew, atomically."""
     aside = path.with_name(f".{path.name}.new")
-    aside.write_text("".join(kept), "utf-8")
+    aside.write_text("".join(lines), "utf-8")
     aside.replace(path)
+
+
+def _set_aside(path: Path) -> Path | None:
+    """Rename a log to a free name beside it, and return that, or None if nothing is logged."""
+    if not path.is_file() or not path.stat().st_size:
+        return None
+    names = (f"{path.stem}.before{number}{path.suffix}" for number in itertools.count(1))
+    return path.rename(next(p for p in map(path.with_name, names) if not os.path.lexists(p)))
+
+
+def _find_run(lines: list[str]) -> int | None:
+    """Return the run that has written last into a log, or None if its records do not tell, as those
+    of earlier versions."""
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            if '"run"' in line and isinstance(record := json.loads(line), dict):
+                return record.get("run")
+    return None
 
 
 def _place_record(step: int, values: dict[str, Any]) -> float:

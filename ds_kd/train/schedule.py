@@ -36,6 +36,11 @@ class Schedule:
         whole = self.steps_per_epoch * self.num_epochs
         return whole if self.max_steps is None else min(whole, self.max_steps)
 
+    @property
+    def only_validates(self) -> bool:
+        """Return whether the run looks at what is there, and trains and saves nothing."""
+        return self.max_steps == 0
+
     def describe_unreached(self) -> str:
         """Return a sentence where the last epoch ends the run before `max_steps`, or an empty
         text."""

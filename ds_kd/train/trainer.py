@@ -171,9 +171,13 @@ class Trainer:
     def _validate_first(self) -> bool:
         """Validate and evaluate before the first step if that is due, and return whether the run
         stops here."""
-        if not (self._owes_validation() or self.schedule.max_steps == 0):
+        only_validates = self.schedule.only_validates
+        if not (self._owes_validation() or only_validates):
             return not self._evaluate()
         validated = self.validate()
+        if only_validates:  # what it finds is nothing of the run whose checkpoint it looks at
+            self._evaluate()
+            return True
         if validated is not None and self.checkpointer is not None:
             self.checkpointer.note_validation(self.state.step, validated["loss"])
         if self._ends_early:  # its last checkpoint was saved as one of many

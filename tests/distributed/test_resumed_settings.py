@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import shutil
 import signal
 import time
@@ -19,16 +20,19 @@ from ds_kd.checkpoint.retention import best_in
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.config.sections import LRScheduler
+from ds_kd.evaluate.statistics import Estimate
 from ds_kd.parallel.signals import StopRequest
 from ds_kd.parallel.world import barrier
 from ds_kd.recipe.optimizer import build_schedule
 from ds_kd.recipe.run import _resume
+from ds_kd.train.metrics import Metrics
 from tests import tiny
 from tests.parity.test_step import build, weights
 from tests.ranks import run_ranks
 
 GUIDE = Path(__file__).parents[2] / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml"
 LINEAR = LRScheduler(name="linear")
+SHOWN = ("train_loss", "learning_rate", "grad_norm", "tokens_per_sec")
 SLOW = 0.5  # seconds that a micro-batch takes to load
 OLD = {"lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-4, "weight_decay": 0.0}
 NEW = {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
@@ -121,6 +125,7 @@ def on_one_rank(world, root, paths):
     out["speeds"] = speeds_of_a_slow_loader(prepare(world, paths, root / "slow", 2, adamw(**OLD)))
 
     out["measured"] = ended_and_measured_otherwise(world, root, paths)
+    out["looked at"] = looked_at(world, root, paths)
     momentum = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
     train(prepare(world, paths, root / "other", 3, momentum))
     out["other optimizer"] = refusal(prepare(world, paths, root / "other", 6, adamw(**OLD)))
@@ -166,6 +171,51 @@ def ended_and_measured_otherwise(world, root, paths):
 
     first = start(2, 0.5, "a")
     return [first, start(1, 0.5, "a"), start(2, 0.9, "a"), start(2, 0.5, "b")]
+
+
+def looked_at(world, root, paths):
+    """Return the files of a run that stopped after step 4, before and after validations alone, with
+    their log; and the runs' numbers."""
+    directory = root / "looked at"
+    cfg = load(GUIDE, [f"checkpoint.checkpoint_dir={directory}"])
+
+    def start(most, data, end):
+        made = prepare(world, paths, directory, 9, adamw(**OLD))
+        made.checkpointer.save_consolidated = "final"
+        made.checkpointer.settings.validation = {"validation data": data}
+        made.validation.loaders = {"": made.batches.loader}
+        made.schedule = replace(made.schedule, max_steps=most, val_every_steps=2, patience=1 + most)
+        made.metrics = Metrics(directory / "log", tensorboard=False, out=io.StringIO())
+        _resume(cfg, made, None)
+        made.asked_to_stop = lambda: made.state.step == end
+        made.train()
+        return made
+
+    def read():
+        files = [p for p in directory.rglob("*") if p.is_file() and p.parent.name != "log"]
+        links = {name: str((directory / name).readlink()) for name in ("LATEST", "BEST")}
+        return {str(p): p.read_bytes() for p in files} | links
+
+    # A killed run has left the record of a step after the checkpoint.
+    made = start(9, "a", 4)
+    made.metrics.evaluation(4, {"squad": {"f1": Estimate(0.5, 0.4, 0.6)}})
+    made.metrics.train(5, dict.fromkeys(SHOWN, 1.0))
+    made.metrics.close()
+    assert made.checkpointer.newest().name == "step_0000004"
+    before, runs = read(), [made.checkpointer.course.run]
+    for _ in range(2):
+        runs.append(start(0, "b", None).checkpointer.course.run)
+    log = (directory / "log" / "metrics.jsonl").read_text().splitlines()
+    kinds = [
+        [r["step"], next(n for n in r if n not in ("step", "run"))] for r in map(json.loads, log)
+    ]
+    return [
+        before == read(),
+        [*directory.glob("final")],
+        kinds,
+        runs,
+        len([*directory.glob("log/*")]),
+    ]
 
 
 def broken_off(world, root, paths):
@@ -253,6 +303,17 @@ def test_a_run_that_patience_ended_says_so_and_goes_on_where_other_data_are_vali
     # The first validation of other data lowers what is known of them; two more do not.
     assert other[:2] == [3, 6]
     assert "validation measures something else than before (validation data)" in other[2]
+
+
+def test_a_run_of_no_steps_changes_nothing_but_the_validation_in_the_log(one):
+    """Its losses are of other data: as those of the checkpoint they would decide what is kept."""
+    same, final, log, runs, logs = one["looked at"]
+    assert same and not final and logs == 1
+    assert log == [
+        [1, "train_loss"], [2, "train_loss"], [2, "val_loss"], [3, "train_loss"],
+        [4, "train_loss"], [4, "val_loss"], [4, "eval_squad/f1"], [5, "train_loss"],
+    ]  # fmt: skip
+    assert len(set(runs)) == 1 and runs[0] > 0
 
 
 def linear(lr, first, total):

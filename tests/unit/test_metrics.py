@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ds_kd.evaluate.comparison import read_lines
 from ds_kd.evaluate.statistics import Estimate
 from ds_kd.models.operations import Operations, count_operations
 from ds_kd.train.clock import Clock, Counts
@@ -42,14 +43,16 @@ def test_a_refusal_of_wandb_is_told(monkeypatch):
 VALUES = {"train_loss": 1.0, "learning_rate": 0.1, "grad_norm": 1.0, "tokens_per_sec": 9.0}
 
 
-def log(directory, steps, value=1.0, validated=()):
-    """A run that logs these steps."""
+def log(directory, steps, value=1.0, validated=(), resumed=None, run=1):
+    """A run that logs these steps; what it says."""
     metrics = Metrics(directory, total_steps=9, out=io.StringIO())
+    metrics.begin(run, resumed)
     for step in steps:
         metrics.train(step, {**VALUES, "train_loss": value})
         if step in validated:
             metrics.validation(step, {"loss": value})
     metrics.close()
+    return metrics.out.getvalue()
 
 
 def records(directory):
@@ -60,7 +63,7 @@ def test_a_resumed_run_logs_each_step_once(tmp_path):
     log(tmp_path, range(1, 7), value=1.0, validated=(4, 6))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 7, "train_lo')  # torn by a kill
-    log(tmp_path, range(5, 9), value=2.0, validated=(6,))  # from the checkpoint of step 4
+    log(tmp_path, range(5, 9), value=2.0, validated=(6,), resumed=4)
 
     train = [(r["step"], r["train_loss"]) for r in records(tmp_path) if "train_loss" in r]
     assert train == [(step, 1.0 if step < 5 else 2.0) for step in range(1, 9)]
@@ -82,6 +85,7 @@ def test_a_validation_made_after_a_resume_keeps_its_step(tmp_path):
     log(tmp_path, range(1, 5), value=1.0)
     for value in (2.0, 3.0):  # the second time it takes the place of the first
         metrics = Metrics(tmp_path, total_steps=9, out=io.StringIO())
+        metrics.begin(1, 4)
         metrics.validation(4, {"loss": value})
         metrics.close()
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4, 4]
@@ -112,6 +116,77 @@ def test_a_validation_at_step_0_of_another_run_is_not_the_new_ones(tmp_path):
     log(tmp_path, (1,), value=2.0)  # a run that does not validate at its start
     assert [r.get("train_loss") for r in records(tmp_path)] == [2.0]
     assert "9.0" in (tmp_path / "metrics.before1.jsonl").read_text()
+
+
+def test_a_log_that_another_run_has_begun_is_set_aside_and_not_cut(tmp_path):
+    """Two runs log into one directory, one after the other."""
+    log(tmp_path, range(1, 5), value=1.0, run=1)
+    log(tmp_path, range(1, 4), value=2.0, run=2)
+    said = log(tmp_path, (5, 6), value=1.5, run=1, resumed=4)
+    assert "metrics.jsonl was the log of another run; it is now metrics.before2.jsonl" in said
+    log(tmp_path, (3,), value=2.5, run=2, resumed=2)
+    kept = {path.name: path.read_text().splitlines() for path in tmp_path.glob("metrics.*")}
+    steps = {name: [json.loads(line)["step"] for line in lines] for name, lines in kept.items()}
+    assert steps == {
+        "metrics.before1.jsonl": [1, 2, 3, 4],
+        "metrics.before2.jsonl": [1, 2, 3],
+        "metrics.before3.jsonl": [5, 6],
+        "metrics.jsonl": [3],
+    }
+    # Its own log is its own, even if all of it is made again.
+    assert "another run" not in log(tmp_path, (3, 4), run=2, resumed=2)
+    assert [r["step"] for r in records(tmp_path)] == [3, 4]
+    assert len([*tmp_path.glob("metrics.before*")]) == 3
+
+
+def test_a_log_that_names_no_run_is_that_of_the_run_that_goes_on(tmp_path):
+    lines = [json.dumps({"step": step, "train_loss": 9.0}) + "\n" for step in range(1, 6)]
+    (tmp_path / "metrics.jsonl").write_text("".join(lines))
+    log(tmp_path, (4, 5, 6), resumed=3)
+    assert [(r["step"], r["train_loss"]) for r in records(tmp_path)] == [
+        (1, 9.0), (2, 9.0), (3, 9.0), (4, 1.0), (5, 1.0), (6, 1.0)
+    ]  # fmt: skip
+    assert [r["step"] for r in read_lines(tmp_path / "metrics.jsonl") if "run" in r] == [4]
+
+
+def test_a_run_that_begins_sets_a_log_aside_even_if_its_first_step_was_skipped(tmp_path):
+    log(tmp_path, (1, 2, 3), value=1.0, run=1)
+    log(tmp_path, (2, 3), value=2.0, run=2)
+    assert [(r["step"], r["train_loss"]) for r in records(tmp_path)] == [(2, 2.0), (3, 2.0)]
+    assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 3
+
+
+def test_the_step_after_a_checkpoint_that_is_skipped_leaves_no_record_of_a_killed_run(tmp_path):
+    log(tmp_path, (1, 2, 3, 4), value=1.0)
+    log(tmp_path, (4, 5), value=2.0, resumed=2)  # step 3 was skipped this time
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 4, 5]
+
+
+def test_a_run_that_only_validates_drops_nothing_but_the_validation_that_it_repeats(tmp_path):
+    log(tmp_path, (1, 2, 3, 4), value=1.0, validated=(2, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "train_lo')  # torn by a kill
+    for value in (2.0, 3.0):
+        metrics = Metrics(tmp_path, out=io.StringIO())
+        metrics.begin(1, 2, only_validates=True)
+        metrics.validation(2, {"loss": value}, texts=[{"student": "yes"}])
+        metrics.evaluation(2, {"squad": {"f1": Estimate(value, 0.4, 0.6)}})
+        metrics.close()
+    seen = [next(name for name in r if name not in ("step", "run")) for r in records(tmp_path)]
+    assert seen == [
+        "train_loss", "train_loss", "val_samples", "val_loss", "eval_squad/f1",
+        "train_loss", "train_loss", "val_loss",
+    ]  # fmt: skip
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 2, 2, 2, 3, 4, 4]
+    assert records(tmp_path)[3]["val_loss"] == records(tmp_path)[4]["eval_squad/f1"] == 3.0
+
+    # The log of another run is not one to put a record into.
+    metrics = Metrics(tmp_path, out=io.StringIO())
+    metrics.begin(2, 4, only_validates=True)
+    metrics.validation(4, {"loss": 5.0})
+    metrics.close()
+    assert records(tmp_path) == [{"step": 4, "run": 2, "val_loss": 5.0}]
+    assert len((tmp_path / "metrics.before1.jsonl").read_text().splitlines()) == 8
 
 
 def test_no_name_of_a_validation_set_takes_the_tags_of_another(tmp_path):
@@ -167,6 +242,7 @@ def test_tensorboard_lays_out_the_tags_there_are_and_lists_settings_with_results
     settings = {"kd_ratio": 0.5, "optimizer._target_": "torch.optim.AdamW", "fused": True}
     for steps in ((1, 2), (3,)):  # a resumed run writes a file of its own
         metrics = Metrics(tmp_path, out=io.StringIO(), settings=settings)
+        metrics.begin(1, steps[0] - 1 or None)
         for step in steps:
             metrics.train(step, {**VALUES, "memory/rank_0": 1.0, "memory/rank_1": 2.0})
         metrics.validation(steps[-1], {"loss": 2.0}, {"squad": {"loss": 3.0}})

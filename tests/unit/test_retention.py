@@ -12,16 +12,21 @@ import pytest
 
 from ds_kd.checkpoint import manifest, publication, restore
 from ds_kd.checkpoint.manifest import CheckpointError
-from ds_kd.checkpoint.retention import Retention, steps_in
+from ds_kd.checkpoint.retention import Course, Retention, go_on_from, new_id, steps_in
 
 
 def make(
-    path: Path, loss: float | None = None, student: bool = True, measure: dict | None = None
+    path: Path,
+    loss: float | None = None,
+    student: bool = True,
+    measure: dict | None = None,
+    course: Course | None = None,
 ) -> Path:
     """A whole checkpoint as far as files go."""
     (path / "model").mkdir(parents=True)
-    validation = {} if measure is None else {"validation": measure}
-    (path / "state.json").write_text(json.dumps({"validation_loss": loss, **validation}))
+    told = {} if measure is None else {"validation": measure}
+    told |= {} if course is None else {"run": course.run, "branches": course.branches}
+    (path / "state.json").write_text(json.dumps({"validation_loss": loss, **told}))
     (path / "model" / "config.json").write_text("{}")
     if student:
         (path / "model" / "model.safetensors").write_text(f"weights of {path.name}")
@@ -227,6 +232,64 @@ def test_best_compares_losses_of_the_same_data_only(tmp_path):
     manifest.switch_link(tmp_path / "LATEST", "step_0000005")
     start(tmp_path)
     assert best() == "4"
+
+
+def point_back(directory: Path, name: str) -> Course:
+    """Do what a user does, and what the started run then is."""
+    manifest.switch_link(directory / "LATEST", name)
+    found = start(directory)
+    assert found is not None and found.name == name
+    return go_on_from(found, directory)
+
+
+@pytest.mark.parametrize("number", [new_id(), None], ids=["numbered", "of an earlier version"])
+def test_the_best_is_one_of_the_present_course(tmp_path, number):
+    first = None if number is None else Course(number)
+    for step, loss in ((100, 3.0), (200, 2.0), (300, 1.5)):
+        save(tmp_path, step, loss=loss, course=first)
+    second = point_back(tmp_path, "step_0000100")
+    assert second.branches[0][0] == 100 and second.run == (number or second.run) > 0
+    assert (tmp_path / "BEST").resolve().name == "step_0000100"
+    for step, loss in ((150, 1.8), (170, 1.9), (190, 2.5)):
+        save(tmp_path, step, Retention(last=1, best=1), loss=loss, course=second)
+        assert (tmp_path / "BEST").resolve().name == "step_0000150"
+    kept = [path.name[-3:] for path in steps_in(tmp_path)]
+    assert kept == ["300", "200", "190", "150"]
+
+
+def test_a_run_that_passes_abandoned_checkpoints_neither_counts_nor_takes_them(tmp_path):
+    first, keep = Course(new_id()), Retention(last=2, best=1)
+    for step, loss in ((100, 3.0), (213, 1.0), (313, 0.5)):
+        save(tmp_path, step, loss=loss, course=first)
+    second = point_back(tmp_path, "step_0000100")
+    for step in (200, 300, 400):
+        save(tmp_path, step, keep, loss=2.0 - step / 1000, course=second)
+    assert [p.name[-3:] for p in steps_in(tmp_path)] == ["400", "313", "300", "213"]
+    assert (tmp_path / "BEST").resolve().name == "step_0000400"
+    # A start that leaves nothing behind goes on with the course that it finds.
+    assert go_on_from(tmp_path / "step_0000400", tmp_path) == second
+
+    # The last one before it on the same way takes the place of a damaged newest one.
+    content = tmp_path / "step_0000400" / "model" / "config.json"
+    content.write_text("damaged")
+    assert start(tmp_path) == tmp_path / "step_0000300"
+    assert go_on_from(tmp_path / "step_0000300", tmp_path) == second  # 313 is not of its course
+    damage(tmp_path / "step_0000300")
+    assert start(tmp_path) == tmp_path / "step_0000213"  # at last one that was given up
+    assert go_on_from(tmp_path / "step_0000213", tmp_path).branches[0][0] == 213
+
+    # A user who changes their mind takes up the first course.
+    again = point_back(tmp_path, "step_0000313")
+    assert again == first and (tmp_path / "BEST").resolve().name == "step_0000313"
+
+
+def test_a_state_that_tells_nonsense_of_its_course_is_of_none(tmp_path):
+    nonsense = [3, "x", {"run": "x"}, {"run": 1, "branches": 3}, {"branches": [[1]]}, {"run": None}]
+    for step, told in enumerate(nonsense, 1):
+        save(tmp_path, step, loss=1.0 + step)
+        (tmp_path / f"step_{step:07d}" / "state.json").write_text(json.dumps(told))
+    save(tmp_path, 9, Retention(last=3), loss=9.0, course=Course(new_id()))
+    assert [path.name[-1] for path in steps_in(tmp_path)] == ["9", "6", "5"]
 
 
 def refuse(*_, **__):

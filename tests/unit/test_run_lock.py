@@ -19,6 +19,7 @@ from ds_kd.checkpoint.run_lock import NAME, DirectoryInUse, RunLock
 from ds_kd.config.components import ConfigError
 from ds_kd.config.load import load
 from ds_kd.parallel.world import World
+from ds_kd.recipe.results import marker_of
 from ds_kd.recipe.run import lock_directories
 
 ROOT = Path(__file__).parents[2]
@@ -192,3 +193,24 @@ def test_a_run_may_log_into_its_own_checkpoint_directory(tmp_path):
     with lock_directories(config(tmp_path / "a", tmp_path / "b"), ALONE):
         assert (tmp_path / "a" / NAME).exists() and (tmp_path / "b" / NAME).exists()
     assert not (tmp_path / "a" / NAME).exists() and not (tmp_path / "b" / NAME).exists()
+
+
+@pytest.mark.parametrize("more", [(), ("checkpoint.enabled=false",)], ids=["saves", "not"])
+def test_a_run_that_goes_on_and_then_fails_is_no_longer_one_that_a_signal_stopped(tmp_path, more):
+    """A sweep asks for the marker: the old one would end it at this run, each time."""
+    cfg = config(tmp_path / "a", tmp_path / "b", *more)
+    marker = marker_of(cfg)
+    marker.parent.mkdir()
+    marker.write_text("preempted at step 3\n")
+    looks = config(tmp_path / "a", tmp_path / "b", *more, "step_scheduler.max_steps=0")
+    with lock_directories(looks, ALONE):
+        pass
+    other = RunLock(marker.parent)
+    other.take()
+    with pytest.raises(ConfigError), lock_directories(cfg, ALONE):
+        pass
+    other.release()
+    assert marker.exists()  # neither has gone on with it
+    with pytest.raises(OSError, match="model"), lock_directories(cfg, ALONE):
+        raise OSError("the model cannot be loaded")
+    assert not marker.exists()
