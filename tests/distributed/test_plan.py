@@ -15,14 +15,14 @@ from tests.ranks import run_ranks
 #: The ranks of each launch, and the layouts that they train one after the other.
 LAUNCHES = {
     "1 rank": (1, ("plain",)),
-    "2 ranks": (2, ("hpz", "experts", "offload", "lora")),
-    "bf16": (2, ("bf16",)),
+    "2 ranks": (2, ("hpz", "lora")),
     "matrices cut over 2 ranks": (2, ("tp 2, one norm",)),
     "4 ranks": (4, ("plain",)),
 }
 #: Those that take minutes more.
 MORE = {
-    "other layouts of 2 ranks": (2, ("no teacher", "replicate")),
+    "other layouts of 2 ranks": (2, ("experts", "offload", "no teacher", "replicate")),
+    "bf16": (2, ("bf16",)),
     "whole teacher beside cut matrices": (2, ("tp 2, whole teacher",)),
     "samples split over 2 ranks": (2, ("cp 2",)),
     "adapters on 4 ranks": (4, ("lora",)),

@@ -24,7 +24,7 @@ from ds_kd.recipe.optimizer import build_schedule
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = int(os.environ.get("DS_KD_FUZZ_EXAMPLES", "2000"))
+EXAMPLES = int(os.environ.get("DS_KD_FUZZ_EXAMPLES", "700"))
 GUIDE = yaml.safe_load((ROOT / "ds_configs" / "runs" / "llama3_2_1b_kd.yaml").read_text())
 MORE = {
     "peft": {"target_modules": ["*_proj"], "dim": 4},
