@@ -79,10 +79,12 @@ def train(world, root, name, *words, at_save=lambda step: None):
     """Losses of a run, and how many rows this rank asked a teacher about; a pass may take several
     micro-batches."""
     from ds_kd.recipe.build import build
+    from ds_kd.recipe.run import _resume
 
-    with counting() as asked, build(config(root, name, *words), world) as trainer:
+    cfg = config(root, name, *words)
+    with counting() as asked, build(cfg, world) as trainer:
+        _resume(cfg, trainer, None)
         if trainer.checkpointer is not None:
-            trainer.checkpointer.resume(trainer.student, trainer.state)
             save, state = trainer.checkpointer.save, trainer.state
 
             def save_and_note(*given, **options):
