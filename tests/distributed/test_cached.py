@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,6 +83,8 @@ def train(world, root, name, *words, at_save=lambda step: None):
     from ds_kd.recipe.run import _resume
 
     cfg = config(root, name, *words)
+    if cfg.checkpoint.enabled:  # as the lock of the directory has it
+        Path(cfg.checkpoint.checkpoint_dir).mkdir(parents=True, exist_ok=True)
     with counting() as asked, build(cfg, world) as trainer:
         _resume(cfg, trainer, None)
         if trainer.checkpointer is not None:
