@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -320,14 +320,23 @@ def write_pruned(
     taken = f"--output {output} exists; remove it or give another name"
     if os.path.lexists(output):
         raise PruneError(taken)
+    with ExitStack() as held:
+        with _name_output(output, taken):
+            unfinished = held.enter_context(write_directory(output))
+        described = _prune_into(unfinished, source, keep_layers, dtype, calibration)
+        with _name_output(output, taken):
+            held.close()  # only a verified student gets the final name
+    return described
+
+
+@contextmanager
+def _name_output(output: Path, taken: str) -> Iterator[None]:
+    """Name the output in errors of this block; those of the teacher's files name themselves."""
     try:
-        with write_directory(output) as unfinished:  # only a verified student gets the final name
-            return _prune_into(unfinished, source, keep_layers, dtype, calibration)
+        yield
     except FileExistsError as error:  # another process has written it meanwhile
         raise PruneError(taken) from error
     except OSError as error:
-        if error.errno is None:  # not the system's: transformers raises such errors for a bad file
-            raise
         raise PruneError(f"--output {output}: cannot be written ({error.strerror})") from error
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from benchmarks.soaks.kill_points import Points
 from benchmarks.soaks.soak import soak
 
@@ -12,6 +14,8 @@ def test_killed_again_and_again_a_run_loses_nothing_and_ends_bitwise_equal(tmp_p
     assert figures["kills"] == 3, lines
 
 
+# test_kills.py kills in saves of ranks at each run of the suite; whole commands take minutes.
+@pytest.mark.nightly
 def test_a_rank_killed_in_its_last_save_is_named_and_the_run_ends_bitwise_equal(tmp_path):
     points = Points(tmp_path, "every")
     seen = []
