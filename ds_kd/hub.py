@@ -37,6 +37,11 @@ def expect_hub(name: str) -> None:
         sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
+def may_be_hub_id(name: str) -> bool:
+    """Return whether a name has the form of a hub id, and not that of a path alone."""
+    return not (Path(name).is_absolute() or name.startswith(".") or name.count("/") > 1)
+
+
 def find_directory(name: str, options: dict[str, Any]) -> Path:
     """Return the directory with a model's files; for a hub id that of its download, which is
     fetched first where it is missing.
@@ -51,8 +56,7 @@ def find_directory(name: str, options: dict[str, Any]) -> Path:
     from huggingface_hub import snapshot_download
 
     directory = Path(name)
-    is_path = directory.is_absolute() or name.startswith(".") or name.count("/") > 1
-    if not directory.is_dir() and not is_path:
+    if not directory.is_dir() and may_be_hub_id(name):
         expect_hub(name)
         known = {k: options[k] for k in ("revision", "cache_dir", "token") if k in options}
         try:

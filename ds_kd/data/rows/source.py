@@ -28,7 +28,7 @@ from ds_kd.data.rows.files import (
     read_beginning,
 )
 from ds_kd.errors import first_line
-from ds_kd.hub import expect_hub
+from ds_kd.hub import expect_hub, may_be_hub_id
 
 T = TypeVar("T")
 
@@ -181,9 +181,7 @@ def _load(source: str, split: str) -> Any:
     # A name that cannot be a hub id is not looked up there.
     if path.is_file():
         raise ValueError(f"it is not {ENDINGS}; name such a file")
-    if not path.is_dir() and (
-        path.is_absolute() or source.startswith(".") or source.count("/") > 1
-    ):
+    if not path.is_dir() and not may_be_hub_id(source):
         raise FileNotFoundError(f"no such file or directory; give {ENDINGS}, or a hub id")
     expect_hub(source)
     try:
